@@ -1,0 +1,34 @@
+"""Errors that a user can act on.
+
+Each says what went wrong, where, and what to do next; the command line prints exactly that and
+exits with `exit_code`. Anything else that escapes is a bug and shows as one.
+"""
+
+from __future__ import annotations
+
+
+class QtoolError(Exception):
+    """Something failed while working (exit code 1).
+
+    Args:
+        what: one sentence, what went wrong.
+        where: the file, tensor, line or option concerned.
+        hint: what to do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.what if self.where is None else f"{self.where}: {self.what}"
+
+
+class InputError(QtoolError):
+    """Wrong usage or bad input: the user has to change something before trying again (exit code 2)."""
+
+    exit_code = 2

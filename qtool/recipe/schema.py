@@ -1,0 +1,104 @@
+"""The YAML recipe, said once: every key, its type, its default and its meaning.
+
+A recipe holds one or more named schemes; a scheme is an ordered list of policies; the first policy
+whose `layers` regex matches the whole name of a linear layer decides how that layer is quantized.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+def _valid_regex(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return pattern
+
+
+Regex = Annotated[str, AfterValidator(_valid_regex)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Activations(Strict):
+    """How a linear's input is quantized: per token at run time, or per tensor with a range fixed in calibration."""
+
+    mode: Literal["dynamic", "static"] = "dynamic"
+    observer: Literal["minmax", "percentile", "mse"] = Field(
+        default="minmax", description="static only: how the range is chosen from calibration"
+    )
+    percentile: float = Field(default=99.99, gt=50, le=100, description="for the percentile observer")
+
+
+class Policy(Strict):
+    """What happens to the linear layers whose full name matches `layers`."""
+
+    layers: Regex
+    quantize: bool = Field(default=True, description="false leaves the layer as it is")
+    activations: Activations = Activations()
+    smoothing: Literal["osl", "smoothquant", "none"] = "osl"
+    smoothquant_alpha: float = Field(default=0.5, ge=0, le=1)
+    clip: bool = Field(default=True, description="search a clipping ratio per output channel")
+    rounding: Literal["nearest", "gptq"] = "gptq"
+
+
+class Match(Strict):
+    """Which models a recipe is for: the values of config.json keys. Lists mean any of them."""
+
+    model_type: list[str] = Field(default_factory=list)
+    config: dict[str, Any] = Field(default_factory=dict, description="further config.json keys and their values")
+
+
+class Calibration(Strict):
+    data: str = Field(default="builtin", description="builtin, self, or a .txt, .jsonl or .parquet file")
+    samples: int = Field(default=32, gt=0)
+    seq_len: int = Field(default=512, gt=1)
+    seed: int = 0
+
+
+class Export(Strict):
+    format: Literal["compressed-tensors", "golden-stick", "modelslim"] = "compressed-tensors"
+    max_shard_gb: float = Field(default=4.0, gt=0, le=4.0)
+
+
+class Generate(Strict):
+    """Defaults for `qtool generate`; names are vLLM's."""
+
+    max_tokens: int = Field(default=64, gt=0)
+    temperature: float = Field(default=0.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+
+
+class Recipe(Strict):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    description: str
+    source: str | None = Field(default=None, description="whose published choice this follows, with a reference")
+    match: Match = Match()
+    osl: Literal["fast", "exact"] = Field(
+        default="fast", description="exact repeats Golden Stick 1.4.1 step for step; fast searches better and cheaper"
+    )
+    default_scheme: str = "w8a8"
+    schemes: dict[str, list[Policy]] = Field(min_length=1)
+    calibration: Calibration = Calibration()
+    export: Export = Export()
+    generate: Generate = Generate()
+
+    @model_validator(mode="after")
+    def _default_scheme_exists(self) -> Recipe:
+        if self.default_scheme not in self.schemes:
+            raise ValueError(f"default_scheme {self.default_scheme!r} is not one of {', '.join(self.schemes)}")
+        return self
+
+    def policy(self, scheme: str, linear: str) -> Policy | None:
+        """The first policy of `scheme` that matches the linear's whole name, or None (it stays float)."""
+        for policy in self.schemes[scheme]:
+            if re.fullmatch(policy.layers, linear):
+                return policy if policy.quantize else None
+        return None
