@@ -1,0 +1,162 @@
+"""Fixtures every test may use: a tiny but realistic model, and the real command line in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a `qtool` process left behind."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def qtool_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of `run_qtool`: no network, no colours, and logs and caches in a folder of the tests' own."""
+    home = tmp_path_factory.mktemp("home")
+    folders = {f"XDG_{kind}_HOME": str(home / kind.lower()) for kind in ("STATE", "CACHE", "CONFIG", "DATA")}
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return {
+        **os.environ,
+        **folders,
+        "PYTHONPATH": path,
+        "PYTHONUTF8": "1",
+        "HF_HUB_OFFLINE": "1",
+        "NO_COLOR": "1",
+        "COLUMNS": "120",
+        "TERM": "dumb",
+    }
+
+
+@pytest.fixture(scope="session")
+def run_qtool(qtool_environment: dict[str, str]) -> Callable[..., Finished]:
+    """run_qtool(*args, stdin="", env={}, cwd=None, timeout=300) -> Finished: `qtool ARGS`, its output piped."""
+
+    def run(
+        *args: str | Path,
+        stdin: str = "",
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout: float = 300,
+    ) -> Finished:
+        done = subprocess.run(
+            [sys.executable, "-m", "qtool", *map(str, args)],
+            input=stdin,
+            env={**qtool_environment, **(env or {})},
+            cwd=cwd,
+            timeout=timeout,
+            capture_output=True,
+            encoding="utf-8",
+        )
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE tokenizer of 512 entries trained on CPython's own help texts, with a chat template.
+
+    Entries 0 to 3 are <s>, </s>, <|im_start|> and <|im_end|>; it adds no special tokens by itself.
+    """
+    from pydoc_data.topics import topics
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        show_progress=False,
+        special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([topics[name] for name in sorted(topics)[:20]], trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Callable[..., Path]:
+    """make_model(model_type="llama", **config) -> the folder of a random bfloat16 model with its tokenizer.
+
+    2 layers, hidden 64, 4 query heads on 2 key/value heads of 32 (the smallest size vLLM's CPU attention takes),
+    untied embeddings. A few channels are loud, as in real models: in both norms, in the residual stream and in
+    down_proj's input, so that smoothing and static ranges have something to do. Biases, where there are any, are not 0.
+    """
+
+    def make(model_type: str = "llama", *, seed: int = 0, name: str | None = None, **overrides: Any) -> Path:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        settings: dict[str, Any] = {
+            "hidden_size": 64,
+            "intermediate_size": 160,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "vocab_size": len(tiny_tokenizer),
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": False,
+            "initializer_range": 0.06,
+            "bos_token_id": tiny_tokenizer.bos_token_id,
+            "eos_token_id": tiny_tokenizer.eos_token_id,
+            "pad_token_id": tiny_tokenizer.pad_token_id,
+        }
+        config = AutoConfig.for_model(model_type, **(settings | overrides))
+        config.dtype = torch.bfloat16
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            with torch.no_grad():
+                hidden = config.hidden_size
+                loud = torch.randperm(hidden)[: max(2, hidden // 20)]
+                model.get_input_embeddings().weight[:, loud] *= 6.0
+                for parameter_name, parameter in model.named_parameters():
+                    if parameter_name.endswith("layernorm.weight"):
+                        parameter.copy_(torch.rand(parameter.shape) * 0.8 + 0.6)
+                        parameter[loud] *= 5.0
+                    elif parameter_name.endswith(".bias"):
+                        parameter.copy_(torch.randn(parameter.shape) * 0.1)
+                    elif parameter_name.endswith(("up_proj.weight", "v_proj.weight")):
+                        parameter[torch.randperm(parameter.shape[0])[:3]] *= 8.0
+                    elif parameter_name == "lm_head.weight":
+                        parameter *= 4.0  # decisive enough for greedy decoding to mean something
+        folder = tmp_path_factory.mktemp("models") / (name or model_type)
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(make_model: Callable[..., Path]) -> Path:
+    """The folder of a tiny random Llama (see `make_model`). Shared by all tests: never write into it."""
+    return make_model("llama", name="tiny-llama")
