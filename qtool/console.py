@@ -1,0 +1,169 @@
+"""What a person sees: progress, tables, warnings and errors on stderr; the result on stdout.
+
+The only module that knows rich, which it imports when something has to be drawn.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import rich.console
+    import rich.progress
+
+    from qtool.errors import QtoolError
+
+
+class Console:
+    """One command's voice. Use it as a context manager: leaving it ends a progress bar cleanly.
+
+    Args:
+        quiet: only warnings, errors and the result.
+        json: the result is printed as JSON.
+    """
+
+    def __init__(self, quiet: bool = False, json: bool = False) -> None:
+        self.quiet = quiet
+        self.json = json
+        self._bar: rich.progress.Progress | None = None
+        self._task: rich.progress.TaskID | None = None
+        self._stage: str | None = None
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.end_progress()
+
+    # ------------------------------------------------------------ stdout
+
+    def result(self, value: Any) -> None:
+        """Print the result: as JSON with --json or if it is a mapping or a list, else as it is."""
+        self.end_progress()
+        encoding = sys.stdout.encoding or "utf-8"
+        if self.json or isinstance(value, Mapping | list):
+            indent = 2 if sys.stdout.isatty() else None
+            plain = encoding.lower().replace("-", "") != "utf8"
+            text = jsonlib.dumps(value, indent=indent, ensure_ascii=plain, default=str)
+        else:
+            text = str(value)
+        # text from a model can hold lone surrogates; no terminal setting may turn a result into a traceback
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+    # ------------------------------------------------------------ stderr
+
+    def info(self, message: str) -> None:
+        """Something nice to know; silent with --quiet."""
+        if not self.quiet:
+            self._say(message)
+
+    def warning(self, message: str) -> None:
+        """Something the user should know, though the work goes on."""
+        self._say(f"warning: {message}", style="yellow")
+
+    def error(self, error: QtoolError) -> None:
+        """What went wrong and where, then what to do next: one to three lines."""
+        self.end_progress()
+        lines = [f"error: {_one_line(error.what)}"]
+        if error.where is not None:
+            lines.append(f"  at: {_one_line(error.where)}")
+        self._say("\n".join(lines), style="red")
+        if error.hint is not None:
+            self._say(f"  → {_one_line(error.hint)}")
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """A table; numbers are aligned to the right. Silent with --quiet."""
+        if self.quiet:
+            return
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(title), title_justify="left", title_style="bold", header_style="bold")
+        for i, column in enumerate(columns):
+            numeric = bool(rows) and all(isinstance(row[i], int | float) for row in rows)
+            table.add_column(Text(column), justify="right" if numeric else "left")
+        for row in rows:
+            table.add_row(*(Text(_cell(value)) for value in row))
+        if self._stderr.is_terminal:
+            self._stderr.print(table)
+        else:  # a log has no width: never cut a cell
+            self._stderr.print(table, width=max(80, self._stderr.measure(table).maximum), soft_wrap=True)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Show a worker's progress or warning event; others are not for the eyes."""
+        if event["event"] == "warning":
+            self.warning(event["message"])
+        elif event["event"] == "progress" and not self.quiet:
+            self.progress(event["stage"], event["done"], event["total"], event["unit"])
+
+    def progress(self, stage: str, done: int, total: int, unit: str = "layers") -> None:
+        """A bar with rate and time left on a terminal, else one line as each stage begins."""
+        if self.quiet:
+            return
+        if not self._stderr.is_terminal:
+            if stage != self._stage:
+                self._say(f"{stage} ({total} {unit})" if total else stage)
+            self._stage = stage
+            return
+        if self._bar is None:
+            self._bar = _bar(self._stderr)
+            self._bar.start()
+        if stage != self._stage or self._task is None:
+            self._stage, self._task = stage, self._bar.add_task(stage, total=total or None, unit=unit)
+        self._bar.update(self._task, completed=done, total=total or None)
+
+    def end_progress(self) -> None:
+        """Leave the bar as it stands and give the terminal back."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = self._task = self._stage = None
+
+    @cached_property
+    def _stderr(self) -> rich.console.Console:
+        from rich.console import Console as RichConsole
+
+        return RichConsole(stderr=True, highlight=False)
+
+    def _say(self, text: str, style: str | None = None) -> None:
+        """One message, not wrapped (so that paths can be copied), above the bar if there is one."""
+        if sys.stderr.isatty():
+            self._stderr.print(text, style=style, markup=False, emoji=False, soft_wrap=True)
+        else:
+            encoding = sys.stderr.encoding or "utf-8"
+            print(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
+
+
+def _bar(console: rich.console.Console) -> rich.progress.Progress:
+    from rich import progress
+    from rich.text import Text
+
+    class Rate(progress.ProgressColumn):
+        def render(self, task: progress.Task) -> Text:
+            unit, speed = task.fields["unit"], task.finished_speed or task.speed
+            if not speed:
+                return Text("")
+            slow = speed < 1 and unit.endswith("s")
+            return Text(f"{1 / speed:.1f} s/{unit[:-1]}" if slow else f"{speed:.1f} {unit}/s", style="cyan")
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        Rate(),
+        progress.TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+    )
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

