@@ -83,6 +83,7 @@ def tiny_tokenizer() -> Any:
     Entries 0 to 3 are <s>, </s>, <|im_start|> and <|im_end|>; it adds no special tokens by itself.
     """
     from pydoc_data.topics import topics
+
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,0 +1,171 @@
+"""The root of the command line: which commands there are, and how anything that goes wrong is reported.
+
+A command's module is imported when that command runs; `qtool --help` reads only the table below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+import typer.core
+import typer.main
+
+import qtool
+from qtool.cli.options import common
+from qtool.errors import QtoolError
+
+if TYPE_CHECKING:
+    from qtool.cli.options import Common
+
+# name: (module:function, or module:Typer for a group of commands; one line for the overview)
+COMMANDS = {
+    "quantize": ("qtool.cli.quantize:quantize", "Quantize a model to W8A8."),
+    "generate": ("qtool.cli.generate:generate", "Generate text with a model, quantized or not."),
+    "eval": ("qtool.cli.eval:evaluate", "Compare a quantized model with its original."),
+    "inspect": ("qtool.cli.inspect:inspect", "Show what a checkpoint is: architecture, format, size, schemes."),
+    "convert": ("qtool.cli.convert:convert", "Convert a GGUF file to a Hugging Face checkpoint."),
+    "recipes": ("qtool.cli.recipes:app", "List, show and validate recipes."),
+}
+
+
+def _load(name: str) -> typer.core.TyperCommand | typer.core.TyperGroup:
+    """The real command behind `name`; imports its module."""
+    module, _, attribute = COMMANDS[name][0].partition(":")
+    target = getattr(importlib.import_module(module), attribute)
+    if not isinstance(target, typer.Typer):
+        function = target
+        target = typer.Typer(add_completion=False, rich_markup_mode=None)
+        target.command(name)(function)
+    command = typer.main.get_command(target)
+    command.name = name
+    return command  # type: ignore[return-value]
+
+
+class LazyGroup(typer.core.TyperGroup):
+    """Holds placeholders that know their one-line help; the one that is called is replaced by the real command."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] in COMMANDS:
+            self.commands[args[0]] = _load(args[0])
+        return super().resolve_command(ctx, args)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"qtool {qtool.__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """A language model from a hub to a W8A8 checkpoint to generated text.
+
+    Results go to standard output, everything else to standard error. A command that makes a folder
+    prints its path, so that commands pipe; `-` reads the path from standard input.
+    """
+
+
+def build() -> typer.core.TyperGroup:
+    """The root command, with a placeholder for every command of the table."""
+    app = typer.Typer(
+        name="qtool",
+        cls=LazyGroup,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["--help", "-h"]},
+    )
+    app.callback()(_root)
+    for name, (_, summary) in COMMANDS.items():
+        app.command(name, help=summary)(_placeholder)
+    return typer.main.get_command(app)  # type: ignore[return-value]
+
+
+def _placeholder() -> None:
+    """Stands in the overview for a command that is not loaded."""
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: unwinds like Ctrl-C, so that workers are stopped and temporary folders removed."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.exit_code = 128 + signum
+
+
+def _terminate(signum: int, _frame: FrameType | None) -> NoReturn:
+    for name in ("SIGTERM", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    raise _Terminated(signum)
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """Run the command line on `args` (None: the process's own) and return the exit code.
+
+    0 done, 1 failed, 2 wrong usage or bad input, 130 interrupted (128 + signal when terminated).
+    """
+    with contextlib.suppress(ValueError):  # not the main thread
+        for name in ("SIGTERM", "SIGHUP"):
+            if signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
+                signal.signal(getattr(signal, name), _terminate)
+    common.json = common.quiet = common.debug = False
+    try:
+        code = _invoke(lambda: build()(args=args, prog_name="qtool"), common)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = 1
+        _silence_stdout()
+    return code
+
+
+def _invoke(command: Callable[[], Any], settings: Common) -> int:
+    """Run `command` and turn however it ends into an exit code, having told the user why."""
+    try:
+        command()
+        return 0
+    except SystemExit as exit_:
+        code = exit_.code
+        if code == 130:
+            cause = exit_.__context__
+            while cause is not None and not isinstance(cause, KeyboardInterrupt):
+                cause = cause.__context__
+            if settings.debug and cause is not None:
+                traceback.print_exception(cause)
+            code = getattr(cause, "exit_code", 130)
+            print("interrupted", file=sys.stderr)
+        return code if isinstance(code, int) else int(bool(code))
+    except BrokenPipeError:
+        raise
+    except QtoolError as error:
+        if settings.debug:
+            traceback.print_exception(error)
+        from qtool.cli.options import console
+
+        console().error(error)
+        return error.exit_code
+    except Exception as error:
+        if settings.debug:
+            traceback.print_exception(error)
+            return 1
+        what = " ".join(str(error).split()) or "no message"
+        print(f"error: this is a bug in qtool: {type(error).__name__}: {what[:500]}", file=sys.stderr)
+        print("hint: run the same command with --debug and report what it shows", file=sys.stderr)
+        return 1
+
+
+def _silence_stdout() -> None:
+    """Keep the interpreter from complaining, on its way out, that nobody reads its output any more."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,67 @@
+"""Options and conventions that every command shares.
+
+A command takes `json: Json = False, quiet: Quiet = False, debug: Debug = False` and makes its console
+with `console()`; the values are also kept in `common`, so that an error is printed the same way.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qtool.errors import InputError
+
+if TYPE_CHECKING:
+    from qtool.console import Console
+
+
+@dataclass
+class Common:
+    """What --json, --quiet and --debug said in this process."""
+
+    json: bool = False
+    quiet: bool = False
+    debug: bool = False
+
+
+common = Common()
+
+
+def _keep(param: typer.CallbackParam, value: bool) -> bool:
+    setattr(common, str(param.name), value)
+    return value
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", callback=_keep, is_eager=True)]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress, only the result and errors.", callback=_keep, is_eager=True)
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="On failure, show the whole traceback.", callback=_keep, is_eager=True)
+]
+
+
+def console() -> Console:
+    """The console as --quiet and --json ask for."""
+    from qtool.console import Console
+
+    return Console(quiet=common.quiet, json=common.json)
+
+
+def path_or_stdin(value: str) -> str:
+    """`value`, or for `-` the path on the first line of standard input, so that commands pipe into each other.
+
+    Raises:
+        InputError: standard input holds no path.
+    """
+    if value != "-":
+        return value
+    path = sys.stdin.readline().rstrip("\r\n")
+    if not path:
+        raise InputError(
+            "no path on standard input", where="-", hint="the command before the pipe printed nothing: see its error"
+        )
+    return path
