@@ -1,0 +1,262 @@
+"""Finding recipes, reading them with errors that name file, line and key, and matching them to a model.
+
+A recipe may say `extends: NAME` (or a path relative to its own file): it then starts as that recipe, without
+its name, description and match. Mappings are merged key by key, everything else (a scheme's list of policies,
+for one) is replaced.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
+from typing import Any
+
+import pydantic
+import yaml as pyyaml
+
+from qtool import resources
+from qtool.errors import InputError
+from qtool.recipe.schema import Recipe
+from qtool.recipe.yaml import MAX_BYTES, Path, Problem, dotted, parse
+
+SUFFIXES = (".yaml", ".yml")
+_OWN_KEYS = ("name", "description", "match", "extends")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Parsed text, before validation: data, and for every path the file and line it comes from."""
+
+    data: dict[str, Any]
+    lines: dict[Path, tuple[str, int]]
+
+
+def names() -> list[str]:
+    """The names of the recipes shipped with qtool, sorted."""
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in resources.folder("recipes").iterdir()
+        if entry.name.endswith(".yaml")
+    )
+
+
+def load(name_or_path: str | os.PathLike[str]) -> Recipe:
+    """The recipe of this name, or in this file. A value with a slash or ending in .yaml or .yml is a file.
+
+    Raises:
+        InputError: no such recipe or file, or what is in it is not a valid recipe; several problems at once.
+    """
+    source, where = _read(os.fspath(name_or_path), seen=())
+    return _validate(source, where)
+
+
+def resolved(name_or_path: str | os.PathLike[str]) -> str:
+    """The recipe as YAML with `extends` resolved and the defaults left out; it loads to the same recipe.
+
+    Raises:
+        InputError: as `load`.
+    """
+    recipe = load(name_or_path)
+    data = recipe.model_dump(mode="json", exclude_unset=True)
+    return pyyaml.safe_dump(data, sort_keys=False, width=110, allow_unicode=True)
+
+
+def match(config: Mapping[str, Any]) -> tuple[Recipe, str]:
+    """The shipped recipe that fits a model's config.json best, and why, as one line.
+
+    A recipe fits when each config.json key it names has the value, or one of the values, that it gives; the one
+    that names the most keys wins (the first by name among equals). `default` names none, so it fits every model.
+    """
+    best: tuple[int, Recipe, list[str]] | None = None
+    for name in names():
+        recipe = load(name)
+        reasons = _fits(recipe, config)
+        if reasons is not None and (best is None or len(reasons) > best[0]):
+            best = (len(reasons), recipe, reasons)
+    if best is None:
+        raise InputError(
+            f"no recipe fits model_type {config.get('model_type')!r}", hint="choose one with --recipe NAME|FILE"
+        )
+    _, recipe, reasons = best
+    if reasons:
+        return recipe, ", ".join(reasons)
+    return recipe, f"no recipe is more specific to model_type {config.get('model_type')!r}"
+
+
+def _fits(recipe: Recipe, config: Mapping[str, Any]) -> list[str] | None:
+    wanted: dict[str, Any] = dict(recipe.match.config)
+    if recipe.match.model_type:
+        wanted = {"model_type": recipe.match.model_type, **wanted}
+    reasons = []
+    for key, values in wanted.items():
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value not in (values if isinstance(values, list) else [values]):
+            return None
+        reasons.append(f"{key} is {value}")
+    return reasons
+
+
+def _is_file(name_or_path: str) -> bool:
+    return os.sep in name_or_path or "/" in name_or_path or name_or_path.endswith(SUFFIXES)
+
+
+def _read(name_or_path: str, seen: Sequence[str]) -> tuple[_Source, str]:
+    if _is_file(name_or_path):
+        where, text = name_or_path, _read_file(FilePath(name_or_path).expanduser())
+        identity = str(FilePath(name_or_path).expanduser().resolve())
+    else:
+        where = identity = f"recipes/{name_or_path}.yaml"
+        if name_or_path not in names():
+            raise _unknown_name(name_or_path)
+        text = (resources.folder("recipes") / f"{name_or_path}.yaml").read_bytes()
+    if identity in seen:
+        raise InputError("recipes extend each other in a circle: " + " → ".join([*seen, identity]), where=where)
+    document = parse(text)
+    if not document.problems and not isinstance(document.data, dict):
+        document.problems.append(Problem(1, "", "a recipe must be a mapping of keys to values"))
+    if document.problems:
+        raise _error(document.problems, where)
+    source = _Source(document.data, {path: (where, line) for path, line in document.lines.items()})
+    base = source.data.pop("extends", None)
+    if base is None:
+        return source, where
+    line = document.lines["extends",]
+    if not isinstance(base, str):
+        raise _error([Problem(line, "extends", "must be the name or the path of a recipe")], where)
+    if _is_file(base) and not os.path.isabs(base):
+        base = str(FilePath(where).expanduser().parent / base)
+    try:
+        inherited, _ = _read(base, seen=(*seen, identity))
+    except InputError as error:
+        if error.where is None:  # no such recipe: say who asked for it
+            error.where = f"{where}:{line}: extends"
+        raise
+    return _merge(inherited, source), where
+
+
+def _read_file(path: FilePath) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise InputError(
+            "no such recipe file", where=str(path), hint="shipped recipes: " + ", ".join(names())
+        ) from None
+    except OSError as error:
+        raise InputError(f"can't read the recipe: {error.strerror}", where=str(path)) from None
+
+
+def _unknown_name(name: str) -> InputError:
+    close = difflib.get_close_matches(name, names(), n=1)
+    guess = f"did you mean {close[0]!r}? " if close else ""
+    hint = f"{guess}shipped: {', '.join(names())}; a file is given by its path, ending in .yaml"
+    return InputError(f"no recipe is named {name!r}", hint=hint)
+
+
+def _merge(base: _Source, child: _Source) -> _Source:
+    lines: dict[Path, tuple[str, int]] = {}
+
+    def merge(below: Any, above: Any, path: Path) -> Any:
+        if isinstance(below, dict) and isinstance(above, dict):
+            lines[path] = child.lines.get(path, base.lines.get(path, ("", 1)))
+            result = {}
+            for key in [*below, *(key for key in above if key not in below)]:
+                inner = (*path, key)
+                if key in below and key in above:
+                    result[key] = merge(below[key], above[key], inner)
+                else:
+                    result[key] = take(below if key in below else above, key, inner, key in above)
+            return result
+        keep(path, child)
+        return above
+
+    def take(mapping: dict[str, Any], key: str, path: Path, from_child: bool) -> Any:
+        keep(path, child if from_child else base)
+        return mapping[key]
+
+    def keep(path: Path, source: _Source) -> None:
+        lines.update({p: place for p, place in source.lines.items() if p[: len(path)] == path})
+
+    inherited = {key: value for key, value in base.data.items() if key not in _OWN_KEYS}
+    merged = merge(inherited, child.data, ())
+    order = [*_OWN_KEYS, *(key for key in merged if key not in _OWN_KEYS)]
+    return _Source({key: merged[key] for key in order if key in merged}, lines)
+
+
+def _validate(source: _Source, where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(source.data)
+    except pydantic.ValidationError as error:
+        problems = [_problem(item, source) for item in error.errors(include_url=False)]
+    raise _error(problems, where)
+
+
+def _problem(item: Any, source: _Source) -> Problem:
+    """One pydantic error, with its place in the file and in plain words."""
+    path: Path = tuple(item["loc"])
+    place = path
+    while place and place not in source.lines:
+        place = place[:-1]
+    file, line = source.lines.get(place, ("", 1))
+    kind, context = item["type"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        close = difflib.get_close_matches(str(path[-1]), known, n=1)
+        guess = f"did you mean {close[0]!r}?" if close else "known are " + ", ".join(known)
+        message = f"unknown key; {guess}"
+    elif kind == "missing":
+        message = "is missing"
+    elif kind == "literal_error":
+        message = f"must be {context['expected']}, not {_short(item['input'])}"
+    elif kind == "value_error":
+        message = str(context["error"])
+    elif kind.endswith("_type") or kind.endswith("_parsing"):
+        message = f"{_lower(item['msg'])}, not {_short(item['input'])}"
+    else:
+        message = f"{_lower(item['msg'])}, it is {_short(item['input'])}"
+    return Problem(line, dotted(path), message, file)
+
+
+def _lower(message: str) -> str:
+    message = message.removeprefix("Input ").removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _known_keys(path: Path) -> list[str]:
+    """The keys the schema knows at `path`, found by walking its annotations."""
+    current: Any = Recipe
+    for part in path:
+        if isinstance(current, type) and issubclass(current, pydantic.BaseModel):
+            current = current.model_fields[str(part)].annotation
+        else:
+            current = typing.get_args(current)[-1]
+        while typing.get_origin(current) in (typing.Annotated, typing.Union, types.UnionType):
+            current = typing.get_args(current)[0]
+    if isinstance(current, type) and issubclass(current, pydantic.BaseModel):
+        return list(current.model_fields) + (["extends"] if current is Recipe else [])
+    return []
+
+
+def _error(problems: list[Problem], where: str) -> InputError:
+    problems = [replace(problem, file=problem.file or where) for problem in problems]
+    if len(problems) == 1:
+        problem = problems[0]
+        what = f"{problem.key}: {problem.message}" if problem.key else problem.message
+        return InputError(what, where=f"{problem.file}:{problem.line}")
+    lines = [f"{len(problems)} problems"]
+    for problem in sorted(problems, key=lambda p: (p.file != where, p.file, p.line)):
+        place = f"line {problem.line}" if problem.file == where else f"{problem.file}:{problem.line}"
+        lines.append(f"  {place}: {problem.key}: {problem.message}" if problem.key else f"  {place}: {problem.message}")
+    return InputError("\n".join(lines), where=where)
