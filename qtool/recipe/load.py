@@ -25,7 +25,30 @@ from qtool.recipe.schema import Recipe
 from qtool.recipe.yaml import MAX_BYTES, Path, Problem, dotted, parse
 
 SUFFIXES = (".yaml", ".yml")
+_SHOWN = 3  # problems that an error message lists
 _OWN_KEYS = ("name", "description", "match", "extends")
+
+
+class RecipeError(InputError):
+    """What is in a recipe is wrong: `problems` has everything, the message the first few."""
+
+    def __init__(self, problems: Sequence[Problem], where: str) -> None:
+        self.problems = sorted(problems, key=lambda p: (p.file != where, p.file, p.line))
+        first = self.problems[0]
+        if len(self.problems) == 1:
+            super().__init__(_keyed(first), where=f"{first.file}:{first.line}")
+            return
+        shown = "; ".join(
+            f"{f'line {p.line}' if p.file == where else f'{p.file}:{p.line}'}: {_keyed(p)}"
+            for p in self.problems[:_SHOWN]
+        )
+        more = "" if len(self.problems) <= _SHOWN else f"; and {len(self.problems) - _SHOWN} more"
+        what = f"{len(self.problems)} problems: {shown}{more}"
+        super().__init__(what, where=where, hint=f"all of them: qtool recipes validate {where}" if more else None)
+
+
+def _keyed(problem: Problem) -> str:
+    return f"{problem.key}: {problem.message}" if problem.key else problem.message
 
 
 @dataclass(frozen=True)
@@ -249,14 +272,5 @@ def _known_keys(path: Path) -> list[str]:
     return []
 
 
-def _error(problems: list[Problem], where: str) -> InputError:
-    problems = [replace(problem, file=problem.file or where) for problem in problems]
-    if len(problems) == 1:
-        problem = problems[0]
-        what = f"{problem.key}: {problem.message}" if problem.key else problem.message
-        return InputError(what, where=f"{problem.file}:{problem.line}")
-    lines = [f"{len(problems)} problems"]
-    for problem in sorted(problems, key=lambda p: (p.file != where, p.file, p.line)):
-        place = f"line {problem.line}" if problem.file == where else f"{problem.file}:{problem.line}"
-        lines.append(f"  {place}: {problem.key}: {problem.message}" if problem.key else f"  {place}: {problem.message}")
-    return InputError("\n".join(lines), where=where)
+def _error(problems: list[Problem], where: str) -> RecipeError:
+    return RecipeError([replace(problem, file=problem.file or where) for problem in problems], where)

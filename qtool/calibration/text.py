@@ -1,0 +1,273 @@
+"""Text for calibration and evaluation, cut into samples of equal length.
+
+`builtin` is CPython's own documentation (pydoc_data.topics): some 300 kB of English and code that every
+Python has. A .txt file is tokenized whole and cut from its start; the documents of a .jsonl or .parquet file
+(a `text`, or `messages` through the tokenizer's chat template) are joined by the end-of-sequence token.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtool.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+BUILTIN = "builtin"
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+_KINDS = "use builtin, or a .txt, .jsonl or .parquet file"
+_MARGIN = 1024  # tokens; those nearer than this to where a text was cut may differ from the whole text's
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Samples of text, as token ids.
+
+    Attributes:
+        ids: int64 [samples, seq_len].
+        digest: SHA-256 of the ids (little-endian int64, row by row), in hex.
+        source: where the text comes from, for reports; names a file without its folder.
+    """
+
+    ids: torch.Tensor
+    digest: str
+    source: str
+
+
+def load(data: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int) -> Calibration:
+    """The first samples * seq_len tokens of `data`: sample i holds tokens i*seq_len to (i+1)*seq_len - 1.
+
+    Args:
+        data: builtin, or the path of a .txt, .jsonl or .parquet file.
+        tokenizer: transformers' interface: called with text, apply_chat_template, eos_token_id.
+        seed: orders the topics of the built-in text. Files are read in their own order.
+
+    Raises:
+        InputError: no such file, not readable as text, or too little text; says how much is missing.
+    """
+    needed = samples * seq_len
+    if data == BUILTIN:
+        tokens = _tokenize(_whole(_builtin(seed)), tokenizer, needed)
+        source = f"builtin (documentation of CPython {platform.python_version()})"
+    else:
+        path = Path(data).expanduser()
+        suffix = path.suffix.lower()
+        if suffix not in SUFFIXES:
+            raise InputError("unknown kind of calibration text", where=data, hint=_KINDS)
+        _check_file(path)
+        if suffix == ".txt":
+            tokens = _tokenize(functools.partial(_read_text, path), tokenizer, needed)
+        else:
+            documents = _jsonl(path, tokenizer) if suffix == ".jsonl" else _parquet(path, tokenizer)
+            tokens = _join(documents, tokenizer, needed)
+        source = path.name
+    return _pack(tokens, samples, seq_len, source, where=data)
+
+
+def held_out(tokenizer: Any, *, samples: int, seq_len: int) -> Calibration:
+    """Built-in text for evaluation: topics that `load` never uses, nor any paragraph they share with others.
+
+    Raises:
+        InputError: it is shorter than samples * seq_len (there are about 66,000 characters).
+    """
+    tokens = _tokenize(_whole("\n\n".join(_topics()[1])), tokenizer, samples * seq_len)
+    source = f"builtin, held-out part (documentation of CPython {platform.python_version()})"
+    return _pack(tokens, samples, seq_len, source, where=BUILTIN)
+
+
+def _topics() -> tuple[dict[str, str], list[str]]:
+    """Two disjoint parts of the built-in text: topics by name for calibration, and texts for evaluation.
+
+    A paragraph is used once only, and never in both.
+    """
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    evaluation = names[3::4]
+    seen: set[str] = set()
+
+    def fresh(text: str) -> str:
+        paragraphs = []
+        for paragraph in text.split("\n\n"):
+            key = " ".join(paragraph.split())
+            if key and key not in seen:
+                seen.add(key)
+                paragraphs.append(paragraph)
+        return "\n\n".join(paragraphs)
+
+    held = [fresh(topics[name]) for name in evaluation]
+    rest = {name: fresh(topics[name]) for name in names if name not in set(evaluation)}
+    return {name: text for name, text in rest.items() if text}, [text for text in held if text]
+
+
+def _builtin(seed: int) -> str:
+    topics = _topics()[0]
+    order = sorted(topics, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    return "\n\n".join(topics[name] for name in order)
+
+
+def _check_file(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except FileNotFoundError:
+        raise InputError("no such calibration file", where=str(path), hint=_KINDS) from None
+    except OSError as error:
+        raise InputError(f"can't read the calibration file: {error.strerror}", where=str(path)) from None
+
+
+def _decode(data: bytes, where: str, *, complete: bool = True) -> str:
+    """UTF-8 to text; unless `complete`, a character cut off at the end is left out."""
+    if b"\0" in data:
+        raise InputError("this is a binary file, not text", where=where)
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=complete)
+    except UnicodeDecodeError as error:
+        hint = "save it as UTF-8, for example with: iconv -f latin1 -t utf-8"
+        what = f"not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}"
+        raise InputError(what, where=where, hint=hint) from None
+    if not complete:
+        text = text.removesuffix("\r")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _read_text(path: Path, length: int) -> tuple[str, bool]:
+    """The first `length` bytes of a file as text, and whether that is all of it."""
+    with path.open("rb") as file:
+        data = file.read(length)
+        complete = not file.read(1)
+    text = _decode(data, str(path), complete=complete)
+    if complete and not text.strip():
+        raise InputError("the calibration file is empty", where=str(path))
+    return text, complete
+
+
+def _tokenize(read: Callable[[int], tuple[str, bool]], tokenizer: Any, needed: int) -> list[int]:
+    """The first `needed` of tokenizer(text)["input_ids"], or all if there are fewer.
+
+    Tokenizing a megabyte takes 300 MB, so no more of the text is tokenized than it takes: `read(length)`
+    gives about its first `length` characters, and whether these are all.
+    """
+    length = 8 * (needed + _MARGIN)
+    while True:
+        text, complete = read(length)
+        tokens = _ids(text, tokenizer)
+        if complete or len(tokens) >= needed + _MARGIN:
+            return tokens[:needed]
+        length *= 2
+
+
+def _whole(text: str) -> Callable[[int], tuple[str, bool]]:
+    return lambda length: (text[:length], length >= len(text))
+
+
+def _ids(text: str, tokenizer: Any, **options: Any) -> list[int]:
+    return list(tokenizer(text, verbose=False, **options)["input_ids"])
+
+
+def _join(documents: Iterator[list[int]], tokenizer: Any, needed: int) -> list[int]:
+    """Documents one after the other, each closed by the end-of-sequence token if there is one."""
+    eos = tokenizer.eos_token_id
+    tokens: list[int] = []
+    for document in documents:
+        tokens += document
+        if eos is not None and document and document[-1] != eos:
+            tokens.append(eos)
+        if len(tokens) >= needed:
+            break
+    return tokens
+
+
+def _jsonl(path: Path, tokenizer: Any) -> Iterator[list[int]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(_decode(line, where))
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise InputError(f"not valid JSON: {error}", where=where) from None
+            if not isinstance(record, dict):
+                raise InputError("each line must be a JSON object with `text` or `messages`", where=where)
+            yield _document(record, tokenizer, where)
+
+
+def _parquet(path: Path, tokenizer: Any) -> Iterator[list[int]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        hint = "pip install pyarrow, or use a .jsonl file"
+        raise InputError("reading .parquet needs pyarrow", where=str(path), hint=hint) from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = [name for name in ("text", "messages") if name in file.schema_arrow.names][:1]
+            if not columns:
+                found = ", ".join(file.schema_arrow.names)
+                raise InputError("no column is named `text` or `messages`", where=str(path), hint=f"columns: {found}")
+            row = 0
+            for batch in file.iter_batches(batch_size=64, columns=columns):
+                for record in batch.to_pylist():
+                    row += 1
+                    yield _document(record, tokenizer, f"{path}: row {row}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"not a valid parquet file: {' '.join(str(error).split())[:200]}", where=str(path)) from None
+
+
+def _document(record: dict[str, Any], tokenizer: Any, where: str) -> list[int]:
+    """The token ids of one record: its `text`, or its `messages` as the chat template writes them."""
+    if record.get("text") is not None:
+        if not isinstance(record["text"], str):
+            raise InputError(f"`text` must be a string, not {type(record['text']).__name__}", where=where)
+        return _ids(record["text"], tokenizer)
+    messages = record.get("messages")
+    if messages is None:
+        found = ", ".join(list(record)[:8]) or "nothing"
+        raise InputError("neither `text` nor `messages`", where=where, hint=f"found: {found}")
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
+    ):
+        raise InputError("`messages` must be a list of {role, content}", where=where)
+    if not messages:
+        raise InputError("`messages` is empty", where=where)
+    if not getattr(tokenizer, "chat_template", None):
+        hint = "use `text`, or an instruction-tuned model"
+        raise InputError(
+            "`messages` needs a chat template, and this model's tokenizer has none", where=where, hint=hint
+        )
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # a template is a program of the model's author: it may raise anything
+        what = " ".join(str(error).split())[:200]
+        raise InputError(f"the model's chat template refuses these messages: {what}", where=where) from None
+    return _ids(text, tokenizer, add_special_tokens=False)
+
+
+def _pack(tokens: list[int], samples: int, seq_len: int, source: str, where: str) -> Calibration:
+    import torch
+
+    needed = samples * seq_len
+    if len(tokens) < needed:
+        fitting = len(tokens) // seq_len
+        hint = (
+            f"give more text, or use --samples {fitting}" if fitting else "give more text, or use a smaller --seq-len"
+        )
+        raise InputError(
+            f"too little text: {len(tokens):,} tokens, but {samples} samples of {seq_len} need {needed:,}: "
+            f"{needed - len(tokens):,} are missing",
+            where=where,
+            hint=hint,
+        )
+    ids = torch.tensor(tokens[:needed], dtype=torch.int64).reshape(samples, seq_len)
+    digest = hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
+    return Calibration(ids, digest, source)
