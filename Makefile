@@ -28,7 +28,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(QTOOL_VENV)
 
 # torch's CPU build is not on PyPI: if pip's own configuration doesn't find it, ask PyTorch's index as well.
-$(STAMP): pyproject.toml requirements-lock.txt | $(BIN)/python
+$(STAMP): pyproject.toml requirements-lock.txt $(BIN)/python
 	$(INSTALL) || $(INSTALL) --extra-index-url $(TORCH_CPU)
 	@mkdir -p $(@D) && touch $@
 

@@ -17,6 +17,11 @@ MAX_BYTES = 256 * 1024
 MAX_DEPTH = 32
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "timestamp")}
 
+_TAGS: dict[type[yaml.Node], str] = {
+    yaml.SequenceNode: "tag:yaml.org,2002:seq",
+    yaml.MappingNode: "tag:yaml.org,2002:map",
+}
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -54,7 +59,11 @@ def parse(text: bytes) -> Document:
         decoded = text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         return _failed(document, text[: error.start].count(b"\n") + 1, "not UTF-8 text")
-    loader = yaml.SafeLoader(_printable(decoded))
+    unprintable = yaml.reader.Reader.NON_PRINTABLE.search(decoded)
+    if unprintable:
+        line = decoded.count("\n", 0, unprintable.start()) + 1
+        return _failed(document, line, f"unprintable character U+{ord(unprintable.group()):04X}")
+    loader = yaml.SafeLoader(decoded)
     try:
         if not _check_events(decoded, document):
             return document
@@ -77,15 +86,6 @@ def _failed(document: Document, line: int, message: str) -> Document:
     document.data = None
     document.problems.append(Problem(line, "", message))
     return document
-
-
-def _printable(text: str) -> str:
-    found = yaml.reader.Reader.NON_PRINTABLE.search(text)
-    if found:
-        line = text.count("\n", 0, found.start())
-        mark = yaml.Mark("", found.start(), line, 0, None, 0)
-        raise yaml.MarkedYAMLError(problem=f"unprintable character U+{ord(found.group()):04X}", problem_mark=mark)
-    return text
 
 
 def _check_events(text: str, document: Document) -> bool:
@@ -113,6 +113,10 @@ def _line(node: yaml.Node) -> int:
 def _build(loader: yaml.SafeLoader, node: yaml.Node, path: Path, document: Document) -> Any:
     line = _line(node)
     document.lines.setdefault(path, line)
+    expected = _TAGS.get(type(node))
+    if node.tag != expected if expected else node.tag not in _PLAIN:
+        document.problems.append(Problem(line, dotted(path), f"tag {node.tag!r} is not supported"))
+        return None
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, child, (*path, i), document) for i, child in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
@@ -133,9 +137,6 @@ def _build(loader: yaml.SafeLoader, node: yaml.Node, path: Path, document: Docum
             document.lines[inner] = key_line
             result[key] = _build(loader, value_node, inner, document)
         return result
-    if node.tag not in _PLAIN:
-        document.problems.append(Problem(line, dotted(path), f"tag {node.tag!r} is not supported"))
-        return None
     try:
         return loader.construct_object(node)
     except (ValueError, KeyError, AttributeError):  # e.g. !!int abc, or the date 2024-02-31

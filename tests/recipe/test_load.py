@@ -1,0 +1,255 @@
+"""Loading, resolving and matching recipes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qtool.errors import InputError
+from qtool.recipe import load
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+MINIMAL = """\
+name: mine
+description: mine
+default_scheme: s
+schemes:
+  s:
+    - layers: '.*'
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def write(text: str, name: str = "mine.yaml") -> str:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_names_are_the_files_shipped() -> None:
+    assert load.names() == sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    assert {"default", "smollm2", "llama3", "qwen2.5", "qwen3", "mistral"} <= set(load.names())
+
+
+@pytest.mark.parametrize("name", [path.stem for path in RECIPES.glob("*.yaml")])
+def test_every_shipped_recipe_is_valid_and_named_after_its_file(name: str) -> None:
+    recipe = load.load(name)
+    assert recipe.name == name
+    assert {"w8a8", "w8a8-dynamic"} <= set(recipe.schemes)
+    assert recipe.default_scheme == "w8a8"
+    assert recipe.source
+    assert recipe.generate.temperature == 0
+
+
+# The names of the linear layers of these models as transformers has them, and of fused ones as other runtimes do.
+@pytest.mark.parametrize(
+    ("linear", "static"),
+    [
+        ("model.layers.0.self_attn.q_proj", True),
+        ("model.layers.31.self_attn.o_proj", True),
+        ("model.layers.0.self_attn.qkv_proj", True),
+        ("transformer.h.3.attn.c_attn", True),
+        ("gpt_neox.layers.0.attention.query_key_value", True),
+        ("transformer.h.0.self_attention.dense", True),
+        ("model.layers.0.mlp.gate_proj", False),
+        ("model.layers.0.mlp.gate_up_proj", False),
+        ("model.layers.11.mlp.down_proj", False),
+        ("model.layers.0.feed_forward.w1", False),
+        ("transformer.layers.0.ffn.up", False),
+    ],
+)
+@pytest.mark.parametrize("name", load.names())
+def test_shipped_schemes_cover_the_linears_of_decoder_layers(name: str, linear: str, static: bool) -> None:
+    recipe = load.load(name)
+    policy = recipe.policy("w8a8", linear)
+    assert policy is not None
+    assert policy.activations.mode == ("static" if static else "dynamic")
+    assert policy.smoothing == "osl"
+    dynamic = recipe.policy("w8a8-dynamic", linear)
+    assert dynamic is not None
+    assert (dynamic.activations.mode, dynamic.smoothing) == ("dynamic", "osl")
+
+
+@pytest.mark.parametrize(
+    "linear", ["lm_head", "model.lm_head", "embed_out", "visual.blocks.0.attn.qkv", "vision_tower.layers.0.mlp.fc1"]
+)
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-dynamic"])
+def test_shipped_schemes_leave_heads_and_vision_float(linear: str, scheme: str) -> None:
+    assert load.load("default").policy(scheme, linear) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"model_type": "llama", "vocab_size": 49152, "hidden_size": 576}, "smollm2"),
+        ({"model_type": "llama", "vocab_size": 49152, "hidden_size": 2048}, "smollm2"),
+        ({"model_type": "llama", "vocab_size": 49152, "hidden_size": 4096}, "default"),
+        ({"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096}, "llama3"),
+        ({"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096}, "default"),
+        ({"model_type": "qwen2", "vocab_size": 151936}, "qwen2.5"),
+        ({"model_type": "qwen3", "vocab_size": 151936}, "qwen3"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "mistral"),
+        ({"model_type": "gemma2"}, "default"),
+        ({}, "default"),
+    ],
+)
+def test_match_takes_the_most_specific(config: dict[str, Any], name: str) -> None:
+    recipe, reason = load.match(config)
+    assert recipe.name == name
+    assert str(config.get("model_type")) in reason
+    if name == "smollm2":
+        assert reason == f"model_type is llama, vocab_size is 49152, hidden_size is {config['hidden_size']}"
+
+
+def test_a_file_loads_and_extends_overrides_key_by_key(write: Any) -> None:
+    path = write(
+        "extends: default\nname: mine\ndescription: mine\ncalibration: {samples: 7}\n"
+        "schemes:\n  w8a8:\n    - layers: '.*q_proj'\n      rounding: nearest\n"
+    )
+    recipe, default = load.load(path), load.load("default")
+    assert recipe.calibration.samples == 7
+    assert recipe.calibration.seq_len == default.calibration.seq_len
+    assert [policy.layers for policy in recipe.schemes["w8a8"]] == [".*q_proj"]
+    assert recipe.schemes["w8a8-dynamic"] == default.schemes["w8a8-dynamic"]
+    assert recipe.match == default.match
+    assert recipe.source == default.source
+
+
+def test_extends_takes_a_path_relative_to_the_file(write: Any) -> None:
+    write(MINIMAL, "base.yaml")
+    path = write("extends: ./base.yaml\nname: child\ndescription: c\nmatch: {model_type: [x]}\n", "child.yaml")
+    recipe = load.load(path)
+    assert (recipe.name, recipe.match.model_type, list(recipe.schemes)) == ("child", ["x"], ["s"])
+
+
+def test_the_name_and_match_of_a_base_are_not_inherited(write: Any) -> None:
+    with pytest.raises(InputError) as caught:
+        load.load(write("extends: smollm2\n"))
+    assert "name: is missing" in str(caught.value)
+    assert "description: is missing" in str(caught.value)
+    assert load.load(write("extends: smollm2\nname: a\ndescription: a\n")).match.model_type == []
+
+
+def test_recipes_that_extend_each_other_are_an_error(write: Any) -> None:
+    write("extends: ./b.yaml\nname: a\n", "a.yaml")
+    with pytest.raises(InputError, match="circle"):
+        load.load(write("extends: ./a.yaml\nname: b\n", "b.yaml"))
+
+
+@pytest.mark.parametrize("name", load.names())
+def test_resolved_is_the_same_recipe_without_extends(name: str, write: Any) -> None:
+    text = load.resolved(name)
+    assert "extends" not in yaml.safe_load(text)
+    assert load.load(write(text)) == load.load(name)
+
+
+# what to replace in MINIMAL, by what; the line and the key that must be named; words of the message
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ("name: mine", "name: mine\nexprot: {}", 2, r"^exprot: unknown key; did you mean 'export'\?$"),
+        ("default_scheme: s", "default_scheme: t", 1, "default_scheme 't' is not one of s"),
+        ("'.*'", "'.*('", 6, r"schemes\.s\[0\]\.layers: not a regular expression: missing \)"),
+        ("'.*'", "[1]", 6, r"schemes\.s\[0\]\.layers: should be a valid string, not \[1\]"),
+        ("'.*'", "'.*'\n      smoting: osl", 7, r"schemes\.s\[0\]\.smoting: unknown key; did you mean 'smoothing'"),
+        ("'.*'", "'.*'\n      zebra: 1", 7, r"schemes\.s\[0\]\.zebra: unknown key; known are layers, quantize"),
+        ("'.*'", "'.*'\n      smoothing: awq", 7, "must be 'osl', 'smoothquant' or 'none', not 'awq'"),
+        ("'.*'", "'.*'\n      activations:\n        mod: static", 8, r"activations\.mod: unknown key.*'mode'"),
+        ("name: mine", "name: mine\ncalibration: {samples: 0}", 2, r"calibration\.samples: should be greater than 0"),
+        ("name: mine", "name: mine\nexport: {max_shard_gb: 5}", 2, r"export\.max_shard_gb: .* it is 5"),
+        ("name: mine", "name: mine\nname: yours", 2, "name: duplicate key, first on line 1"),
+        ("name: mine", "name: Not Good", 1, "name: "),
+        ("name: mine", "name: [", 3, "not valid YAML"),
+        ("name: mine", "name: *x", 1, "not valid YAML|aliases"),
+        ("name: mine", "name: &x mine", 1, "anchors and aliases are not supported"),
+        ("name: mine", "name: !!python/object/apply:os.system [true]", 1, "name: tag .*os.system' is not supported"),
+        ("name: mine", "name: mine\n1: 2", 2, "a key must be text, not '1'"),
+        ("name: mine", "name: mine\n---", 2, "not valid YAML"),
+        ("name: mine", "name: mine\nextends: 3", 2, "extends: must be the name or the path"),
+    ],
+)
+def test_errors_name_file_line_and_key(write: Any, old: str, new: str, line: int, message: str) -> None:
+    assert old in MINIMAL
+    path = write(MINIMAL.replace(old, new, 1))
+    with pytest.raises(InputError) as caught:
+        load.load(path)
+    error = caught.value
+    assert error.exit_code == 2
+    assert error.where == f"{path}:{line}"
+    assert re.search(message, error.what), error.what
+
+
+def test_several_problems_are_reported_at_once(write: Any) -> None:
+    path = write("extends: default\nname: X\ncalibration:\n  samples: no\n  seq_len: -1\nfoo: 1\n")
+    with pytest.raises(load.RecipeError) as caught:
+        load.load(path)
+    problems = caught.value.problems
+    assert [(p.line, p.key) for p in problems] == [
+        (1, "description"),
+        (2, "name"),
+        (4, "calibration.samples"),
+        (5, "calibration.seq_len"),
+        (6, "foo"),
+    ]
+    assert {p.file for p in problems} == {path}
+    assert caught.value.what.startswith("5 problems: line 1: description: is missing; line 2: ")
+    assert caught.value.hint is not None
+    assert "qtool recipes validate" in caught.value.hint
+
+
+def test_a_problem_in_the_base_is_reported_there(write: Any) -> None:
+    base = write(MINIMAL.replace("'.*'", "'.*('"), "base.yaml")
+    with pytest.raises(InputError) as caught:
+        load.load(write("extends: ./base.yaml\nname: c\ndescription: c\n"))
+    assert caught.value.where is not None
+    assert Path(caught.value.where.rpartition(":")[0]).samefile(base)
+    assert caught.value.where.endswith(":6")
+
+
+def test_a_wrong_name_suggests_the_right_one() -> None:
+    with pytest.raises(InputError) as caught:
+        load.load("smolm2")
+    assert "did you mean 'smollm2'?" in (caught.value.hint or "")
+
+
+def test_extending_a_wrong_name_says_where(write: Any) -> None:
+    path = write("name: x\nextends: defualt\n")
+    with pytest.raises(InputError) as caught:
+        load.load(path)
+    assert caught.value.where == f"{path}:2: extends"
+    assert "did you mean 'default'?" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty"),
+        (b"# nothing\n", "empty"),
+        (b"- a\n", "must be a mapping"),
+        (b"just text", "must be a mapping"),
+        (b"\xff\xfe\x00\x01", "not UTF-8"),
+        (b"name: a\x00b", "unprintable|not valid YAML"),
+        (b"a: " + b"[" * 100 + b"]" * 100, "nested more than"),
+        (b"a: " + b"x" * 300_000, "at most"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load.load(path)
+
+
+def test_missing_unreadable_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such recipe file"):
+        load.load(tmp_path / "no.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(InputError, match="can't read"):
+        load.load(tmp_path / "folder.yaml")
