@@ -19,6 +19,13 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     Raises:
         InputError: see above.
     """
+    try:
+        _check_output(path, overwrite)
+    except OSError as error:
+        raise InputError(f"can't use this output: {error.strerror}", where=str(path)) from None
+
+
+def _check_output(path: Path, overwrite: bool) -> None:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError("the output exists and is not a folder", where=str(path))
     if path.exists() and any(path.iterdir()):

@@ -48,7 +48,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
             raise QtoolError("the disk is full", where=str(folder.parent), hint="free some space") from error
         raise
     report.progress("writing", 1, 1, "file")
-    _verify(folder)
+    _verify(source, folder)
     return {
         "architecture": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -132,11 +132,27 @@ def _carry(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def _verify(folder: Path) -> None:
-    """What was written opens again, and does not call itself quantized."""
-    from transformers import AutoConfig, AutoTokenizer
+def _verify(source: Path, folder: Path) -> None:
+    """What was written opens again: its config makes exactly these tensors, and does not call them quantized.
+
+    transformers puts GGUF tensors in place without comparing shapes, whatever config it has read.
+    """
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config = AutoConfig.from_pretrained(folder)
     AutoTokenizer.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         raise QtoolError("the converted config.json still has a quantization_config", where=str(folder))
+    with torch.device("meta"):
+        expected = {name: list(p.shape) for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                shape, wanted = file.get_slice(name).get_shape(), expected.pop(name, None)
+                if wanted is not None and shape != wanted:
+                    what = f"its metadata and its tensors disagree: {name} is {shape}, the metadata make it {wanted}"
+                    raise InputError(what, where=str(source))
+    if expected:
+        raise QtoolError(f"transformers did not write {', '.join(sorted(expected)[:3])}", where=str(folder))

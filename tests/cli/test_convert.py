@@ -1,0 +1,210 @@
+"""`qtool convert`: a GGUF file written by the gguf library itself becomes the model it was made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+LAYERS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def rotary_order(weight: np.ndarray, heads: int) -> np.ndarray:
+    """The rows of q or k as llama.cpp keeps them: pairs of rotary dimensions side by side."""
+    out, columns = weight.shape
+    return weight.reshape(heads, 2, out // heads // 2, columns).swapaxes(1, 2).reshape(out, columns)
+
+
+def write_gguf(model: Path, path: Path, *, without: str = "", quantize: bool = False, **extra: int) -> None:
+    """`model` (a Llama) as a GGUF file, in float32 or with its matrices in Q8_0."""
+    import gguf
+    from safetensors.torch import load_file
+
+    config = json.loads((model / "config.json").read_text())
+    tensors = {name: t.float().numpy() for name, t in load_file(model / "model.safetensors").items()}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    if without != "head size":
+        writer.add_rope_dimension_count(config["head_dim"])
+    for key, value in extra.items():
+        writer.add_uint16(key.replace("_", "."), value)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if token in special else 1 for token in vocabulary])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+
+    def add(name: str, data: np.ndarray) -> None:
+        if name == without:
+            return
+        if quantize and data.ndim == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quantize(data, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, np.ascontiguousarray(data))
+
+    add("token_embd.weight", tensors["model.embed_tokens.weight"])
+    add("output_norm.weight", tensors["model.norm.weight"])
+    if not config["tie_word_embeddings"]:
+        add("output.weight", tensors["lm_head.weight"])
+    for i in range(config["num_hidden_layers"]):
+        for short, long in LAYERS.items():
+            data = tensors[f"model.layers.{i}.{long}.weight"]
+            if short == "attn_q":
+                data = rotary_order(data, config["num_attention_heads"])
+            if short == "attn_k":
+                data = rotary_order(data, config["num_key_value_heads"])
+            add(f"blk.{i}.{short}.weight", data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(tiny_llama, path)
+    (path.parent / "LICENSE").write_text("the licence")
+    return path
+
+
+def test_the_model_comes_back_exactly(run_qtool: Any, gguf_file: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    output = tmp_path / "deep" / "model"
+    done = run_qtool("convert", gguf_file, "--to", "safetensors", "--output", output)
+    assert (done.code, done.stdout) == (0, f"{output}\n"), done.stderr
+    assert [path.name for path in output.parent.iterdir()] == ["model"]
+    assert (output / "LICENSE").read_text() == "the licence"
+
+    config = json.loads((output / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "bfloat16"
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (output, tiny_llama))
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert torch.equal(ours[name], theirs[name]), name
+
+    tokenizer, original = (AutoTokenizer.from_pretrained(folder) for folder in (output, tiny_llama))
+    text = "The tokens of the list are statements.\n\n  And spaces"
+    assert tokenizer(text)["input_ids"] == original(text)["input_ids"]
+    assert tokenizer.eos_token == "</s>"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    model, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in (output, tiny_llama))
+    ids = original(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, reference(ids).logits)
+
+
+def test_a_quantized_and_tied_gguf_is_dequantized(run_qtool: Any, make_model: Any, tmp_path: Path) -> None:
+    import gguf
+    import torch
+    from safetensors.torch import load_file
+
+    source = make_model("llama", name="tied", tie_word_embeddings=True)
+    write_gguf(source, tmp_path / "tied.gguf", quantize=True)
+    output = tmp_path / "model"
+    done = run_qtool("convert", tmp_path / "tied.gguf", "-o", output, "--dtype", "float32", "--json")
+    assert done.code == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["output"] == str(output)
+    assert result["architecture"] == "LlamaForCausalLM"
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (output, source))
+    assert "lm_head.weight" not in ours
+    assert json.loads((output / "config.json").read_text())["tie_word_embeddings"] is True
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name in ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"):
+        expected = gguf.dequantize(gguf.quantize(theirs[name].float().numpy(), kind), kind)
+        assert torch.equal(ours[name], torch.from_numpy(expected)), name
+
+
+def test_an_existing_output_is_kept_unless_overwrite(run_qtool: Any, gguf_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    output.mkdir()
+    (output / "mine.txt").write_text("mine")
+    for options, message in (([], "the output exists"), (["--overwrite"], "no model")):
+        done = run_qtool("convert", gguf_file, "--output", output, *options)
+        assert (done.code, done.stdout) == (2, "")
+        assert message in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (output / "mine.txt").read_text() == "mine"
+
+    (output / "config.json").write_text("{}")
+    done = run_qtool("convert", gguf_file, "--output", output, "--overwrite", "--quiet")
+    assert (done.code, done.stdout, done.stderr) == (0, f"{output}\n", "")
+    assert not (output / "mine.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_damaged_files(run_qtool: Any, gguf_file: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    data = gguf_file.read_bytes()
+    (tmp_path / "empty.gguf").write_bytes(b"")
+    (tmp_path / "text.gguf").write_bytes(b"just some text")
+    (tmp_path / "header.gguf").write_bytes(data[:20])
+    (tmp_path / "metadata.gguf").write_bytes(data[:2000])
+    (tmp_path / "half.gguf").write_bytes(data[: len(data) // 2])
+    (tmp_path / "count.gguf").write_bytes(data[:8] + b"\xff" * 8 + data[16:])
+    (tmp_path / "architecture.gguf").write_bytes(data.replace(b"llama", b"lamma"))
+    write_gguf(tiny_llama, tmp_path / "lacking.gguf", without="blk.1.ffn_up.weight")
+    write_gguf(tiny_llama, tmp_path / "part.gguf", split_count=3)
+    write_gguf(tiny_llama, tmp_path / "disagreeing.gguf", without="head size")
+    expected = {
+        "empty": "not a GGUF file",
+        "text": "not a GGUF file: it begins with b'just'",
+        "header": "damaged or truncated",
+        "metadata": "damaged or truncated",
+        "half": "damaged or truncated",
+        "count": "damaged or truncated",
+        "architecture": "lamma",
+        "lacking": "lacks tensors: model.layers.1.mlp.up_proj.weight",
+        "part": "one part of a split GGUF",
+        "disagreeing": "its metadata and its tensors disagree",
+    }
+    for name, message in expected.items():
+        done = run_qtool("convert", tmp_path / f"{name}.gguf", "--output", tmp_path / "out" / "model")
+        assert (name, done.code, done.stdout) == (name, 2, "")
+        assert message in done.stderr, (name, done.stderr)
+        assert f"{name}.gguf" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_missing_file_folder_and_option(run_qtool: Any, tmp_path: Path) -> None:
+    for source, message in ((tmp_path / "no.gguf", "no such file"), (tmp_path, "this is a folder")):
+        done = run_qtool("convert", source, "--output", tmp_path / "model")
+        assert (done.code, done.stdout) == (2, "")
+        assert message in done.stderr
+    assert run_qtool("convert", tmp_path / "no.gguf").code == 2
+    assert run_qtool("convert", tmp_path / "no.gguf", "--output", "x", "--to", "onnx").code == 2
