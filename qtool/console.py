@@ -43,12 +43,16 @@ class Console:
 
     # ------------------------------------------------------------ stdout
 
-    def result(self, value: Any) -> None:
-        """Print the result: as JSON with --json or if it is a mapping or a list, else as it is."""
-        self.end_progress()
+    def result(self, value: Any, *, more: bool = False) -> None:
+        """Print the result: as JSON with --json or if it is a mapping or a list, else as it is.
+
+        `more` says that it is one of several: JSON takes one line then, and a progress bar elsewhere goes on.
+        """
+        if not more or sys.stdout.isatty():
+            self.end_progress()
         encoding = sys.stdout.encoding or "utf-8"
         if self.json or isinstance(value, Mapping | list):
-            indent = 2 if sys.stdout.isatty() else None
+            indent = 2 if sys.stdout.isatty() and not more else None
             plain = encoding.lower().replace("-", "") != "utf8"
             text = jsonlib.dumps(value, indent=indent, ensure_ascii=plain, default=str)
         else:
@@ -122,7 +126,7 @@ class Console:
         """Leave the bar as it stands and give the terminal back."""
         if self._bar is not None:
             self._bar.stop()
-        self._bar = self._task = self._stage = None
+            self._bar = self._task = self._stage = None
 
     @cached_property
     def _stderr(self) -> rich.console.Console:
