@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import InputError, QtoolError
+from qtool.workers import hide
 
 if TYPE_CHECKING:
     from qtool.workers import Report
@@ -31,6 +32,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
         QtoolError: the disk is full.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
+    hide("torchaudio", "torchvision")
     source, folder = Path(job["source"]), Path(job["folder"])
     _check(source)
     _check_space(source, folder, job["dtype"])
