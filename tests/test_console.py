@@ -1,0 +1,107 @@
+"""What a terminal and what a pipe get to see, from real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import qtool
+
+ROOT = str(Path(qtool.__file__).parent.parent)
+LONG = "/a/very/long/path/" + "x" * 200
+SCRIPT = f"""
+import sys, time
+from qtool.console import Console
+from qtool.errors import InputError
+with Console(quiet="quiet" in sys.argv, json="json" in sys.argv) as console:
+    console.info("hello [red]{LONG}[/red]")
+    for done in range(4):
+        console.event({{"event": "progress", "stage": "quantize", "done": done, "total": 3, "unit": "layers"}})
+        time.sleep(0.1)
+    console.event({{"event": "item", "data": {{}}}})
+    console.event({{"event": "warning", "message": "careful"}})
+    console.table("Quality", ["model", "kl"], [["a [b]", 0.00971], ["c", 3]])
+    console.error(InputError("bad\\nthing", where="file:3", hint="mend it"))
+    console.result({{"path": "/é"}} if "dict" in sys.argv else "/pa\\ud800th")
+"""
+ENV = {**os.environ, "PYTHONPATH": ROOT, "PYTHONUTF8": "1", "COLUMNS": "100", "TERM": "xterm"}
+
+
+def piped(*args: str, **env: str) -> tuple[str, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *args], env={**ENV, **env}, capture_output=True, check=True, timeout=60
+    )
+    return done.stdout.decode(), done.stderr.decode()
+
+
+def on_terminal(*args: str) -> str:
+    """Everything that the process writes to a pseudo-terminal that is its stdin, stdout and stderr."""
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *args], env=ENV, stdin=follower, stdout=follower, stderr=follower
+    )
+    os.close(follower)
+    data = b""
+    while True:
+        try:
+            chunk = os.read(leader, 1 << 16)
+        except OSError:  # Linux says so when the other side is closed
+            break
+        if not chunk:
+            break
+        data += chunk
+    os.close(leader)
+    assert process.wait(timeout=60) == 0
+    return data.decode()
+
+
+def test_a_pipe_gets_plain_lines() -> None:
+    stdout, stderr = piped()
+    assert stdout == "/pa\\ud800th\n"
+    assert "\x1b" not in stderr
+    lines = stderr.splitlines()
+    assert lines[:3] == [f"hello [red]{LONG}[/red]", "quantize (3 layers)", "warning: careful"]
+    assert lines[-3:] == ["error: bad thing", "  at: file:3", "  → mend it"]
+    table = "\n".join(lines[3:-3])
+    assert re.search(r"a \[b\] .* 0\.00971 ", table)
+    assert "Quality" in table
+
+
+def test_quiet_leaves_warnings_errors_and_the_result() -> None:
+    stdout, stderr = piped("quiet")
+    assert stdout == "/pa\\ud800th\n"
+    assert stderr == "warning: careful\nerror: bad thing\n  at: file:3\n  → mend it\n"
+
+
+def test_json() -> None:
+    stdout, _ = piped("json", "quiet")
+    assert json.loads(stdout) == "/pa\ud800th"
+    stdout, _ = piped("json", "quiet", "dict")
+    assert stdout == '{"path": "/é"}\n'
+    stdout, stderr = piped("json", "quiet", "dict", PYTHONUTF8="0", PYTHONIOENCODING="ascii")
+    assert json.loads(stdout) == {"path": "/é"}
+    assert stderr.endswith("\\u2192 mend it\n")
+
+
+def test_a_terminal_gets_a_bar_with_rate_and_time_left() -> None:
+    output = on_terminal()
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output)
+    assert re.search(r"quantize .*3/3 .*\d layers/s .*0:00:0\d", plain)
+    assert LONG in plain  # never wrapped
+    assert plain.index("3/3") < plain.index("error: bad thing")
+    assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")  # the cursor is back
+    assert plain.rstrip().endswith("/pa\\ud800th")
+
+
+def test_a_quiet_terminal_has_no_bar() -> None:
+    assert "quantize" not in on_terminal("quiet")
+
+
+def test_importing_it_is_cheap() -> None:
+    code = "import sys, qtool.console, qtool.workers; print({'rich', 'torch', 'numpy', 'pydantic'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], env=ENV, text=True) == "set()\n"

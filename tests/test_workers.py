@@ -1,0 +1,308 @@
+"""Workers as real processes that fail in every way a process can."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtool import workers
+from qtool.errors import InputError, QtoolError
+
+MODULE = """
+import ctypes, os, signal, subprocess, sys, threading, time
+from pathlib import Path
+
+def main(job, report):
+    return globals()[job.pop("do")](job, report)
+
+def echo(job, report):
+    report.progress("stage", 1, 2)
+    report.warning("careful")
+    report.item({"i": 0})
+    return job
+
+def imported(job, report):
+    return {"modules": sorted(sys.modules), "path": sys.path}
+
+def killed(job, report):
+    report.progress("stage", 1, 2)
+    os.kill(os.getpid(), job["signal"])
+
+def crashes(job, report):
+    ctypes.string_at(0)
+
+def raises(job, report):
+    raise ValueError("boom")
+
+def refuses(job, report):
+    from qtool.errors import InputError
+    raise InputError("bad", where="file:3", hint="mend it")
+
+def fails(job, report):
+    from qtool.errors import QtoolError
+    raise QtoolError("no", hint="try again")
+
+def leaves(job, report):
+    sys.exit(job["code"])
+
+def unspeakable(job, report):
+    return {"value": object()}
+
+def noisy(job, report):
+    print('{"event": "result", "data": {"forged": true}}', flush=True)
+    os.write(1, b"\\xff\\x00garbage\\n" * 10)
+    for _ in range(job["megabytes"]):
+        os.write(2, b"x" * 2**20)
+    return {"fine": True}
+
+def leaves_a_child(job, report):
+    child = os.fork()
+    if not child:
+        time.sleep(1000)
+    report.item({"pid": child})
+    if job["die"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+def hangs(job, report):
+    if job.get("stubborn"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        Path(job["started"]).write_text(str(os.getpid()))
+        time.sleep(1000)
+    finally:
+        Path(job["started"] + ".cleaned").touch()
+"""
+
+PARENT = """
+import json, sys
+from qtool import workers
+try:
+    workers.run("misbehave", json.loads(sys.argv[1]), on_event=print)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    sys.exit(130)
+"""
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "misbehave.py").write_text(MODULE)
+    return {"PYTHONPATH": str(folder)}
+
+
+@pytest.fixture
+def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    return tmp_path / "qtool" / "log"
+
+
+@pytest.fixture
+def run(env: dict[str, str], logs: Path) -> Callable[..., tuple[dict[str, Any], list[dict[str, Any]]]]:
+    def call(do: str, **job: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        events: list[dict[str, Any]] = []
+        result = workers.run("misbehave", {"do": do, **job}, on_event=events.append, env=env)
+        return result, events
+
+    return call
+
+
+def gone(pid: int) -> bool:
+    """Whether the process ends within a few seconds (a zombie that nobody reaps here counts as ended)."""
+    for _ in range(100):
+        with contextlib.suppress(OSError, IndexError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.1)
+                continue
+        return True
+    return False
+
+
+def test_job_in_events_and_result_out(run: Any) -> None:
+    job = {"text": "é\ud800\n", "number": 1.5, "big": "x" * 300_000}
+    result, events = run("echo", **job)
+    assert result == job
+    assert events == [
+        {"event": "progress", "stage": "stage", "done": 1, "total": 2, "unit": "layers"},
+        {"event": "warning", "message": "careful"},
+        {"event": "item", "data": {"i": 0}},
+    ]
+
+
+def test_the_worker_imports_nothing_but_the_standard_library_and_qtool(run: Any) -> None:
+    result, _ = run("imported")
+    packages = {name.partition(".")[0] for name in result["modules"]} - {"__main__", "__mp_main__"}
+    startup = subprocess.check_output([sys.executable, "-c", "import sys; print(*sys.modules)"], text=True).split()
+    assert packages - sys.stdlib_module_names - set(startup) == {"qtool", "misbehave"}
+    assert "" not in result["path"]  # nothing in the current folder can stand in for a real module
+    assert str(Path(workers.__file__).parent) not in result["path"]
+
+
+def test_an_interpreter_of_its_own(run: Any, env: dict[str, str], tmp_path: Path, logs: Path) -> None:
+    """Any interpreter does, whether qtool is installed in it or not: here one that sees no site-packages."""
+    python = tmp_path / "bare-python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    python.chmod(0o755)
+    result = workers.run("misbehave", {"do": "imported"}, python=str(python), on_event=print, env=env)
+    assert "qtool.workers" in result["modules"]
+    with pytest.raises(QtoolError, match="cannot start the worker"):
+        workers.run("misbehave", {}, python=str(tmp_path / "absent"), on_event=print)
+
+
+@pytest.mark.parametrize(
+    ("do", "job", "message"),
+    [
+        ("killed", {"signal": signal.SIGKILL}, "killed by signal 9, most likely because memory ran out"),
+        ("killed", {"signal": signal.SIGABRT}, "killed by signal 6 .SIGABRT."),
+        ("crashes", {}, "killed by signal 11 .SIGSEGV."),
+        ("raises", {}, "ValueError: boom"),
+        ("fails", {}, "no"),
+        ("leaves", {"code": 0}, "ended without a result .exit code 0."),
+        ("leaves", {"code": 3}, "ended without a result .exit code 3."),
+        ("unspeakable", {}, "not JSON serializable"),
+    ],
+)
+def test_failures_name_a_log(run: Any, logs: Path, do: str, job: dict[str, Any], message: str) -> None:
+    with pytest.raises(QtoolError, match=message) as caught:
+        run(do, **job)
+    assert caught.value.exit_code == 1
+    (log,) = logs.iterdir()
+    assert str(log) in (caught.value.hint or "")
+    assert log.stat().st_mode & 0o777 == 0o600  # prompts may be in it
+    if do in ("raises", "crashes"):
+        assert "misbehave.py" in log.read_text()  # the traceback, of native crashes too
+
+
+def test_input_errors_come_back_as_they_were(run: Any) -> None:
+    with pytest.raises(InputError) as caught:
+        run("refuses")
+    assert (caught.value.what, caught.value.where, caught.value.hint) == ("bad", "file:3", "mend it")
+
+
+def test_an_absent_module_is_an_error(logs: Path) -> None:
+    with pytest.raises(QtoolError, match="No module named 'no_such_module'"):
+        workers.run("no_such_module", {}, on_event=print)
+
+
+def test_chatter_goes_to_the_log(run: Any, logs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    result, events = run("noisy", megabytes=20)
+    assert (result, events) == ({"fine": True}, [])
+    assert capfd.readouterr() == ("", "")
+    (log,) = logs.iterdir()
+    assert log.stat().st_size > 20 * 2**20
+
+
+@pytest.mark.parametrize("die", [False, True])
+def test_children_of_a_worker_neither_hang_nor_outlive_it(run: Any, env: dict[str, str], logs: Path, die: bool) -> None:
+    """A forked child keeps the pipe open."""
+    events: list[dict[str, Any]] = []
+    with pytest.raises(QtoolError, match="signal 9") if die else contextlib.nullcontext():
+        workers.run("misbehave", {"do": "leaves_a_child", "die": die}, on_event=events.append, env=env)
+    assert gone(events[0]["data"]["pid"])
+
+
+def test_old_logs_are_removed(run: Any, logs: Path) -> None:
+    for _ in range(workers.LOGS_KEPT + 3):
+        run("echo")
+    assert len(list(logs.iterdir())) == workers.LOGS_KEPT
+
+
+def test_a_home_that_cannot_be_written_to(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    assert run("echo")[0] == {}
+
+
+def test_what_the_handler_raises_stops_the_worker(env: dict[str, str], logs: Path) -> None:
+    def refuse(event: dict[str, Any]) -> None:
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        workers.run("misbehave", {"do": "echo"}, on_event=refuse, env=env)
+
+
+def start_parent(env: dict[str, str], tmp_path: Path, **job: Any) -> tuple[subprocess.Popen[str], int]:
+    """A process of its own that waits for a hanging worker; and the worker's id."""
+    started = tmp_path / "started"
+    job = {"do": "hangs", "started": str(started), **job}
+    root = str(Path(workers.__file__).parent.parent)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, json.dumps(job)],
+        env={**os.environ, "XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": f"{env['PYTHONPATH']}:{root}"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (started.exists() and started.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.02)
+    return parent, int(started.read_text())
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_interrupt_stops_the_worker(env: dict[str, str], tmp_path: Path, stubborn: bool) -> None:
+    """Ctrl-C in a terminal: SIGINT to the whole foreground group. A worker that won't stop is killed after a while."""
+    parent, worker = start_parent(env, tmp_path, stubborn=stubborn)
+    os.killpg(parent.pid, signal.SIGINT)
+    output, _ = parent.communicate(timeout=60)
+    assert (parent.returncode, output) == (130, "interrupted\n")
+    assert gone(worker)
+    assert (tmp_path / "started.cleaned").exists() is not stubborn
+
+
+def test_termination_lets_the_worker_clean_up(env: dict[str, str], tmp_path: Path) -> None:
+    parent, worker = start_parent(env, tmp_path)
+    parent.terminate()
+    parent.communicate(timeout=60)
+    assert parent.returncode == 128 + signal.SIGTERM
+    assert gone(worker)
+    assert (tmp_path / "started.cleaned").exists()
+
+
+def test_a_killed_parent_takes_the_worker_with_it(env: dict[str, str], tmp_path: Path) -> None:
+    parent, worker = start_parent(env, tmp_path, stubborn=True)
+    parent.kill()
+    parent.communicate(timeout=60)
+    assert gone(worker)
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("QTOOL_NATIVE_PYTHON", raising=False)
+    monkeypatch.setitem(workers.ENVIRONMENTS, "native", ("json", "'qtool[native]'"))
+    assert workers.environment("native") == sys.executable
+    monkeypatch.setitem(workers.ENVIRONMENTS, "native", ("absent_package", "'qtool[native]'"))
+    with pytest.raises(InputError, match="absent_package") as caught:
+        workers.environment("native")
+    assert "pip install 'qtool[native]'" in (caught.value.hint or "")
+    monkeypatch.setenv("QTOOL_NATIVE_PYTHON", sys.executable)
+    assert workers.environment("native") == sys.executable
+    monkeypatch.setenv("QTOOL_NATIVE_PYTHON", str(tmp_path))
+    with pytest.raises(InputError, match="not a Python interpreter"):
+        workers.environment("native")
+
+
+def test_hidden_packages_look_absent() -> None:
+    code = """
+import importlib.util
+from qtool import workers
+workers.hide("sqlite3")
+assert not workers.available("sqlite3")
+try:
+    import sqlite3
+except ImportError:
+    print("hidden")
+"""
+    root = str(Path(workers.__file__).parent.parent)
+    output = subprocess.check_output([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, text=True)
+    assert output == "hidden\n"
