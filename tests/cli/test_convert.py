@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +211,20 @@ def test_missing_file_folder_and_option(run_qtool: Any, tmp_path: Path) -> None:
         assert message in done.stderr
     assert run_qtool("convert", tmp_path / "no.gguf").code == 2
     assert run_qtool("convert", tmp_path / "no.gguf", "--output", "x", "--to", "onnx").code == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"])
+def test_an_interruption_leaves_nothing(
+    qtool_environment: dict[str, str], gguf_file: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    command = [sys.executable, "-m", "qtool", "convert", str(gguf_file), "--output", str(tmp_path / "model")]
+    process = subprocess.Popen(
+        command, env=qtool_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("loading")
+    assert [path.name for path in tmp_path.iterdir()] == [f".model.partial-{process.pid}"]
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (code, "", "interrupted\n")
+    assert list(tmp_path.iterdir()) == []
