@@ -1,0 +1,114 @@
+"""golden-stick: written by MindSpore Golden Stick (mindspore-gs 1.4.1), read by vLLM-MindSpore 0.5.1.
+
+Per static layer (`W8A8`): `weight` int8 [out, in]; `weight_scale` float32 [out]; `weight_offset` int32 [out], zeros;
+`input_scale` [in], one value repeated, in the model's dtype; `input_offset` int8 [in]; `deq_scale` float32 [out] =
+input_scale · weight_scale; `quant_bias` int32 [out] = -Σ_in input_offset · weight; the layer's own `bias` apart.
+The runtime computes q = clip(round(x / input_scale) + input_offset), y = (q·Wᵀ + quant_bias) · deq_scale (+ bias).
+Per dynamic layer (`W8A8_DYNAMIC`): weight, weight_scale, weight_offset, bias.
+
+The runtime holds input_scale in the model's dtype, so a bfloat16 model quantizes with the rounded scale:
+deq_scale is made from that one, and `storable_scale` gives it to whoever chooses offset and integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qtool.checkpoint.formats.common import Description, Format, Mode, Problem, Stored, check_scales, mixed_fusions
+from qtool.checkpoint.reader import GOLDEN_STICK_DESCRIPTION
+from qtool.quant.types import QuantizedLinear
+
+if TYPE_CHECKING:
+    import torch
+
+    from qtool.checkpoint.reader import Checkpoint
+
+TYPES: dict[Mode, str] = {"static": "W8A8", "dynamic": "W8A8_DYNAMIC", "float": "FLOAT"}
+
+
+class GoldenStick(Format):
+    name = "golden-stick"
+
+    def shard_name(self, i: int, n: int) -> str:
+        return f"quant-model-{i:05d}-of-{n:05d}.safetensors"
+
+    def index_name(self, n: int) -> str | None:
+        return "model.safetensors.index.json"
+
+    def tensors(self, name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        import torch
+
+        check_scales(name, linear)
+        out_size, in_size = linear.weight.shape
+        tensors = {
+            "weight": linear.weight,
+            "weight_scale": linear.weight_scale.float(),
+            "weight_offset": torch.zeros(out_size, dtype=torch.int32),
+        }
+        if linear.input_scale is not None and linear.input_offset is not None:
+            scale = self.storable_scale(linear.input_scale, dtype)
+            tensors |= {
+                "input_scale": torch.full((in_size,), scale, dtype=dtype),
+                "input_offset": torch.full((in_size,), linear.input_offset, dtype=torch.int8),
+                "deq_scale": torch.tensor(scale, dtype=torch.float32) * linear.weight_scale.float(),
+                "quant_bias": offset_correction(linear),
+            }
+        if linear.bias is not None:
+            tensors["bias"] = linear.bias.to(dtype)
+        return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
+
+    def describe(self, names: Sequence[str], linears: Mapping[str, Mode], config: Mapping[str, Any]) -> Description:
+        # Every parameter of a layer, its bias too, gets the layer's type: vLLM-MindSpore refuses a mixture.
+        types = {name: TYPES[linears.get(name.rpartition(".")[0], "float")] for name in names}
+        return Description(None, {GOLDEN_STICK_DESCRIPTION: types})
+
+    def problems(self, linears: Mapping[str, Mode]) -> list[Problem]:
+        found = mixed_fusions(linears)
+        dynamic = sum(mode == "dynamic" for mode in linears.values())
+        if dynamic:
+            found.append(
+                Problem(
+                    f"{dynamic} layers have dynamic activations (W8A8_DYNAMIC), which only the MindFormers models of "
+                    "vLLM-MindSpore run; its native models take W8A8 and FLOAT",
+                    fatal=False,
+                )
+            )
+        return found
+
+    def read_linear(self, checkpoint: Checkpoint, name: str) -> QuantizedLinear | None:
+        return read_described(checkpoint, name)
+
+
+def offset_correction(linear: QuantizedLinear) -> torch.Tensor:
+    """int32 [out]: -input_offset · the sum of each output channel's int8 weights."""
+    import torch
+
+    assert linear.input_offset is not None
+    return -linear.input_offset * linear.weight.sum(dim=1, dtype=torch.int32)
+
+
+def read_described(checkpoint: Checkpoint, name: str) -> QuantizedLinear | None:
+    """One layer of a checkpoint whose description file gives each parameter's type (golden-stick, modelslim)."""
+    import torch
+
+    kind = checkpoint.description.get(f"{name}.weight", TYPES["float"])
+    if kind == TYPES["float"]:
+        return None
+    stored = Stored(checkpoint, name)
+    if kind not in TYPES.values():
+        raise stored.error(f"its type is {kind}; qtool reads {', '.join(TYPES.values())}")
+    weight, bias = stored.weight(), stored.bias()
+    out_size, in_size = weight.shape
+    stored.zero("weight_offset", out_size)
+    if kind == TYPES["dynamic"]:
+        return QuantizedLinear(weight, stored.scale("weight_scale", out_size), bias)
+    input_scale = stored.input_scale(in_size)
+    if stored.has("weight_scale"):
+        weight_scale = stored.scale("weight_scale", out_size)
+    else:
+        deq_scale = stored.vector("deq_scale", out_size)
+        if deq_scale.dtype == torch.int64:  # the bits of a float32, as the float16 kernels want them
+            deq_scale = deq_scale.to(torch.int32).view(torch.float32)
+        weight_scale = deq_scale / input_scale
+    return QuantizedLinear(weight, weight_scale, bias, input_scale, stored.offset("input_offset", in_size))

@@ -1,0 +1,86 @@
+"""modelslim (msmodelslim's AscendV1, version 1.0.0): read by vllm-ascend and MindIE.
+
+As golden-stick, but `input_scale` and `input_offset` are [1], `weight_scale` and `weight_offset` [out, 1], all float32.
+The runtime ignores a static layer's own bias, so `quant_bias` carries it too, in units of deq_scale: int32 [out] =
+round(bias / deq_scale) - Σ_in input_offset · weight; `bias` stays in the file as FLOAT. In models that are not
+bfloat16 `deq_scale` is the float32's bits as int64, as the kernels for float16 want it.
+
+vllm-ascend holds input_scale, and the weight_scale of dynamic layers, in the model's dtype: `storable_scale` and
+`storable_weight_scale` give what it will compute with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qtool.checkpoint.formats.common import Description, Format, Mode, check_scales
+from qtool.checkpoint.formats.golden_stick import TYPES, offset_correction, read_described
+from qtool.checkpoint.reader import MODELSLIM_DESCRIPTION
+
+if TYPE_CHECKING:
+    import torch
+
+    from qtool.checkpoint.reader import Checkpoint
+    from qtool.quant.types import QuantizedLinear
+
+
+class ModelSlim(Format):
+    name = "modelslim"
+
+    def shard_name(self, i: int, n: int) -> str:
+        return f"quant_model_weights-{i:05d}-of-{n:05d}.safetensors"
+
+    def index_name(self, n: int) -> str | None:
+        return "quant_model_weights.safetensors.index.json"
+
+    def storable_weight_scale(
+        self, scale: torch.Tensor, mode: Mode = "dynamic", dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        import torch
+
+        if mode == "static" or dtype == torch.float16:  # float16's range is too short for small scales
+            return scale
+        return scale.to(dtype or torch.bfloat16).float()
+
+    def tensors(self, name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        import torch
+
+        check_scales(name, linear)
+        weight_scale = linear.weight_scale.float().reshape(-1, 1)
+        tensors = {
+            "weight": linear.weight,
+            "weight_scale": weight_scale,
+            "weight_offset": torch.zeros_like(weight_scale),
+        }
+        if linear.input_scale is not None and linear.input_offset is not None:
+            scale = torch.tensor([self.storable_scale(linear.input_scale, dtype)], dtype=torch.float32)
+            deq_scale = scale * linear.weight_scale.float()
+            quant_bias = offset_correction(linear)
+            if linear.bias is not None:
+                quant_bias = quant_bias + (linear.bias.double() / deq_scale.double()).round().to(torch.int32)
+            tensors |= {
+                "input_scale": scale,
+                "input_offset": torch.tensor([float(linear.input_offset)]),
+                "deq_scale": deq_scale if dtype == torch.bfloat16 else deq_scale.view(torch.int32).to(torch.int64),
+                "quant_bias": quant_bias,
+            }
+        if linear.bias is not None:
+            tensors["bias"] = linear.bias.to(dtype)
+        return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
+
+    def describe(self, names: Sequence[str], linears: Mapping[str, Mode], config: Mapping[str, Any]) -> Description:
+        modes = set(linears.values())
+        types: dict[str, Any] = {
+            "version": "1.0.0",
+            "model_quant_type": TYPES[next((mode for mode in TYPES if mode in modes), "float")],
+        }
+        for name in names:
+            owner, _, part = name.rpartition(".")
+            types[name] = TYPES["float" if part == "bias" else linears.get(owner, "float")]
+        # vllm-ascend asks for the type of lm_head even where it is tied to the embedding and not in the file.
+        types.setdefault("lm_head.weight", TYPES["float"])
+        return Description(None, {MODELSLIM_DESCRIPTION: types})
+
+    def read_linear(self, checkpoint: Checkpoint, name: str) -> QuantizedLinear | None:
+        return read_described(checkpoint, name)

@@ -1,0 +1,137 @@
+"""One safetensors file, written as its tensors come."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qtool.checkpoint import dtypes
+from qtool.checkpoint.header import MAX_HEADER_BYTES
+
+if TYPE_CHECKING:
+    from typing import BinaryIO
+
+    import torch
+
+_ALIGNMENT = 8
+_ENTRY_BYTES = 120  # of one tensor's JSON, beside its name: dtype, shape, two offsets
+_CHUNK = 1 << 22
+_START = '{"__metadata__":{"format":"pt"}'
+
+
+@dataclass
+class _Entry:
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    alignment: int
+    offset: int
+
+
+class Shard:
+    """Streams tensors into `path`, behind room kept for the header, which is written last and padded with spaces.
+
+    The format allows no gaps, yet readers need every tensor at a multiple of its element's size. So a tensor whose
+    bytes aren't a multiple of 8 (a single int8, an odd matrix) waits in a file of its own and is appended at the end,
+    wider elements first.
+    """
+
+    def __init__(self, path: Path, expected_tensors: int) -> None:
+        room = min(256 * expected_tensors + 4096, MAX_HEADER_BYTES)
+        self.path = path
+        self._room = room - room % _ALIGNMENT - 8
+        self._used = len(_START) + 1
+        self._body: list[_Entry] = []
+        self._tail: list[_Entry] = []
+        self._body_bytes = 0
+        self._tail_bytes = 0
+        self._tail_path = path.with_suffix(".tail")
+        self._file: BinaryIO = path.open("wb", buffering=0)
+        self._tail_file: BinaryIO | None = None
+        self._file.seek(8 + self._room)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensors so far."""
+        return self._body_bytes + self._tail_bytes
+
+    @property
+    def names(self) -> list[str]:
+        return [entry.name for entry in self._body + self._tail]
+
+    def fits(self, name: str, tensor: torch.Tensor, max_bytes: int) -> bool:
+        """Whether the header has room for one more name, and the file, of at most `max_bytes`, for one more tensor."""
+        enough_room = self._used + _entry_bytes(name, tensor) <= self._room
+        return enough_room and 8 + self._room + self.nbytes + tensor.nbytes <= max_bytes
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append a contiguous tensor in main memory. Raises OSError when the disk doesn't take it."""
+        import torch
+
+        entry = _Entry(
+            name,
+            dtypes.from_torch(tensor.dtype),
+            tuple(tensor.shape),
+            tensor.nbytes,
+            min(tensor.itemsize, _ALIGNMENT),
+            0,
+        )
+        content = tensor.reshape(-1).view(torch.uint8).numpy().data
+        self._used += _entry_bytes(name, tensor)
+        if entry.nbytes % _ALIGNMENT == 0:
+            entry.offset = self._body_bytes
+            _write(self._file, content)
+            self._body.append(entry)
+            self._body_bytes += entry.nbytes
+        else:
+            if self._tail_file is None:
+                self._tail_file = self._tail_path.open("wb+", buffering=0)
+            entry.offset = self._tail_bytes
+            _write(self._tail_file, content)
+            self._tail.append(entry)
+            self._tail_bytes += entry.nbytes
+
+    def finish(self) -> None:
+        """Append what waits, write the header, close."""
+        end = self._body_bytes
+        for entry in sorted(self._tail, key=lambda entry: -entry.alignment):
+            assert self._tail_file is not None
+            self._tail_file.seek(entry.offset)
+            left = entry.nbytes
+            while left:
+                chunk = self._tail_file.read(min(left, _CHUNK))
+                _write(self._file, memoryview(chunk))
+                left -= len(chunk)
+            entry.offset = end
+            end += entry.nbytes
+        entries = {
+            entry.name: {
+                "dtype": entry.dtype,
+                "shape": entry.shape,
+                "data_offsets": [entry.offset, entry.offset + entry.nbytes],
+            }
+            for entry in self._body + self._tail
+        }
+        header = (_START + "," * bool(entries) + json.dumps(entries, separators=(",", ":"))[1:]).encode()
+        assert len(header) <= self._room
+        self._file.seek(0)
+        _write(self._file, memoryview(self._room.to_bytes(8, "little") + header.ljust(self._room)))
+        self.close()
+        self._tail_path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tail_file is not None:
+            self._tail_file.close()
+
+
+def _entry_bytes(name: str, tensor: torch.Tensor) -> int:
+    return len(json.dumps(name)) + _ENTRY_BYTES + 20 * tensor.ndim
+
+
+def _write(file: BinaryIO, content: memoryview) -> None:
+    while content:
+        content = content[file.write(content) :]

@@ -1,0 +1,167 @@
+"""Files and folders on disk, for a writer that never leaves anything half-done."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from qtool.errors import InputError, QtoolError
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def check_free_space(path: str | Path, nbytes: int) -> None:
+    """Raises QtoolError unless the file system of `path` (which need not exist yet) has room for `nbytes`."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < nbytes:
+        raise QtoolError(
+            f"needs {nbytes:,} bytes, {free:,} are free",
+            where=str(path),
+            hint="Free some space or choose another --output.",
+        )
+
+
+def check_output(output: Path, *, overwrite: bool, source: Path | None = None) -> None:
+    """Refuse an output path that must not be written.
+
+    Raises:
+        InputError: it exists and `overwrite` is off, or it is not a model folder, or it is, holds or lies in `source`.
+    """
+    if not output.name or output.name == "..":
+        raise InputError("not a path for an output folder", where=str(output))
+    if source is not None:
+        ours, theirs = output.resolve(), source.resolve()
+        if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
+            raise InputError("output and input overlap", where=str(output), hint="Choose another --output.")
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
+        raise InputError("exists already", where=str(output), hint="Choose another --output, or pass --overwrite.")
+    if output.is_symlink() or not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").exists()):
+        raise InputError(
+            "is not a model folder, so --overwrite leaves it alone", where=str(output), hint="Choose another --output."
+        )
+
+
+@contextlib.contextmanager
+def disk_errors(output: Path, nbytes: int) -> Iterator[None]:
+    """Turn the operating system's errors while `nbytes` are written into a QtoolError that names `output`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise QtoolError(f"can't be written: {error.strerror}", where=str(output)) from error
+        limit = ", the size limit for files (ulimit -f) is reached" if error.errno == errno.EFBIG else ""
+        raise QtoolError(
+            f"no space left: {nbytes:,} bytes could not be written{limit or _free(output)}",
+            where=str(output),
+            hint="Free some space or choose another --output; nothing was left behind.",
+        ) from error
+
+
+def _free(output: Path) -> str:
+    try:
+        return f", {shutil.disk_usage(output.parent).free:,} are free"
+    except OSError:
+        return ""
+
+
+def sync(path: Path) -> None:
+    """Have the file or folder on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class PartialFolder:
+    """A hidden folder beside `output` that takes its place once complete, and vanishes otherwise.
+
+    Its lock (on the folder itself) ends with this process, however that ends: an unlocked one is stale, and the
+    next writer to the same output removes it.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        with disk_errors(output, 0):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            self._tidy()
+            self.path = self._make()
+            self._handle = _lock(self.path)
+
+    def _make(self) -> Path:
+        prefix, number = f".{self.output.name}.partial-{os.getpid()}", 1
+        while True:
+            path = self.output.with_name(prefix if number == 1 else f"{prefix}-{number}")
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:  # another writer of this process, or the same number in another container
+                number += 1
+
+    def _tidy(self) -> None:
+        """Remove what dead writers left; put back what one was just replacing."""
+        siblings = [*self.output.parent.iterdir()]
+        for path in siblings:
+            if path.name.startswith(f".{self.output.name}.replaced-") and not self.output.exists():
+                path.rename(self.output)
+            elif path.name.startswith((f".{self.output.name}.partial-", f".{self.output.name}.replaced-")):
+                handle = _lock(path)
+                if handle is not None:
+                    os.close(handle)
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def commit(self, *, overwrite: bool) -> None:
+        """Make this folder the output; an old one goes only after the new one is in place."""
+        for file in [*self.path.rglob("*"), self.path]:
+            sync(file)
+        if overwrite and self.output.exists():
+            old = self.output.with_name(self.path.name.replace(".partial-", ".replaced-"))
+            self.output.rename(old)
+            try:
+                self.path.rename(self.output)
+            except BaseException:
+                old.rename(self.output)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            try:
+                self.path.rename(self.output)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise InputError("has come into being meanwhile", where=str(self.output)) from None
+                raise
+        sync(self.output.parent)
+        self._unlock()
+
+    def discard(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+def _lock(folder: Path) -> int | None:
+    """An open, locked handle of the folder, or None when somebody else holds it or the file system has no locks."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+    except OSError:
+        os.close(handle)
+        return None
