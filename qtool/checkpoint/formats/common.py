@@ -75,8 +75,22 @@ class Format(ABC):
         """Describe a model from its tensors' names, the mode of every linear layer, and its config.json."""
 
     @abstractmethod
+    def mode(self, checkpoint: Checkpoint, name: str) -> Mode | None:
+        """How a layer is quantized, from headers and descriptions; None for ways that qtool can't represent."""
+
+    @abstractmethod
+    def read(self, stored: Stored, mode: Mode) -> QuantizedLinear:
+        """The inverse of `tensors`, for a layer of a known mode."""
+
     def read_linear(self, checkpoint: Checkpoint, name: str) -> QuantizedLinear | None:
-        """The inverse of `tensors`: None for a float layer, InputError for what qtool can't represent."""
+        """A layer by its name without ".weight", exactly as it was given to `tensors`; None for a float layer.
+
+        Raises InputError for a scheme that qtool can't represent, and for tensors that don't fit together.
+        """
+        mode, stored = self.mode(checkpoint, name), Stored(checkpoint, name)
+        if mode is None:
+            raise stored.error("quantized, but not W8A8 with per-tensor static or per-token dynamic activations")
+        return None if mode == "float" else self.read(stored, mode)
 
     def problems(self, linears: Mapping[str, Mode]) -> list[Problem]:
         """What this format or its runtime can't express of a plan (layer name → mode); empty when all is well."""

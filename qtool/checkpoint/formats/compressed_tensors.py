@@ -86,16 +86,11 @@ class CompressedTensors(HuggingFaceFiles):
         }
         return Description(quantization, {})
 
-    def read_linear(self, checkpoint: Checkpoint, name: str) -> QuantizedLinear | None:
+    def mode(self, checkpoint: Checkpoint, name: str) -> Mode | None:
         scheme = _scheme(checkpoint, name)
-        if scheme is None:
-            return None
-        stored = Stored(checkpoint, name)
-        mode = _mode(scheme)
-        if mode is None:
-            raise stored.error(
-                "its scheme is not W8A8 (int8 weights, per-tensor static or per-token dynamic int8 inputs)"
-            )
+        return "float" if scheme is None else _mode(scheme)
+
+    def read(self, stored: Stored, mode: Mode) -> QuantizedLinear:
         weight = stored.weight()
         stored.zero("weight_zero_point", weight.shape[0])
         scale, bias = stored.scale("weight_scale", weight.shape[0]), stored.bias()

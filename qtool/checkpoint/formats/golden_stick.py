@@ -76,8 +76,11 @@ class GoldenStick(Format):
             )
         return found
 
-    def read_linear(self, checkpoint: Checkpoint, name: str) -> QuantizedLinear | None:
-        return read_described(checkpoint, name)
+    def mode(self, checkpoint: Checkpoint, name: str) -> Mode | None:
+        return described_mode(checkpoint, name)
+
+    def read(self, stored: Stored, mode: Mode) -> QuantizedLinear:
+        return read_described(stored, mode)
 
 
 def offset_correction(linear: QuantizedLinear) -> torch.Tensor:
@@ -88,20 +91,20 @@ def offset_correction(linear: QuantizedLinear) -> torch.Tensor:
     return -linear.input_offset * linear.weight.sum(dim=1, dtype=torch.int32)
 
 
-def read_described(checkpoint: Checkpoint, name: str) -> QuantizedLinear | None:
-    """One layer of a checkpoint whose description file gives each parameter's type (golden-stick, modelslim)."""
+def described_mode(checkpoint: Checkpoint, name: str) -> Mode | None:
+    """What the description file says of a layer; layers that it doesn't mention are float."""
+    kind = checkpoint.description.get(f"{name}.weight", TYPES["float"])
+    return next((mode for mode, known in TYPES.items() if known == kind), None)
+
+
+def read_described(stored: Stored, mode: Mode) -> QuantizedLinear:
+    """One layer of a checkpoint that keeps the parameters golden-stick and modelslim have in common."""
     import torch
 
-    kind = checkpoint.description.get(f"{name}.weight", TYPES["float"])
-    if kind == TYPES["float"]:
-        return None
-    stored = Stored(checkpoint, name)
-    if kind not in TYPES.values():
-        raise stored.error(f"its type is {kind}; qtool reads {', '.join(TYPES.values())}")
     weight, bias = stored.weight(), stored.bias()
     out_size, in_size = weight.shape
     stored.zero("weight_offset", out_size)
-    if kind == TYPES["dynamic"]:
+    if mode == "dynamic":
         return QuantizedLinear(weight, stored.scale("weight_scale", out_size), bias)
     input_scale = stored.input_scale(in_size)
     if stored.has("weight_scale"):

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qtool.checkpoint.formats.common import Description, Format, Mode, check_scales
-from qtool.checkpoint.formats.golden_stick import TYPES, offset_correction, read_described
+from qtool.checkpoint.formats.common import Description, Format, Mode, Stored, check_scales
+from qtool.checkpoint.formats.golden_stick import TYPES, described_mode, offset_correction, read_described
 from qtool.checkpoint.reader import MODELSLIM_DESCRIPTION
 
 if TYPE_CHECKING:
@@ -82,5 +82,8 @@ class ModelSlim(Format):
         types.setdefault("lm_head.weight", TYPES["float"])
         return Description(None, {MODELSLIM_DESCRIPTION: types})
 
-    def read_linear(self, checkpoint: Checkpoint, name: str) -> QuantizedLinear | None:
-        return read_described(checkpoint, name)
+    def mode(self, checkpoint: Checkpoint, name: str) -> Mode | None:
+        return described_mode(checkpoint, name)
+
+    def read(self, stored: Stored, mode: Mode) -> QuantizedLinear:
+        return read_described(stored, mode)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qtool.checkpoint.formats.common import Description, Format, Mode
+from qtool.checkpoint.formats.common import Description, Format, Mode, Stored
 
 if TYPE_CHECKING:
     import torch
@@ -33,5 +33,8 @@ class Safetensors(HuggingFaceFiles):
     def describe(self, names: Sequence[str], linears: Mapping[str, Mode], config: Mapping[str, Any]) -> Description:
         return Description(None, {})
 
-    def read_linear(self, checkpoint: Checkpoint, name: str) -> QuantizedLinear | None:
-        return None
+    def mode(self, checkpoint: Checkpoint, name: str) -> Mode | None:
+        return "float"
+
+    def read(self, stored: Stored, mode: Mode) -> QuantizedLinear:
+        raise TypeError(f"{stored.name}: a float model holds no quantized layers")
