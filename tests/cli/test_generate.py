@@ -1,0 +1,141 @@
+"""`qtool generate` as its users see it. The tiny model talks nonsense; what counts is how it arrives."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., Any]
+FAST = ("--runtime", "transformers", "--max-tokens", "4")
+
+
+def test_a_pipe_gets_json_lines_in_the_order_of_the_prompts(run_qtool: Run, tiny_llama: Path) -> None:
+    prompts = ["If the", "x", "The import é\u2028 statement"]
+    done = run_qtool("generate", tiny_llama, *FAST, stdin=f"{prompts[0]}\n\n  \n{prompts[1]}\r\n{prompts[2]}")
+    assert done.code == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.rstrip("\n").split("\n")]
+    assert [answer["prompt"] for answer in answers] == prompts
+    for answer in answers:
+        assert list(answer) == ["prompt", "text", "finish_reason", "prompt_tokens", "completion_tokens"]
+        assert (answer["finish_reason"], answer["completion_tokens"]) == ("length", 4)
+    assert "generate (12 tokens)" in done.stderr
+    again = run_qtool("generate", tiny_llama, *FAST, "--json", "--quiet", *(f"--prompt={p}" for p in prompts))
+    assert (again.stdout, again.stderr) == (done.stdout, "")
+
+
+def test_the_path_may_come_from_a_pipe(run_qtool: Run, tiny_llama: Path) -> None:
+    done = run_qtool("generate", "-", "--prompt", "x", *FAST, stdin=f"{tiny_llama}\n")
+    assert json.loads(done.stdout)["prompt"] == "x"
+
+
+def test_sampling_follows_its_options(run_qtool: Run, tiny_llama: Path) -> None:
+    def text(*options: str) -> str:
+        options = ("--runtime", "transformers", "--max-tokens", "12", *options)
+        return str(json.loads(run_qtool("generate", tiny_llama, "-p", "x", *options).stdout)["text"])
+
+    greedy = text()  # the recipe's default
+    assert text("--temperature", "2", "--top-p", "0.0001") == greedy
+    assert text("--temperature", "2", "--seed", "1") != text("--temperature", "2", "--seed", "2")
+
+
+@pytest.mark.vllm
+def test_vllm_is_taken_where_it_is_installed(run_qtool: Run, tiny_llama: Path) -> None:
+    done = run_qtool("generate", tiny_llama, "-p", "x", "--max-tokens", "4")
+    assert done.code == 0, done.stderr
+    assert "start vLLM" in done.stderr
+    assert json.loads(done.stdout)["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no prompts"),
+        (["--runtime", "mlx", "-p", "x"], "unknown runtime 'mlx'"),
+        (["--top-p", "0", "-p", "x"], "must be above 0"),
+        (["--max-tokens", "0", "-p", "x"], "--max-tokens"),
+        (["--temperature", "-1", "-p", "x"], "--temperature"),
+        (["-p", "word " * 600, "--runtime", "transformers"], "the model takes 512"),
+    ],
+)
+def test_bad_usage(run_qtool: Run, tiny_llama: Path, arguments: list[str], message: str) -> None:
+    done = run_qtool("generate", tiny_llama, *arguments, stdin="\n  \n")
+    assert (done.code, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_stdin_cannot_be_path_and_prompts(run_qtool: Run) -> None:
+    done = run_qtool("generate", "-", stdin="x\n")
+    assert done.code == 2
+    assert "not both" in done.stderr
+
+
+def test_prompts_must_be_utf8(qtool_environment: dict[str, str], tiny_llama: Path) -> None:
+    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama)]
+    done = subprocess.run(command, input=b"ok\n\xff\n", env=qtool_environment, capture_output=True, timeout=60)
+    assert done.returncode == 2
+    assert b"byte 3 is not UTF-8" in done.stderr
+
+
+def test_bad_models_fail_before_anything_starts(run_qtool: Run, tiny_llama: Path, tmp_path: Path) -> None:
+    done = run_qtool("generate", tmp_path / "absent", "-p", "x")
+    assert done.code == 2
+    assert str(tmp_path / "absent") in done.stderr
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    (model / "quantization_description.json").write_text("{}")
+    done = run_qtool("generate", model, "-p", "x")
+    assert done.code == 2
+    assert "vllm_mindspore" in done.stderr
+    (model / "quantization_description.json").unlink()
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    done = run_qtool("generate", model, "-p", "x")
+    assert done.code == 2
+    assert str(weights) in done.stderr
+    assert "load the model" not in done.stderr
+
+
+def test_a_terminal_gets_text(qtool_environment: dict[str, str], tiny_llama: Path) -> None:
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), "-p", "If the", "-q", *FAST]
+    with subprocess.Popen(command, env=qtool_environment, stdin=follower, stdout=follower, stderr=follower) as process:
+        os.close(follower)
+        data = b""
+        with contextlib.suppress(OSError):
+            while chunk := os.read(leader, 1 << 16):
+                data += chunk
+    os.close(leader)
+    assert process.returncode == 0
+    assert data.startswith(b"If the")
+    assert b"finish_reason" not in data
+
+
+def test_ctrl_c_leaves_no_process_behind(qtool_environment: dict[str, str], tiny_llama: Path) -> None:
+    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), "-p", "x", *FAST]
+    process = subprocess.Popen(
+        command, env=qtool_environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "load the model\n"  # the worker is at work
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 1
+    os.killpg(process.pid, signal.SIGINT)
+    assert "interrupted" in process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    for _ in range(50):
+        if not Path(f"/proc/{children[0]}/cmdline").exists() or not Path(f"/proc/{children[0]}/cmdline").read_bytes():
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker is still there")
