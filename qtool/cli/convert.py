@@ -27,7 +27,7 @@ def convert(
     The weights are dequantized: what the GGUF's own quantization lost stays lost.
     """
     from qtool import workers
-    from qtool.convert.atomic import output_folder
+    from qtool.checkpoint.storage import PartialFolder, check_output, disk_errors
     from qtool.errors import InputError
 
     file = Path(path_or_stdin(source)).expanduser()
@@ -35,9 +35,16 @@ def convert(
         what = "this is a folder, not a GGUF file" if file.is_dir() else "no such file"
         raise InputError(what, where=str(file))
     output = output.expanduser().absolute()
+    check_output(output, overwrite=overwrite, source=file)
     python = workers.environment("native")
-    with console() as out, output_folder(output, overwrite=overwrite) as folder:
-        job = {"source": str(file.absolute()), "folder": str(folder), "dtype": dtype}
-        result = workers.run("qtool.convert.gguf", job, python=python, on_event=out.event)
+    partial = PartialFolder(output)
+    try:
+        job = {"source": str(file.absolute()), "folder": str(partial.path), "output": str(output), "dtype": dtype}
+        with console() as out:
+            result = workers.run("qtool.convert.gguf", job, python=python, on_event=out.event)
+        with disk_errors(output, result["nbytes"]):
+            partial.commit(overwrite=overwrite)
+    finally:
+        partial.discard()
     out.info(f"{result['architecture']}, {result['parameters']:,} parameters in {dtype}, {result['nbytes']:,} bytes")
     out.result({"output": str(output), "dtype": dtype, **result} if json else output)

@@ -6,12 +6,13 @@ of the result plus that of the file, not of a float32 copy.
 
 from __future__ import annotations
 
-import errno
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtool.checkpoint.storage import check_free_space, disk_errors
 from qtool.errors import InputError, QtoolError
 from qtool.workers import hide
 
@@ -24,6 +25,8 @@ CARRIED = ("license", "licence", "notice", "copying", "readme")
 def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     """Convert job["source"] into the existing, empty folder job["folder"]; parameters become job["dtype"].
 
+    job["output"] is what the folder will be called: errors name that.
+
     Returns:
         architecture, parameters (how many), nbytes (of the weights).
 
@@ -33,22 +36,19 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     hide("torchaudio", "torchvision")
-    source, folder = Path(job["source"]), Path(job["folder"])
+    source, folder, output = Path(job["source"]), Path(job["folder"]), Path(job["output"])
     _check(source)
-    _check_space(source, folder, job["dtype"])
+    check_free_space(output, _weight_bytes(source, job["dtype"]))
     report.progress("loading", 0, 1, "file")
     model, tokenizer = _load(source, job["dtype"])
     report.progress("loading", 1, 1, "file")
     _forget_gguf(model)
     report.progress("writing", 0, 1, "file")
-    try:
-        model.save_pretrained(folder, max_shard_size="4GB")
-        tokenizer.save_pretrained(folder)
+    with disk_errors(output, model.num_parameters() * model.dtype.itemsize):
+        _save(model, tokenizer, folder)
         _carry(source.parent, folder)
-    except Exception as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise QtoolError("the disk is full", where=str(folder.parent), hint="free some space") from error
-        raise
+    for file in folder.glob("*.safetensors"):  # written as private files
+        file.chmod((folder / "config.json").stat().st_mode)
     report.progress("writing", 1, 1, "file")
     _verify(source, folder)
     return {
@@ -86,15 +86,10 @@ def _check(source: Path) -> None:
         raise InputError("the GGUF file doesn't say its architecture", where=where)
 
 
-def _check_space(source: Path, folder: Path, dtype: str) -> None:
+def _weight_bytes(source: Path, dtype: str) -> int:
     import gguf
 
-    bytes_each = 4 if dtype == "float32" else 2
-    needed = sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(source).tensors) * bytes_each
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        what = f"not enough disk space: {needed:,} bytes are needed, {free:,} are free"
-        raise QtoolError(what, where=str(folder.parent))
+    return sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(source).tensors) * (4 if dtype == "float32" else 2)
 
 
 def _load(source: Path, dtype: str) -> tuple[Any, Any]:
@@ -126,6 +121,19 @@ def _forget_gguf(model: Any) -> None:
     model.is_quantized = False
     model.config.__dict__.pop("_model_name_or_path", None)
     model.config.dtype = model.dtype
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(folder, max_shard_size="4GB")
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # it has the system's error in its text only
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
 def _carry(source: Path, folder: Path) -> None:

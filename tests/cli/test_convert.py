@@ -111,6 +111,7 @@ def test_the_model_comes_back_exactly(run_qtool: Any, gguf_file: Path, tiny_llam
     assert (done.code, done.stdout) == (0, f"{output}\n"), done.stderr
     assert [path.name for path in output.parent.iterdir()] == ["model"]
     assert (output / "LICENSE").read_text() == "the licence"
+    assert len({path.stat().st_mode for path in output.iterdir()}) == 1
 
     config = json.loads((output / "config.json").read_text())
     assert "quantization_config" not in config
@@ -157,7 +158,7 @@ def test_an_existing_output_is_kept_unless_overwrite(run_qtool: Any, gguf_file: 
     output = tmp_path / "model"
     output.mkdir()
     (output / "mine.txt").write_text("mine")
-    for options, message in (([], "the output exists"), (["--overwrite"], "no model")):
+    for options, message in (([], "exists already"), (["--overwrite"], "is not a model folder")):
         done = run_qtool("convert", gguf_file, "--output", output, *options)
         assert (done.code, done.stdout) == (2, "")
         assert message in done.stderr
