@@ -52,7 +52,7 @@ def choose(runtime: str, format: str) -> Runtime:
             raise InputError(f"transformers can't read {format} checkpoints", where="--runtime", hint=hint)
         return _vllm(plugin, {"quantization": QUANTIZATION[format]})
     if runtime == "transformers" or (runtime == "auto" and not _installed("vllm")):
-        return Runtime("transformers", workers.environment("transformers"), env=_unset({"HF_HUB_OFFLINE": "1"}))
+        return Runtime("transformers", workers.environment("transformers"), env=_environment("cpu"))
     return _vllm("vllm", {})
 
 
@@ -150,16 +150,25 @@ def sample(
 
 
 def _vllm(name: str, engine: dict[str, Any]) -> Runtime:
-    """vLLM with the settings of this machine's configs/runtime-*.yaml; a user's own environment wins over them."""
+    python, hardware = workers.environment(name), _hardware(name)
+    return Runtime(name, python, {**_settings(hardware)["engine"], **engine}, _environment(hardware))
+
+
+def _settings(hardware: str) -> dict[str, dict[str, Any]]:
     import yaml
 
     from qtool import resources
 
-    python, hardware = workers.environment(name), _hardware(name)
-    text = (resources.folder("configs") / f"runtime-{hardware}.yaml").read_text(encoding="utf-8")
-    settings = yaml.safe_load(text)
-    env = {"OMP_NUM_THREADS": str(_cpus())} | settings["env"] if hardware == "cpu" else settings["env"]
-    return Runtime(name, python, {**settings["engine"], **engine}, _unset(env))
+    file = resources.folder("configs") / f"runtime-{hardware}.yaml"
+    return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+
+
+def _environment(hardware: str) -> dict[str, str]:
+    """The settings' variables for the worker; those that the user has set win."""
+    env = _settings(hardware)["env"]
+    if hardware == "cpu":
+        env = {"OMP_NUM_THREADS": str(_cpus()), **env}
+    return {name: value for name, value in env.items() if name not in os.environ}
 
 
 def _hardware(name: str) -> str:
@@ -185,10 +194,6 @@ def _installed(name: str) -> bool:
     except InputError:
         return f"QTOOL_{name.upper()}_PYTHON" in os.environ  # a wrong value is an error to show, not a reason to go on
     return True
-
-
-def _unset(env: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in env.items() if name not in os.environ}
 
 
 __all__ = ["NAMES", "Runtime", "choose", "generate", "sample"]

@@ -50,14 +50,6 @@ def test_sampling_follows_its_options(run_qtool: Run, tiny_llama: Path) -> None:
     assert text("--temperature", "2", "--seed", "1") != text("--temperature", "2", "--seed", "2")
 
 
-@pytest.mark.vllm
-def test_vllm_is_taken_where_it_is_installed(run_qtool: Run, tiny_llama: Path) -> None:
-    done = run_qtool("generate", tiny_llama, "-p", "x", "--max-tokens", "4")
-    assert done.code == 0, done.stderr
-    assert "start vLLM" in done.stderr
-    assert json.loads(done.stdout)["completion_tokens"] == 4
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

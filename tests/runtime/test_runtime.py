@@ -77,6 +77,14 @@ def test_vllm_does_run_int8(answers: Answers) -> None:
 
 
 @pytest.mark.vllm
+def test_the_command_line_takes_vllm_where_it_is_installed(run_qtool: Callable[..., Any], tiny_llama: Path) -> None:
+    done = run_qtool("generate", tiny_llama, "-p", "x", "--max-tokens", "4")
+    assert done.code == 0, done.stderr
+    assert "start vLLM" in done.stderr
+    assert json.loads(done.stdout)["completion_tokens"] == 4
+
+
+@pytest.mark.vllm
 def test_vllm_samples_what_the_model_would_write(tiny_llama: Path) -> None:
     texts = runtimes.sample(tiny_llama, 3, 20, seed=1, runtime="vllm")
     assert [len(ids) for ids in texts] == [20] * 3
