@@ -102,7 +102,7 @@ def pick(logits: torch.Tensor, temperature: float, top_p: float, generators: lis
 
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities, order = (logits / temperature).softmax(-1).sort(-1, descending=True, stable=True)
+    probabilities, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     if top_p < 1:
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0)
