@@ -1,0 +1,66 @@
+"""Memory: what was used, giving it back, and what a job will need."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from qtool.engines.native.stream import DecoderStream
+
+_BASE_BYTES = 450 * 10**6  # this process with torch and transformers imported, before any tensor
+
+
+def peak() -> int:
+    """Peak resident set of this process, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def trim() -> None:
+    """Hand freed memory back to the system, so that layer after layer doesn't fragment into growth (glibc only)."""
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except (OSError, AttributeError):
+            return
+
+
+def estimate(stream: DecoderStream, samples: int, seq_len: int) -> dict[str, Any]:
+    """Time and peak memory of quantizing, from the sizes of the model and a short timing of this machine.
+
+    Work per layer: one forward pass over the calibration tokens, the Gram matrices of its inputs (about as much
+    again), and the search over weights. Memory: hidden states, one layer as bfloat16 and float32 with copies.
+    """
+    tokens = samples * seq_len
+    parameters = [sum(p.numel() for p in stream.skeleton_layer(i).parameters()) for i in range(stream.depth)]
+    widths = [max(p.shape[-1] for p in stream.skeleton_layer(i).parameters()) for i in range(stream.depth)]
+    hidden = stream.hidden_size
+    rate = _flops(stream.dtype, stream.device)
+    forward = sum(2 * count * tokens for count in parameters)
+    gram = sum(2 * tokens * (width**2 + 3 * hidden**2) for width in widths)
+    search = sum(2 * 20 * 512 * count for count in parameters)
+    item = torch.finfo(stream.dtype).bits // 8
+    working = max(
+        count * (item + 4 * 3) + 4 * 4 * width**2 for count, width in zip(parameters, widths, strict=True)
+    )
+    return {
+        "estimated_seconds": round(8 + (forward + gram + search) / rate * 1.5, 1),
+        "estimated_peak_bytes": _BASE_BYTES + tokens * hidden * item + working,
+    }
+
+
+def _flops(dtype: torch.dtype, device: torch.device) -> float:
+    a = torch.randn(512, 1024, device=device).to(dtype)
+    b = torch.randn(1024, 1024, device=device).to(dtype)
+    a @ b
+    count, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < 0.2:
+        float((a @ b)[0, 0])
+        count += 1
+    return count * 2 * 512 * 1024 * 1024 / (time.perf_counter() - begin)

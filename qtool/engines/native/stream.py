@@ -1,0 +1,269 @@
+"""A decoder model run one layer at a time, with at most one layer's weights in memory.
+
+The skeleton is transformers' own model class on the meta device. Its forward runs once per batch shape
+with every decoder layer replaced by a recorder, which yields what the layers are called with (masks,
+rotary embeddings, whatever the architecture hands down); after that the layers run by themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from qtool.checkpoint.reader import Checkpoint
+from qtool.errors import InputError
+
+
+class DecoderStream:
+    """Runs a checkpoint's decoder layers one by one.
+
+    Args:
+        checkpoint: an opened checkpoint with float weights.
+        dtype: compute type of weights and hidden states.
+        device: where the layers run.
+        trust_remote_code: allow the checkpoint's own modelling code.
+
+    Raises:
+        InputError: transformers doesn't know the architecture, or it is no decoder with a list of layers.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str = "cpu", trust_remote_code: bool = False
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._model = _skeleton(checkpoint, dtype, trust_remote_code)
+        self._base = self._model.base_model
+        self._layers_name, self._layers = _decoder_layers(self._model, checkpoint)
+        self._embedding: nn.Module = self._model.get_input_embeddings()
+        self._embedding_name = self._name_of(self._embedding)
+        if getattr(self._embedding, "padding_idx", None) is not None:
+            self._embedding.padding_idx = None  # matters to gradients only, and `embed` renumbers the rows
+        self._norm = self._final_norm()
+        for module in self._base.modules():
+            self._initialize_buffers(module)
+        self._template_kwargs: dict[int, list[dict[str, Any]]] = {}
+
+    @property
+    def depth(self) -> int:
+        return len(self._layers)
+
+    def layer_name(self, index: int) -> str:
+        return f"{self._layers_name}.{index}"
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """The decoder layer with its weights loaded; they are gone when the block ends."""
+        layer = self._layers[index]
+        prefix = self.layer_name(index) + "."
+        state = {}
+        for name, parameter in layer.state_dict().items():
+            state[name] = self._load(prefix + name, parameter.shape)
+        layer.load_state_dict(state, strict=True, assign=True)
+        try:
+            yield layer.requires_grad_(False)
+        finally:
+            for module in layer.modules():
+                for name, parameter in list(module._parameters.items()):
+                    if parameter is not None:
+                        empty = torch.empty(parameter.shape, dtype=self.dtype, device="meta")
+                        module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self._embedding.weight.shape[1])
+
+    @contextmanager
+    def precision(self, dtype: torch.dtype, length: int) -> Iterator[None]:
+        """Within the block, `run` takes hidden states of this dtype and length."""
+        saved = self.dtype, self._template_kwargs
+        self.dtype, self._template_kwargs = dtype, {}
+        try:
+            self._learn_arguments(torch.zeros(1, length, self.hidden_size, dtype=dtype, device=self.device))
+            yield
+        finally:
+            self.dtype, self._template_kwargs = saved
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings [batch, length, hidden] of ids [batch, length], reading only the rows in use."""
+        unique, compact = torch.unique(ids, return_inverse=True)
+        rows = self.checkpoint.rows(f"{self._embedding_name}.weight", unique).to(self.dtype)
+        return torch.func.functional_call(self._embedding, {"weight": rows.to(self.device)}, (compact.to(self.device),))
+
+    @torch.no_grad()
+    def prologue(self, ids: torch.Tensor) -> torch.Tensor:
+        """What enters the first decoder layer: [batch, length, hidden]; also learns the layers' other arguments."""
+        hidden = self.embed(ids)
+        first = self._learn_arguments(hidden[:1])
+        if torch.equal(first, hidden[:1]):
+            return hidden
+        # Gemma and others scale the embeddings between table and first layer; the factor is one number.
+        factor = (first.double() * hidden[:1].double()).sum() / hidden[:1].double().square().sum()
+        return hidden * factor.to(hidden.dtype)
+
+    def _learn_arguments(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Record what the model calls each layer with besides hidden states; returns those of the first layer."""
+        first: list[torch.Tensor] = []
+        kwargs: list[dict[str, Any]] = []
+
+        class Recorder(nn.Module):
+            def __init__(self, original: nn.Module) -> None:
+                super().__init__()
+                for name in ("attention_type", "layer_type", "is_sliding"):  # what base models look up on a layer
+                    if hasattr(original, name):
+                        setattr(self, name, getattr(original, name))
+
+            def forward(self, hidden_states: torch.Tensor, **kw: Any) -> torch.Tensor:
+                if not first:
+                    first.append(hidden_states)
+                kwargs.append(kw)
+                return hidden_states
+
+        parent_name, _, attribute = self._layers_name.rpartition(".")
+        parent = self._model.get_submodule(parent_name)
+        setattr(parent, attribute, nn.ModuleList(Recorder(layer) for layer in self._layers))
+        if self._norm is not None:
+            self._norm.forward = lambda x, *_a, **_k: x  # its weights are not loaded
+        try:
+            self._base(inputs_embeds=hidden, use_cache=False)
+        finally:
+            setattr(parent, attribute, self._layers)
+            if self._norm is not None:
+                del self._norm.__dict__["forward"]
+        self._template_kwargs[hidden.shape[1]] = kwargs
+        return first[0]
+
+    def run(self, index: int, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """One decoder layer on hidden states [batch, length, hidden] of a length that `prologue` has seen."""
+        output = layer(hidden, **self._template_kwargs[hidden.shape[1]][index])
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor, head: HeadWeights) -> torch.Tensor:
+        """Logits [tokens, vocabulary] float32 of final hidden states [tokens, hidden]."""
+        if self._norm is not None:
+            hidden = torch.func.functional_call(self._norm, head.norm, (hidden,))
+        logits = nn.functional.linear(hidden, head.weight, head.bias).float()
+        cap = getattr(self._model.config, "final_logit_softcapping", None)
+        if cap:
+            logits = torch.tanh(logits / cap) * cap
+        scale = getattr(self._model.config, "logits_scaling", None)
+        return logits / scale if scale else logits
+
+    def head(self) -> HeadWeights:
+        """The final norm and the output projection, which may be the embedding table again."""
+        norm_name = self._name_of(self._norm) if self._norm is not None else ""
+        norm = {
+            name: self._load(f"{norm_name}.{name}", p.shape)
+            for name, p in (self._norm.named_parameters() if self._norm is not None else ())
+        }
+        output = self._model.get_output_embeddings()
+        name = self._name_of(output) + ".weight"
+        if name not in self.checkpoint:
+            name = f"{self._embedding_name}.weight"
+        bias = None
+        if getattr(output, "bias", None) is not None:
+            bias = self._load(self._name_of(output) + ".bias", output.bias.shape)
+        return HeadWeights(norm, self._load(name, output.weight.shape), bias)
+
+    def skeleton_layer(self, index: int) -> nn.Module:
+        """The layer without weights (meta device), for planning."""
+        return self._layers[index]
+
+    def _load(self, name: str, shape: torch.Size) -> torch.Tensor:
+        if name not in self.checkpoint:
+            raise InputError(
+                f"tensor {name} is missing",
+                where=str(self.checkpoint.path),
+                hint="the checkpoint is incomplete or its config.json belongs to another model",
+            )
+        if tuple(self.checkpoint.info(name).shape) != tuple(shape):
+            raise InputError(
+                f"tensor {name} has shape {list(self.checkpoint.info(name).shape)}, "
+                f"config.json makes it {list(shape)}",
+                where=str(self.checkpoint.path),
+                hint="check that config.json belongs to these weights",
+            )
+        tensor = self.checkpoint.tensor(name)
+        if not torch.isfinite(tensor).all():
+            raise InputError(
+                f"tensor {name} holds NaN or infinite values",
+                where=str(self.checkpoint.info(name).file),
+                hint="download the model again or repair the tensor; quantizing it would spread the damage",
+            )
+        return tensor.to(device=self.device, dtype=self.dtype)
+
+    def _name_of(self, wanted: nn.Module) -> str:
+        return next(name for name, module in self._model.named_modules() if module is wanted)
+
+    def _final_norm(self) -> nn.Module | None:
+        parent = self._model.get_submodule(self._layers_name.rpartition(".")[0])
+        norms = [
+            child
+            for name, child in parent.named_children()
+            if "norm" in name.lower() and not isinstance(child, nn.ModuleList) and "embed" not in name.lower()
+        ]
+        return norms[-1] if norms else None
+
+    def _initialize_buffers(self, module: nn.Module) -> None:
+        """Fill buffers that no checkpoint holds (rotary frequencies) the way transformers itself does."""
+        if not any(b is not None and b.is_meta for b in module._buffers.values()):
+            return
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device=self.device)
+        parameters = dict(module._parameters)
+        module._parameters.clear()
+        try:
+            with torch.device(self.device):
+                self._model._init_weights(module)
+        finally:
+            module._parameters.update(parameters)
+
+
+class HeadWeights:
+    """Weights that turn the last hidden state into logits."""
+
+    def __init__(self, norm: dict[str, torch.Tensor], weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.norm = norm
+        self.weight = weight
+        self.bias = bias
+
+
+def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+            )
+    except (ValueError, KeyError, OSError, ImportError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"transformers can't build this model: {str(error).strip().splitlines()[0]}",
+            where=str(checkpoint.path / "config.json"),
+            hint="check model_type; a newer transformers may know it; custom code needs --trust-remote-code",
+        ) from error
+    return model.eval()
+
+
+def _decoder_layers(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, nn.ModuleList]:
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    depth = model.config.get_text_config().num_hidden_layers
+    for name, module in lists:
+        if len(module) == depth and module is not model:
+            return name, module
+    raise InputError(
+        "no list of decoder layers in this model",
+        where=str(checkpoint.path / "config.json"),
+        hint=f"{type(model).__name__} is not a decoder-only language model",
+    )

@@ -1,0 +1,114 @@
+"""From float weights to int8: a clipping ratio per output channel, then rounding.
+
+`gptq` is the error compensation of Frantar et al., "GPTQ" (arXiv 2210.17323), columns in the order of
+falling activation energy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from qtool.quant.integer import QMAX, QMIN, fake_quantize_rows, symmetric_scale
+
+_BLOCK = 64
+
+RowError = Callable[[torch.Tensor], torch.Tensor]
+"""Maps a weight error [rows, in] to each row's squared output error [rows]."""
+
+
+def error_on_tokens(x: torch.Tensor) -> RowError:
+    """The error on given inputs x [tokens, in]."""
+    return lambda delta: (x @ delta.t()).square_().sum(dim=0)
+
+
+def error_by_energy(energy: torch.Tensor) -> RowError:
+    """The expected error when input channels are uncorrelated, from their mean squares [in]."""
+    return lambda delta: delta.square() @ energy
+
+
+def clipped_scale(
+    weight: torch.Tensor,
+    row_error: RowError,
+    ratios: Sequence[float],
+    storable: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Per row the scale of the clipping ratio with the least error; the first of a tie.
+
+    Args:
+        weight: float32 [out, in].
+        row_error: what to minimise.
+        ratios: fractions of max|row| to try, the widest first.
+        storable: rounds a scale to what the checkpoint format keeps of it.
+
+    Returns:
+        float32 [out].
+    """
+    peak = weight.abs().amax(dim=1)
+    scale = storable(symmetric_scale(peak * ratios[0]))
+    if len(ratios) == 1:
+        return scale
+    least = row_error(weight - fake_quantize_rows(weight, scale))
+    for ratio in ratios[1:]:
+        narrower = storable(symmetric_scale(peak * ratio))
+        error = row_error(weight - fake_quantize_rows(weight, narrower))
+        better = error < least
+        least = torch.where(better, error, least)
+        scale = torch.where(better, narrower, scale)
+    return scale
+
+
+def gptq(weight: torch.Tensor, scale: torch.Tensor, gram: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Round column by column, each time moving the error onto the columns still to come.
+
+    Args:
+        weight: float32 [out, in].
+        scale: float32 [out].
+        gram: float32 [in, in], the mean of xᵀx; overwritten.
+        ridge: added to its diagonal. The variance of the activations' own quantization noise belongs here:
+            E|(x + noise)Ŵᵀ - xWᵀ|² is the weight error under gram + variance·I. At least 0.1 % of the mean
+            diagonal is added to keep the factorization stable.
+
+    Returns:
+        int8 [out, in].
+    """
+    width = weight.shape[1]
+    diagonal = gram.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    damping = max(ridge, 1e-3 * float(diagonal.mean()), 1e-12)
+    diagonal.add_(damping)
+    gram = gram[order][:, order]
+    inverse = _inverse_factor(gram)
+    work = weight[:, order].t().contiguous()  # rows are input channels: contiguous updates
+    quantized = torch.empty(work.shape, dtype=torch.int8, device=weight.device)
+    reciprocal = 1 / scale
+    for start in range(0, width, _BLOCK):
+        end = min(start + _BLOCK, width)
+        block, factor = work[start:end], inverse[start:end, start:end]
+        errors = torch.empty_like(block)
+        step = 1 / factor.diagonal()
+        for i in range(end - start):
+            q = (block[i] * reciprocal).round_().clamp_(QMIN, QMAX)
+            quantized[start + i] = q
+            error = torch.sub(block[i], q.mul_(scale), out=errors[i]).mul_(step[i])
+            if i + 1 < end - start:
+                block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
+        if end < width:
+            work[end:].addmm_(inverse[start:end, end:].t(), errors, alpha=-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(width, device=order.device)
+    return quantized[back].t().contiguous()
+
+
+def _inverse_factor(gram: torch.Tensor) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse; more damping for as long as rounding makes `gram` indefinite."""
+    damping = float(gram.diagonal().mean()) * 1e-3
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(gram)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper
+        gram.diagonal().add_(damping)
+        damping *= 4
