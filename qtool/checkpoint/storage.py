@@ -83,18 +83,31 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def tidy(output: Path) -> None:
+    """Remove what dead writers to `output` left beside it; put back a model that one had just moved aside."""
+    with disk_errors(output, 0):
+        siblings = [*output.parent.iterdir()] if output.parent.is_dir() else []
+        for path in siblings:
+            if path.name.startswith(f".{output.name}.replaced-") and not os.path.lexists(output):
+                path.rename(output)
+            elif path.name.startswith((f".{output.name}.partial-", f".{output.name}.replaced-")):
+                handle = _lock(path)
+                if handle is not None:
+                    os.close(handle)
+                    shutil.rmtree(path, ignore_errors=True)
+
+
 class PartialFolder:
     """A hidden folder beside `output` that takes its place once complete, and vanishes otherwise.
 
-    Its lock (on the folder itself) ends with this process, however that ends: an unlocked one is stale, and the
-    next writer to the same output removes it.
+    Its lock (on the folder itself) ends with this process, however that ends: an unlocked one is stale, and
+    `tidy` removes it.
     """
 
     def __init__(self, output: Path) -> None:
         self.output = output
         with disk_errors(output, 0):
             output.parent.mkdir(parents=True, exist_ok=True)
-            self._tidy()
             self.path = self._make()
             self._handle = _lock(self.path)
 
@@ -107,18 +120,6 @@ class PartialFolder:
                 return path
             except FileExistsError:  # another writer of this process, or the same number in another container
                 number += 1
-
-    def _tidy(self) -> None:
-        """Remove what dead writers left; put back what one was just replacing."""
-        siblings = [*self.output.parent.iterdir()]
-        for path in siblings:
-            if path.name.startswith(f".{self.output.name}.replaced-") and not self.output.exists():
-                path.rename(self.output)
-            elif path.name.startswith((f".{self.output.name}.partial-", f".{self.output.name}.replaced-")):
-                handle = _lock(path)
-                if handle is not None:
-                    os.close(handle)
-                    shutil.rmtree(path, ignore_errors=True)
 
     def commit(self, *, overwrite: bool) -> None:
         """Make this folder the output; an old one goes only after the new one is in place."""

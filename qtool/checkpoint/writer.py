@@ -13,7 +13,7 @@ from qtool.checkpoint.formats import Format, Mode
 from qtool.checkpoint.formats.common import fused_name
 from qtool.checkpoint.reader import REPORT, Checkpoint
 from qtool.checkpoint.shard import Shard
-from qtool.checkpoint.storage import PartialFolder, check_free_space, check_output, disk_errors
+from qtool.checkpoint.storage import PartialFolder, check_free_space, check_output, disk_errors, tidy
 from qtool.errors import QtoolError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class CheckpointWriter:
         self._names: dict[str, int] = {}
         self._linears: dict[str, Mode] = {}
         self._inputs: dict[str, tuple[float | None, int | None]] = {}
+        tidy(self.output)
         check_output(self.output, overwrite=overwrite)
         self._folder: PartialFolder | None = PartialFolder(self.output)
 
