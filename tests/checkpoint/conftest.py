@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,12 @@ def quantize_folder() -> Callable[..., dict[str, QuantizedLinear]]:
                 if layer.endswith(LINEARS) and layer != tensor:
                     static = mode == "static" or (mode == "mixed" and "self_attn" in layer)
                     bias = f"{layer}.bias"
+                    storable = partial(form.storable_weight_scale, mode="static" if static else "dynamic", dtype=dtype)
                     made[layer] = round_layer(
                         checkpoint.tensor(tensor),
                         checkpoint.tensor(bias) if bias in checkpoint else None,
                         (form.storable_scale(0.05, dtype), 11) if static else None,
-                        lambda scale, kind="static" if static else "dynamic": form.storable_weight_scale(
-                            scale, kind, dtype
-                        ),
+                        storable,
                     )
                     writer.add_linear(layer, made[layer], dtype)
                 elif not tensor.removesuffix(".bias").endswith(LINEARS):

@@ -246,7 +246,8 @@ def test_other_weights_get_a_hint(make_folder: Callable[..., Path], files: dict[
 def test_paths_that_are_no_folder(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    for path, hint in [(file, "qtool convert"), ("Org/Model-1.5B", "qtool download"), (tmp_path / "a" / "b", "Check")]:
+    paths = {str(file): "qtool convert", "Org/Model-1.5B": "qtool download", str(tmp_path / "a" / "b"): "Check"}
+    for path, hint in paths.items():
         with pytest.raises(InputError) as caught:
             Checkpoint.open(path)
         assert hint in str(caught.value.hint)

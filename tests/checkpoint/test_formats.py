@@ -1,0 +1,555 @@
+"""The formats: exact round trips, and the numbers each runtime would compute, worked out here with numpy and torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qtool.checkpoint import formats
+from qtool.checkpoint.formats.compressed_tensors import targets
+from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.writer import CheckpointWriter
+from qtool.errors import InputError, QtoolError
+from qtool.quant.types import QuantizedLinear
+
+Layers = dict[str, QuantizedLinear]
+
+
+def assert_same(a: QuantizedLinear | None, b: QuantizedLinear) -> None:
+    assert a is not None
+    assert torch.equal(a.weight, b.weight)
+    assert a.weight.dtype == torch.int8
+    assert torch.equal(a.weight_scale, b.weight_scale)
+    assert a.weight_scale.dtype == torch.float32
+    assert (a.input_scale, a.input_offset) == (b.input_scale, b.input_offset)
+    assert (a.bias is None) == (b.bias is None)
+    if a.bias is not None and b.bias is not None:
+        assert torch.equal(a.bias, b.bias)
+
+
+@pytest.fixture
+def stored(tmp_path: Path, random_layer: Callable[..., QuantizedLinear]) -> Callable[..., tuple[Checkpoint, Layers]]:
+    """stored(format, dtype) -> a checkpoint of layers static and dynamic, with bias and without, and these."""
+
+    def make(name: str, dtype: torch.dtype, **settings: Any) -> tuple[Checkpoint, Layers]:
+        form = formats.get(name)
+        layers = {}
+        with CheckpointWriter(tmp_path / "m", form) as writer:
+            for i, (static, bias) in enumerate([(True, False), (True, True), (False, False), (False, True)]):
+                layer = random_layer(static=static, bias=bias, seed=i, **settings)
+                scale = form.storable_scale(layer.input_scale, dtype) if layer.input_scale else None
+                layers[f"model.layers.{i}.proj"] = QuantizedLinear(
+                    layer.weight,
+                    layer.weight_scale,
+                    None if layer.bias is None else layer.bias.to(dtype),
+                    scale,
+                    layer.input_offset,
+                )
+                writer.add_linear(f"model.layers.{i}.proj", layers[f"model.layers.{i}.proj"], dtype)
+            writer.add("model.norm.weight", torch.ones(20, dtype=dtype))
+            writer.add("lm_head.weight", torch.ones(30, 20, dtype=dtype))
+            writer.finish(None, {"dtype": str(dtype).removeprefix("torch.")}, {})
+        return Checkpoint.open(tmp_path / "m"), layers
+
+    return make
+
+
+@pytest.mark.parametrize("name", formats.NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_round_trip(stored: Callable[..., tuple[Checkpoint, Layers]], name: str, dtype: torch.dtype) -> None:
+    checkpoint, layers = stored(name, dtype)
+    assert checkpoint.format == name
+    for layer, linear in layers.items():
+        assert_same(checkpoint.linear(layer), linear)
+    assert checkpoint.linear("lm_head") is None
+    assert checkpoint.linear("model.norm") is None
+    with pytest.raises(InputError, match="no tensor"):
+        checkpoint.linear("model.layers.9.proj")
+
+
+@pytest.mark.parametrize("name", formats.NAMES)
+@pytest.mark.parametrize("mode", ["static", "dynamic", "mixed"])
+def test_round_trip_of_a_whole_model(
+    tmp_path: Path, make_model: Callable[..., Path], quantize_folder: Callable[..., Layers], name: str, mode: str
+) -> None:
+    source = make_model("qwen2", tie_word_embeddings=True, num_hidden_layers=2)  # its q, k and v have biases
+    made = quantize_folder(source, tmp_path / "m", name, mode)
+    checkpoint, original = Checkpoint.open(tmp_path / "m"), Checkpoint.open(source)
+    assert len(made) == 14
+    for layer, linear in made.items():
+        assert_same(checkpoint.linear(layer), linear)
+    for tensor in original.names:
+        owner = tensor.rpartition(".")[0]
+        if owner not in made:
+            assert torch.equal(checkpoint.tensor(tensor), original.tensor(tensor))
+            assert checkpoint.linear(owner) is None
+    assert "lm_head.weight" not in checkpoint  # tied to the embedding, as in the source
+    assert checkpoint.config["tie_word_embeddings"] is True
+
+
+# ------------------------------------------------------------------ golden-stick
+
+# mindspore-gs 1.4.1's own output for a float32 model: name -> (dtype, axes); input_scale has the model's dtype.
+GOLDEN_STICK_STATIC = {
+    "weight": ("int8", "out in"),
+    "weight_scale": ("float32", "out"),
+    "weight_offset": ("int32", "out"),
+    "input_scale": ("model", "in"),
+    "input_offset": ("int8", "in"),
+    "deq_scale": ("float32", "out"),
+    "quant_bias": ("int32", "out"),
+}
+GOLDEN_STICK_DYNAMIC = {part: GOLDEN_STICK_STATIC[part] for part in ("weight", "weight_scale", "weight_offset")}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("static", [True, False])
+def test_golden_stick_tensors(random_layer: Callable[..., QuantizedLinear], dtype: torch.dtype, static: bool) -> None:
+    layer = random_layer(12, 20, static=static, bias=True)
+    tensors = formats.get("golden-stick").tensors("q", layer, dtype)
+    expected = dict(GOLDEN_STICK_STATIC if static else GOLDEN_STICK_DYNAMIC) | {"bias": ("model", "out")}
+    sizes = {"out": 12, "in": 20}
+    assert {name: (str(t.dtype), tuple(t.shape)) for name, t in tensors.items()} == {
+        f"q.{part}": (
+            str(dtype if kind == "model" else getattr(torch, kind)),
+            tuple(sizes[axis] for axis in axes.split()),
+        )
+        for part, (kind, axes) in expected.items()
+    }
+
+
+def to_numpy(tensors: dict[str, torch.Tensor], name: str) -> dict[str, np.ndarray]:
+    own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    return {
+        key: (value.float() if value.is_floating_point() else value).numpy().astype(np.float64)
+        if value.is_floating_point()
+        else value.numpy().astype(np.int64)
+        for key, value in own.items()
+    }
+
+
+def fake_quantized(layer: QuantizedLinear, x: np.ndarray) -> np.ndarray:
+    """What QuantizedLinear promises of a static layer, in float64."""
+    assert layer.input_scale is not None
+    assert layer.input_offset is not None
+    q = np.clip(np.round(x / layer.input_scale) + layer.input_offset, -128, 127)
+    weight = layer.weight.numpy().astype(np.float64) * layer.weight_scale.numpy().astype(np.float64)[:, None]
+    y = ((q - layer.input_offset) * layer.input_scale) @ weight.T
+    return y if layer.bias is None else y + layer.bias.double().numpy()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", [False, True])
+def test_golden_stick_runtime_formula(
+    random_layer: Callable[..., QuantizedLinear], dtype: torch.dtype, bias: bool
+) -> None:
+    form = formats.get("golden-stick")
+    given = random_layer(48, 64, bias=bias)
+    assert given.input_scale is not None
+    layer = QuantizedLinear(
+        given.weight, given.weight_scale, given.bias, form.storable_scale(given.input_scale, dtype), given.input_offset
+    )
+    t = to_numpy(form.tensors("q", layer, dtype), "q")
+    x = np.random.default_rng(0).normal(0, 1.5, (33, 64))
+    q = np.clip(np.round(x / t["input_scale"]) + t["input_offset"], -128, 127).astype(np.int64)
+    y = (q @ t["weight"].T + t["quant_bias"]) * t["deq_scale"]
+    y = y + t["bias"] if bias else y
+    np.testing.assert_allclose(y, fake_quantized(layer, x), rtol=1e-6, atol=1e-6)
+    assert np.abs(q).max() == 128  # the clip was exercised
+
+
+def vllm_mindspore_objections(description: dict[str, str], linears: list[str]) -> list[str]:
+    """The rules by which vllm_mindspore 0.5.1 (model_executor/layers/quantization/golden_stick/golden_stick.py) takes a
+    description file, for its native models: within a layer, and within q/k/v and gate/up, one type only; a fused layer
+    takes the type of the first key that contains its name once q_proj/gate_proj are read as qkv_proj/gate_up_proj;
+    that type must be W8A8 or FLOAT."""
+    objections = []
+    fused_as = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | dict.fromkeys(
+        ("gate_proj", "up_proj"), "gate_up_proj"
+    )
+    kinds: dict[str, set[str]] = {}
+    for key, kind in description.items():
+        *parents, _ = key.split(".")
+        for owner in {".".join(parents), ".".join(fused_as.get(part, part) for part in parents)}:
+            kinds.setdefault(owner, set()).add(kind)
+    objections += [f"{owner}: {sorted(found)}" for owner, found in kinds.items() if len(found) > 1]
+    for linear in linears:
+        *parents, last = linear.split(".")
+        at_run_time = ".".join([*parents, fused_as.get(last, last)])
+        matching = (
+            kind
+            for key, kind in description.items()
+            if at_run_time in key.replace("q_proj", "qkv_proj").replace("gate_proj", "gate_up_proj")
+        )
+        found = next(matching, "FLOAT")
+        if found not in ("W8A8", "FLOAT"):
+            objections.append(f"{linear}: {found} is not supported")
+        if found != description.get(f"{linear}.weight", "FLOAT"):
+            objections.append(f"{linear}: would be taken for {found}")
+    return objections
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_golden_stick_satisfies_vllm_mindspore(
+    tmp_path: Path, make_model: Callable[..., Path], quantize_folder: Callable[..., Layers], model_type: str
+) -> None:
+    source = make_model(model_type, num_hidden_layers=12)  # so that layers.1 is also a prefix of layers.10
+    made = quantize_folder(source, tmp_path / "m", "golden-stick", "static", max_shard_bytes=300_000)
+    files = sorted(file.name for file in (tmp_path / "m").glob("*.safetensors"))
+    assert files == [f"quant-model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    assert len(files) > 1
+    description = json.loads((tmp_path / "m" / "quantization_description.json").read_text())
+    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = {name: tensor for file in files for name, tensor in load_file(tmp_path / "m" / file).items()}
+    assert set(description) == set(index) == set(tensors)
+    assert vllm_mindspore_objections(description, [*made, "lm_head"]) == []
+    # The parameters that its W8A8 linear (a8w8.py there) declares, per layer: name, dtype, shape.
+    for name, layer in made.items():
+        out_size, in_size = layer.weight.shape
+        for part, (dtype, shape) in {
+            "weight": (torch.int8, (out_size, in_size)),
+            "deq_scale": (torch.float32, (out_size,)),
+            "quant_bias": (torch.int32, (out_size,)),
+            "input_scale": (torch.bfloat16, (in_size,)),
+            "input_offset": (torch.int8, (in_size,)),
+        }.items():
+            assert (tensors[f"{name}.{part}"].dtype, tensors[f"{name}.{part}"].shape) == (dtype, shape)
+    assert "quantization_config" not in json.loads((tmp_path / "m" / "config.json").read_text())
+
+
+def test_the_rules_object_to_what_problems_warns_of(
+    tmp_path: Path, tiny_llama: Path, quantize_folder: Callable[..., Layers]
+) -> None:
+    made = quantize_folder(tiny_llama, tmp_path / "m", "golden-stick", "mixed")
+    description = json.loads((tmp_path / "m" / "quantization_description.json").read_text())
+    assert any("W8A8_DYNAMIC" in objection for objection in vllm_mindspore_objections(description, list(made)))
+    problems = formats.get("golden-stick").problems(
+        {name: "static" if layer.is_static else "dynamic" for name, layer in made.items()}
+    )
+    assert [problem.fatal for problem in problems] == [False]
+    assert "6 layers" in problems[0]
+    assert "MindFormers" in problems[0]
+
+
+@pytest.mark.parametrize("name", formats.NAMES)
+def test_fused_layers_must_agree(name: str) -> None:
+    attention = "model.layers.0.self_attn"
+    problems = formats.get(name).problems(
+        {f"{attention}.q_proj": "static", f"{attention}.k_proj": "static", f"{attention}.v_proj": "float"}
+    )
+    assert [problem.fatal for problem in problems] == [True]
+    assert "q_proj static, k_proj static, v_proj float" in problems[0]
+    assert not formats.get(name).problems({f"{attention}.q_proj": "static", f"{attention}.o_proj": "float"})
+
+
+# ------------------------------------------------------------------ modelslim
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_modelslim_runtime_formula(
+    random_layer: Callable[..., QuantizedLinear], dtype: torch.dtype, bias: bool
+) -> None:
+    """vllm-ascend: y = (q·Wᵀ + quant_bias) · deq_scale, without the layer's own bias."""
+    form = formats.get("modelslim")
+    given = random_layer(48, 64, bias=bias)
+    assert given.input_scale is not None
+    layer = QuantizedLinear(
+        given.weight, given.weight_scale, given.bias, form.storable_scale(given.input_scale, dtype), given.input_offset
+    )
+    tensors = form.tensors("q", layer, dtype)
+    shapes = {name.removeprefix("q."): tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert shapes["input_scale"] == shapes["input_offset"] == (1,)
+    assert shapes["weight_scale"] == shapes["weight_offset"] == (48, 1)
+    assert tensors["q.deq_scale"].dtype == (torch.float32 if dtype == torch.bfloat16 else torch.int64)
+    t = to_numpy(tensors, "q")
+    deq_scale = t["deq_scale"]
+    if dtype == torch.float16:  # the kernel reads the low 32 bits as a float
+        deq_scale = t["deq_scale"].astype(np.int32).view(np.float32).astype(np.float64)
+    x = np.random.default_rng(0).normal(0, 1.5, (33, 64))
+    q = np.clip(np.round(x / t["input_scale"]) + t["input_offset"], -128, 127)
+    y = (q @ t["weight"].T.astype(np.float64) + t["quant_bias"]) * deq_scale
+    # the bias is rounded to multiples of deq_scale
+    np.testing.assert_allclose(y, fake_quantized(layer, x), rtol=1e-6, atol=1e-6 + 0.5 * bias * deq_scale.max())
+
+
+def test_modelslim_description(tmp_path: Path, make_model: Callable[..., Path], quantize_folder: Any) -> None:
+    source = make_model("qwen2", tie_word_embeddings=True)
+    made = quantize_folder(source, tmp_path / "m", "modelslim", "mixed")
+    description = json.loads((tmp_path / "m" / "quant_model_description.json").read_text())
+    assert description["model_quant_type"] == "W8A8"
+    assert description["version"] == "1.0.0"
+    for name, layer in made.items():
+        assert description[f"{name}.weight"] == ("W8A8" if layer.is_static else "W8A8_DYNAMIC")
+    assert description["model.layers.0.self_attn.q_proj.bias"] == "FLOAT"
+    assert description["model.embed_tokens.weight"] == "FLOAT"
+    assert description["lm_head.weight"] == "FLOAT"  # asked for by vllm-ascend though it is tied
+
+
+def test_a_checkpoint_by_msmodelslim_itself_has_no_weight_scale(
+    make_folder: Callable[..., Path], random_layer: Callable[..., QuantizedLinear]
+) -> None:
+    from safetensors.torch import save
+
+    layer = random_layer()
+    for dtype in (torch.bfloat16, torch.float16):
+        tensors = formats.get("modelslim").tensors("q", layer, dtype)
+        for part in ("weight_scale", "weight_offset"):
+            del tensors[f"q.{part}"]
+        files = {"quant_model_weights.safetensors": save(tensors), "quant_model_description.json": {"q.weight": "W8A8"}}
+        read = Checkpoint.open(make_folder(files, name=str(dtype))).linear("q")
+        assert read is not None
+        torch.testing.assert_close(read.weight_scale, layer.weight_scale)
+
+
+# ------------------------------------------------------------------ compressed-tensors
+
+
+def test_targets_are_few_and_exact() -> None:
+    linears: dict[str, formats.Mode] = {}
+    for i in range(11):
+        for last in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            linears[f"model.layers.{i}.self_attn.{last}"] = "static"
+        linears[f"model.layers.{i}.mlp.up_proj"] = "dynamic"
+        linears[f"model.layers.{i}.mlp.down_proj"] = "float" if i == 3 else "dynamic"
+        linears[f"model.layers.{i}.cross.self_attn.q_proj"] = "dynamic"
+    linears["lm_head"] = "float"
+    import re
+
+    for mode in ("static", "dynamic", "float"):
+        found = targets(linears, mode)
+        matched = {
+            name
+            for name in linears
+            for target in found
+            if (re.match(target[3:], name) if target.startswith("re:") else target == name)
+        }
+        assert matched == {name for name, its in linears.items() if its == mode}
+    assert "re:.*\\.mlp\\.up_proj$" in targets(linears, "dynamic")
+    assert "model.layers.3.mlp.down_proj" in targets(linears, "float")
+    assert "re:.*\\.self_attn\\.q_proj$" not in targets(linears, "static")  # it would match the cross layers too
+    assert "re:.*\\.self_attn\\.k_proj$" in targets(linears, "static")
+
+
+def test_a_scale_is_stored_without_loss(random_layer: Callable[..., QuantizedLinear]) -> None:
+    form = formats.get("compressed-tensors")
+    layer = random_layer()
+    tensors = form.tensors("q", layer, torch.bfloat16)
+    assert tensors["q.weight_scale"].dtype == torch.float32
+    assert tensors["q.input_zero_point"].tolist() == [-37]
+    assert tensors["q.input_zero_point"].dtype == torch.int8
+    narrow = QuantizedLinear(
+        layer.weight,
+        form.storable_weight_scale(layer.weight_scale),
+        None,
+        form.storable_scale(0.0123456),
+        -37,
+    )
+    tensors = form.tensors("q", narrow, torch.bfloat16)
+    assert tensors["q.weight_scale"].dtype == tensors["q.input_scale"].dtype == torch.bfloat16
+    assert tensors["q.weight_scale"].shape == (12, 1)
+    assert tensors["q.input_scale"].shape == (1,)
+
+
+def test_storable_scales_stay_put_and_above_zero() -> None:
+    for name in formats.NAMES:
+        form = formats.get(name)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for value in (1e-30, 3e-7, 0.0123456, 1.0, 77.7):
+                stored = form.storable_scale(value, dtype)
+                assert stored > 0
+                assert form.storable_scale(stored, dtype) == stored
+            assert form.storable_scale(0.0123456, dtype) == pytest.approx(0.0123456, rel=2**-8)
+            scales = torch.rand(50) * 1e-3 + 1e-6
+            narrow = form.storable_weight_scale(scales, "dynamic", dtype)
+            torch.testing.assert_close(narrow, scales, rtol=2**-8, atol=0)
+
+
+def test_compressed_tensors_own_reader_takes_the_config(
+    tmp_path: Path, tiny_llama: Path, quantize_folder: Callable[..., Layers]
+) -> None:
+    from compressed_tensors.quantization import QuantizationConfig
+
+    quantize_folder(tiny_llama, tmp_path / "m", "compressed-tensors", "mixed")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    parsed = QuantizationConfig.model_validate(config)
+    static, dynamic = parsed.config_groups.values()
+    assert static.input_activations.strategy == "tensor"
+    assert not static.input_activations.symmetric
+    assert dynamic.input_activations.dynamic is True
+    assert len(static.targets) == 4
+    assert len(dynamic.targets) == 3
+    assert set(parsed.ignore) == {"lm_head", "model.embed_tokens"}
+
+
+class FakeQuantized(torch.nn.Module):
+    """A W8A8 layer in float arithmetic, as compressed-tensors runs it: its dynamic scale is max|x| / 127.5."""
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.weight = layer.weight.float() * layer.weight_scale[:, None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.layer.input_scale is not None and self.layer.input_offset is not None:
+            scale, offset = torch.tensor(self.layer.input_scale), self.layer.input_offset
+        else:
+            scale, offset = x.abs().amax(-1, keepdim=True) / 127.5, 0
+        x = ((x / scale + offset).round().clamp(-128, 127) - offset) * scale
+        bias = None if self.layer.bias is None else self.layer.bias.float()
+        return torch.nn.functional.linear(x, self.weight, bias)
+
+
+@pytest.mark.parametrize(("model_type", "mode"), [("llama", "mixed"), ("qwen2", "static"), ("llama", "dynamic")])
+def test_transformers_computes_what_was_written(
+    tmp_path: Path, make_model: Callable[..., Path], quantize_folder: Callable[..., Layers], model_type: str, mode: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = tmp_path / "float32"
+    AutoModelForCausalLM.from_pretrained(make_model(model_type), dtype=torch.float32).save_pretrained(source)
+    made = quantize_folder(source, tmp_path / "m", "compressed-tensors", mode)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    reference = AutoModelForCausalLM.from_pretrained(source)
+    ids = torch.arange(4, 36).reshape(2, 16)
+    with torch.no_grad():
+        plain = reference(ids).logits
+        for name, layer in made.items():
+            reference.set_submodule(name, FakeQuantized(layer))
+        expected, actual = reference(ids).logits, loaded(ids).logits
+    noise = (expected - plain).norm()
+    assert noise > 0.001 * plain.norm()  # quantization does show
+    # A value near the middle between two integers may round either way: a few of them move the logits a little.
+    assert (actual - expected).norm() < 0.05 * noise
+
+
+# ------------------------------------------------------------------ what can't be read or written
+
+
+def damaged(**changes: Any) -> dict[str, torch.Tensor]:
+    tensors = {
+        "q.weight": torch.ones(3, 4, dtype=torch.int8),
+        "q.weight_scale": torch.ones(3),
+        "q.weight_offset": torch.zeros(3, dtype=torch.int32),
+        "q.input_scale": torch.ones(4),
+        "q.input_offset": torch.zeros(4, dtype=torch.int8),
+    }
+    tensors |= {f"q.{name}": value for name, value in changes.items()}
+    return {name: value for name, value in tensors.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({}, "W8A16", "quantized, but not W8A8"),
+        ({}, ["W8A8"], "quantized, but not W8A8"),
+        ({"weight": torch.ones(3, 4)}, "W8A8", "expected int8"),
+        ({"weight": torch.ones(3, 4, 1, dtype=torch.int8)}, "W8A8", "expected int8"),
+        ({"weight_scale": torch.ones(5)}, "W8A8", "5 numbers, expected 3"),
+        ({"weight_scale": torch.tensor([1.0, 0.0, 1.0])}, "W8A8", "not positive and finite"),
+        ({"weight_scale": torch.tensor([1.0, float("nan"), 1.0])}, "W8A8_DYNAMIC", "not positive and finite"),
+        ({"weight_scale": None}, "W8A8_DYNAMIC", "no tensor 'q.weight_scale'"),
+        ({"weight_offset": torch.ones(3, dtype=torch.int32)}, "W8A8", "asymmetric weights"),
+        ({"input_scale": torch.tensor([1.0, 1.0, 1.0, 2.0])}, "W8A8", "differs per channel"),
+        ({"input_scale": torch.full((4,), float("inf"))}, "W8A8", "expected a positive number"),
+        ({"input_scale": None}, "W8A8", "no tensor 'q.input_scale'"),
+        ({"input_offset": torch.full((4,), 200.0)}, "W8A8", "expected an integer"),
+        ({"input_offset": torch.full((4,), 0.5)}, "W8A8", "expected an integer"),
+    ],
+)
+def test_layers_that_do_not_fit_together(
+    make_folder: Callable[..., Path], changes: dict[str, Any], kind: Any, message: str
+) -> None:
+    from safetensors.torch import save
+
+    files = {"quant.safetensors": save(damaged(**changes)), "quantization_description.json": {"q.weight": kind}}
+    checkpoint = Checkpoint.open(make_folder(files))
+    with pytest.raises(InputError, match=message):
+        checkpoint.linear("q")
+
+
+def scheme(**changes: Any) -> dict[str, Any]:
+    group = {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
+        "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+    }
+    quantization = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group | changes}}
+    return {"quantization_config": quantization}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (scheme(input_activations=None), "not W8A8"),
+        (scheme(weights={"num_bits": 4, "type": "int", "strategy": "channel"}), "not W8A8"),
+        (scheme(weights={"num_bits": 8, "type": "float", "strategy": "channel"}), "not W8A8"),
+        (scheme(weights={"num_bits": 8, "type": "int", "strategy": "group"}), "not W8A8"),
+        (scheme(weights={"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": False}), "not W8A8"),
+        (
+            scheme(input_activations={"num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": False}),
+            "not W8A8",
+        ),
+        (scheme(targets=["re:("]), "can't be understood"),
+        (scheme(targets=[7]), "can't be understood"),
+        (scheme(targets=None), "can't be understood"),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": [1]}}, "can't be understood"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized with gptq"),
+        ({"quantization_config": {"bits": 4}}, "quantized with unknown"),
+        ({"quantization_config": "compressed-tensors"}, "quantized with unknown"),
+    ],
+)
+def test_schemes_that_are_not_read(make_folder: Callable[..., Path], config: dict[str, Any], message: str) -> None:
+    from safetensors.torch import save
+
+    files = {"config.json": config, "model.safetensors": save(damaged())}
+    checkpoint = Checkpoint.open(make_folder(files))
+    with pytest.raises(InputError, match=message):
+        checkpoint.linear("q")
+
+
+def test_a_checkpoint_by_llm_compressor(make_folder: Callable[..., Path]) -> None:
+    """Targets by class, bfloat16 scales of [out, 1], a per-tensor weight scale, no zero point."""
+    from safetensors.torch import save
+
+    tensors = {
+        "a.weight": torch.ones(3, 4, dtype=torch.int8),
+        "a.weight_scale": torch.tensor([0.5], dtype=torch.bfloat16),
+        "norm.weight": torch.ones(4, dtype=torch.bfloat16),
+        "lm_head.weight": torch.ones(3, 4, dtype=torch.bfloat16),
+    }
+    config = scheme()
+    config["quantization_config"]["ignore"] = ["lm_head"]
+    checkpoint = Checkpoint.open(make_folder({"config.json": config, "model.safetensors": save(tensors)}))
+    assert_same(checkpoint.linear("a"), QuantizedLinear(tensors["a.weight"], torch.full((3,), 0.5)))
+    assert checkpoint.linear("norm") is None
+    assert checkpoint.linear("lm_head") is None
+
+
+@pytest.mark.parametrize("name", formats.NAMES)
+@pytest.mark.parametrize(
+    "change", [{"weight_scale": torch.tensor([1.0, float("nan")])}, {"input_scale": 0.0}, {"input_offset": 128}]
+)
+def test_layers_that_are_not_written(name: str, change: dict[str, Any]) -> None:
+    fields = {
+        "weight": torch.ones(2, 3, dtype=torch.int8),
+        "weight_scale": torch.ones(2),
+        "bias": None,
+        "input_scale": 0.1,
+        "input_offset": 0,
+    }
+    with pytest.raises(QtoolError):
+        formats.get(name).tensors("q", QuantizedLinear(**(fields | change)), torch.bfloat16)
+
+
+def test_unknown_format() -> None:
+    with pytest.raises(InputError, match="unknown format 'gptq'") as caught:
+        formats.get("gptq")
+    assert "golden-stick" in str(caught.value.hint)
