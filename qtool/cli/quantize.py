@@ -69,7 +69,9 @@ def quantize(
     scheme = scheme or chosen.default_scheme
     if scheme not in chosen.schemes:
         raise InputError(
-            f"no scheme {scheme!r} in this recipe", where=f"recipe {chosen.name}", hint=f"it has {', '.join(chosen.schemes)}"
+            f"no scheme {scheme!r} in this recipe",
+            where=f"recipe {chosen.name}",
+            hint=f"it has {', '.join(chosen.schemes)}",
         )
     target = (output or folder.with_name(f"{folder.name}-{scheme}")).expanduser().absolute()
     if engine == "golden-stick":
@@ -77,7 +79,7 @@ def quantize(
         raise InputError("the golden-stick engine does not run yet", where="--engine", hint="use --engine native")
     if not dry_run:
         check_output(target, overwrite=overwrite, source=folder)
-    wanted = {
+    wanted: dict[str, Any] = {
         "data": calibration or chosen.calibration.data,
         "samples": samples or chosen.calibration.samples,
         "seq_len": seq_len or chosen.calibration.seq_len,

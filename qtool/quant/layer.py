@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,7 +14,7 @@ from qtool.quant import observers, osl, rounding, smoothing
 from qtool.quant.integer import asymmetric_scale_offset, fake_quantize_tensor, fake_quantize_tokens, quantize_rows
 from qtool.quant.smoothing import Smoothing
 from qtool.quant.statistics import InputStatistics
-from qtool.quant.topology import Group, fold, per_producer_channel
+from qtool.quant.topology import Group, bias_of, fold, per_producer_channel, weight_of
 from qtool.quant.types import QuantizedLinear
 from qtool.recipe.schema import Policy
 
@@ -85,10 +86,39 @@ def quantize_layer(
         chosen = found[group.linears]
         if chosen is not None:
             chosen.s.copy_(_fold_as_stored(layer, group, chosen.s, storage.dtype))
+    prepared = [
+        _clip(layer, group, policies, statistics[group.linears[0]], found[group.linears], storage, search)
+        for group in quantized
+    ]
+    if search == "exact":
+        _observe_clipped(layer, prepared, runs)
     result = LayerResult()
-    for group in quantized:
-        _round_group(layer, group, policies, statistics[group.linears[0]], found[group.linears], storage, search, result)
+    for work in prepared:
+        _round(layer, work, storage, result)
     return result
+
+
+@dataclass
+class _Work:
+    """One group between smoothing and rounding.
+
+    Attributes:
+        weight: float32 [sum of out, in], smoothed, the quantized members' rows one below the other.
+        sample: float32 [tokens, in], smoothed.
+        low, high: the input's extremes, smoothed, float32 [in].
+        gram: smoothed, for error compensation; None to round to nearest.
+    """
+
+    members: list[str]
+    policy: Policy
+    smoothing: Smoothing | None
+    weight: torch.Tensor
+    scales: torch.Tensor
+    bounds: torch.Tensor
+    sample: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    gram: torch.Tensor | None
 
 
 def _policy(group: Group, policies: Mapping[str, Policy | None]) -> Policy:
@@ -103,18 +133,17 @@ def _smoothing(
     search: Literal["fast", "exact"],
     runs: Sequence[Run],
 ) -> Smoothing | None:
-    if policy.smoothing == "none" or group.producer is None:
+    if policy.smoothing == "none" or group.fold is None:
         return None
-    weight = torch.cat([layer.get_submodule(name).weight for name in group.linears])
-    act_max = per_producer_channel(group, statistics.amax)
-    w_max = per_producer_channel(group, weight.abs().amax(dim=0))
+    weight = torch.cat([weight_of(layer, name) for name in group.linears])
+    act_max = per_producer_channel(group.fold, statistics.amax)
+    w_max = per_producer_channel(group.fold, weight.abs().amax(dim=0))
     static = policy.activations.mode == "static"
     if policy.smoothing == "osl" and search == "exact":
         return osl.search(layer, group, runs, act_max, w_max, static=static)
     if policy.smoothing == "smoothquant":
         alpha = policy.smoothquant_alpha
         return Smoothing(smoothing.scale(act_max, w_max, alpha), alpha)
-    assert group.channel_map is not None and statistics.low is not None and statistics.high is not None
     model = smoothing.NoiseModel(
         statistics.sample.float(),
         weight,
@@ -124,24 +153,25 @@ def _smoothing(
         static=static,
         compensation=_GPTQ_REMAINDER if policy.rounding == "gptq" else 1.0,
     )
-    return smoothing.fit(model, act_max, w_max, group.channel_map)
+    return smoothing.fit(model, act_max, w_max, group.fold.channel_map)
 
 
 def _fold_as_stored(layer: nn.Module, group: Group, s: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Fold s, but so that a norm's gain survives storage in `dtype`: the weights take up what rounding it loses."""
-    assert group.producer is not None and group.channel_map is not None
-    producer = layer.get_submodule(group.producer)
-    if not isinstance(producer, nn.Linear):
-        gain = (producer.weight.float() + group.gain_offset)[group.channel_map]
-        stored = (gain / s - group.gain_offset).to(dtype).float() + group.gain_offset
-        s = torch.where((gain == 0) | (stored == 0), s, gain / stored)
+    fold_into = group.fold
+    if fold_into is None or isinstance(layer.get_submodule(fold_into.producer), nn.Linear):
+        fold(layer, group, s)
+        return s
+    weight = weight_of(layer, fold_into.producer)
+    gain = (weight + fold_into.gain_offset)[fold_into.channel_map]
+    stored = (gain / s - fold_into.gain_offset).to(dtype).float() + fold_into.gain_offset
+    s = torch.where((gain == 0) | (stored == 0), s, gain / stored)
     fold(layer, group, s)
-    if not isinstance(producer, nn.Linear):
-        producer.weight.copy_(producer.weight.to(dtype))
+    weight.copy_(weight.to(dtype))
     return s
 
 
-def _round_group(
+def _clip(
     layer: nn.Module,
     group: Group,
     policies: Mapping[str, Policy | None],
@@ -149,66 +179,86 @@ def _round_group(
     chosen: Smoothing | None,
     storage: Storage,
     search: Literal["fast", "exact"],
-    result: LayerResult,
-) -> None:
+) -> _Work:
+    """Carry the statistics over to the smoothed input, and choose each output channel's clipping ratio."""
     policy = _policy(group, policies)
     members = [name for name in group.linears if policies[name] is not None]
-    modules = [layer.get_submodule(name) for name in members]
-    weight = torch.cat([module.weight for module in modules])
-    assert statistics.low is not None and statistics.high is not None
+    weight = torch.cat([weight_of(layer, name) for name in members])
     s = chosen.s if chosen is not None else torch.ones(weight.shape[1], device=weight.device)
     sample = statistics.sample.float() / s
     static = policy.activations.mode == "static"
-    input_scale: float | None = None
-    input_offset: int | None = None
-    if static:
-        low, high = observers.static_range(statistics.low / s, statistics.high / s, sample, policy.activations)
-        input_scale, input_offset = _static_parameters(low, high, storage)
-        scale, offset = torch.tensor(input_scale), torch.tensor(float(input_offset))
-        noisy = fake_quantize_tensor(sample, scale, offset)
-    else:
-        noisy = fake_quantize_tokens(sample)
-
-    gram = None
-    if policy.rounding == "gptq" and search == "fast":
-        assert statistics.gram is not None
-        gram = statistics.gram / s / s[:, None]
-
-    def storable(weight_scale: torch.Tensor) -> torch.Tensor:
-        return storage.weight_scale(weight_scale, static)
-
     if search == "exact":
-        stride = max(1, statistics.tokens // osl.CLIP_TOKENS)
-        row_error = rounding.error_on_tokens(sample[::stride])
+        row_error = rounding.error_on_tokens(sample[:: max(1, statistics.tokens // osl.CLIP_TOKENS)])
         ratios: Sequence[float] = osl.CLIP_RATIOS
     else:
         row_error = rounding.error_by_energy(statistics.energy / s.square())
         ratios = _FAST_CLIP_RATIOS
-    scales = rounding.clipped_scale(weight, row_error, ratios if policy.clip else (1.0,), storable)
-    if gram is not None:
-        noise = float((noisy - sample).square_().mean())
-        integers = rounding.gptq(weight, scales, gram, noise)
-    else:
-        integers = quantize_rows(weight, scales)
+    scales, bounds = rounding.search_clip(
+        weight, row_error, ratios if policy.clip else (1.0,), lambda scale: storage.weight_scale(scale, static)
+    )
+    gram = None
+    if policy.rounding == "gptq" and search == "fast":
+        gram = statistics.gram / s / s[:, None]
+    low, high = statistics.low / s, statistics.high / s
+    return _Work(members, policy, chosen, weight, scales, bounds, sample, low, high, gram)
 
-    reference = sample @ weight.t()
-    error = (noisy @ (integers * scales[:, None]).t()).sub_(reference).square_().sum()
+
+def _observe_clipped(layer: nn.Module, prepared: Sequence[_Work], runs: Sequence[Run]) -> None:
+    """Ranges of the inputs as they are once the weights before them are clipped, for every group."""
+    seen = {work.members[0]: InputStatistics(stride=1, with_gram=False) for work in prepared}
+    with ExitStack() as stack:
+        for work in prepared:
+            start = 0
+            for name in work.members:
+                weight = weight_of(layer, name)
+                end = start + weight.shape[0]
+                weight.copy_(rounding.clamp_rows(work.weight[start:end], work.bounds[start:end]))
+                start = end
+            observed = seen[work.members[0]]
+            hook = layer.get_submodule(work.members[0]).register_forward_pre_hook(
+                lambda _m, args, observed=observed: observed.update(args[0])
+            )
+            stack.callback(hook.remove)
+        for run in runs:
+            run()
+    for work in prepared:
+        work.low, work.high = seen[work.members[0]].low, seen[work.members[0]].high
+
+
+def _round(layer: nn.Module, work: _Work, storage: Storage, result: LayerResult) -> None:
+    """Fix the activations' range where it is static, round the weights, and note the error."""
+    input_scale: float | None = None
+    input_offset: int | None = None
+    if work.policy.activations.mode == "static":
+        low, high = observers.static_range(work.low, work.high, work.sample, work.policy.activations)
+        input_scale, input_offset = _static_parameters(low, high, storage)
+        noisy = fake_quantize_tensor(work.sample, torch.tensor(input_scale), torch.tensor(float(input_offset)))
+    else:
+        noisy = fake_quantize_tokens(work.sample)
+    if work.gram is not None:
+        noise = float((noisy - work.sample).square_().mean())
+        integers = rounding.gptq(work.weight, work.scales, work.gram, noise)
+    else:
+        integers = quantize_rows(rounding.clamp_rows(work.weight, work.bounds), work.scales)
+    reference = work.sample @ work.weight.t()
+    error = (noisy @ (integers * work.scales[:, None]).t()).sub_(reference).square_().sum()
     result.groups.append(
         GroupReport(
-            linears=members,
-            activations=policy.activations.mode,
-            smoothing=policy.smoothing if chosen is not None else "none",
-            alpha=chosen.alpha if chosen is not None else None,
+            linears=work.members,
+            activations=work.policy.activations.mode,
+            smoothing=work.policy.smoothing if work.smoothing is not None else "none",
+            alpha=work.smoothing.alpha if work.smoothing is not None else None,
             relative_error=float(error / reference.square_().sum().clamp(min=1e-30)),
         )
     )
     start = 0
-    for name, module in zip(members, modules, strict=True):
-        end = start + module.weight.shape[0]
+    for name in work.members:
+        bias = bias_of(layer, name)
+        end = start + weight_of(layer, name).shape[0]
         result.linears[name] = QuantizedLinear(
             weight=integers[start:end],
-            weight_scale=scales[start:end],
-            bias=None if module.bias is None else module.bias.detach().clone(),
+            weight_scale=work.scales[start:end],
+            bias=None if bias is None else bias.detach().clone(),
             input_scale=input_scale,
             input_offset=input_offset,
         )

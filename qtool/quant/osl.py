@@ -9,7 +9,7 @@ from torch import nn
 
 from qtool.quant.replay import Recording
 from qtool.quant.smoothing import ALPHAS, QuantizedProduct, Smoothing, quantized_weight, scale
-from qtool.quant.topology import Group
+from qtool.quant.topology import Group, bias_of, weight_of
 
 CLIP_RATIOS = tuple(1 - i / 20 for i in range(10))
 CLIP_TOKENS = 512
@@ -36,9 +36,9 @@ def search(
         act_max, w_max: float32 [in], already pooled per producer channel.
         static: activations per tensor (range of each sample by itself), else per token.
     """
-    widths = [layer.get_submodule(name).weight.shape[0] for name in group.linears]
-    biases = [layer.get_submodule(name).bias for name in group.linears]
-    weight = torch.cat([layer.get_submodule(name).weight for name in group.linears])
+    weights = [weight_of(layer, name) for name in group.linears]
+    biases = [bias_of(layer, name) for name in group.linears]
+    widths, weight = [len(w) for w in weights], torch.cat(weights)
     recordings = [Recording(layer, run, group.linears) for run in runs]
     products = [QuantizedProduct(record.x.reshape(-1, record.x.shape[-1]), static=static) for record in recordings]
     energy = max(sum(float(record.output.square().mean()) for record in recordings), 1e-30)

@@ -40,13 +40,9 @@ class Recording:
 
         with ExitStack() as stack:
             for name, module in modules.items():
+                stack.callback(module.register_forward_pre_hook(lambda _m, args, name=name: enter(name, args)).remove)
                 stack.callback(
-                    module.register_forward_pre_hook(lambda _m, args, name=name: enter(name, args)).remove
-                )
-                stack.callback(
-                    module.register_forward_hook(
-                        lambda _m, _a, out, name=name: outputs.__setitem__(name, out)
-                    ).remove
+                    module.register_forward_hook(lambda _m, _a, out, name=name: outputs.__setitem__(name, out)).remove
                 )
             self.output = run()
         self.x = inputs[0]

@@ -28,13 +28,16 @@ def error_by_energy(energy: torch.Tensor) -> RowError:
     return lambda delta: delta.square() @ energy
 
 
-def clipped_scale(
+def search_clip(
     weight: torch.Tensor,
     row_error: RowError,
     ratios: Sequence[float],
     storable: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """Per row the scale of the clipping ratio with the least error; the first of a tie.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per row the clipping ratio with the least error; the first of a tie.
+
+    Values beyond the bound are clamped to it before they are divided by the scale, as mindspore-gs 1.4.1 does:
+    the bound is 127.5 steps, and which way that rounds in float32 decides between ratios.
 
     Args:
         weight: float32 [out, in].
@@ -43,20 +46,28 @@ def clipped_scale(
         storable: rounds a scale to what the checkpoint format keeps of it.
 
     Returns:
-        float32 [out].
+        (scale [out], bound [out]), float32.
     """
     peak = weight.abs().amax(dim=1)
-    scale = storable(symmetric_scale(peak * ratios[0]))
+    bound = peak * ratios[0]
+    scale = storable(symmetric_scale(bound))
     if len(ratios) == 1:
-        return scale
-    least = row_error(weight - fake_quantize_rows(weight, scale))
-    for ratio in ratios[1:]:
-        narrower = storable(symmetric_scale(peak * ratio))
-        error = row_error(weight - fake_quantize_rows(weight, narrower))
+        return scale, bound
+    least = torch.full_like(peak, float("inf"))
+    for ratio in ratios:
+        narrower = peak * ratio
+        step = storable(symmetric_scale(narrower))
+        error = row_error(fake_quantize_rows(clamp_rows(weight, narrower), step).sub_(weight))
         better = error < least
         least = torch.where(better, error, least)
-        scale = torch.where(better, narrower, scale)
-    return scale
+        scale = torch.where(better, step, scale)
+        bound = torch.where(better, narrower, bound)
+    return scale, bound
+
+
+def clamp_rows(weight: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """Each row of weight [out, in] limited to ± bound [out]."""
+    return torch.minimum(torch.maximum(weight, -bound[:, None]), bound[:, None])
 
 
 def gptq(weight: torch.Tensor, scale: torch.Tensor, gram: torch.Tensor, ridge: float) -> torch.Tensor:

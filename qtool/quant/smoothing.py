@@ -185,7 +185,8 @@ def fit(model: NoiseModel, act_max: torch.Tensor, w_max: torch.Tensor, channel_m
         channel_map: int64 [in]; channels that fold into the same producer channel share one s.
     """
     least, alpha, log_s = min(
-        ((model.error(t := scale(act_max, w_max, alpha).log()), alpha, t) for alpha in ALPHAS[::2]), key=lambda found: found[0]
+        ((model.error(t := scale(act_max, w_max, alpha).log()), alpha, t) for alpha in ALPHAS[::2]),
+        key=lambda found: found[0],
     )
     unique, inverse = channel_map.unique(return_inverse=True)
     shared = torch.zeros(len(unique), device=log_s.device)

@@ -10,7 +10,7 @@ class InputStatistics:
 
     Attributes:
         low, high: float32 [in], per-channel minimum and maximum over all tokens.
-        gram: float32 [in, in], the mean of xᵀx over all tokens, or None when not asked for.
+        gram: float32 [in, in], the mean of xᵀx over all tokens, when asked for.
         sample: [kept tokens, in], every `stride`-th token of each batch, in the input's dtype.
 
     Args:
@@ -20,8 +20,8 @@ class InputStatistics:
     """
 
     def __init__(self, *, stride: int, with_gram: bool) -> None:
-        self.low: torch.Tensor | None = None
-        self.high: torch.Tensor | None = None
+        self._low: torch.Tensor | None = None
+        self._high: torch.Tensor | None = None
         self._squares: torch.Tensor | None = None
         self._gram: torch.Tensor | None = None
         self._stride = stride
@@ -35,8 +35,8 @@ class InputStatistics:
         x = x.reshape(-1, x.shape[-1])
         low, high = x.aminmax(dim=0)
         low, high = low.float(), high.float()
-        self.low = low if self.low is None else torch.minimum(self.low, low)
-        self.high = high if self.high is None else torch.maximum(self.high, high)
+        self._low = low if self._low is None else torch.minimum(self._low, low)
+        self._high = high if self._high is None else torch.maximum(self._high, high)
         squares = x.float().square().sum(dim=0)
         self._squares = squares if self._squares is None else self._squares + squares
         if self._with_gram:
@@ -55,21 +55,33 @@ class InputStatistics:
         return self._tokens
 
     @property
-    def gram(self) -> torch.Tensor | None:
-        return None if self._gram is None else self._gram / self._tokens
+    def low(self) -> torch.Tensor:
+        return _seen(self._low)
 
     @property
-    def energy(self) -> torch.Tensor:
-        """Per-channel mean square, float32 [in]."""
-        assert self._squares is not None
-        return self._squares / self._tokens
+    def high(self) -> torch.Tensor:
+        return _seen(self._high)
 
     @property
     def amax(self) -> torch.Tensor:
         """Per-channel max|x|, float32 [in]."""
-        assert self.low is not None and self.high is not None
         return torch.maximum(self.low.abs(), self.high.abs())
+
+    @property
+    def energy(self) -> torch.Tensor:
+        """Per-channel mean square, float32 [in]."""
+        return _seen(self._squares) / self._tokens
+
+    @property
+    def gram(self) -> torch.Tensor:
+        return _seen(self._gram) / self._tokens
 
     @property
     def sample(self) -> torch.Tensor:
         return torch.cat(self._kept)
+
+
+def _seen(value: torch.Tensor | None) -> torch.Tensor:
+    if value is None:
+        raise ValueError("no batch has been observed, or the Gram matrix was not asked for")
+    return value

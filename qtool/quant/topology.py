@@ -20,20 +20,26 @@ Probe = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Group:
-    """Linears that read the same tensor.
+class Fold:
+    """Where the inverse of a group's smoothing scale goes.
 
     Attributes:
-        linears: names inside the decoder layer, in call order.
-        producer: the module into which 1/s folds, or None when there is none.
-        channel_map: int64 [in]; input channel j of the linears is output channel channel_map[j] of the producer.
-        gain_offset: for a norm, its output is proportional to (weight + gain_offset): 0 as in Llama, 1 as in Gemma.
+        producer: the norm or linear, by its name inside the decoder layer.
+        channel_map: int64 [in]; input channel j of the group is output channel channel_map[j] of the producer.
+        gain_offset: a norm's output is proportional to (weight + gain_offset): 0 as in Llama, 1 as in Gemma.
     """
 
-    linears: tuple[str, ...]
-    producer: str | None = None
-    channel_map: torch.Tensor | None = None
+    producer: str
+    channel_map: torch.Tensor
     gain_offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that read the same tensor, in call order, and what a scale of it folds into, if anything."""
+
+    linears: tuple[str, ...]
+    fold: Fold | None = None
 
 
 def signature(layer: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
@@ -58,61 +64,71 @@ def find_groups(layer: nn.Module, run: Probe) -> list[Group]:
     """
     linears = linear_layers(layer)
     base, reference = _linear_inputs(linears, run)
-    groups: list[list[str]] = []
+    shared: list[list[str]] = []
     for name, x in base.items():
-        for group in groups:
-            first = base[group[0]]
+        for names in shared:
+            first = base[names[0]]
             if first.shape == x.shape and first.data_ptr() == x.data_ptr():
-                group.append(name)
+                names.append(name)
                 break
         else:
-            groups.append([name])
+            shared.append([name])
 
-    found: dict[tuple[str, ...], Group] = {tuple(g): Group(tuple(g)) for g in groups}
+    found = {tuple(names): Group(tuple(names)) for names in shared}
     for producer, width in _producers(layer).items():
         factors = 1 + torch.arange(1, width + 1, dtype=torch.float64) / (width + 1)
         with _scaled_output(layer.get_submodule(producer), factors):
             seen, _ = _linear_inputs(linears, run)
-        for names, group in found.items():
-            if group.producer is not None or producer in names:
+        for members, group in found.items():
+            if group.fold is not None or producer in members:
                 continue
-            channel_map = _match(base[names[0]], seen[names[0]], width)
+            channel_map = _match(base[members[0]], seen[members[0]], width)
             if channel_map is None:
                 continue
-            candidate = Group(names, producer, channel_map, _gain_offset(layer.get_submodule(producer), run))
+            candidate = Group(members, Fold(producer, channel_map, _gain_offset(layer, producer, run)))
             if _is_neutral(layer, candidate, factors, run, reference):
-                found[names] = candidate
+                found[members] = candidate
     return list(found.values())
 
 
 @torch.no_grad()
 def fold(layer: nn.Module, group: Group, s: torch.Tensor) -> None:
     """Multiply the group's weights by s [in] per input channel and divide the producer's output by it, in place."""
-    if group.producer is None or group.channel_map is None:
+    target = group.fold
+    if target is None:
         raise ValueError(f"{group.linears} has no producer to fold into")
     for name in group.linears:
-        layer.get_submodule(name).weight.mul_(s)
-    producer = layer.get_submodule(group.producer)
-    inverse = torch.ones(producer.weight.shape[0], dtype=s.dtype, device=s.device)
-    inverse[group.channel_map] = 1 / s
-    if isinstance(producer, nn.Linear):
-        producer.weight.mul_(inverse[:, None])
+        weight_of(layer, name).mul_(s)
+    weight, bias = weight_of(layer, target.producer), bias_of(layer, target.producer)
+    inverse = torch.ones(weight.shape[0], dtype=s.dtype, device=s.device)
+    inverse[target.channel_map] = 1 / s
+    if weight.dim() == 2:
+        weight.mul_(inverse[:, None])
     else:
-        producer.weight.add_(group.gain_offset).mul_(inverse).sub_(group.gain_offset)
-    if getattr(producer, "bias", None) is not None:
-        producer.bias.mul_(inverse)
+        weight.add_(target.gain_offset).mul_(inverse).sub_(target.gain_offset)
+    if bias is not None:
+        bias.mul_(inverse)
 
 
-def per_producer_channel(group: Group, values: torch.Tensor) -> torch.Tensor:
+def weight_of(layer: nn.Module, name: str) -> torch.Tensor:
+    """The weight of a linear or norm inside `layer`."""
+    return layer.get_submodule(name).get_parameter("weight")
+
+
+def bias_of(layer: nn.Module, name: str) -> torch.Tensor | None:
+    bias = getattr(layer.get_submodule(name), "bias", None)
+    return bias if isinstance(bias, torch.Tensor) else None
+
+
+def per_producer_channel(target: Fold, values: torch.Tensor) -> torch.Tensor:
     """Maximum over the input channels that share a producer channel, given back to each of them.
 
     This is what makes one s per key-value channel out of the query heads that read it.
     """
-    assert group.channel_map is not None
-    width = int(group.channel_map.max()) + 1
+    width = int(target.channel_map.max()) + 1
     pooled = torch.zeros(width, dtype=values.dtype, device=values.device)
-    pooled.scatter_reduce_(0, group.channel_map, values, "amax", include_self=False)
-    return pooled[group.channel_map]
+    pooled.scatter_reduce_(0, target.channel_map, values, "amax", include_self=False)
+    return pooled[target.channel_map]
 
 
 def _linear_inputs(linears: dict[str, nn.Linear], run: Probe) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -160,30 +176,30 @@ def _match(base: torch.Tensor, seen: torch.Tensor, width: int) -> torch.Tensor |
     return index.long()
 
 
-def _gain_offset(producer: nn.Module, run: Probe) -> float:
+def _gain_offset(layer: nn.Module, producer: str, run: Probe) -> float:
     """0 if a zero weight silences the norm, 1 if it is the norm's neutral element."""
-    if isinstance(producer, nn.Linear):
+    if isinstance(layer.get_submodule(producer), nn.Linear):
         return 0.0
-    peak: list[float] = []
-    saved = producer.weight.detach().clone()
-    bias = getattr(producer, "bias", None)
-    handle = producer.register_forward_hook(
-        lambda _m, _a, out: peak.append(float((out - (0 if bias is None else bias)).abs().max()))
+    weight, bias = weight_of(layer, producer), bias_of(layer, producer)
+    peaks: list[float] = []
+    saved = weight.clone()
+    handle = layer.get_submodule(producer).register_forward_hook(
+        lambda _m, _a, out: peaks.append(float((out - (0 if bias is None else bias)).abs().max()))
     )
     try:
-        producer.weight.zero_()
+        weight.zero_()
         run()
     finally:
-        producer.weight.copy_(saved)
+        weight.copy_(saved)
         handle.remove()
-    return 0.0 if peak[0] == 0 else 1.0
+    return 0.0 if peaks[0] == 0 else 1.0
 
 
 def _is_neutral(layer: nn.Module, group: Group, factors: torch.Tensor, run: Probe, reference: torch.Tensor) -> bool:
     """Fold, compare the layer's output, unfold: catches producers that something else reads as well."""
-    assert group.channel_map is not None and group.producer is not None
-    s = factors.to(reference)[group.channel_map]
-    names = (*group.linears, group.producer)
+    assert group.fold is not None
+    s = factors.to(reference)[group.fold.channel_map]
+    names = (*group.linears, group.fold.producer)
     saved = {n: {k: p.detach().clone() for k, p in layer.get_submodule(n).named_parameters()} for n in names}
     try:
         fold(layer, group, s)

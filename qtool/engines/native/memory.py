@@ -46,9 +46,7 @@ def estimate(stream: DecoderStream, samples: int, seq_len: int) -> dict[str, Any
     gram = sum(2 * tokens * (width**2 + 3 * hidden**2) for width in widths)
     search = sum(2 * 20 * 512 * count for count in parameters)
     item = torch.finfo(stream.dtype).bits // 8
-    working = max(
-        count * (item + 4 * 3) + 4 * 4 * width**2 for count, width in zip(parameters, widths, strict=True)
-    )
+    working = max(count * (item + 4 * 3) + 4 * 4 * width**2 for count, width in zip(parameters, widths, strict=True))
     return {
         "estimated_seconds": round(8 + (forward + gram + search) / rate * 1.5, 1),
         "estimated_peak_bytes": _BASE_BYTES + tokens * hidden * item + working,

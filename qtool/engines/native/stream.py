@@ -78,7 +78,7 @@ class DecoderStream:
 
     @property
     def hidden_size(self) -> int:
-        return int(self._embedding.weight.shape[1])
+        return self._embedding.get_parameter("weight").shape[1]
 
     @contextmanager
     def precision(self, dtype: torch.dtype, length: int) -> Iterator[None]:
@@ -186,8 +186,7 @@ class DecoderStream:
             )
         if tuple(self.checkpoint.info(name).shape) != tuple(shape):
             raise InputError(
-                f"tensor {name} has shape {list(self.checkpoint.info(name).shape)}, "
-                f"config.json makes it {list(shape)}",
+                f"tensor {name} has shape {list(self.checkpoint.info(name).shape)}, config.json makes it {list(shape)}",
                 where=str(self.checkpoint.path),
                 hint="check that config.json belongs to these weights",
             )
@@ -256,7 +255,7 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: boo
     return model.eval()
 
 
-def _decoder_layers(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, nn.ModuleList]:
+def _decoder_layers(model: Any, checkpoint: Checkpoint) -> tuple[str, nn.ModuleList]:
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     depth = model.config.get_text_config().num_hidden_layers
     for name, module in lists:
