@@ -19,8 +19,8 @@ from qtool.quant.types import QuantizedLinear
 from qtool.recipe.schema import Policy
 
 _FAST_CLIP_RATIOS = (1.0, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8)
-_GPTQ_REMAINDER = 0.3  # of the rounding noise that error compensation leaves; measured 0.2 to 0.5 on SmolLM2
 Run = Callable[[], torch.Tensor]
+_GPTQ_REMAINDER = 0.3  # of the rounding noise that error compensation leaves; measured 0.2 to 0.5 on SmolLM2
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def quantize_layer(
         statistics: of each group's input, by the name of the group's first linear.
         storage: what the output format keeps.
         search: fast scores a smoothing scale by the group's own output, exact by the layer's, as Golden Stick does.
-        runs: for exact only: one per calibration sample, calls the layer on it and returns its output.
+        runs: for exact only: one per calibration sample; calls the layer on it and returns its output.
     """
     quantized = [group for group in groups if any(policies[name] for name in group.linears)]
     found = {
@@ -188,10 +188,10 @@ def _clip(
     sample = statistics.sample.float() / s
     static = policy.activations.mode == "static"
     if search == "exact":
-        row_error = rounding.error_on_tokens(sample[:: max(1, statistics.tokens // osl.CLIP_TOKENS)])
+        row_error: rounding.RowError = rounding.ErrorOnTokens(sample[:: max(1, statistics.tokens // osl.CLIP_TOKENS)])
         ratios: Sequence[float] = osl.CLIP_RATIOS
     else:
-        row_error = rounding.error_by_energy(statistics.energy / s.square())
+        row_error = rounding.ErrorByEnergy(statistics.energy / s.square())
         ratios = _FAST_CLIP_RATIOS
     scales, bounds = rounding.search_clip(
         weight, row_error, ratios if policy.clip else (1.0,), lambda scale: storage.weight_scale(scale, static)

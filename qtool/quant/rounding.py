@@ -7,6 +7,7 @@ falling activation energy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
@@ -14,18 +15,40 @@ from qtool.quant.integer import QMAX, QMIN, fake_quantize_rows, symmetric_scale
 
 _BLOCK = 64
 
-RowError = Callable[[torch.Tensor], torch.Tensor]
-"""Maps a weight error [rows, in] to each row's squared output error [rows]."""
+
+class RowError(Protocol):
+    """Maps a weight error [rows, in] to each row's squared output error [rows]."""
+
+    def __call__(self, delta: torch.Tensor) -> torch.Tensor: ...
+
+    def at_least(self, delta: torch.Tensor) -> torch.Tensor:
+        """A lower bound of it that costs less."""
+        ...
 
 
-def error_on_tokens(x: torch.Tensor) -> RowError:
-    """The error on given inputs x [tokens, in]."""
-    return lambda delta: (x @ delta.t()).square_().sum(dim=0)
+class ErrorOnTokens:
+    """The error on given inputs x [tokens, in]; that on a few of them is the bound."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._x, self._few = x, x[: max(1, len(x) // 8)]
+
+    def __call__(self, delta: torch.Tensor) -> torch.Tensor:
+        return (self._x @ delta.t()).square_().sum(dim=0)
+
+    def at_least(self, delta: torch.Tensor) -> torch.Tensor:
+        return (self._few @ delta.t()).square_().sum(dim=0)
 
 
-def error_by_energy(energy: torch.Tensor) -> RowError:
+class ErrorByEnergy:
     """The expected error when input channels are uncorrelated, from their mean squares [in]."""
-    return lambda delta: delta.square() @ energy
+
+    def __init__(self, energy: torch.Tensor) -> None:
+        self._energy = energy
+
+    def __call__(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.square() @ self._energy
+
+    at_least = __call__
 
 
 def search_clip(
@@ -53,6 +76,18 @@ def search_clip(
     scale = storable(symmetric_scale(bound))
     if len(ratios) == 1:
         return scale, bound
+    least = torch.full_like(peak, float("inf"))
+    for ratio in ratios:
+        narrower = peak * ratio
+        step = storable(symmetric_scale(narrower))
+        delta = fake_quantize_rows(clamp_rows(weight, narrower), step).sub_(weight)
+        rows = (row_error.at_least(delta) < least).nonzero()[:, 0]
+        error = row_error(delta if len(rows) == len(delta) else delta[rows])
+        rows = rows[better := error < least[rows]]
+        least[rows] = error[better]
+        scale[rows] = step[rows]
+        bound[rows] = narrower[rows]
+    return scale, bound
     least = torch.full_like(peak, float("inf"))
     for ratio in ratios:
         narrower = peak * ratio

@@ -6,7 +6,6 @@ for one exponent alpha per group. `fit` goes on from its best alpha to a scale o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch

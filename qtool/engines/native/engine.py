@@ -22,7 +22,7 @@ from qtool.checkpoint.writer import CheckpointWriter, check_free_space
 from qtool.engines.native import memory, plan
 from qtool.engines.native.stream import DecoderStream
 from qtool.errors import InputError
-from qtool.quant.layer import GroupReport, Storage, quantize_layer
+from qtool.quant.layer import Storage, quantize_layer
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups, linear_layers, signature
 from qtool.recipe.schema import Policy, Recipe
