@@ -148,13 +148,15 @@ def gptq(weight: torch.Tensor, scale: torch.Tensor, gram: torch.Tensor, ridge: f
 
 
 def _inverse_factor(gram: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse; more damping for as long as rounding makes `gram` indefinite."""
+    """Upper U with Uᵀ U = gram⁻¹; more damping for as long as rounding makes `gram` indefinite.
+
+    With rows and columns reversed, gram = L Lᵀ; reversed back L is an upper R with gram = R Rᵀ, and U = R⁻¹.
+    """
     damping = float(gram.diagonal().mean()) * 1e-3
     while True:
-        lower, failed = torch.linalg.cholesky_ex(gram)
+        lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper
+            identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
         gram.diagonal().add_(damping)
         damping *= 4

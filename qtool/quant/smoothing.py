@@ -14,7 +14,7 @@ from qtool.quant.integer import QMAX, QMIN, asymmetric_scale_offset, quantize_ro
 
 ALPHAS = tuple(i / 20 for i in range(20))
 _FLOOR = 1e-5
-_STEPS, _RATE, _REFRESH, _CANDIDATES = 40, 0.05, 10, 16
+_STEPS, _RATE, _REFRESH, _CANDIDATES = 40, 0.05, 20, 16
 
 
 @dataclass(frozen=True)

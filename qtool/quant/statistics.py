@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import torch
 
+_GRAM_STRIDE = 2  # every other token gives the same rounding; the product costs as much as the layer itself
+
 
 class InputStatistics:
     """Streaming statistics of an input [tokens, in], never the whole of it.
 
     Attributes:
         low, high: float32 [in], per-channel minimum and maximum over all tokens.
-        gram: float32 [in, in], the mean of xᵀx over all tokens, when asked for.
-        sample: [kept tokens, in], every `stride`-th token of each batch, in the input's dtype.
+        gram: float32 [in, in], the mean of xᵀx over every other token, when asked for.
+        sample: [kept tokens, in], every `stride`-th token of each sample, in the input's dtype.
 
     Args:
-        stride: keep every stride-th token; its phase moves from batch to batch, so that all positions count
+        stride: keep every stride-th token; its phase moves from sample to sample, so that all positions count
             alike: the first token of a sample is often an outlier that must be neither lost nor over-weighted.
         with_gram: also accumulate the Gram matrix.
     """
@@ -27,28 +29,30 @@ class InputStatistics:
         self._stride = stride
         self._with_gram = with_gram
         self._tokens = 0
-        self._batches = 0
+        self._gram_tokens = 0
+        self._seen = 0
         self._kept: list[torch.Tensor] = []
 
     def update(self, x: torch.Tensor) -> None:
-        """Add a batch [..., in]."""
-        x = x.reshape(-1, x.shape[-1])
-        low, high = x.aminmax(dim=0)
-        low, high = low.float(), high.float()
+        """Add a batch of samples [batch, length, in], or of tokens [tokens, in]."""
+        samples = x.reshape(-1, x.shape[-2], x.shape[-1])
+        x = samples.reshape(-1, x.shape[-1])
+        low, high = x.amin(dim=0).float(), x.amax(dim=0).float()
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
-        squares = x.float().square().sum(dim=0)
-        self._squares = squares if self._squares is None else self._squares + squares
         if self._with_gram:
             # The product runs in the input's dtype (bfloat16 doubles the speed), the sum over batches in float32.
-            product = x.t() @ x
-            if self._gram is None:
-                self._gram = product.float()
-            else:
-                self._gram.add_(product)
-        self._kept.append(x[self._batches % self._stride :: self._stride].clone())
+            some = x[self._seen % _GRAM_STRIDE :: _GRAM_STRIDE]
+            product = some.t() @ some
+            self._gram = product.float() if self._gram is None else self._gram.add_(product)
+            self._gram_tokens += some.shape[0]
+        else:
+            squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
+            self._squares = squares if self._squares is None else self._squares.add_(squares)
+        for sample in samples:
+            self._kept.append(sample[self._seen % self._stride :: self._stride].clone())
+            self._seen += 1
         self._tokens += x.shape[0]
-        self._batches += 1
 
     @property
     def tokens(self) -> int:
@@ -70,11 +74,11 @@ class InputStatistics:
     @property
     def energy(self) -> torch.Tensor:
         """Per-channel mean square, float32 [in]."""
-        return _seen(self._squares) / self._tokens
+        return self.gram.diagonal() if self._with_gram else _seen(self._squares) / self._tokens
 
     @property
     def gram(self) -> torch.Tensor:
-        return _seen(self._gram) / self._tokens
+        return _seen(self._gram) / self._gram_tokens
 
     @property
     def sample(self) -> torch.Tensor:

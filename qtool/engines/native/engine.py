@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _PROBE_TOKENS = 8
 _SAMPLE_TOKENS = 512
+_BATCH_TOKENS = 2048
 
 
 def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -174,8 +175,9 @@ def _quantize_one(
             layer.get_submodule(first).register_forward_pre_hook(lambda _m, args, seen=observed: seen.update(args[0]))
         )
     inputs = hidden.clone() if exact else hidden
-    for row in range(hidden.shape[0]):
-        hidden[row : row + 1] = stream.run(index, layer, inputs[row : row + 1])
+    batch = max(1, _BATCH_TOKENS // hidden.shape[1])
+    for row in range(0, hidden.shape[0], batch):
+        hidden[row : row + batch] = stream.run(index, layer, inputs[row : row + batch])
     for handle in handles:
         handle.remove()
     dtype = _dtype(stream.checkpoint, stream.layer_name(index) + "." + groups[0].linears[0] + ".weight")
