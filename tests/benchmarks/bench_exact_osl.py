@@ -1,0 +1,88 @@
+"""Exact OSL against an output of mindspore-gs 1.4.1: what differs, and seconds per layer.
+
+usage: bench_exact_osl.py MODEL REFERENCE
+
+MODEL is a float32 checkpoint; REFERENCE a folder with mindspore-gs's shards for it (OSL on every linear) and
+calibration_ids.json, the token ids it calibrated on. Golden Stick itself took 182 to 284 s per layer of
+SmolLM2-135M on 2×128 tokens (2 cores).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from qtool.workers import hide
+
+RECIPE = {
+    "name": "golden-stick",
+    "description": "OSL on every linear, static activations",
+    "osl": "exact",
+    "schemes": {
+        "w8a8": [
+            {"layers": "lm_head", "quantize": False},
+            {"layers": ".*", "activations": {"mode": "static"}, "rounding": "nearest"},
+        ]
+    },
+}
+
+
+class Clock:
+    """Stands in for the worker's report and notes when each layer begins."""
+
+    def __init__(self) -> None:
+        self.laps: list[float] = []
+
+    def progress(self, stage: str, done: int, total: int, unit: str = "") -> None:
+        self.laps.append(time.perf_counter())
+
+    def warning(self, message: str) -> None:
+        print(message, file=sys.stderr)
+
+
+def tensors(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def main(model: Path, reference: Path) -> None:
+    hide("torchaudio", "torchvision")
+    from qtool.engines.native.engine import quantize
+
+    ids = json.loads((reference / "calibration_ids.json").read_text())
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        job = {
+            "model": str(model),
+            "output": f"{folder}/out",
+            "format": "golden-stick",
+            "recipe": RECIPE,
+            "scheme": "w8a8",
+            "calibration": {"ids": ids, "digest": "", "source": "", "samples": len(ids), "seq_len": 0, "seed": 0},
+            "device": "cpu",
+            "overwrite": False,
+            "trust_remote_code": False,
+            "dry_run": False,
+        }
+        report = quantize(job, clock)  # type: ignore[arg-type]
+        mine, theirs = tensors(Path(folder) / "out"), tensors(reference)
+    print("alphas", [row["alpha"] for row in report["layers"]])
+    weights = {n: float((mine[n] == t).float().mean()) for n, t in theirs.items() if n.endswith("_proj.weight")}
+    scales = [float(((mine[n] - t).abs() / t).max()) for n, t in theirs.items() if n.endswith("input_scale")]
+    offsets = [bool((mine[n] == t).all()) for n, t in theirs.items() if n.endswith("input_offset")]
+    worst = min(weights, key=lambda name: weights[name])
+    print(f"int8 weights equal: least {weights[worst]:.4%} ({worst}), mean {sum(weights.values()) / len(weights):.4%}")
+    print(f"input scales: largest relative difference {max(scales):.1e}; offsets equal: {sum(offsets)}/{len(offsets)}")
+    seconds = [b - a for a, b in zip(clock.laps, clock.laps[1:], strict=False)]
+    print("seconds per layer:", ", ".join(f"{s:.2f}" for s in seconds))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
