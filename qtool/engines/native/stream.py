@@ -1,5 +1,8 @@
 """A decoder model run one layer at a time, with at most one layer's weights in memory.
 
+A quantized checkpoint runs as its runtimes would, in float: weights are dequantized as a layer is loaded, and
+what enters a quantized linear goes through the integers of its static or per-token scale.
+
 The skeleton is transformers' own model class on the meta device. Its forward runs once per batch shape
 with every decoder layer replaced by a recorder, which yields what the layers are called with (masks,
 rotary embeddings, whatever the architecture hands down); after that the layers run by themselves.
@@ -9,8 +12,10 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,13 +23,15 @@ from torch import nn
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
+from qtool.quant.integer import fake_quantize_tensor, fake_quantize_tokens
+from qtool.quant.types import QuantizedLinear
 
 
 class DecoderStream:
     """Runs a checkpoint's decoder layers one by one.
 
     Args:
-        checkpoint: an opened checkpoint with float weights.
+        checkpoint: an opened checkpoint, float or in one of qtool's quantized formats.
         dtype: compute type of weights and hidden states.
         device: where the layers run.
         trust_remote_code: allow the checkpoint's own modelling code.
@@ -63,13 +70,23 @@ class DecoderStream:
         """The decoder layer with its weights loaded; they are gone when the block ends."""
         layer = self._layers[index]
         prefix = self.layer_name(index) + "."
-        state = {}
+        state, hooks = {}, []
         for name, parameter in layer.state_dict().items():
-            state[name] = self._load(prefix + name, parameter.shape)
+            owner, _, part = name.rpartition(".")
+            linear = self._quantized(prefix + owner) if part == "weight" else None
+            if linear is None:
+                state[name] = self._load(prefix + name, parameter.shape)
+            else:
+                state[name] = self._dequantized(prefix + name, linear, parameter.shape)
+                quantize = _input_quantizer(linear)
+                module = layer.get_submodule(owner)
+                hooks.append(module.register_forward_pre_hook(lambda _m, args, quantize=quantize: quantize(args[0])))
         layer.load_state_dict(state, strict=True, assign=True)
         try:
             yield layer.requires_grad_(False)
         finally:
+            for hook in hooks:
+                hook.remove()
             for module in layer.modules():
                 for name, parameter in list(module._parameters.items()):
                     if parameter is not None:
@@ -94,8 +111,9 @@ class DecoderStream:
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings [batch, length, hidden] of ids [batch, length], reading only the rows in use."""
         unique, compact = torch.unique(ids, return_inverse=True)
-        rows = self.checkpoint.rows(f"{self._embedding_name}.weight", unique).to(self.dtype)
-        return torch.func.functional_call(self._embedding, {"weight": rows.to(self.device)}, (compact.to(self.device),))
+        name = f"{self._embedding_name}.weight"
+        rows = self._checked(name, self.checkpoint.rows(name, unique))
+        return torch.func.functional_call(self._embedding, {"weight": rows}, (compact.to(self.device),))
 
     @torch.no_grad()
     def prologue(self, ids: torch.Tensor) -> torch.Tensor:
@@ -146,38 +164,78 @@ class DecoderStream:
         return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
-    def logits(self, hidden: torch.Tensor, head: HeadWeights) -> torch.Tensor:
-        """Logits [tokens, vocabulary] float32 of final hidden states [tokens, hidden]."""
-        if self._norm is not None:
-            hidden = torch.func.functional_call(self._norm, head.norm, (hidden,))
-        logits = nn.functional.linear(hidden, head.weight, head.bias).float()
-        cap = getattr(self._model.config, "final_logit_softcapping", None)
-        if cap:
-            logits = torch.tanh(logits / cap) * cap
-        scale = getattr(self._model.config, "logits_scaling", None)
-        return logits / scale if scale else logits
+    def normalize(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The final norm on hidden states [..., hidden]."""
+        if self._norm is None:
+            return hidden
+        name = self._name_of(self._norm)
+        weights = {key: self._load(f"{name}.{key}", p.shape) for key, p in self._norm.named_parameters()}
+        return torch.func.functional_call(self._norm, weights, (hidden,))
 
-    def head(self) -> HeadWeights:
-        """The final norm and the output projection, which may be the embedding table again."""
-        norm_name = self._name_of(self._norm) if self._norm is not None else ""
-        norm = {
-            name: self._load(f"{norm_name}.{name}", p.shape)
-            for name, p in (self._norm.named_parameters() if self._norm is not None else ())
-        }
+    @property
+    def vocabulary(self) -> int:
+        """How many logits the model makes per token."""
+        return self._model.get_output_embeddings().weight.shape[0]
+
+    def head(self, start: int, stop: int) -> Head:
+        """The rows of the output projection (which may be the embedding table again) that make logits start to stop."""
+        name = self._head_name
+        bias = self._model.get_output_embeddings().bias
+        if bias is not None:
+            bias = self._load(f"{name}.bias", bias.shape)[start:stop]
+        if (linear := self._head_linear) is not None:
+            scale = linear.weight_scale[start:stop, None]
+            weight = (linear.weight[start:stop] * scale).to(device=self.device, dtype=self.dtype)
+            return Head(weight, bias, _input_quantizer(linear))
+        self._check_shape(f"{name}.weight", self._model.get_output_embeddings().weight.shape)
+        weight = self.checkpoint.rows(f"{name}.weight", torch.arange(start, stop))
+        return Head(self._checked(f"{name}.weight", weight), bias, None)
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor, head: Head) -> torch.Tensor:
+        """Logits [tokens, rows] float32 of normalized hidden states [tokens, hidden], by the model's own code.
+
+        Only its base model and output projection are replaced, so scaled and capped logits come out as it makes them.
+        """
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
         output = self._model.get_output_embeddings()
-        name = self._name_of(output) + ".weight"
-        if name not in self.checkpoint:
-            name = f"{self._embedding_name}.weight"
-        bias = None
-        if getattr(output, "bias", None) is not None:
-            bias = self._load(self._name_of(output) + ".bias", output.bias.shape)
-        return HeadWeights(norm, self._load(name, output.weight.shape), bias)
+        self._base.forward = lambda *_a, **_k: BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        output.forward = head.project
+        try:
+            return self._model(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
+        finally:
+            del self._base.__dict__["forward"], output.__dict__["forward"]
+
+    @cached_property
+    def _head_name(self) -> str:
+        name = self._name_of(self._model.get_output_embeddings())
+        return name if f"{name}.weight" in self.checkpoint else self._embedding_name
+
+    @cached_property
+    def _head_linear(self) -> QuantizedLinear | None:
+        linear = self._quantized(self._head_name)
+        if linear is not None:
+            self._check_shape(f"{self._head_name}.weight", self._model.get_output_embeddings().weight.shape)
+        return linear
 
     def skeleton_layer(self, index: int) -> nn.Module:
         """The layer without weights (meta device), for planning."""
         return self._layers[index]
 
     def _load(self, name: str, shape: torch.Size) -> torch.Tensor:
+        self._check_shape(name, shape)
+        return self._checked(name, self.checkpoint.tensor(name))
+
+    def _quantized(self, name: str) -> QuantizedLinear | None:
+        """A quantized linear by its name without ".weight"; None when it is float."""
+        return None if self.checkpoint.format == "float" else self.checkpoint.linear(name)
+
+    def _dequantized(self, name: str, linear: QuantizedLinear, shape: torch.Size) -> torch.Tensor:
+        self._check_shape(name, shape)
+        return (linear.weight * linear.weight_scale[:, None]).to(device=self.device, dtype=self.dtype)
+
+    def _check_shape(self, name: str, shape: torch.Size) -> None:
         if name not in self.checkpoint:
             raise InputError(
                 f"tensor {name} is missing",
@@ -190,7 +248,15 @@ class DecoderStream:
                 where=str(self.checkpoint.path),
                 hint="check that config.json belongs to these weights",
             )
-        tensor = self.checkpoint.tensor(name)
+
+    def _checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A float tensor in the compute type, on the device."""
+        if not tensor.is_floating_point():
+            raise InputError(
+                f"tensor {name} has dtype {self.checkpoint.info(name).dtype}, expected a float type",
+                where=str(self.checkpoint.info(name).file),
+                hint="if the model is quantized, its config.json or description file doesn't say how",
+            )
         if not torch.isfinite(tensor).all():
             raise InputError(
                 f"tensor {name} holds NaN or infinite values",
@@ -227,13 +293,35 @@ class DecoderStream:
             module._parameters.update(parameters)
 
 
-class HeadWeights:
-    """Weights that turn the last hidden state into logits."""
+@dataclass(frozen=True)
+class Head:
+    """Some rows of the output projection.
 
-    def __init__(self, norm: dict[str, torch.Tensor], weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.norm = norm
-        self.weight = weight
-        self.bias = bias
+    Attributes:
+        weight: [rows, hidden].
+        bias: [rows] or None.
+        quantize: what its input goes through when the projection is quantized.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    quantize: Callable[[torch.Tensor], torch.Tensor] | None
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] to [..., rows]."""
+        return nn.functional.linear(self.quantize(hidden) if self.quantize else hidden, self.weight, self.bias)
+
+
+def _input_quantizer(linear: QuantizedLinear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Fake quantization of what enters a quantized linear.
+
+    Per token the scale is max|x| / 127.5 over integers -128..127, as in transformers with compressed-tensors and in
+    qtool's own calibration; vLLM's int8 kernels take max|x| / 127, which rounds by another 0.4 % step.
+    """
+    if linear.input_scale is None or linear.input_offset is None:
+        return fake_quantize_tokens
+    scale, offset = torch.tensor(linear.input_scale), torch.tensor(float(linear.input_offset))
+    return lambda x: fake_quantize_tensor(x, scale.to(x.device), offset.to(x.device))
 
 
 def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
