@@ -57,7 +57,8 @@ def quantize(
     """
     from qtool import workers
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.checkpoint.writer import check_output
+    from qtool.checkpoint.storage import check_output, tidy
+    from qtool.engines import native
     from qtool.recipe.load import load, match
 
     folder = Path(path_or_stdin(model)).expanduser().absolute()
@@ -104,7 +105,13 @@ def quantize(
             "dry_run": dry_run,
         }
         python = workers.environment("native")
-        result = workers.run("qtool.engines.native.worker", job, python=python, on_event=out.event)
+        try:
+            result = workers.run(
+                "qtool.engines.native.worker", job, python=python, on_event=out.event, env=native.environment()
+            )
+        finally:
+            if not dry_run:
+                tidy(target)  # what a killed worker could not remove
     if dry_run:
         _show_plan(result, chosen, out, json)
         return
