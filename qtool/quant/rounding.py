@@ -126,19 +126,19 @@ def gptq(weight: torch.Tensor, scale: torch.Tensor, gram: torch.Tensor, ridge: f
     diagonal.add_(damping)
     gram = gram[order][:, order]
     inverse = _inverse_factor(gram)
-    work = weight[:, order].t().contiguous()  # rows are input channels: contiguous updates
+    # Rows are input channels, so that updates are contiguous, in units of each output channel's scale.
+    work = (weight / scale[:, None])[:, order].t().contiguous()
     quantized = torch.empty(work.shape, dtype=torch.int8, device=weight.device)
-    reciprocal = 1 / scale
     for start in range(0, width, _BLOCK):
         end = min(start + _BLOCK, width)
         block, factor = work[start:end], inverse[start:end, start:end]
         errors = torch.empty_like(block)
-        step = 1 / factor.diagonal()
-        for i in range(end - start):
-            q = (block[i] * reciprocal).round_().clamp_(QMIN, QMAX)
+        pivots = factor.diagonal().tolist()
+        for i, pivot in enumerate(pivots):
+            q = block[i].round().clamp_(QMIN, QMAX)
             quantized[start + i] = q
-            error = torch.sub(block[i], q.mul_(scale), out=errors[i]).mul_(step[i])
-            if i + 1 < end - start:
+            error = torch.sub(block[i], q, out=errors[i]).div_(pivot)
+            if i + 1 < len(pivots):
                 block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
         if end < width:
             work[end:].addmm_(inverse[start:end, end:].t(), errors, alpha=-1)
