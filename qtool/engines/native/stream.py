@@ -284,13 +284,8 @@ class DecoderStream:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty_like(buffer, device=self.device)
-        parameters = dict(module._parameters)
-        module._parameters.clear()
-        try:
-            with torch.device(self.device):
-                self._model._init_weights(module)
-        finally:
-            module._parameters.update(parameters)
+        with torch.device(self.device):
+            self._model._init_weights(module)  # parameters are on the meta device, where this does nothing
 
 
 @dataclass(frozen=True)
