@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from qtool.quant import threads
 from qtool.quant.integer import QMAX, QMIN, fake_quantize_rows, symmetric_scale
 
 _BLOCK = 64
@@ -134,12 +135,13 @@ def gptq(weight: torch.Tensor, scale: torch.Tensor, gram: torch.Tensor, ridge: f
         block, factor = work[start:end], inverse[start:end, start:end]
         errors = torch.empty_like(block)
         pivots = factor.diagonal().tolist()
-        for i, pivot in enumerate(pivots):
-            q = block[i].round().clamp_(QMIN, QMAX)
-            quantized[start + i] = q
-            error = torch.sub(block[i], q, out=errors[i]).div_(pivot)
-            if i + 1 < len(pivots):
-                block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
+        with threads.single():
+            for i, pivot in enumerate(pivots):
+                q = block[i].round().clamp_(QMIN, QMAX)
+                quantized[start + i] = q
+                error = torch.sub(block[i], q, out=errors[i]).div_(pivot)
+                if i + 1 < len(pivots):
+                    block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
         if end < width:
             work[end:].addmm_(inverse[start:end, end:].t(), errors, alpha=-1)
     back = torch.empty_like(order)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qtool.quant import threads
 from qtool.quant.integer import QMAX, QMIN, asymmetric_scale_offset, quantize_rows, symmetric_scale
 
 ALPHAS = tuple(i / 20 for i in range(20))
@@ -190,15 +191,14 @@ def fit(model: NoiseModel, act_max: torch.Tensor, w_max: torch.Tensor, channel_m
     unique, inverse = channel_map.unique(return_inverse=True)
     shared = torch.zeros(len(unique), device=log_s.device)
     shared[inverse] = log_s
-    shared.requires_grad_(True)
     optimizer = torch.optim.Adam([shared], lr=_RATE)
     for step in range(_STEPS):
-        log_shared = shared.detach()
         if step % _REFRESH == 0:
-            model.focus(log_shared[inverse])
-        shared.grad = torch.zeros_like(log_shared).index_add_(0, inverse, model.gradient(log_shared[inverse]))
-        optimizer.param_groups[0]["lr"] = _RATE * (1 - step / _STEPS)
-        optimizer.step()
-    refined = shared.detach()[inverse]
+            model.focus(shared[inverse])
+        with threads.single():
+            shared.grad = torch.zeros_like(shared).index_add_(0, inverse, model.gradient(shared[inverse]))
+            optimizer.param_groups[0]["lr"] = _RATE * (1 - step / _STEPS)
+            optimizer.step()
+    refined = shared[inverse]
     error = model.error(refined)
     return Smoothing(refined.exp(), alpha, error) if error < least else Smoothing(log_s.exp(), alpha, least)
