@@ -79,11 +79,12 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
         expected_tensors=6 * len(checkpoint.names),
     )
     with writer:
-        groups, error = _quantize(stream, planned, calibration, recipe, output_format, writer, report)
-        done = {name for i in range(stream.depth) for name in _layer_tensors(checkpoint, stream.layer_name(i))}
+        # What stays as it is comes first, so that damage in it shows at once.
+        inside = {name for i in range(stream.depth) for name in _layer_tensors(checkpoint, stream.layer_name(i))}
         for name in checkpoint.names:
-            if name not in done:
-                writer.add(name, checkpoint.tensor(name))
+            if name not in inside:
+                writer.add(name, stream.stored(name))
+        groups, error = _quantize(stream, planned, calibration, recipe, output_format, writer, report)
         result = {
             "qtool": qtool.__version__,
             "versions": _versions(),

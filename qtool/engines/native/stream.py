@@ -26,6 +26,8 @@ from qtool.errors import InputError
 from qtool.quant.integer import fake_quantize_tensor, fake_quantize_tokens
 from qtool.quant.types import QuantizedLinear
 
+_CHECKED_AT_ONCE = 1 << 20  # elements: what a check for NaN may take in memory
+
 
 class DecoderStream:
     """Runs a checkpoint's decoder layers one by one.
@@ -210,7 +212,8 @@ class DecoderStream:
     @cached_property
     def _head_name(self) -> str:
         name = self._name_of(self._model.get_output_embeddings())
-        return name if f"{name}.weight" in self.checkpoint else self._embedding_name
+        tied = self._model.config.get_text_config().tie_word_embeddings
+        return self._embedding_name if tied and f"{name}.weight" not in self.checkpoint else name
 
     @cached_property
     def _head_linear(self) -> QuantizedLinear | None:
@@ -218,6 +221,17 @@ class DecoderStream:
         if linear is not None:
             self._check_shape(f"{self._head_name}.weight", self._model.get_output_embeddings().weight.shape)
         return linear
+
+    def stored(self, name: str) -> torch.Tensor:
+        """Any tensor of the checkpoint as it is stored.
+
+        Raises:
+            InputError: it holds NaN or infinite values, or is a weight and no float tensor.
+        """
+        tensor = self.checkpoint.tensor(name)
+        if not tensor.is_floating_point() and not name.endswith(".weight"):
+            return tensor  # a buffer: a mask, positions
+        return self._finite(name, tensor)
 
     def skeleton_layer(self, index: int) -> nn.Module:
         """The layer without weights (meta device), for planning."""
@@ -251,19 +265,22 @@ class DecoderStream:
 
     def _checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A float tensor in the compute type, on the device."""
+        return self._finite(name, tensor).to(device=self.device, dtype=self.dtype)
+
+    def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point():
             raise InputError(
                 f"tensor {name} has dtype {self.checkpoint.info(name).dtype}, expected a float type",
                 where=str(self.checkpoint.info(name).file),
                 hint="if the model is quantized, its config.json or description file doesn't say how",
             )
-        if not torch.isfinite(tensor).all():
+        if not all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(_CHECKED_AT_ONCE)):
             raise InputError(
                 f"tensor {name} holds NaN or infinite values",
                 where=str(self.checkpoint.info(name).file),
                 hint="download the model again or repair the tensor; quantizing it would spread the damage",
             )
-        return tensor.to(device=self.device, dtype=self.dtype)
+        return tensor
 
     def _name_of(self, wanted: nn.Module) -> str:
         return next(name for name, module in self._model.named_modules() if module is wanted)
@@ -321,6 +338,7 @@ def _input_quantizer(linear: QuantizedLinear) -> Callable[[torch.Tensor], torch.
 
 def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -329,7 +347,7 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: boo
             model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
             )
-    except (ValueError, KeyError, OSError, ImportError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, OSError, ImportError, TypeError, AttributeError, StrictDataclassError) as error:
         raise InputError(
             f"transformers can't build this model: {str(error).strip().splitlines()[0]}",
             where=str(checkpoint.path / "config.json"),
