@@ -553,11 +553,12 @@ def outcomes(
 ) -> Iterator[dict[str, Future[Outcome]]]:
     """The selected cases; two run at a time, which nearly halves the wait for all those interpreters to start."""
     folder = tmp_path_factory.mktemp("bad")
+    environment = qtool_environment | {"OMP_NUM_THREADS": "1"}
     items = [item for item in request.session.items if isinstance(item, pytest.Function)]
     wanted = [cast(Case, item.callspec.params["bad"]) for item in items if item.function is test_bad_input]
     with ThreadPoolExecutor(2) as pool:
         yield {
-            bad.name: pool.submit(run, bad, tiny_llama, folder / str(number), qtool_environment)
+            bad.name: pool.submit(run, bad, tiny_llama, folder / str(number), environment)
             for number, bad in enumerate(wanted)
         }
 
