@@ -24,7 +24,7 @@ def test_list_json(run_qtool: Any) -> None:
     assert done.code == 0
     assert sorted(listed) == load.names()
     assert listed["smollm2"]["match"]["config"]["vocab_size"] == 49152
-    assert listed["smollm2"]["schemes"] == ["w8a8", "w8a8-dynamic"]
+    assert listed["smollm2"]["schemes"] == ["w8a8", "w8a8-dynamic", "w8a8-static"]
 
 
 def test_show_prints_yaml_that_is_a_recipe_itself(run_qtool: Any, tmp_path: Path) -> None:
