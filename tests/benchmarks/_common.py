@@ -51,14 +51,18 @@ def measure(command: Sequence[str | Path], **environment: str) -> Measured:
         process = subprocess.Popen(
             [*map(str, command)], env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
         )
-        while process.poll() is None:
-            now = 0
-            for pid in _tree(process.pid):
-                peak, resident = _memory(pid)
-                peaks[pid] = max(peaks.get(pid, 0), peak)
-                now += resident
-            together = max(together, now)
-            time.sleep(_POLL_SECONDS)
+        try:
+            while process.poll() is None:
+                now = 0
+                for pid in _tree(process.pid):
+                    peak, resident = _memory(pid)
+                    peaks[pid] = max(peaks.get(pid, 0), peak)
+                    now += resident
+                together = max(together, now)
+                time.sleep(_POLL_SECONDS)
+        finally:
+            process.kill()  # only if this one is interrupted
+            process.wait()
         seconds = time.perf_counter() - begin
         if process.returncode:
             output.seek(0)
