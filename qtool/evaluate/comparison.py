@@ -89,7 +89,7 @@ def _run(stream: DecoderStream, ids: torch.Tensor, name: str, report: Report) ->
             for rows in hidden.split(batch):
                 rows.copy_(stream.run(index, layer, rows))
         memory.trim()
-        if not torch.isfinite(hidden).all():
+        if not all(bool(extreme.isfinite()) for extreme in torch.aminmax(hidden)):
             raise QtoolError(
                 f"the hidden states after {stream.layer_name(index)} are not finite",
                 where=str(stream.checkpoint.path),

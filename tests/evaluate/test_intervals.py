@@ -29,4 +29,4 @@ def test_one_window_has_no_interval() -> None:
 def test_transform() -> None:
     plain, transformed = estimate([1.0, 2.0, 3.0]), estimate([1.0, 2.0, 3.0], math.exp)
     for key in ("value", "low", "high"):
-        assert transformed[key] == math.exp(plain[key])  # type: ignore[literal-required, arg-type]
+        assert transformed[key] == math.exp(plain[key])  # type: ignore[arg-type]
