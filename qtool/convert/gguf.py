@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint.storage import check_free_space, disk_errors
 from qtool.errors import InputError, QtoolError
-from qtool.workers import hide
+from qtool.workers import hide_media_packages
 
 if TYPE_CHECKING:
     from qtool.workers import Report
@@ -35,7 +35,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
         QtoolError: the disk is full.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
-    hide("torchaudio", "torchvision")
+    hide_media_packages()
     source, folder, output = Path(job["source"]), Path(job["folder"]), Path(job["output"])
     _check(source)
     check_free_space(output, _weight_bytes(source, job["dtype"]))

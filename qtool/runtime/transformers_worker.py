@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.errors import InputError, QtoolError
 from qtool.runtime.common import Meter, Work, prepare
-from qtool.workers import Report, hide
+from qtool.workers import Report, hide_media_packages
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     """Generate as `qtool.runtime.generate` says; returns the runtime's name and the seconds each stage took."""
     meter = Meter(report, 0)
     report.progress("load the model", 0, 0)
-    hide("torchaudio", "torchvision")  # a text model needs neither, and builds that don't fit torch break transformers
+    hide_media_packages()
     import torch
 
     torch.set_grad_enabled(False)

@@ -12,7 +12,7 @@ import os
 from typing import Any
 
 from qtool.runtime.common import Meter, Work, prepare
-from qtool.workers import Report, hide
+from qtool.workers import Report, hide_media_packages
 
 BLOCK = 128  # tokens in a block of vLLM's CPU cache
 MOST_CACHE_BYTES = 4 << 30
@@ -22,7 +22,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     """Generate as `qtool.runtime.generate` says; returns the runtime's name and the seconds each stage took."""
     meter = Meter(report, 0)
     report.progress("start vLLM", 0, 0)
-    hide("torchaudio", "torchvision")  # a text model needs neither, and builds that don't fit torch break transformers
+    hide_media_packages()
     gc.disable()  # the imports make millions of objects that stay
     if job["runtime"] == "vllm-mindspore":
         importlib.import_module("vllm_mindspore")  # it patches vLLM, when imported before it

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qtool.workers import hide
+from qtool.workers import hide_media_packages
 
 RECIPE = {
     "name": "golden-stick",
@@ -51,7 +51,7 @@ def tensors(folder: Path) -> dict[str, Any]:
 
 
 def main(model: Path, reference: Path) -> None:
-    hide("torchaudio", "torchvision")
+    hide_media_packages()
     from qtool.engines.native.engine import quantize
 
     ids = json.loads((reference / "calibration_ids.json").read_text())

@@ -51,7 +51,7 @@ def test_validate_prints_every_problem(run_qtool: Any, tmp_path: Path) -> None:
     done = run_qtool("recipes", "validate", bad, good, missing)
     assert (done.code, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
-        f"{good}: valid (good: w8a8, w8a8-dynamic)",
+        f"{good}: valid (good: w8a8, w8a8-dynamic, w8a8-static)",
         f"{bad}:1: description: is missing",
         f"{bad}:3: descripton: unknown key; did you mean 'description'?",
         f"{bad}:5: calibration.samples: should be a valid integer, unable to parse string as an integer, not 'none'",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qtool.workers import hide
+from qtool.workers import hide_media_packages
 
 if TYPE_CHECKING:
     from qtool.workers import Report
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     """Run `engine.quantize`."""
-    hide("torchaudio", "torchvision")  # no text model needs them, and builds for another torch break transformers
+    hide_media_packages()
     from qtool.engines.native.engine import quantize
 
     return quantize(job, report)
