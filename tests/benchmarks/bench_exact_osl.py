@@ -4,7 +4,7 @@ usage: bench_exact_osl.py MODEL REFERENCE
 
 MODEL is a float32 checkpoint; REFERENCE a folder with mindspore-gs's shards for it (OSL on every linear) and
 calibration_ids.json, the token ids it calibrated on. Golden Stick itself took 182 to 284 s per layer of
-SmolLM2-135M on 2×128 tokens (2 cores).
+SmolLM2-135M on 2x128 tokens (2 cores).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ def fake_input(x: torch.Tensor) -> torch.Tensor:
     return ((x / scale + offset).round().clamp(-128, 127) - offset) * scale
 
 
+def weight_of(layer: torch.nn.Module, name: str) -> torch.Tensor:
+    return layer.get_submodule(name).get_parameter("weight")
+
+
 class Naive:
     """One decoder layer of a Llama, quantized the slow way."""
 
@@ -89,7 +94,7 @@ class Naive:
     def search(self, group: int) -> torch.Tensor:
         names = GROUPS[group][1]
         linears = [self.layer.get_submodule(name) for name in names]
-        original = [linear.weight.clone() for linear in linears]
+        original = [weight_of(self.layer, name).clone() for name in names]
         act = torch.cat(self.inputs()[group]).abs().amax(0)
         weight = torch.cat(original).abs().amax(0)
         if group == 1:
@@ -104,7 +109,7 @@ class Naive:
                 linear.register_forward_pre_hook(lambda _m, args, s=s: (fake_input(args[0] / s),)) for linear in linears
             ]
             for linear, w in zip(linears, original, strict=True):
-                linear.weight.copy_(fake_weight(w * s))
+                linear.get_parameter("weight").copy_(fake_weight(w * s))
             loss = sum(
                 float((self.run(sample[None]) - out).square().mean())
                 for sample, out in zip(self.samples, outputs, strict=True)
@@ -112,7 +117,7 @@ class Naive:
             for handle in handles:
                 handle.remove()
             for linear, w in zip(linears, original, strict=True):
-                linear.weight.copy_(w)
+                linear.get_parameter("weight").copy_(w)
             if best is None or loss < best[0]:
                 best = (loss, alpha, s)
         assert best is not None
@@ -127,14 +132,14 @@ class Naive:
         producer, names = GROUPS[group]
         s = self.s[group]
         for name in names:
-            self.layer.get_submodule(name).weight.mul_(s)
-        weight = self.layer.get_submodule(producer).weight
+            weight_of(self.layer, name).mul_(s)
+        weight = weight_of(self.layer, producer)
         if group == 1:
             s = s.view(KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)[:, 0].reshape(-1)
         weight.div_(s if weight.dim() == 1 else s[:, None])
 
     def clip(self, name: str, x: torch.Tensor) -> None:
-        weight = self.layer.get_submodule(name).weight
+        weight = weight_of(self.layer, name)
         x = x[:: max(1, len(x) // 512)]
         for row in range(len(weight)):
             w, best = weight[row].clone(), None
@@ -183,7 +188,7 @@ def naive(result: Any) -> list[Naive]:
         hidden = model.model(ids, output_hidden_states=True).hidden_states
         rotary = model.model.rotary_emb(hidden[0], position_ids=torch.arange(LENGTH)[None])
         return [
-            Naive(layer, lambda x, layer=layer: layer(x, position_embeddings=rotary), hidden[index])
+            Naive(layer, partial(layer, position_embeddings=rotary), hidden[index])
             for index, layer in enumerate(model.model.layers)
         ]
 
@@ -206,7 +211,7 @@ def test_the_same_integers(result: Any, naive: list[Naive]) -> None:
     for index, layer in enumerate(naive):
         for _, names in GROUPS:
             for name in names:
-                weight = layer.layer.get_submodule(name).weight
+                weight = weight_of(layer.layer, name)
                 scale = (weight.abs().amax(1, keepdim=True).double() * 2 / 255).float()
                 expected = (weight / scale).round().clamp(-128, 127).to(torch.int8)
                 found = result[2][f"model.layers.{index}.{name}.weight"]
@@ -217,4 +222,4 @@ def test_norms_carry_the_inverse(result: Any, naive: list[Naive]) -> None:
     for index, layer in enumerate(naive):
         for norm in ("input_layernorm", "post_attention_layernorm"):
             found = result[2][f"model.layers.{index}.{norm}.weight"]
-            torch.testing.assert_close(found, layer.layer.get_submodule(norm).weight, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(found, weight_of(layer.layer, norm), rtol=1e-5, atol=1e-7)
