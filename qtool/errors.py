@@ -32,3 +32,8 @@ class InputError(QtoolError):
     """Wrong usage or bad input: the user has to change something before trying again (exit code 2)."""
 
     exit_code = 2
+
+
+def in_one_line(error: BaseException) -> str:
+    """Another library's message, however long and spread out, fit to stand inside one of ours."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -18,7 +18,7 @@ from qtool.calibration.text import BUILTIN, Calibration, held_out, load
 from qtool.checkpoint.reader import Checkpoint
 from qtool.engines.native import memory
 from qtool.engines.native.stream import DecoderStream
-from qtool.errors import InputError, QtoolError
+from qtool.errors import InputError, QtoolError, in_one_line
 from qtool.evaluate.divergence import Divergence
 from qtool.evaluate.intervals import estimate
 
@@ -172,7 +172,7 @@ def _tokenized(job: dict[str, Any], checkpoint: Checkpoint) -> Calibration:
         )
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise InputError(
-            f"the tokenizer can't be loaded: {str(error).strip().splitlines()[0]}",
+            f"the tokenizer can't be loaded: {in_one_line(error)}",
             where=str(checkpoint.path),
             hint="tokenizer.json and tokenizer_config.json must lie beside the weights",
         ) from error

@@ -49,7 +49,8 @@ class ErrorByEnergy:
     def __call__(self, delta: torch.Tensor) -> torch.Tensor:
         return delta.square() @ self._energy
 
-    at_least = __call__
+    def at_least(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.new_zeros(len(delta))  # the error itself is as cheap as any bound
 
 
 def search_clip(
@@ -77,28 +78,6 @@ def search_clip(
     scale = storable(symmetric_scale(bound))
     if len(ratios) == 1:
         return scale, bound
-    least = torch.full_like(peak, float("inf"))
-    for ratio in ratios:
-        narrower = peak * ratio
-        step = storable(symmetric_scale(narrower))
-        delta = fake_quantize_rows(clamp_rows(weight, narrower), step).sub_(weight)
-        rows = (row_error.at_least(delta) < least).nonzero()[:, 0]
-        error = row_error(delta if len(rows) == len(delta) else delta[rows])
-        rows = rows[better := error < least[rows]]
-        least[rows] = error[better]
-        scale[rows] = step[rows]
-        bound[rows] = narrower[rows]
-    return scale, bound
-    least = torch.full_like(peak, float("inf"))
-    for ratio in ratios:
-        narrower = peak * ratio
-        step = storable(symmetric_scale(narrower))
-        error = row_error(fake_quantize_rows(clamp_rows(weight, narrower), step).sub_(weight))
-        better = error < least
-        least = torch.where(better, error, least)
-        scale = torch.where(better, step, scale)
-        bound = torch.where(better, narrower, bound)
-    return scale, bound
 
 
 def clamp_rows(weight: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,8 @@ Found by probing the layer instead of knowing its names: a producer (a norm's ga
 is multiplied by a distinct factor per channel; if every input channel of some linear then shows exactly
 one of those factors, the inverse factor can be folded into that linear for free. This holds for
 input norm → q, k, v; v → o, whatever the grouping of heads; post-attention norm → gate, up; up → down;
-also for fused projections and parallel blocks.
+also for parallel blocks. A fused q-k-v or gate-up projection
+is smoothed at its input, but is no producer: scaling its whole output scales more than v or up.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import CheckpointWriter, check_free_space
 from qtool.engines.native import memory, plan
 from qtool.engines.native.stream import DecoderStream
-from qtool.errors import InputError
+from qtool.errors import InputError, in_one_line
 from qtool.quant.layer import Storage, quantize_layer
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups, linear_layers, signature
@@ -221,7 +221,7 @@ def _calibration(job: dict[str, Any], checkpoint: Checkpoint) -> Calibration:
         )
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise InputError(
-            f"the tokenizer can't be loaded: {str(error).strip().splitlines()[0]}",
+            f"the tokenizer can't be loaded: {in_one_line(error)}",
             where=str(checkpoint.path),
             hint="tokenizer.json and tokenizer_config.json must lie beside the weights",
         ) from error

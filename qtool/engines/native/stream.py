@@ -23,7 +23,7 @@ from torch import nn
 
 from qtool.checkpoint.dtypes import FLOATS
 from qtool.checkpoint.reader import Checkpoint
-from qtool.errors import InputError
+from qtool.errors import InputError, in_one_line
 from qtool.quant.integer import fake_quantize_tensor, fake_quantize_tokens
 from qtool.quant.types import QuantizedLinear
 
@@ -349,7 +349,7 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: boo
             )
     except (ValueError, KeyError, OSError, ImportError, TypeError, AttributeError, StrictDataclassError) as error:
         raise InputError(
-            f"transformers can't build this model: {str(error).strip().splitlines()[0]}",
+            f"transformers can't build this model: {in_one_line(error)}",
             where=str(checkpoint.path / "config.json"),
             hint="check model_type; a newer transformers may know it; custom code needs --trust-remote-code",
         ) from error
