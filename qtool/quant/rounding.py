@@ -78,6 +78,18 @@ def search_clip(
     scale = storable(symmetric_scale(bound))
     if len(ratios) == 1:
         return scale, bound
+    least = torch.full_like(peak, float("inf"))
+    for ratio in ratios:
+        narrower = peak * ratio
+        step = storable(symmetric_scale(narrower))
+        delta = fake_quantize_rows(clamp_rows(weight, narrower), step).sub_(weight)
+        rows = (row_error.at_least(delta) < least).nonzero()[:, 0]
+        error = row_error(delta if len(rows) == len(delta) else delta[rows])
+        rows = rows[better := error < least[rows]]
+        least[rows] = error[better]
+        scale[rows] = step[rows]
+        bound[rows] = narrower[rows]
+    return scale, bound
 
 
 def clamp_rows(weight: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
