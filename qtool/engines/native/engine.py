@@ -145,7 +145,6 @@ def _quantize(
             else:
                 writer.add(full_name, stream.checkpoint.tensor(full_name))
         rows += [{"layer": stream.layer_name(index), **dataclasses.asdict(group)} for group in results.groups]
-        memory.trim()
     report.progress("quantize", stream.depth, stream.depth, "layers")
     return rows, sum(row["relative_error"] for row in rows) / len(rows)
 

@@ -1,8 +1,7 @@
-"""Memory: what was used, giving it back, and what a job will need."""
+"""Memory: what was used, and what a job will need."""
 
 from __future__ import annotations
 
-import ctypes
 import resource
 import sys
 import time
@@ -20,15 +19,6 @@ def peak() -> int:
     """Peak resident set of this process, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def trim() -> None:
-    """Hand freed memory back to the system, so that layer after layer doesn't fragment into growth (glibc only)."""
-    if sys.platform == "linux":
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except (OSError, AttributeError):
-            return
 
 
 def estimate(stream: DecoderStream, samples: int, seq_len: int) -> dict[str, Any]:
