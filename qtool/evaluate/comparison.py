@@ -88,7 +88,6 @@ def _run(stream: DecoderStream, ids: torch.Tensor, name: str, report: Report) ->
         with stream.layer(index) as layer:
             for rows in hidden.split(batch):
                 rows.copy_(stream.run(index, layer, rows))
-        memory.trim()
         if not all(bool(extreme.isfinite()) for extreme in torch.aminmax(hidden)):
             raise QtoolError(
                 f"the hidden states after {stream.layer_name(index)} are not finite",
