@@ -22,7 +22,7 @@ from qtool.checkpoint.writer import CheckpointWriter, check_free_space
 from qtool.engines.native import memory, plan
 from qtool.engines.native.stream import DecoderStream
 from qtool.errors import InputError, in_one_line
-from qtool.quant.layer import Storage, quantize_layer
+from qtool.quant.layer import LayerResult, Storage, quantize_layer
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups, linear_layers, signature
 from qtool.recipe.schema import Policy, Recipe
@@ -133,20 +133,29 @@ def _quantize(
             results = _quantize_one(
                 stream, index, layer, topology[key], policies, hidden, recipe.osl == "exact", output_format
             )
-            state = layer.state_dict()
-        for full_name in _layer_tensors(stream.checkpoint, stream.layer_name(index)):
-            name = full_name.removeprefix(prefix)
-            module, _, kind = name.rpartition(".")
-            if module in results.linears:
-                if kind == "weight":
-                    writer.add_linear(prefix + module, results.linears[module], _dtype(stream.checkpoint, full_name))
-            elif name in state:
-                writer.add(full_name, state[name].to(_dtype(stream.checkpoint, full_name)))
-            else:
-                writer.add(full_name, stream.checkpoint.tensor(full_name))
+            _write(stream, index, layer, results, writer)
         rows += [{"layer": stream.layer_name(index), **dataclasses.asdict(group)} for group in results.groups]
+        del results  # its weights would be in memory with the next layer's
     report.progress("quantize", stream.depth, stream.depth, "layers")
     return rows, sum(row["relative_error"] for row in rows) / len(rows)
+
+
+def _write(
+    stream: DecoderStream, index: int, layer: nn.Module, results: LayerResult, writer: CheckpointWriter
+) -> None:
+    """Every tensor of a layer: quantized, as `layer` now has it, or as it was."""
+    prefix = stream.layer_name(index) + "."
+    state = layer.state_dict()
+    for full_name in _layer_tensors(stream.checkpoint, stream.layer_name(index)):
+        name = full_name.removeprefix(prefix)
+        module, _, kind = name.rpartition(".")
+        if module in results.linears:
+            if kind == "weight":
+                writer.add_linear(prefix + module, results.linears[module], _dtype(stream.checkpoint, full_name))
+        elif name in state:
+            writer.add(full_name, state[name].to(_dtype(stream.checkpoint, full_name)))
+        else:
+            writer.add(full_name, stream.checkpoint.tensor(full_name))
 
 
 def _quantize_one(
@@ -158,7 +167,7 @@ def _quantize_one(
     hidden: torch.Tensor,
     exact: bool,
     output_format: Format,
-) -> Any:
+) -> LayerResult:
     """Observe the float layer on all samples, moving `hidden` on to its output in place; then quantize it."""
     tokens = hidden.shape[0] * hidden.shape[1]
     stride = 1 if exact else max(1, tokens // _SAMPLE_TOKENS)
