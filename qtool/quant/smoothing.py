@@ -77,12 +77,12 @@ class NoiseModel:
 
     def error(self, log_s: torch.Tensor) -> float:
         """The model's error, up to a constant factor."""
-        activation, weight = (_Peaks(self._tokens, -log_s), _Peaks(self._rows, log_s))
-        return self._combine(activation.values(-log_s), weight.values(log_s), log_s)[0]
+        token_peaks, row_peaks = (self._tokens * (-log_s).exp()).amax(dim=1), (self._rows * log_s.exp()).amax(dim=1)
+        return self._combine(token_peaks, row_peaks, log_s)[0]
 
     def focus(self, log_s: torch.Tensor) -> None:
         """Restrict `gradient` to the largest channels of each token and row around `log_s`."""
-        self._near = _Peaks(self._tokens, -log_s, _CANDIDATES), _Peaks(self._rows, log_s, _CANDIDATES)
+        self._near = _Peaks(self._tokens, -log_s), _Peaks(self._rows, log_s)
 
     def gradient(self, log_s: torch.Tensor) -> torch.Tensor:
         """Gradient of log(error) by log_s [in]."""
@@ -116,12 +116,9 @@ class NoiseModel:
 class _Peaks:
     """Row maxima of |a| · exp(t), from each row's largest few channels."""
 
-    def __init__(self, magnitudes: torch.Tensor, t: torch.Tensor, candidates: int = 1) -> None:
-        scaled = magnitudes * t.exp()
-        if candidates == 1:
-            _, self._channels = scaled.max(dim=1, keepdim=True)
-        else:
-            self._channels = scaled.topk(min(candidates, scaled.shape[1]), dim=1, sorted=False).indices
+    def __init__(self, magnitudes: torch.Tensor, t: torch.Tensor) -> None:
+        candidates = min(_CANDIDATES, magnitudes.shape[1])
+        self._channels = (magnitudes * t.exp()).topk(candidates, dim=1, sorted=False).indices
         self._magnitudes = magnitudes.gather(1, self._channels)
         self._at = self._channels[:, :1]
 
