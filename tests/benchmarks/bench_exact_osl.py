@@ -19,18 +19,7 @@ from typing import Any
 
 from qtool import workers
 from qtool.engines import native
-
-RECIPE = {
-    "name": "golden-stick",
-    "description": "OSL on every linear, static activations",
-    "osl": "exact",
-    "schemes": {
-        "w8a8": [
-            {"layers": "lm_head", "quantize": False},
-            {"layers": ".*", "activations": {"mode": "static"}, "rounding": "nearest"},
-        ]
-    },
-}
+from qtool.recipe.load import load
 
 
 def tensors(folder: Path) -> dict[str, Any]:
@@ -47,7 +36,7 @@ def main(model: Path, reference: Path) -> None:
             "model": str(model),
             "output": f"{folder}/out",
             "format": "golden-stick",
-            "recipe": RECIPE,
+            "recipe": load("golden-stick-osl").model_dump(mode="json"),
             "scheme": "w8a8",
             "calibration": {"ids": ids, "digest": "", "source": "", "samples": len(ids), "seq_len": 0, "seed": 0},
             "device": "cpu",
