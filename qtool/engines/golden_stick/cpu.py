@@ -21,6 +21,7 @@ def provide() -> None:
     mint.nn.functional.dropout = _no_dropout  # kernel DropoutExt, which is called even where it drops nothing
     Tensor.clone = Tensor.copy  # kernel Clone
     Tensor.masked_fill_ = lambda self, mask, value: self.copy_(self.masked_fill(mask, value))  # InplaceMaskedFillScalar
+    ops.rms_norm = _rms_norm  # kernel RmsNorm
     MSPreTrainedModel.from_pretrained = classmethod(_in_float32(MSPreTrainedModel.from_pretrained.__func__))
 
 
@@ -34,6 +35,14 @@ def _arange(start: Any = 0, end: Any = None, step: Any = 1, *, dtype: Any = None
     limits = [value.item() if isinstance(value, Tensor) else value for value in (start, end, step)]
     result = Tensor(np.arange(*limits))
     return result if dtype is None else result.astype(dtype)
+
+
+def _rms_norm(x: Any, gamma: Any, epsilon: float = 1e-6) -> tuple[Any, Any]:
+    """ops.rms_norm: the scaled x, and what it was scaled by."""
+    from mindspore import ops
+
+    factor = ops.rsqrt(x.pow(2).mean(-1, keep_dims=True) + epsilon)
+    return gamma * (x * factor), factor
 
 
 def _no_dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:

@@ -24,7 +24,8 @@ from qtool.engines.native import plan
 from qtool.errors import InputError
 from qtool.recipe.schema import Recipe
 
-_LINEAR = re.compile(r"((?:.*\.)?layers\.\d+\..+)\.weight")
+_LINEAR = re.compile(r"((?:.*\.)?layers\.(\d+)\..+)\.weight")
+_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OnEvent = Callable[[workers.Event], None]
 
 
@@ -122,13 +123,14 @@ def _check_model(checkpoint: Checkpoint) -> None:
 
 
 def _linears(checkpoint: Checkpoint) -> list[str]:
-    """Every matrix inside the decoder layers, from the headers alone."""
+    """Every matrix inside the decoder layers, from the headers alone; in the order in which a layer uses them."""
     found = []
     for name in checkpoint.names:
         match = _LINEAR.fullmatch(name)
         if match and len(checkpoint.info(name).shape) == 2:
-            found.append(match[1])
-    return found
+            last = match[1].rpartition(".")[2]
+            found.append((int(match[2]), _ORDER.index(last) if last in _ORDER else len(_ORDER), match[1]))
+    return [name for _, _, name in sorted(found)]
 
 
 def _float_bytes(checkpoint: Checkpoint, planned: plan.Plan) -> int:
