@@ -36,6 +36,9 @@ def quantize(
     seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens per sample.")] = None,
     seed: Annotated[int | None, typer.Option(help="For everything random.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda", "npu"], typer.Option(help="Where to compute.")] = "auto",
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Cards, for golden-stick on Ascend. Default: the recipe's.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     trust_remote_code: Annotated[
@@ -97,6 +100,7 @@ def quantize(
             "scheme": scheme,
             "calibration": wanted,
             "device": device,
+            "devices": devices,
             "overwrite": overwrite,
             "trust_remote_code": trust_remote_code,
             "dry_run": dry_run,
@@ -150,4 +154,6 @@ def _show_plan(result: dict[str, Any], recipe: Recipe, out: Console, json: bool)
     if "estimated_seconds" in result:
         seconds, peak = result["estimated_seconds"], result["estimated_peak_bytes"]
         lines.append(f"estimated: {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB")
+    if "msrun" in result:
+        lines += ["", result["yaml"], result["msrun"]]
     out.result("\n".join(lines))

@@ -19,12 +19,12 @@ from qtool import workers
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import PartialFolder, check_free_space
 from qtool.engines import native
-from qtool.engines.golden_stick import config, mindone, view
+from qtool.engines.golden_stick import config, mindformers, mindone, view
 from qtool.engines.native import plan
 from qtool.errors import InputError
 from qtool.recipe.schema import Recipe
 
-_LINEAR = re.compile(r"((?:.*\.)?layers\.(\d+)\..+)\.weight")
+_LINEAR = re.compile(r"((?:.*\.)?(?:layers|h)\.(\d+)\..+)\.weight")
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OnEvent = Callable[[workers.Event], None]
 
@@ -32,7 +32,8 @@ OnEvent = Callable[[workers.Event], None]
 def quantize(job: dict[str, Any], on_event: OnEvent) -> dict[str, Any]:
     """Quantize a checkpoint with mindspore-gs.
 
-    Takes the same job as the native engine and returns the same report; layers of the report have no error.
+    Takes the same job as the native engine, and `devices` (cards; None: the recipe's). Returns the same report, whose
+    layers have no error; for a dry run of MindFormers the plan has its `yaml` and the `msrun` line too.
 
     Raises:
         InputError: a model that mindspore-gs doesn't know, an interpreter that is missing, a bad recipe or text.
@@ -42,39 +43,37 @@ def quantize(job: dict[str, Any], on_event: OnEvent) -> dict[str, Any]:
     policies = [policy.model_dump(mode="json") for policy in recipe.schemes[job["scheme"]]]
     checkpoint = Checkpoint.open(job["model"])
     planned = plan.make(checkpoint, recipe, job["scheme"], job["format"], _linears(checkpoint))
-    _check_model(checkpoint)
+    devices = job["devices"] or recipe.launch.devices
+    through_mindone = _through_mindone(checkpoint, devices, job["format"])
     config.patterns(policies)
     for warning in (*planned.warnings, *config.differences(policies)):
         on_event({"event": "warning", "message": warning})
     size = plan.output_bytes(checkpoint, planned.modes)
     if job["dry_run"]:
-        return {
-            "layers": plan.summary(planned),
-            "calibration": {key: job["calibration"][key] for key in ("data", "samples", "seq_len")},
-            "input_bytes": checkpoint.nbytes,
-            "output_bytes": size,
-        }
+        return _dry_run(job, checkpoint, planned, size, None if through_mindone else devices)
     python, torch_python = workers.environment("golden-stick"), workers.environment("native")
     output = Path(job["output"])
     check_free_space(output, 2 * size + _float_bytes(checkpoint, planned))
     text = _text(job, torch_python, on_event)
     with _between(output) as folder:
-        (folder / "scratch").mkdir()
-        made = workers.run(
-            "qtool.engines.golden_stick.worker",
-            {
-                "model": str(view.make(checkpoint, folder / "model")),
-                "policies": policies,
-                "ids": text["ids"],
-                "output": str(folder / "quantized"),
-                "scratch": str(folder / "scratch"),
-                "device": job["device"],
-                "seed": job["calibration"]["seed"],
-            },
-            python=python,
-            on_event=on_event,
-            env=_environment(),
-        )
+        scratch = folder / "scratch"
+        scratch.mkdir()
+        task = {
+            "policies": policies,
+            "ids": text["ids"],
+            "output": str(folder / "quantized"),
+            "scratch": str(scratch),
+            "seed": job["calibration"]["seed"],
+        }
+        env = _environment()
+        if through_mindone:
+            module = "qtool.engines.golden_stick.worker"
+            task |= {"model": str(view.make(checkpoint, folder / "model")), "device": job["device"]}
+        else:
+            module = "qtool.engines.golden_stick.launch"
+            task |= _msrun(job, checkpoint, devices, len(text["ids"][0]), scratch)
+            env = mindformers.environment() | env
+        made = workers.run(module, task, python=python, on_event=on_event, env=env)
         report = {
             "qtool": qtool.__version__,
             "versions": made["versions"],
@@ -103,7 +102,7 @@ def quantize(job: dict[str, Any], on_event: OnEvent) -> dict[str, Any]:
                 "format": job["format"],
                 "overwrite": job["overwrite"],
                 "max_shard_gb": recipe.export.max_shard_gb,
-                "modes": planned.modes,
+                "modes": planned.modes if through_mindone else None,
                 "report": report,
             },
             python=torch_python,
@@ -112,14 +111,57 @@ def quantize(job: dict[str, Any], on_event: OnEvent) -> dict[str, Any]:
     return {**report, **written}
 
 
-def _check_model(checkpoint: Checkpoint) -> None:
+def _through_mindone(checkpoint: Checkpoint, devices: int, format_name: str) -> bool:
+    """Whether MindOne runs this model; else MindFormers does.
+
+    Raises:
+        InputError: neither knows it, or MindFormers can't do what is asked for.
+    """
     kind = checkpoint.config.get("model_type")
-    if kind not in mindone.MODEL_TYPES:
+    if kind in mindone.MODEL_TYPES and devices == 1:
+        return True
+    if kind not in mindformers.MODEL_TYPES:
+        known = ", ".join(dict.fromkeys((*mindone.MODEL_TYPES, *mindformers.MODEL_TYPES)))
         raise InputError(
-            f"mindspore-gs can't quantize model_type {kind!r} here",
+            f"mindspore-gs can't quantize model_type {kind!r}" + (f" on {devices} cards" if devices > 1 else ""),
             where=str(checkpoint.path),
-            hint=f"It takes {', '.join(mindone.MODEL_TYPES)}. Other models: --engine native.",
+            hint=f"It takes {known}; on several cards {', '.join(mindformers.MODEL_TYPES)}. Others: --engine native.",
         )
+    if format_name != "golden-stick":
+        raise InputError(
+            f"what mindspore-gs makes through MindFormers can't be written as {format_name}: "
+            "it keeps the smoothing in the input scales, channel by channel",
+            where="--format",
+            hint="use --format golden-stick",
+        )
+    return False
+
+
+def _msrun(job: dict[str, Any], checkpoint: Checkpoint, devices: int, seq_len: int, scratch: Path) -> dict[str, Any]:
+    settings = mindformers.settings(
+        checkpoint, devices=devices, folder=scratch / "output", seed=job["calibration"]["seed"], seq_len=seq_len
+    )
+    program = str(Path(__file__).with_name("rank.py"))
+    return {
+        "yaml": mindformers.as_yaml(settings),
+        "msrun": mindformers.command(devices, scratch / "cards", program, str(scratch / "job.json")),
+    }
+
+
+def _dry_run(
+    job: dict[str, Any], checkpoint: Checkpoint, planned: plan.Plan, size: int, devices: int | None
+) -> dict[str, Any]:
+    result = {
+        "layers": plan.summary(planned),
+        "calibration": {key: job["calibration"][key] for key in ("data", "samples", "seq_len")},
+        "input_bytes": checkpoint.nbytes,
+        "output_bytes": size,
+    }
+    if devices is not None:
+        scratch = Path(job["output"]).with_name(f".{Path(job['output']).name}.partial") / "scratch"
+        launch = _msrun(job, checkpoint, devices, job["calibration"]["seq_len"], scratch)
+        result |= {"yaml": launch["yaml"], "msrun": " ".join(launch["msrun"])}
+    return result
 
 
 def _linears(checkpoint: Checkpoint) -> list[str]:
@@ -168,7 +210,7 @@ def _groups(planned: plan.Plan, alphas: dict[str, float]) -> list[dict[str, Any]
     for name, policy in planned.policies.items():
         if policy is None:
             continue
-        match = re.fullmatch(r"((?:.*\.)?layers\.\d+)\.(.+)", name)
+        match = re.fullmatch(r"((?:.*\.)?(?:layers|h)\.\d+)\.(.+)", name)
         assert match is not None
         layer, linear = match.groups()
         owner, _, last = linear.rpartition(".")
