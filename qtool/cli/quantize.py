@@ -77,7 +77,7 @@ def quantize(
             hint=f"it has {', '.join(chosen.schemes)}",
         )
     target = (output or folder.with_name(f"{folder.name}-{scheme}")).expanduser().absolute()
-    engine, why = (choose() if engine == "auto" else (engine, "as asked for"))
+    chosen_engine, why = choose() if engine == "auto" else (engine, "as asked for")
     if not dry_run:
         check_output(target, overwrite=overwrite, source=folder)
     wanted: dict[str, Any] = {
@@ -87,7 +87,7 @@ def quantize(
         "seed": chosen.calibration.seed if seed is None else seed,
     }
     with console() as out:
-        out.info(f"recipe {chosen.name} ({reason}), scheme {scheme}, engine {engine} ({why})")
+        out.info(f"recipe {chosen.name} ({reason}), scheme {scheme}, engine {chosen_engine} ({why})")
         if wanted["data"] == "self" and not dry_run:
             wanted = _own_samples(folder, wanted, trust_remote_code, out)
         elif wanted["data"] not in ("builtin", "self"):
@@ -106,7 +106,7 @@ def quantize(
             "dry_run": dry_run,
         }
         try:
-            result = run(engine, job, out.event)
+            result = run(chosen_engine, job, out.event)
         finally:
             if not dry_run:
                 tidy(target)  # what a killed worker could not remove

@@ -29,7 +29,8 @@ def main() -> None:
 
     cpu.provide()
     mindone.register()
-    load, found = mindone_model.load_param_into_net, {}
+    load = mindone_model.load_param_into_net
+    found: dict[str, Any] = {}
 
     def keep(network: Any, parameters: Any) -> Any:
         missing, unexpected = load(network, parameters)

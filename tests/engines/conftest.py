@@ -1,17 +1,11 @@
-"""The native engine in this process, and an interpreter for Golden Stick."""
+"""The native engine in this process."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from platformdirs import user_cache_path
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,25 +63,3 @@ def quantize() -> Any:
         return engine.quantize(job, Quiet())  # type: ignore[arg-type]
 
     return run
-
-
-@pytest.fixture(scope="session")
-def golden_stick() -> dict[str, str]:
-    """The environment variable that names an interpreter with mindspore-gs.
-
-    The one that the user named, else one made from the pins, once for this content of them, in the user's cache.
-    """
-    variable = "QTOOL_GOLDEN_STICK_PYTHON"
-    if variable in os.environ:
-        return {variable: os.environ[variable]}
-    pins = Path(__file__).resolve().parents[2] / "configs/environments/golden-stick.txt"
-    digest = hashlib.sha256(pins.read_bytes() + sys.version.encode()).hexdigest()[:12]
-    home = user_cache_path("qtool") / f"golden-stick-{digest}"
-    if not home.exists():
-        home.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home.parent) as folder:
-            made = Path(folder) / "venv"
-            subprocess.run([sys.executable, "-m", "venv", made], check=True)
-            subprocess.run([made / "bin/python", "-m", "pip", "install", "--quiet", "-r", pins], check=True)
-            made.rename(home)
-    return {variable: str(home / "bin/python")}

@@ -24,12 +24,12 @@ from safetensors.torch import load_file, save_file
 
 SAMPLES, LENGTH = 2, 48
 SIZE = ("--samples", SAMPLES, "--seq-len", LENGTH)
-STATIC = [
+STATIC: list[dict[str, Any]] = [
     {"layers": "lm_head", "quantize": False},
     {"layers": ".*", "activations": {"mode": "static"}, "rounding": "nearest"},
 ]
 # The shape that Golden Stick's example gives to DeepSeek-V3; two patterns match an attention layer: the first counts.
-DEEPSEEK = [
+DEEPSEEK: list[dict[str, Any]] = [
     {"layers": "lm_head", "quantize": False},
     {"layers": r".*\.self_attn\..*", "activations": {"mode": "static"}, "rounding": "nearest"},
     {"layers": r".*\.layers\.0\.mlp\.down_proj", "quantize": False},
@@ -235,7 +235,9 @@ def test_another_format_can_be_asked_for(
 ) -> None:
     """Without policies that Golden Stick has to search for, so that it is quick."""
     model = pairs("qwen2, mixed, bfloat16").model
-    scheme = [{"layers": r".*\.mlp\.up_proj|.*\.mlp\.gate_proj", "smoothing": "none", "clip": False}]
+    scheme: list[dict[str, Any]] = [
+        {"layers": r".*\.mlp\.up_proj|.*\.mlp\.gate_proj", "smoothing": "none", "clip": False}
+    ]
     arguments = ("--recipe", recipe(tmp_path, scheme), "--format", "compressed-tensors", *SIZE)
     done = run_qtool(
         "quantize", model, "--output", tmp_path / "out", "--engine", "golden-stick", *arguments, env=golden_stick

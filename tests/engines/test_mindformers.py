@@ -73,7 +73,9 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> P
     return folder
 
 
-def test_the_yaml_for_deepseek_r1_on_sixteen_cards(deepseek: Path, run_qtool: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_yaml_for_deepseek_r1_on_sixteen_cards(
+    deepseek: Path, run_qtool: Callable[..., Any], tmp_path: Path
+) -> None:
     arguments = ("--recipe", "deepseek-r1-osl", "--engine", "golden-stick", "--output", tmp_path / "out", "--dry-run")
     done = run_qtool("quantize", deepseek, *arguments, "--json")
     assert done.code == 0, done.stderr
@@ -96,7 +98,18 @@ def test_the_yaml_for_deepseek_r1_on_sixteen_cards(deepseek: Path, run_qtool: Ca
 
 
 def test_cards_and_seed_come_from_the_command_line(deepseek: Path, run_qtool: Callable[..., Any]) -> None:
-    options = ("--recipe", "deepseek-v3", "--engine", "golden-stick", "--devices", 8, "--seed", 3, "--dry-run", "--json")
+    options = (
+        "--recipe",
+        "deepseek-v3",
+        "--engine",
+        "golden-stick",
+        "--devices",
+        8,
+        "--seed",
+        3,
+        "--dry-run",
+        "--json",
+    )
     content = yaml.safe_load(json.loads(run_qtool("quantize", deepseek, *options).stdout)["yaml"])
     assert (content["parallel_config"]["model_parallel"], content["seed"]) == (8, 3)
 

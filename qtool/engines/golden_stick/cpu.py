@@ -14,7 +14,7 @@ def provide() -> None:
     from mindone.transformers.modeling_utils import MSPreTrainedModel
     from mindspore import Tensor, mint, ops, runtime
 
-    runtime.launch_blocking()  # queues that suit a device with its own clock: small operations take 8 to 40 times longer
+    runtime.launch_blocking()  # queues suit a device; here small operations take up to 40 times longer with them
 
     mint.arange = _arange  # kernel Arange
     mint.nn.Embedding.construct = lambda self, ids: ops.gather(self.weight, ids, 0)  # kernel Embedding

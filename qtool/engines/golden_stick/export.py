@@ -1,4 +1,4 @@
-"""What mindspore-gs saved becomes a checkpoint of qtool's: any format, the source's dtypes, its other files, qtool.json.
+"""What mindspore-gs saved becomes a checkpoint of qtool's: any format, the source's dtypes and other files, qtool.json.
 
 Runs in a process that has torch. Layers pass through `QuantizedLinear`, as those of the native engine do.
 """
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from qtool.workers import Report
 
+    _Tensors = Iterator[tuple[str, torch.Tensor | QuantizedLinear]]
+
 _INSIDE = re.compile(r".*\.layers\.\d+\..*")
 
 
@@ -42,7 +44,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     source, quantized = Checkpoint.open(job["source"]), Path(job["quantized"])
     if job["modes"] is None:
         parts = shards.Parts(quantized)
-        tensors = parts.tensors(source)
+        tensors: _Tensors = parts.tensors(source)
         output_format: Format = _AsDescribed(parts.types)
     else:
         tensors, output_format = _layers(source, Checkpoint.open(quantized), job["modes"]), formats.get(job["format"])
@@ -66,9 +68,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     return {"output": str(path), "output_bytes": written.nbytes, "input_bytes": source.nbytes}
 
 
-def _layers(
-    source: Checkpoint, quantized: Checkpoint, modes: dict[str, Mode]
-) -> Iterator[tuple[str, torch.Tensor | QuantizedLinear]]:
+def _layers(source: Checkpoint, quantized: Checkpoint, modes: dict[str, Mode]) -> _Tensors:
     """Every tensor in the source's order; quantized layers as a whole, by their names without ".weight"."""
     for name in source.names:
         layer, _, part = name.rpartition(".")

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # mindformers 1.7.0 is the version for MindSpore 2.7.1. It pins transformers 4.51.3, mindone 0.5.0 pins 4.57.1.
 _MISSING = (
-    "For several cards: make an environment with mindspore-gs 1.4.1 and mindformers 1.7.0 (not beside mindone: they pin "
-    "different transformers), and name its interpreter in QTOOL_GOLDEN_STICK_PYTHON"
+    "For several cards: make an environment with mindspore-gs 1.4.1 and mindformers 1.7.0 (not beside mindone, which "
+    "pins another transformers), and name its interpreter in QTOOL_GOLDEN_STICK_PYTHON"
 )
 _FULL = ("os error 27", "os error 28", "os error 122", "No space left", "File too large", "Disk quota")
 
