@@ -65,11 +65,12 @@ class GoldenStick(Format):
 
     def problems(self, linears: Mapping[str, Mode]) -> list[Problem]:
         found = mixed_fusions(linears)
-        dynamic = sum(mode == "dynamic" for mode in linears.values())
+        dynamic = [name for name, mode in linears.items() if mode == "dynamic"]
         if dynamic:
+            others = f" and {len(dynamic) - 1} more" if len(dynamic) > 1 else ""
             found.append(
                 Problem(
-                    f"{dynamic} layers have dynamic activations (W8A8_DYNAMIC), which only the MindFormers models of "
+                    f"dynamic activations (W8A8_DYNAMIC) in {dynamic[0]}{others}: only the MindFormers models of "
                     "vLLM-MindSpore run; its native models take W8A8 and FLOAT",
                     fatal=False,
                 )
