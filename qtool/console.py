@@ -81,9 +81,11 @@ class Console:
         if error.hint is not None:
             self._say(f"  → {_one_line(error.hint)}")
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """A table; numbers are aligned to the right. Silent with --quiet."""
-        if self.quiet:
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, result: bool = False
+    ) -> None:
+        """A table; numbers are aligned to the right. On stdout if it is the result, else silent with --quiet."""
+        if self.quiet and not result:
             return
         from rich.table import Table
         from rich.text import Text
@@ -94,10 +96,11 @@ class Console:
             table.add_column(Text(column), justify="right" if numeric else "left")
         for row in rows:
             table.add_row(*(Text(_cell(value)) for value in row))
-        if self._stderr.is_terminal:
-            self._stderr.print(table)
+        target = self._stdout if result else self._stderr
+        if target.is_terminal:
+            target.print(table)
         else:  # a log has no width: never cut a cell
-            self._stderr.print(table, width=max(80, self._stderr.measure(table).maximum), soft_wrap=True)
+            target.print(table, width=max(80, target.measure(table).maximum), soft_wrap=True)
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Show a worker's progress or warning event; others are not for the eyes."""
@@ -133,6 +136,12 @@ class Console:
         from rich.console import Console as RichConsole
 
         return RichConsole(stderr=True, highlight=False)
+
+    @cached_property
+    def _stdout(self) -> rich.console.Console:
+        from rich.console import Console as RichConsole
+
+        return RichConsole(highlight=False)
 
     def _say(self, text: str, style: str | None = None) -> None:
         """One message, not wrapped (so that paths can be copied), above the bar if there is one."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.errors import InputError
+from qtool.errors import InputError, in_one_line
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,24 @@ class Calibration:
     source: str
 
 
+def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
+    """The tokenizer of a checkpoint folder, as transformers loads it.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise InputError(
+            f"the tokenizer can't be loaded: {in_one_line(error)}",
+            where=str(folder),
+            hint="tokenizer.json and tokenizer_config.json must lie beside the weights",
+        ) from error
+
+
 def load(data: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int) -> Calibration:
     """The first samples * seq_len tokens of `data`: sample i holds tokens i*seq_len to (i+1)*seq_len - 1.
 
@@ -62,7 +80,7 @@ def load(data: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int) ->
         path = Path(data).expanduser()
         suffix = path.suffix.lower()
         if suffix not in SUFFIXES:
-            raise InputError("unknown kind of calibration text", where=data, hint=_KINDS)
+            raise InputError("unknown kind of text", where=data, hint=_KINDS)
         _check_file(path)
         if suffix == ".txt":
             tokens = _tokenize(functools.partial(_read_text, path), tokenizer, needed)
@@ -120,9 +138,9 @@ def _check_file(path: Path) -> None:
         with path.open("rb") as file:
             file.read(1)
     except FileNotFoundError:
-        raise InputError("no such calibration file", where=str(path), hint=_KINDS) from None
+        raise InputError("no such text file", where=str(path), hint=_KINDS) from None
     except OSError as error:
-        raise InputError(f"can't read the calibration file: {error.strerror}", where=str(path)) from None
+        raise InputError(f"can't read the text file: {error.strerror}", where=str(path)) from None
 
 
 def _decode(data: bytes, where: str, *, complete: bool = True) -> str:
@@ -147,7 +165,7 @@ def _read_text(path: Path, length: int) -> tuple[str, bool]:
         complete = not file.read(1)
     text = _decode(data, str(path), complete=complete)
     if complete and not text.strip():
-        raise InputError("the calibration file is empty", where=str(path))
+        raise InputError("the text file is empty", where=str(path))
     return text, complete
 
 

@@ -33,7 +33,8 @@ def check_output(output: Path, *, overwrite: bool, source: Path | None = None) -
     """Refuse an output path that must not be written.
 
     Raises:
-        InputError: it exists and `overwrite` is off, or it is not a model folder, or it is, holds or lies in `source`.
+        InputError: it exists and `overwrite` is off, or it is not a model folder, or it is, holds or lies in `source`,
+            or nothing can be made where it should lie.
     """
     if not output.name or output.name == "..":
         raise InputError("not a path for an output folder", where=str(output))
@@ -41,6 +42,13 @@ def check_output(output: Path, *, overwrite: bool, source: Path | None = None) -
         ours, theirs = output.resolve(), source.resolve()
         if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
             raise InputError("output and input overlap", where=str(output), hint="Choose another --output.")
+    nearest = next(folder for folder in output.absolute().parents if os.path.lexists(folder))
+    if not nearest.is_dir():
+        raise InputError(
+            "not a folder, so no output can lie in it", where=str(nearest), hint="Choose another --output."
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError("this folder can't be written", where=str(nearest), hint="Choose another --output.")
     if not os.path.lexists(output):
         return
     if not overwrite:

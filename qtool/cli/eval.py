@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtool.cli.options import Debug, Json, Quiet, console, path_or_stdin
+from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
 
 if TYPE_CHECKING:
+    from qtool.console import Console
     from qtool.evaluate.intervals import Estimate
 
 
@@ -25,9 +25,7 @@ def evaluate(
     ] = "builtin",
     windows: Annotated[int, typer.Option(min=1, help="Windows of text, from its start.")] = 24,
     length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the model's own Python code.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -65,12 +63,10 @@ def evaluate(
     if json or not sys.stdout.isatty():
         out.result(result)
     else:
-        _show(result)
+        _show(result, out)
 
 
-def _show(result: dict[str, Any]) -> None:
-    from qtool.console import Console
-
+def _show(result: dict[str, Any], out: Console) -> None:
     text = result["text"]
     title = (
         f"{Path(result['quantized']).name} against {Path(result['base']).name}, "
@@ -83,8 +79,7 @@ def _show(result: dict[str, Any]) -> None:
         _row("KL divergence, nats per token", result["kl_divergence"], ".5f"),
         _row("top-1 agreement", result["top1_agreement"], ".2%"),
     ]
-    with contextlib.redirect_stderr(sys.stdout):  # here the table is the result
-        Console().table(title, ["", "mean", "95 % interval"], rows)
+    out.table(title, ["", "mean", "95 % interval"], rows, result=True)
 
 
 def _row(name: str, figure: Estimate, form: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtool.cli.options import Debug, Json, Quiet, console, path_or_stdin
+from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
 from qtool.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,9 +35,7 @@ def generate(
         typer.Option(min=0.0, max=1.0, help="Share of probability drawn from.", show_default="from the model's recipe"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Prompt i draws from seed + i.")] = 0,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

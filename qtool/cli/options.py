@@ -42,6 +42,7 @@ Quiet = Annotated[
 Debug = Annotated[
     bool, typer.Option("--debug", help="On failure, show the whole traceback.", callback=_keep, is_eager=True)
 ]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own Python code.")]
 
 
 def console() -> Console:

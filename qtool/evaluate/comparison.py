@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qtool.calibration.text import BUILTIN, Calibration, held_out, load
+from qtool.calibration.text import BUILTIN, Calibration, held_out, load, load_tokenizer
 from qtool.checkpoint.reader import Checkpoint
 from qtool.engines.native import memory
 from qtool.engines.native.stream import DecoderStream
-from qtool.errors import InputError, QtoolError, in_one_line
+from qtool.errors import InputError, QtoolError
 from qtool.evaluate.divergence import Divergence
 from qtool.evaluate.intervals import estimate
 
@@ -163,18 +163,7 @@ def _bytes(file: Path) -> bytes | None:
 
 
 def _tokenized(job: dict[str, Any], checkpoint: Checkpoint) -> Calibration:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(checkpoint.path), trust_remote_code=job["trust_remote_code"], local_files_only=True
-        )
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise InputError(
-            f"the tokenizer can't be loaded: {in_one_line(error)}",
-            where=str(checkpoint.path),
-            hint="tokenizer.json and tokenizer_config.json must lie beside the weights",
-        ) from error
+    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=job["trust_remote_code"])
     windows, length = job["windows"], job["length"]
     try:
         if job["text"] == BUILTIN:

@@ -6,6 +6,8 @@ float64 and used in float32.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 QMIN, QMAX = -128, 127
@@ -39,14 +41,48 @@ def asymmetric_scale_offset(low: torch.Tensor, high: torch.Tensor) -> tuple[torc
     return scale.float(), offset.float()
 
 
-def quantize_rows(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Round a weight [out, in] to nearest with one scale per row [out]; returns int8."""
-    return (weight / scale[:, None]).round_().clamp_(QMIN, QMAX).to(torch.int8)
+class QuantizedWeight(NamedTuple):
+    """A weight rounded to nearest with one symmetric scale per row.
+
+    Attributes:
+        integers: int8 [out, in].
+        scale: float32 [out].
+        sums: float32 [out], of each row's integers: what a zero point of the input is multiplied by.
+    """
+
+    integers: torch.Tensor
+    scale: torch.Tensor
+    sums: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> QuantizedWeight:
+        """Round `weight` float32 [out, in], which is overwritten."""
+        scale = symmetric_scale(torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)))
+        integers = weight.div_(scale[:, None]).round_().clamp_(max=QMAX)
+        return cls(integers.to(torch.int8), scale, integers.sum(dim=1))
 
 
-def fake_quantize_rows(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """What `quantize_rows` represents, in float; one new tensor, no more."""
-    return (weight / scale[:, None]).round_().clamp_(QMIN, QMAX).mul_(scale[:, None])
+def per_tensor_product(
+    x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, weight: QuantizedWeight
+) -> torch.Tensor:
+    """x · Wᵀ with x float32 [tokens, in], which is overwritten, rounded per tensor; float32 [tokens, out].
+
+    The integers are multiplied as such: exact, and on CPUs with VNNI four times as fast as float32.
+    """
+    q = x.div_(scale).add_(offset).round_().clamp_(QMIN, QMAX).to(torch.int8)
+    return _integer_product(q, weight.integers).sub_(weight.sums * offset).mul_(weight.scale * scale)
+
+
+def per_token_product(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    """As `per_tensor_product`, but with one symmetric scale per token."""
+    scale = symmetric_scale(x.abs().amax(dim=1, keepdim=True))
+    q = x.div_(scale).round_().clamp_(max=QMAX).to(torch.int8)
+    return _integer_product(q, weight.integers).mul_(weight.scale).mul_(scale)
+
+
+def _integer_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a · bᵀ of int8 matrices, summed in int32, given back as float32."""
+    return torch._int_mm(a, b.t()).float()
 
 
 def fake_quantize_tokens(x: torch.Tensor) -> torch.Tensor:

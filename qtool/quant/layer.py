@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from qtool.quant import observers, osl, rounding, smoothing
-from qtool.quant.integer import asymmetric_scale_offset, fake_quantize_tensor, fake_quantize_tokens, quantize_rows
+from qtool.quant.integer import asymmetric_scale_offset, fake_quantize_tensor, fake_quantize_tokens
+from qtool.quant.replay import Recording
 from qtool.quant.smoothing import Smoothing
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, bias_of, fold, per_producer_channel, weight_of
@@ -79,10 +80,12 @@ def quantize_layer(
         runs: for exact only: one per calibration sample; calls the layer on it and returns its output.
     """
     quantized = [group for group in groups if any(policies[name] for name in group.linears)]
+    recordings = [Recording(layer, run) for run in runs]
     found = {
-        group.linears: _smoothing(layer, group, _policy(group, policies), statistics[group.linears[0]], search, runs)
+        group.linears: _smoothing(layer, group, _policy(group, policies), statistics[group.linears[0]], recordings)
         for group in quantized
     }
+    del recordings
     for group in quantized:
         chosen = found[group.linears]
         if chosen is not None:
@@ -131,17 +134,17 @@ def _smoothing(
     group: Group,
     policy: Policy,
     statistics: InputStatistics,
-    search: Literal["fast", "exact"],
-    runs: Sequence[Run],
+    recordings: Sequence[Recording],
 ) -> Smoothing | None:
+    """The group's smoothing scale; with recordings by exact OSL."""
     if policy.smoothing == "none" or group.fold is None:
         return None
     weight = torch.cat([weight_of(layer, name) for name in group.linears])
     act_max = per_producer_channel(group.fold, statistics.amax)
     w_max = per_producer_channel(group.fold, weight.abs().amax(dim=0))
     static = policy.activations.mode == "static"
-    if policy.smoothing == "osl" and search == "exact":
-        return osl.search(layer, group, runs, act_max, w_max, static=static)
+    if policy.smoothing == "osl" and recordings:
+        return osl.search(recordings, group, act_max, w_max, static=static)
     if policy.smoothing == "smoothquant":
         alpha = policy.smoothquant_alpha
         return Smoothing(smoothing.scale(act_max, w_max, alpha), alpha)
@@ -240,7 +243,7 @@ def _round(layer: nn.Module, work: _Work, storage: Storage, result: LayerResult)
         noise = float((noisy - work.sample).square_().mean())
         integers = rounding.gptq(work.weight, work.scales, work.gram, noise)
     else:
-        integers = quantize_rows(rounding.clamp_rows(work.weight, work.bounds), work.scales)
+        integers = rounding.integers_within(work.weight, work.scales, work.bounds).to(torch.int8)
     few = slice(None, None, max(1, len(noisy) // _REPORT_TOKENS))
     reference = work.sample[few] @ work.weight.t()
     error = (noisy[few] @ (integers * work.scales[:, None]).t()).sub_(reference).square_().sum()

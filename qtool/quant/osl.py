@@ -2,63 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import nn
 
-from qtool.quant.replay import Recording
-from qtool.quant.smoothing import ALPHAS, QuantizedProduct, Smoothing, quantized_weight, scale
+from qtool.quant.integer import QuantizedWeight, asymmetric_scale_offset, per_tensor_product, per_token_product
+from qtool.quant.replay import Recording, Replay
+from qtool.quant.smoothing import ALPHAS, Smoothing, scale
 from qtool.quant.topology import Group, bias_of, weight_of
 
 CLIP_RATIOS = tuple(1 - i / 20 for i in range(10))
 CLIP_TOKENS = 512
+_MARGIN = 2e-2  # between a coarse loss and the exact one; measured on SmolLM2: at most 6e-3
 _LIKELY_ALPHA = 0.8  # tried first: the better the first candidates, the sooner the others are dropped
 
 
 def search(
-    layer: nn.Module,
-    group: Group,
-    runs: Sequence[Callable[[], torch.Tensor]],
-    act_max: torch.Tensor,
-    w_max: torch.Tensor,
-    *,
-    static: bool,
+    recordings: Sequence[Recording], group: Group, act_max: torch.Tensor, w_max: torch.Tensor, *, static: bool
 ) -> Smoothing:
     """The alpha with the least mean squared error of the layer's output, averaged over samples; the smallest of a tie.
 
-    Only this group is quantized while the rest of the layer stays float. What runs before the group is recorded
-    once per sample; a candidate is dropped as soon as its error on the samples
-    so far is more than that of the best on all.
+    Only this group is quantized while the rest of the layer stays float. All candidates are tried with coarse
+    products in what follows the group, those that come out alike once more with exact ones; a candidate is dropped
+    as soon as its error on the samples so far is more than that of the best on all.
 
     Args:
-        layer: float32 decoder layer, untouched.
+        recordings: one per calibration sample, of the untouched float32 layer.
         group: whose smoothing is searched.
-        runs: one per calibration sample; calls the layer on it and returns its output.
         act_max, w_max: float32 [in], already pooled per producer channel.
         static: activations per tensor (range of each sample by itself), else per token.
     """
-    weights = [weight_of(layer, name) for name in group.linears]
-    biases = [bias_of(layer, name) for name in group.linears]
-    widths, weight = [len(w) for w in weights], torch.cat(weights)
-    recordings = [Recording(layer, run, group.linears) for run in runs]
-    products = [QuantizedProduct(record.x.reshape(-1, record.x.shape[-1]), static=static) for record in recordings]
-    energy = max(sum(float(record.output.square().mean()) for record in recordings), 1e-30)
-    best: Smoothing | None = None
-    for alpha in sorted(ALPHAS, key=lambda alpha: abs(alpha - _LIKELY_ALPHA)):
-        s = scale(act_max, w_max, alpha)
-        quantized = quantized_weight(weight, s)
-        loss = 0.0
-        for record, product in zip(recordings, products, strict=True):
-            parts = product(s, *quantized).split(widths, dim=1)
-            results = {
-                name: part if bias is None else part + bias
-                for name, part, bias in zip(group.linears, parts, biases, strict=True)
-            }
-            loss += float((record.replay(results) - record.output).square_().mean()) / energy
-            if best is not None and loss > best.error:
-                break
-        if best is None or (loss, alpha) < (best.error, best.alpha):
-            best = Smoothing(s, alpha, loss)
-    assert best is not None
-    return best
+    trial = _Trial(recordings, group, act_max, w_max, static=static)
+    losses = trial.losses(ALPHAS, coarse=True)
+    least = min(losses.values())
+    close = [alpha for alpha, loss in losses.items() if loss <= least * (1 + _MARGIN)]
+    if len(close) > 1:
+        losses = trial.losses(close, coarse=False)
+    best = min(losses, key=lambda alpha: (losses[alpha], alpha))
+    return Smoothing(scale(act_max, w_max, best), best, losses[best])
+
+
+class _Trial:
+    """What all candidates for one group share."""
+
+    def __init__(
+        self,
+        recordings: Sequence[Recording],
+        group: Group,
+        act_max: torch.Tensor,
+        w_max: torch.Tensor,
+        *,
+        static: bool,
+    ) -> None:
+        layer = recordings[0].layer
+        weights = [weight_of(layer, name) for name in group.linears]
+        self._linears, self._widths, self._weight = group.linears, [len(w) for w in weights], torch.cat(weights)
+        self._biases = [bias_of(layer, name) for name in group.linears]
+        self._act_max, self._w_max, self._static = act_max, w_max, static
+        self._replays = [Replay(recording, group.linears) for recording in recordings]
+        self._energy = max(sum(float(replay.output.square().mean()) for replay in self._replays), 1e-30)
+        self._coarse = {name: QuantizedWeight.of(weight_of(layer, name).clone()) for name in self._replays[0].later}
+
+    def losses(self, alphas: Sequence[float], *, coarse: bool) -> dict[float, float]:
+        """Relative squared error of the layer's output per alpha; those that can't win are left out."""
+        found: dict[float, float] = {}
+        limit = float("inf")
+        for alpha in sorted(alphas, key=lambda alpha: abs(alpha - _LIKELY_ALPHA)):
+            s = scale(self._act_max, self._w_max, alpha)
+            weight = QuantizedWeight.of(self._weight * s)
+            loss = 0.0
+            for replay in self._replays:
+                output = replay(self._results(replay.x, s, weight), self._coarse if coarse else None)
+                loss += float((output - replay.output).square_().mean()) / self._energy
+                if loss > limit:
+                    break
+            else:
+                found[alpha] = loss
+                limit = min(limit, loss * (1 + _MARGIN))
+        return found
+
+    def _results(self, x: torch.Tensor, s: torch.Tensor, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        """What the group's linears give when x / s and W · s are quantized."""
+        x = x.reshape(-1, x.shape[-1]) / s
+        if self._static:
+            scale, offset = asymmetric_scale_offset(*x.aminmax())
+            product = per_tensor_product(x, scale, offset, weight)
+        else:
+            product = per_token_product(x, weight)
+        parts = product.split(self._widths, dim=1)
+        return {
+            name: part if bias is None else part + bias
+            for name, part, bias in zip(self._linears, parts, self._biases, strict=True)
+        }

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from qtool.quant import threads
-from qtool.quant.integer import QMAX, QMIN, fake_quantize_rows, symmetric_scale
+from qtool.quant.integer import QMAX, QMIN, symmetric_scale
 
 _BLOCK = 64
 
@@ -61,9 +61,6 @@ def search_clip(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Per row the clipping ratio with the least error; the first of a tie.
 
-    Values beyond the bound are clamped to it before they are divided by the scale, as mindspore-gs 1.4.1 does:
-    the bound is 127.5 steps, and which way that rounds in float32 decides between ratios.
-
     Args:
         weight: float32 [out, in].
         row_error: what to minimise.
@@ -82,7 +79,7 @@ def search_clip(
     for ratio in ratios:
         narrower = peak * ratio
         step = storable(symmetric_scale(narrower))
-        delta = fake_quantize_rows(clamp_rows(weight, narrower), step).sub_(weight)
+        delta = integers_within(weight, step, narrower).mul_(step[:, None]).sub_(weight)
         rows = (row_error.at_least(delta) < least).nonzero()[:, 0]
         error = row_error(delta if len(rows) == len(delta) else delta[rows])
         rows = rows[better := error < least[rows]]
@@ -90,6 +87,21 @@ def search_clip(
         scale[rows] = step[rows]
         bound[rows] = narrower[rows]
     return scale, bound
+
+
+def integers_within(weight: torch.Tensor, scale: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """Each row of weight [out, in] limited to ± bound [out], then rounded to nearest in steps of scale [out].
+
+    Which way the bound itself rounds, often 127.5 steps, decides between clipping ratios; so it is rounded in
+    float32 like the values, as if they had been clamped first, which is what mindspore-gs 1.4.1 does.
+
+    Returns:
+        float32 [out, in], integers in -128..127.
+    """
+    q = (weight / scale[:, None]).round_()
+    reach = (bound / scale).round_()[:, None]
+    torch.minimum(q, reach.clamp(max=QMAX), out=q)
+    return torch.maximum(q, -reach.clamp(max=-QMIN), out=q)
 
 
 def clamp_rows(weight: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from qtool.quant import threads
-from qtool.quant.integer import QMAX, QMIN, asymmetric_scale_offset, quantize_rows, symmetric_scale
 
 ALPHAS = tuple(i / 20 for i in range(20))
 _FLOOR = 1e-5
@@ -38,45 +37,6 @@ def scale(act_max: torch.Tensor, w_max: torch.Tensor, alpha: float) -> torch.Ten
     s = (act_max.pow(alpha) / w_max.pow(1 - alpha)).clamp_(min=_FLOOR)
     s[(act_max == 0) | (w_max == 0)] = 1
     return s
-
-
-class QuantizedProduct:
-    """x · Wᵀ with both sides rounded to int8, for many smoothing scales of the same x.
-
-    The integers are multiplied as such: exact, and on CPUs with VNNI four times as fast as float32.
-
-    Args:
-        x: float32 [tokens, in].
-        static: quantize x per tensor and asymmetrically instead of per token and symmetrically.
-    """
-
-    def __init__(self, x: torch.Tensor, *, static: bool) -> None:
-        self._x, self._static = x, static
-        self._low, self._high = x.amin(dim=0), x.amax(dim=0)
-
-    def __call__(self, s: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
-        """The product [tokens, out], float32, of x / s and the weight that `quantized_weight` made with s."""
-        x = self._x / s
-        if self._static:
-            x_scale, offset = asymmetric_scale_offset((self._low / s).min(), (self._high / s).max())
-            q = x.div_(x_scale).add_(offset).round_().clamp_(QMIN, QMAX).to(torch.int8)
-            product = integer_product(q, weight).sub_(weight.sum(dim=1, dtype=torch.float32) * offset)
-            return product.mul_(w_scale * x_scale)
-        scales = symmetric_scale(x.abs().amax(dim=1, keepdim=True))
-        q = x.div_(scales).round_().clamp_(QMIN, QMAX).to(torch.int8)
-        return integer_product(q, weight).mul_(w_scale).mul_(scales)
-
-
-def quantized_weight(weight: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """W · s rounded to nearest: (int8 [out, in], scale float32 [out])."""
-    scaled = weight * s
-    w_scale = symmetric_scale(torch.maximum(scaled.amax(dim=1), -scaled.amin(dim=1)))
-    return quantize_rows(scaled, w_scale), w_scale
-
-
-def integer_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a · bᵀ of int8 matrices, summed in int32, given back as float32."""
-    return torch._int_mm(a, b.t()).float()
 
 
 class NoiseModel:
@@ -117,12 +77,12 @@ class NoiseModel:
 
     def error(self, log_s: torch.Tensor) -> float:
         """The model's error, up to a constant factor."""
-        activation, weight = (_Peaks(self._tokens, -log_s), _Peaks(self._rows, log_s))
-        return self._combine(activation.values(-log_s), weight.values(log_s), log_s)[0]
+        token_peaks, row_peaks = (self._tokens * (-log_s).exp()).amax(dim=1), (self._rows * log_s.exp()).amax(dim=1)
+        return self._combine(token_peaks, row_peaks, log_s)[0]
 
     def focus(self, log_s: torch.Tensor) -> None:
         """Restrict `gradient` to the largest channels of each token and row around `log_s`."""
-        self._near = _Peaks(self._tokens, -log_s, _CANDIDATES), _Peaks(self._rows, log_s, _CANDIDATES)
+        self._near = _Peaks(self._tokens, -log_s), _Peaks(self._rows, log_s)
 
     def gradient(self, log_s: torch.Tensor) -> torch.Tensor:
         """Gradient of log(error) by log_s [in]."""
@@ -156,12 +116,9 @@ class NoiseModel:
 class _Peaks:
     """Row maxima of |a| · exp(t), from each row's largest few channels."""
 
-    def __init__(self, magnitudes: torch.Tensor, t: torch.Tensor, candidates: int = 1) -> None:
-        scaled = magnitudes * t.exp()
-        if candidates == 1:
-            _, self._channels = scaled.max(dim=1, keepdim=True)
-        else:
-            self._channels = scaled.topk(min(candidates, scaled.shape[1]), dim=1, sorted=False).indices
+    def __init__(self, magnitudes: torch.Tensor, t: torch.Tensor) -> None:
+        candidates = min(_CANDIDATES, magnitudes.shape[1])
+        self._channels = (magnitudes * t.exp()).topk(candidates, dim=1, sorted=False).indices
         self._magnitudes = magnitudes.gather(1, self._channels)
         self._at = self._channels[:, :1]
 

@@ -4,8 +4,8 @@ Found by probing the layer instead of knowing its names: a producer (a norm's ga
 is multiplied by a distinct factor per channel; if every input channel of some linear then shows exactly
 one of those factors, the inverse factor can be folded into that linear for free. This holds for
 input norm → q, k, v; v → o, whatever the grouping of heads; post-attention norm → gate, up; up → down;
-also for parallel blocks. A fused q-k-v or gate-up projection
-is smoothed at its input, but is no producer: scaling its whole output scales more than v or up.
+also for parallel blocks. Of a fused q-k-v or gate-up projection only the last rows produce, those of v
+or up, where it has them last (Phi-3, GLM); where heads interleave (GPT-NeoX) it is no producer.
 """
 
 from __future__ import annotations
@@ -76,17 +76,20 @@ def find_groups(layer: nn.Module, run: Probe) -> list[Group]:
             shared.append([name])
 
     found = {tuple(names): Group(tuple(names)) for names in shared}
-    for producer, width in _producers(layer).items():
-        factors = 1 + torch.arange(1, width + 1, dtype=torch.float64) / (width + 1)
+    for producer, width, start in _producers(layer, {x.shape[-1] for x in base.values()}):
+        open_groups = [members for members in found if found[members].fold is None and producer not in members]
+        if not open_groups:
+            continue
+        count = width - start
+        grown = 1 + torch.arange(1, count + 1, dtype=torch.float64) / (count + 1)
+        factors = torch.cat((torch.ones(start, dtype=torch.float64), grown))
         with _scaled_output(layer.get_submodule(producer), factors):
             seen, _ = _linear_inputs(linears, run)
-        for members, group in found.items():
-            if group.fold is not None or producer in members:
+        for members in open_groups:
+            position = _match(base[members[0]], seen[members[0]], count)
+            if position is None:
                 continue
-            channel_map = _match(base[members[0]], seen[members[0]], width)
-            if channel_map is None:
-                continue
-            candidate = Group(members, Fold(producer, channel_map, _gain_offset(layer, producer, run)))
+            candidate = Group(members, Fold(producer, start + position, _gain_offset(layer, producer, run)))
             if _is_neutral(layer, candidate, factors, run, reference):
                 found[members] = candidate
     return list(found.values())
@@ -145,8 +148,13 @@ def _linear_inputs(linears: dict[str, nn.Linear], run: Probe) -> tuple[dict[str,
     return inputs, output
 
 
-def _producers(layer: nn.Module) -> dict[str, int]:
-    """Modules that end in a per-channel gain: norms with a 1-D weight, and linears; with their output width."""
+def _producers(layer: nn.Module, consumer_widths: set[int]) -> list[tuple[str, int, int]]:
+    """What may end in a per-channel gain: norms with a 1-D weight, linears, last rows of a linear.
+
+    Returns:
+        (name, output width, first channel that counts); whole outputs first. For a consumer of width n the last rows
+        are those of up in a fused [gate, up], or of v in a fused [q, k, v] with n channels of q.
+    """
     widths: dict[str, int] = {}
     for name, module in layer.named_modules():
         weight = getattr(module, "weight", None)
@@ -154,7 +162,15 @@ def _producers(layer: nn.Module) -> dict[str, int]:
             continue
         if isinstance(module, nn.Linear) or weight.dim() == 1:
             widths[name] = weight.shape[0]
-    return widths
+    tails = [
+        (name, width, width - tail)
+        for name, width in widths.items()
+        if isinstance(layer.get_submodule(name), nn.Linear)
+        for n in sorted(consumer_widths)
+        for tail in sorted({n, (width - n) // 2})
+        if 0 < tail < width
+    ]
+    return [*((name, width, 0) for name, width in widths.items()), *tails]
 
 
 def _scaled_output(module: nn.Module, factors: torch.Tensor) -> ExitStack:

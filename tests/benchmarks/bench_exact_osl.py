@@ -13,35 +13,13 @@ import json
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from qtool.workers import hide_media_packages
-
-RECIPE = {
-    "name": "golden-stick",
-    "description": "OSL on every linear, static activations",
-    "osl": "exact",
-    "schemes": {
-        "w8a8": [
-            {"layers": "lm_head", "quantize": False},
-            {"layers": ".*", "activations": {"mode": "static"}, "rounding": "nearest"},
-        ]
-    },
-}
-
-
-class Clock:
-    """Stands in for the worker's report and notes when each layer begins."""
-
-    def __init__(self) -> None:
-        self.laps: list[float] = []
-
-    def progress(self, stage: str, done: int, total: int, unit: str = "") -> None:
-        self.laps.append(time.perf_counter())
-
-    def warning(self, message: str) -> None:
-        print(message, file=sys.stderr)
+from qtool import workers
+from qtool.engines import native
+from qtool.recipe.load import load
 
 
 def tensors(folder: Path) -> dict[str, Any]:
@@ -51,17 +29,14 @@ def tensors(folder: Path) -> dict[str, Any]:
 
 
 def main(model: Path, reference: Path) -> None:
-    hide_media_packages()
-    from qtool.engines.native.engine import quantize
-
     ids = json.loads((reference / "calibration_ids.json").read_text())
-    clock = Clock()
+    laps: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         job = {
             "model": str(model),
             "output": f"{folder}/out",
             "format": "golden-stick",
-            "recipe": RECIPE,
+            "recipe": load("golden-stick-osl").model_dump(mode="json"),
             "scheme": "w8a8",
             "calibration": {"ids": ids, "digest": "", "source": "", "samples": len(ids), "seq_len": 0, "seed": 0},
             "device": "cpu",
@@ -69,7 +44,12 @@ def main(model: Path, reference: Path) -> None:
             "trust_remote_code": False,
             "dry_run": False,
         }
-        report = quantize(job, clock)  # type: ignore[arg-type]
+        report = workers.run(
+            "qtool.engines.native.worker",
+            job,
+            on_event=lambda _event: laps.append(time.perf_counter()),
+            env=native.environment(),
+        )
         mine, theirs = tensors(Path(folder) / "out"), tensors(reference)
     print("alphas", [row["alpha"] for row in report["layers"]])
     weights = {n: float((mine[n] == t).float().mean()) for n, t in theirs.items() if n.endswith("_proj.weight")}
@@ -78,7 +58,7 @@ def main(model: Path, reference: Path) -> None:
     worst = min(weights, key=lambda name: weights[name])
     print(f"int8 weights equal: least {weights[worst]:.4%} ({worst}), mean {sum(weights.values()) / len(weights):.4%}")
     print(f"input scales: largest relative difference {max(scales):.1e}; offsets equal: {sum(offsets)}/{len(offsets)}")
-    seconds = [b - a for a, b in zip(clock.laps, clock.laps[1:], strict=False)]
+    seconds = [b - a for a, b in pairwise(laps)]
     print("seconds per layer:", ", ".join(f"{s:.2f}" for s in seconds))
 
 

@@ -196,7 +196,7 @@ def test_parquet_without_a_text_column_lists_its_columns(tmp_path: Path, tiny_to
 
 
 def test_missing_file_and_folder(tmp_path: Path, tiny_tokenizer: Any) -> None:
-    with pytest.raises(InputError, match="no such calibration file"):
+    with pytest.raises(InputError, match="no such text file"):
         load(str(tmp_path / "no.txt"), tiny_tokenizer, samples=1, seq_len=4, seed=0)
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(InputError, match="can't read"):

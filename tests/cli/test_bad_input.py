@@ -406,13 +406,13 @@ def _(scene: Scene) -> list[str]:
     return scene.command("--overwrite")
 
 
-@case("the output lies below a file", 1, "file.txt")
+@case("the output lies below a file", 2, "file.txt", "not a folder")
 def _(scene: Scene) -> list[str]:
     scene.output = scene.file("file.txt", "a file") / "out"
     return scene.command()
 
 
-@case("the output's folder is read-only", 1, "ermission denied", "locked")
+@case("the output's folder is read-only", 2, "can't be written", "locked")
 def _(scene: Scene) -> list[str]:
     (scene.folder / "locked").mkdir(mode=0o555)
     scene.output = scene.folder / "locked" / "out"

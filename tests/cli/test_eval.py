@@ -64,7 +64,7 @@ def test_a_table_on_a_terminal(tiny_llama: Path, qtool_environment: dict[str, st
     [
         (("{model}", "{empty}"), "no config.json"),
         (("{missing}", "{model}"), "no such folder"),
-        (("{model}", "{model}", "--text", "{missing}.txt"), "no such calibration file"),
+        (("{model}", "{model}", "--text", "{missing}.txt"), "no such text file"),
         (("{model}", "{model}", "--text", "{model}"), "unknown kind of calibration text"),
         (("{model}", "{model}", "--windows", "100000"), "too little text"),
         (("{model}", "{model}", "--length", "1"), "--length"),

@@ -38,15 +38,34 @@ def test_asymmetric_scale_and_offset(low: float, high: float) -> None:
     assert float(back[2]) == 0.0
 
 
-def test_rows() -> None:
-    weight = values(5, 33)
-    scale = integer.symmetric_scale(weight.abs().amax(dim=1)) * 0.9  # some values are clipped
-    expected = np.clip(np.round(weight.numpy() / scale.numpy()[:, None]), -128, 127)
-    found = integer.quantize_rows(weight, scale)
-    assert found.dtype == torch.int8
-    np.testing.assert_array_equal(found.numpy(), expected)
-    represented = expected.astype(np.float32) * scale.numpy()[:, None]
-    np.testing.assert_array_equal(integer.fake_quantize_rows(weight, scale).numpy(), represented)
+def quantized_weight(rows: int, width: int) -> tuple[integer.QuantizedWeight, np.ndarray]:
+    """A rounded weight, and what it represents in float64."""
+    weight = values(rows, width)
+    found = integer.QuantizedWeight.of(weight.clone())
+    # in float32: the largest value is 127.5 steps, and which way that rounds is float32's to decide
+    scale = (2 * np.abs(weight.numpy()).max(1).astype(np.float64) / 255).astype(np.float32)
+    integers = np.clip(np.round(weight.numpy() / scale[:, None]), -128, 127)
+    assert found.integers.dtype == torch.int8
+    np.testing.assert_array_equal(found.integers.numpy(), integers)
+    np.testing.assert_array_equal(found.scale.numpy(), scale)
+    np.testing.assert_array_equal(found.sums.numpy(), integers.sum(axis=1))
+    return found, integers.astype(np.float64) * scale.astype(np.float64)[:, None]
+
+
+def test_per_token_product() -> None:
+    weight, represented = quantized_weight(24, 40)
+    x = values(18, 40)
+    expected = integer.fake_quantize_tokens(x).double().numpy() @ represented.T
+    np.testing.assert_allclose(integer.per_token_product(x.clone(), weight).numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_per_tensor_product() -> None:
+    weight, represented = quantized_weight(24, 40)
+    x = values(18, 40) + 0.3
+    scale, offset = integer.asymmetric_scale_offset(x.amin(), x.amax())
+    expected = integer.fake_quantize_tensor(x, scale, offset).double().numpy() @ represented.T
+    found = integer.per_tensor_product(x.clone(), scale, offset, weight)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_tokens() -> None:

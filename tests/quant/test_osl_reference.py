@@ -25,19 +25,6 @@ GROUPS = (
 )
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 32
 SAMPLES, LENGTH = 2, 48
-STATIC = {
-    "name": "static",
-    "description": "every linear static, as Golden Stick's plain OSL",
-    "osl": "exact",
-    "schemes": {
-        "w8a8": [
-            {"layers": "lm_head", "quantize": False},
-            {"layers": ".*", "activations": {"mode": "static"}, "rounding": "nearest"},
-        ]
-    },
-    "calibration": {"samples": SAMPLES, "seq_len": LENGTH},
-    "export": {"format": "golden-stick"},
-}
 
 
 def fake_weight(w: torch.Tensor) -> torch.Tensor:
@@ -164,9 +151,8 @@ def result(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, run_qtool
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
-    recipe = folder / "static.yaml"
-    recipe.write_text(json.dumps(STATIC, indent=1))
-    done = run_qtool("quantize", model, "--output", folder / "out", "--recipe", recipe, "--calibration", "builtin")
+    options = ("--recipe", "golden-stick-osl", "--samples", SAMPLES, "--seq-len", LENGTH)
+    done = run_qtool("quantize", model, "--output", folder / "out", *options)
     assert done.code == 0, done.stderr
     report = json.loads((folder / "out" / "qtool.json").read_text())
     tensors: dict[str, torch.Tensor] = {}

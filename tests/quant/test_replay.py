@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from qtool.quant.replay import Recording
+from qtool.quant.integer import QuantizedWeight
+from qtool.quant.replay import Recording, Replay
 
 GROUPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -71,27 +72,60 @@ def test_replay_equals_the_whole_layer(
 ) -> None:
     layer, run, groups = layer_and_run
     before = run()
+    recording = Recording(layer, run)
+    assert torch.equal(recording.output, before)
     for names in groups:
-        record = Recording(layer, run, names)
-        assert torch.equal(record.output, before)
+        replay = Replay(recording, names)
         with noisy(layer, names):
             expected = run()
-            results = {name: layer.get_submodule(name)(record.x) for name in names}
+            results = {name: layer.get_submodule(name)(replay.x) for name in names}
         assert not torch.allclose(expected, before, rtol=1e-3)
-        torch.testing.assert_close(record.replay(results), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(replay(results), expected, rtol=1e-5, atol=1e-5)
         # flat results, as a matrix product gives them, and a second replay
         flat = {name: y.reshape(-1, y.shape[-1]) for name, y in results.items()}
-        torch.testing.assert_close(record.replay(flat), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(replay(flat), expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(run(), before)
+
+
+def test_a_coarse_replay_errs_in_proportion_to_the_change(
+    layer_and_run: tuple[nn.Module, Callable[[], torch.Tensor], tuple[tuple[str, ...], ...]],
+) -> None:
+    layer, run, groups = layer_and_run
+    recording = Recording(layer, run)
+    for names in groups:
+        replay = Replay(recording, names)
+        coarse = {
+            name: QuantizedWeight.of(layer.get_submodule(name).get_parameter("weight").clone().detach())
+            for name in replay.later
+        }
+        for size in (1e-1, 1e-3):
+            generator = torch.Generator().manual_seed(1)
+            results = {}
+            for name in names:
+                y = layer.get_submodule(name)(replay.x)
+                results[name] = y + size * y.std() * torch.randn(y.shape, generator=generator)
+            change = replay(results) - replay.output
+            error = replay(results, coarse) - replay.output - change
+            assert error.norm() < 0.03 * change.norm() + 1e-6 * replay.output.norm()
+
+
+def test_later_linears(
+    layer_and_run: tuple[nn.Module, Callable[[], torch.Tensor], tuple[tuple[str, ...], ...]],
+) -> None:
+    layer, run, groups = layer_and_run
+    recording = Recording(layer, run)
+    for i, names in enumerate(groups):
+        later = [name for group in groups[i + 1 :] for name in group]
+        assert sorted(Replay(recording, names).later) == sorted(later)
 
 
 def test_replay_skips_what_comes_before(
     layer_and_run: tuple[nn.Module, Callable[[], torch.Tensor], tuple[tuple[str, ...], ...]],
 ) -> None:
     layer, run, groups = layer_and_run
-    record = Recording(layer, run, groups[3])
-    results = {name: layer.get_submodule(name)(record.x) for name in groups[3]}
-    assert products(lambda: record.replay(results)) == 0
+    replay = Replay(Recording(layer, run), groups[3])
+    results = {name: layer.get_submodule(name)(replay.x) for name in groups[3]}
+    assert products(lambda: replay(results)) == 0
     assert products(run) > 0
     assert not any("forward" in module.__dict__ for module in layer.modules())
 

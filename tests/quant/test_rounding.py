@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qtool.quant import rounding
-from qtool.quant.integer import quantize_rows, symmetric_scale
+from qtool.quant.integer import symmetric_scale
 
 RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)
 
@@ -32,6 +32,11 @@ def optimal_brain(weight: np.ndarray, scale: np.ndarray, hessian: np.ndarray) ->
         work -= np.outer(error, inverse[column])
         inverse = inverse - np.outer(inverse[:, column], inverse[column]) / inverse[column, column]
     return quantized
+
+
+def quantize_rows(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Rounding to nearest, int8."""
+    return torch.from_numpy(np.clip(np.round(weight.numpy() / scale.numpy()[:, None]), -128, 127).astype(np.int8))
 
 
 def error_under(gram: torch.Tensor, delta: torch.Tensor) -> float:
@@ -128,7 +133,7 @@ def test_a_row_of_zeros_stays_zero() -> None:
     scales, bounds = rounding.search_clip(weight, rounding.ErrorByEnergy(torch.ones(16)), RATIOS, lambda scale: scale)
     assert torch.isfinite(scales).all()
     assert (scales > 0).all()
-    assert not quantize_rows(rounding.clamp_rows(weight, bounds), scales)[0].any()
+    assert not rounding.integers_within(weight, scales, bounds)[0].any()
 
 
 def test_clamp_rows() -> None:
@@ -136,3 +141,13 @@ def test_clamp_rows() -> None:
     bound = torch.tensor([0.1, 0.5, 1.0, 9.0])
     expected = np.clip(weight.numpy(), -bound.numpy()[:, None], bound.numpy()[:, None])
     np.testing.assert_array_equal(rounding.clamp_rows(weight, bound).numpy(), expected)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.95, 0.55, 127 / 127.5])
+def test_integers_within_are_those_of_clamped_values(ratio: float) -> None:
+    weight, _, _ = problem(40, 90, 10)
+    bound = weight.abs().amax(dim=1) * ratio
+    scale = symmetric_scale(bound)
+    clamped = np.clip(weight.numpy(), -bound.numpy()[:, None], bound.numpy()[:, None])
+    expected = np.clip(np.round(clamped / scale.numpy()[:, None]), -128, 127)
+    np.testing.assert_array_equal(rounding.integers_within(weight, scale, bound).numpy(), expected)

@@ -47,9 +47,10 @@ EXPECTED: dict[str, Expected] = {
     "olmo2": attention(None) | mlp(None),
     "phi3": {
         ("self_attn.qkv_proj",): ("input_layernorm", IDENTITY),
-        ("self_attn.o_proj",): None,  # scaling a fused projection would scale queries and keys as well
+        # the last rows of a fused projection: values after queries and keys, up after gate
+        ("self_attn.o_proj",): ("self_attn.qkv_proj", [(HEADS + KV_HEADS) * HEAD_DIM + v for v in VALUES]),
         ("mlp.gate_up_proj",): ("post_attention_layernorm", IDENTITY),
-        ("mlp.down_proj",): None,
+        ("mlp.down_proj",): ("mlp.gate_up_proj", [INTERMEDIATE + i for i in UP]),
     },
 }
 

@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 import qtool
-from qtool.calibration.text import Calibration
+from qtool.calibration.text import Calibration, load, load_tokenizer
 from qtool.checkpoint import formats
 from qtool.checkpoint.formats import Format
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import CheckpointWriter, check_free_space
 from qtool.engines.native import memory, plan
 from qtool.engines.native.stream import DecoderStream
-from qtool.errors import InputError, in_one_line
-from qtool.quant.layer import Storage, quantize_layer
+from qtool.errors import InputError
+from qtool.quant.layer import LayerResult, Storage, quantize_layer
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups, linear_layers, signature
 from qtool.recipe.schema import Policy, Recipe
@@ -66,7 +66,7 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
         report.warning(warning)
     size = plan.output_bytes(checkpoint, planned.modes)
     if job["dry_run"]:
-        return _dry_run(job, stream, planned, size)
+        return _dry_run(job, stream, planned, size, recipe)
     check_free_space(Path(job["output"]), size)
 
     calibration = _calibration(job, checkpoint)
@@ -133,20 +133,27 @@ def _quantize(
             results = _quantize_one(
                 stream, index, layer, topology[key], policies, hidden, recipe.osl == "exact", output_format
             )
-            state = layer.state_dict()
-        for full_name in _layer_tensors(stream.checkpoint, stream.layer_name(index)):
-            name = full_name.removeprefix(prefix)
-            module, _, kind = name.rpartition(".")
-            if module in results.linears:
-                if kind == "weight":
-                    writer.add_linear(prefix + module, results.linears[module], _dtype(stream.checkpoint, full_name))
-            elif name in state:
-                writer.add(full_name, state[name].to(_dtype(stream.checkpoint, full_name)))
-            else:
-                writer.add(full_name, stream.checkpoint.tensor(full_name))
+            _write(stream, index, layer, results, writer)
         rows += [{"layer": stream.layer_name(index), **dataclasses.asdict(group)} for group in results.groups]
+        del results  # its weights would be in memory with the next layer's
     report.progress("quantize", stream.depth, stream.depth, "layers")
     return rows, sum(row["relative_error"] for row in rows) / len(rows)
+
+
+def _write(stream: DecoderStream, index: int, layer: nn.Module, results: LayerResult, writer: CheckpointWriter) -> None:
+    """Every tensor of a layer: quantized, as `layer` now has it, or as it was."""
+    prefix = stream.layer_name(index) + "."
+    state = layer.state_dict()
+    for full_name in _layer_tensors(stream.checkpoint, stream.layer_name(index)):
+        name = full_name.removeprefix(prefix)
+        module, _, kind = name.rpartition(".")
+        if module in results.linears:
+            if kind == "weight":
+                writer.add_linear(prefix + module, results.linears[module], _dtype(stream.checkpoint, full_name))
+        elif name in state:
+            writer.add(full_name, state[name].to(_dtype(stream.checkpoint, full_name)))
+        else:
+            writer.add(full_name, stream.checkpoint.tensor(full_name))
 
 
 def _quantize_one(
@@ -158,7 +165,7 @@ def _quantize_one(
     hidden: torch.Tensor,
     exact: bool,
     output_format: Format,
-) -> Any:
+) -> LayerResult:
     """Observe the float layer on all samples, moving `hidden` on to its output in place; then quantize it."""
     tokens = hidden.shape[0] * hidden.shape[1]
     stride = 1 if exact else max(1, tokens // _SAMPLE_TOKENS)
@@ -210,31 +217,20 @@ def _calibration(job: dict[str, Any], checkpoint: Checkpoint) -> Calibration:
     wanted = job["calibration"]
     if "ids" in wanted:
         return Calibration(torch.tensor(wanted["ids"]), wanted["digest"], wanted["source"])
-    from transformers import AutoTokenizer
-
-    from qtool.calibration.text import load
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(checkpoint.path), trust_remote_code=job["trust_remote_code"], local_files_only=True
-        )
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise InputError(
-            f"the tokenizer can't be loaded: {in_one_line(error)}",
-            where=str(checkpoint.path),
-            hint="tokenizer.json and tokenizer_config.json must lie beside the weights",
-        ) from error
+    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=job["trust_remote_code"])
     return load(wanted["data"], tokenizer, samples=wanted["samples"], seq_len=wanted["seq_len"], seed=wanted["seed"])
 
 
-def _dry_run(job: dict[str, Any], stream: DecoderStream, planned: plan.Plan, size: int) -> dict[str, Any]:
+def _dry_run(
+    job: dict[str, Any], stream: DecoderStream, planned: plan.Plan, size: int, recipe: Recipe
+) -> dict[str, Any]:
     wanted = job["calibration"]
     return {
         "layers": plan.summary(planned),
         "calibration": {key: wanted[key] for key in ("data", "samples", "seq_len") if key in wanted},
         "input_bytes": stream.checkpoint.nbytes,
         "output_bytes": size,
-        **memory.estimate(stream, wanted["samples"], wanted["seq_len"]),
+        **memory.estimate(stream, wanted["samples"], wanted["seq_len"], exact=recipe.osl == "exact"),
     }
 
 

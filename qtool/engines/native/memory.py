@@ -21,11 +21,12 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def estimate(stream: DecoderStream, samples: int, seq_len: int) -> dict[str, Any]:
+def estimate(stream: DecoderStream, samples: int, seq_len: int, *, exact: bool) -> dict[str, Any]:
     """Time and peak memory of quantizing, from the sizes of the model and a short timing of this machine.
 
     Work per layer: one forward pass over the calibration tokens, the Gram matrices of its inputs (about as much
-    again), and the search over weights. Memory: hidden states, one layer as bfloat16 and float32 with copies.
+    again), and the search over weights. Memory: hidden states, one layer as bfloat16 and float32 with copies. Exact
+    OSL searches on all tokens, not on a sample of them, and keeps what every linear takes and gives.
     """
     tokens = samples * seq_len
     parameters = [sum(p.numel() for p in stream.skeleton_layer(i).parameters()) for i in range(stream.depth)]
@@ -34,9 +35,13 @@ def estimate(stream: DecoderStream, samples: int, seq_len: int) -> dict[str, Any
     rate = _flops(stream.dtype, stream.device)
     forward = sum(2 * count * tokens for count in parameters)
     gram = sum(2 * tokens * (width**2 + 3 * hidden**2) for width in widths)
-    search = sum(2 * 20 * 512 * count for count in parameters)
+    search = sum(2 * 20 * (tokens if exact else 512) * count for count in parameters)
     item = torch.finfo(stream.dtype).bits // 8
     working = max(count * (item + 4 * 3) + 4 * 4 * width**2 for count, width in zip(parameters, widths, strict=True))
+    if exact:
+        layer = stream.skeleton_layer(0)
+        linears = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+        working += 2 * 4 * tokens * sum(linear.in_features + linear.out_features for linear in linears)
     return {
         "estimated_seconds": round(8 + (forward + gram + search) / rate * 1.5, 1),
         "estimated_peak_bytes": _BASE_BYTES + tokens * hidden * item + working,
