@@ -21,18 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.benchmarks._common import DEFAULT_MODEL, cut, model_or_exit, table
 
-RECIPE = {
-    "name": "golden-stick",
-    "description": "OSL on every linear, static activations",
-    "osl": "exact",
-    "schemes": {
-        "w8a8": [
-            {"layers": "lm_head", "quantize": False},
-            {"layers": ".*", "activations": {"mode": "static"}, "rounding": "nearest"},
-        ]
-    },
-}
-
 
 class Clock:
     """Notes when each layer begins and the last one ends."""
@@ -78,7 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from qtool import engines, workers
     from qtool.errors import InputError
-    from qtool.recipe.schema import Recipe
+    from qtool.recipe.load import load
 
     try:
         workers.environment("golden-stick")
@@ -93,7 +81,7 @@ def main() -> None:
                 "model": str(model),
                 "output": f"{folder}/{engine}",
                 "format": "golden-stick",
-                "recipe": Recipe.model_validate(RECIPE).model_dump(mode="json"),
+                "recipe": load("golden-stick-osl").model_dump(mode="json"),
                 "scheme": "w8a8",
                 "calibration": {
                     "data": "builtin", "samples": arguments.samples, "seq_len": arguments.seq_len, "seed": 0

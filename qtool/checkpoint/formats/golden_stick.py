@@ -71,7 +71,7 @@ class GoldenStick(Format):
             found.append(
                 Problem(
                     f"dynamic activations (W8A8_DYNAMIC) in {dynamic[0]}{others}: only the MindFormers models of "
-                    "vLLM-MindSpore run; its native models take W8A8 and FLOAT",
+                    "vLLM-MindSpore run them; its native models take W8A8 and FLOAT",
                     fatal=False,
                 )
             )
