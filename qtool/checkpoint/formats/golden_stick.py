@@ -67,11 +67,11 @@ class GoldenStick(Format):
         found = mixed_fusions(linears)
         dynamic = [name for name, mode in linears.items() if mode == "dynamic"]
         if dynamic:
-            others = f" and {len(dynamic) - 1} more" if len(dynamic) > 1 else ""
+            which = dynamic[0] if len(dynamic) == 1 else f"{dynamic[0]}, ..."
             found.append(
                 Problem(
-                    f"dynamic activations (W8A8_DYNAMIC) in {dynamic[0]}{others}: only the MindFormers models of "
-                    "vLLM-MindSpore run them; its native models take W8A8 and FLOAT",
+                    f"{len(dynamic)} layers ({which}) have dynamic activations (W8A8_DYNAMIC), which only the MindFormers "
+                    "models of vLLM-MindSpore run; its native models take W8A8 and FLOAT",
                     fatal=False,
                 )
             )
