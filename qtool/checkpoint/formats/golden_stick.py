@@ -70,8 +70,8 @@ class GoldenStick(Format):
             which = dynamic[0] if len(dynamic) == 1 else f"{dynamic[0]}, ..."
             found.append(
                 Problem(
-                    f"{len(dynamic)} layers ({which}) have dynamic activations (W8A8_DYNAMIC), which only the MindFormers "
-                    "models of vLLM-MindSpore run; its native models take W8A8 and FLOAT",
+                    f"{len(dynamic)} layers ({which}) have dynamic activations (W8A8_DYNAMIC), which only the "
+                    "MindFormers models of vLLM-MindSpore run; its native models take W8A8 and FLOAT",
                     fatal=False,
                 )
             )
