@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from platformdirs import user_cache_path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -161,3 +164,25 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) ->
 def tiny_llama(make_model: Callable[..., Path]) -> Path:
     """The folder of a tiny random Llama (see `make_model`). Shared by all tests: never write into it."""
     return make_model("llama", name="tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def golden_stick() -> dict[str, str]:
+    """The environment variable that names an interpreter with mindspore-gs.
+
+    The one that the user named, else one made from the pins, once for this content of them, in the user's cache.
+    """
+    variable = "QTOOL_GOLDEN_STICK_PYTHON"
+    if variable in os.environ:
+        return {variable: os.environ[variable]}
+    pins = REPOSITORY / "configs/environments/golden-stick.txt"
+    digest = hashlib.sha256(pins.read_bytes() + sys.version.encode()).hexdigest()[:12]
+    home = user_cache_path("qtool") / f"golden-stick-{digest}"
+    if not home.exists():
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home.parent) as folder:
+            made = Path(folder) / "venv"
+            subprocess.run([sys.executable, "-m", "venv", made], check=True)
+            subprocess.run([made / "bin/python", "-m", "pip", "install", "--quiet", "-r", pins], check=True)
+            made.rename(home)
+    return {variable: str(home / "bin/python")}

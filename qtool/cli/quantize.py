@@ -36,6 +36,9 @@ def quantize(
     seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens per sample.")] = None,
     seed: Annotated[int | None, typer.Option(help="For everything random.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda", "npu"], typer.Option(help="Where to compute.")] = "auto",
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Cards, for golden-stick on Ascend. Default: the recipe's.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -53,10 +56,9 @@ def quantize(
 
       qtool quantize ./Llama-3.1-8B --format golden-stick --dry-run
     """
-    from qtool import workers
     from qtool.checkpoint.reader import Checkpoint
     from qtool.checkpoint.storage import check_output, tidy
-    from qtool.engines import native
+    from qtool.engines import choose, run
     from qtool.recipe.load import load, match
 
     folder = Path(path_or_stdin(model)).expanduser().absolute()
@@ -73,9 +75,7 @@ def quantize(
             hint=f"it has {', '.join(chosen.schemes)}",
         )
     target = (output or folder.with_name(f"{folder.name}-{scheme}")).expanduser().absolute()
-    if engine == "golden-stick":
-        workers.environment("golden-stick")
-        raise InputError("the golden-stick engine does not run yet", where="--engine", hint="use --engine native")
+    chosen_engine, why = choose() if engine == "auto" else (engine, "as asked for")
     if not dry_run:
         check_output(target, overwrite=overwrite, source=folder)
     wanted: dict[str, Any] = {
@@ -85,7 +85,7 @@ def quantize(
         "seed": chosen.calibration.seed if seed is None else seed,
     }
     with console() as out:
-        out.info(f"recipe {chosen.name} ({reason}), scheme {scheme}, engine native")
+        out.info(f"recipe {chosen.name} ({reason}), scheme {scheme}, engine {chosen_engine} ({why})")
         if wanted["data"] == "self" and not dry_run:
             wanted = _own_samples(folder, wanted, trust_remote_code, out)
         elif wanted["data"] not in ("builtin", "self"):
@@ -98,15 +98,13 @@ def quantize(
             "scheme": scheme,
             "calibration": wanted,
             "device": device,
+            "devices": devices,
             "overwrite": overwrite,
             "trust_remote_code": trust_remote_code,
             "dry_run": dry_run,
         }
-        python = workers.environment("native")
         try:
-            result = workers.run(
-                "qtool.engines.native.worker", job, python=python, on_event=out.event, env=native.environment()
-            )
+            result = run(chosen_engine, job, out.event)
         finally:
             if not dry_run:
                 tidy(target)  # what a killed worker could not remove
@@ -147,8 +145,13 @@ def _show_plan(result: dict[str, Any], recipe: Recipe, out: Console, json: bool)
     rows = [[row["layers"], row["count"], row["policy"]] for row in result["layers"]]
     out.table(f"Plan: recipe {recipe.name}", ["layers", "count", "scheme"], rows)
     calibration = result["calibration"]
-    out.result(
-        f"calibration: {calibration['data']}, {calibration['samples']} x {calibration['seq_len']} tokens\n"
-        f"output: {result['output_bytes'] / 1e6:,.0f} MB of {result['input_bytes'] / 1e6:,.0f} MB\n"
-        f"estimated: {result['estimated_seconds']:.0f} s, peak memory {result['estimated_peak_bytes'] / 1e9:.2f} GB"
-    )
+    lines = [
+        f"calibration: {calibration['data']}, {calibration['samples']} x {calibration['seq_len']} tokens",
+        f"output: {result['output_bytes'] / 1e6:,.0f} MB of {result['input_bytes'] / 1e6:,.0f} MB",
+    ]
+    if "estimated_seconds" in result:
+        seconds, peak = result["estimated_seconds"], result["estimated_peak_bytes"]
+        lines.append(f"estimated: {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB")
+    if "msrun" in result:
+        lines += ["", result["yaml"], result["msrun"]]
+    out.result("\n".join(lines))

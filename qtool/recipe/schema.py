@@ -74,6 +74,14 @@ class Generate(Strict):
     max_tokens: int = Field(default=64, gt=0)
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
+    tensor_parallel_size: int = Field(default=1, gt=0, description="cards, for vLLM-MindSpore")
+    distributed_executor: Literal["mp", "ray"] = Field(default="mp", description="ray where cards are in several hosts")
+
+
+class Launch(Strict):
+    """How the golden-stick engine runs a model that needs several cards (MindFormers, tensor parallel)."""
+
+    devices: int = Field(default=1, gt=0, description="cards of one host")
 
 
 class Recipe(Strict):
@@ -87,6 +95,7 @@ class Recipe(Strict):
     default_scheme: str = "w8a8"
     schemes: dict[str, list[Policy]] = Field(min_length=1)
     calibration: Calibration = Calibration()
+    launch: Launch = Launch()
     export: Export = Export()
     generate: Generate = Generate()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from qtool import workers
 from qtool.errors import InputError
+from qtool.runtime import mindspore
 
 NAMES = ("auto", "vllm", "transformers")
 
@@ -93,6 +94,8 @@ def generate(
 
     checkpoint = Checkpoint.open(model)
     chosen = choose(runtime, checkpoint.format)
+    if chosen.name == "vllm-mindspore":
+        chosen = mindspore.adapt(chosen, checkpoint)
     given = [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     job = {
         "model": str(checkpoint.path.resolve()),

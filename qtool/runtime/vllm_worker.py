@@ -11,6 +11,8 @@ import importlib
 import os
 from typing import Any
 
+from qtool.errors import QtoolError
+from qtool.runtime import mindspore
 from qtool.runtime.common import Meter, Work, prepare
 from qtool.workers import Report, hide_media_packages
 
@@ -20,12 +22,24 @@ MOST_CACHE_BYTES = 4 << 30
 
 def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     """Generate as `qtool.runtime.generate` says; returns the runtime's name and the seconds each stage took."""
+    hide_media_packages()
+    if job["runtime"] != "vllm-mindspore":
+        return _generate(job, report)
+    try:
+        importlib.import_module("vllm_mindspore")  # it patches vLLM, when imported before it
+        return _generate(job, report)
+    except QtoolError:
+        raise
+    except Exception as error:
+        if (known := mindspore.explain(error)) is not None:
+            raise known from error
+        raise
+
+
+def _generate(job: dict[str, Any], report: Report) -> dict[str, Any]:
     meter = Meter(report, 0)
     report.progress("start vLLM", 0, 0)
-    hide_media_packages()
     gc.disable()  # the imports make millions of objects that stay
-    if job["runtime"] == "vllm-mindspore":
-        importlib.import_module("vllm_mindspore")  # it patches vLLM, when imported before it
     from vllm import EngineArgs, LLMEngine, ModelRegistry, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

@@ -13,6 +13,7 @@ from qtool.errors import InputError
 from qtool.recipe import load
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+OTHER_SHAPES = {"deepseek-v3", "deepseek-r1-osl", "golden-stick-osl"}  # the others have the default's
 MINIMAL = """\
 name: mine
 description: mine
@@ -42,10 +43,11 @@ def test_names_are_the_files_shipped() -> None:
 def test_every_shipped_recipe_is_valid_and_named_after_its_file(name: str) -> None:
     recipe = load.load(name)
     assert recipe.name == name
-    assert {"w8a8", "w8a8-dynamic"} <= set(recipe.schemes)
+    assert set(recipe.schemes) >= ({"w8a8"} if name == "golden-stick-osl" else {"w8a8", "w8a8-dynamic"})
     assert recipe.default_scheme == "w8a8"
     assert recipe.source
-    assert recipe.generate.temperature == 0
+    # Reasoning models repeat themselves when greedy: DeepSeek recommends 0.6 for R1.
+    assert recipe.generate.temperature == (0.6 if name.startswith("deepseek") else 0)
 
 
 # The names of the linear layers of these models as transformers has them, and of fused ones as other runtimes do.
@@ -65,7 +67,7 @@ def test_every_shipped_recipe_is_valid_and_named_after_its_file(name: str) -> No
         ("transformer.layers.0.ffn.up", False),
     ],
 )
-@pytest.mark.parametrize("name", load.names())
+@pytest.mark.parametrize("name", sorted(set(load.names()) - OTHER_SHAPES))
 def test_shipped_schemes_cover_the_linears_of_decoder_layers(name: str, linear: str, static: bool) -> None:
     recipe = load.load(name)
     policy = recipe.policy("w8a8", linear)
@@ -85,9 +87,50 @@ def test_shipped_schemes_leave_heads_and_vision_float(linear: str, scheme: str) 
     assert load.load("default").policy(scheme, linear) is None
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-r1-osl"])
+@pytest.mark.parametrize(
+    ("linear", "mode"),
+    [
+        # Hugging Face, MindFormers 1.7 (mcore), MindFormers' older research/deepseek3
+        ("model.layers.5.self_attn.q_a_proj", "static"),
+        ("model.layers.5.self_attn.o_proj", "static"),
+        ("model.decoder.layers.5.self_attention.linear_kv_down_proj", "static"),
+        ("model.layers.5.attention.q2l_proj", "static"),
+        ("model.layers.5.self_attn.kv_b_proj", None),
+        ("model.decoder.layers.5.self_attention.linear_kv_up_proj", None),
+        ("model.layers.5.attention.lkv2kv", None),
+        ("model.layers.5.mlp.gate", None),
+        ("model.decoder.layers.5.mlp.router", None),
+        ("model.layers.5.feed_forward.routed_experts.router.dense", None),
+        ("model.layers.5.mlp.experts.17.gate_proj", "dynamic"),
+        ("model.layers.5.mlp.shared_experts.down_proj", "dynamic"),
+        ("model.layers.0.mlp.gate_proj", "dynamic"),
+        ("model.decoder.layers.5.mlp.experts.linear_fc1", "dynamic"),
+        ("model.layers.5.feed_forward.routed_experts.ffn.w1", "dynamic"),
+        ("model.layers.61.eh_proj", None),
+        ("lm_head", None),
+    ],
+)
+def test_deepseek_in_the_names_of_both_frameworks(name: str, linear: str, mode: str | None) -> None:
+    policy = load.load(name).policy("w8a8", linear)
+    assert (policy.activations.mode if policy else None) == mode
+    if policy:
+        assert (policy.smoothing, policy.clip) == (("osl", True) if mode == "static" else ("none", False))
+
+
+def test_deepseek_r1_runs_on_sixteen_cards() -> None:
+    recipe = load.load("deepseek-r1-osl")
+    assert (recipe.launch.devices, recipe.generate.tensor_parallel_size) == (16, 16)
+    assert recipe.export.format == "golden-stick"
+
+
 @pytest.mark.parametrize(
     ("config", "name"),
     [
+        ({"model_type": "deepseek_v3"}, "deepseek-v3"),
+        ({"model_type": "deepseek_v3", "_name_or_path": "deepseek-ai/DeepSeek-R1"}, "deepseek-r1-osl"),
+        ({"model_type": "telechat"}, "telechat2"),
+        ({"model_type": "glm4v"}, "glm4v"),
         ({"model_type": "llama", "vocab_size": 49152, "hidden_size": 576}, "smollm2"),
         ({"model_type": "llama", "vocab_size": 49152, "hidden_size": 2048}, "smollm2"),
         ({"model_type": "llama", "vocab_size": 49152, "hidden_size": 4096}, "default"),

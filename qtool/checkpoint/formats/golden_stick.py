@@ -65,12 +65,13 @@ class GoldenStick(Format):
 
     def problems(self, linears: Mapping[str, Mode]) -> list[Problem]:
         found = mixed_fusions(linears)
-        dynamic = sum(mode == "dynamic" for mode in linears.values())
+        dynamic = [name for name, mode in linears.items() if mode == "dynamic"]
         if dynamic:
+            which = dynamic[0] if len(dynamic) == 1 else f"{dynamic[0]}, ..."
             found.append(
                 Problem(
-                    f"{dynamic} layers have dynamic activations (W8A8_DYNAMIC), which only the MindFormers models of "
-                    "vLLM-MindSpore run; its native models take W8A8 and FLOAT",
+                    f"{len(dynamic)} layers ({which}) have dynamic activations (W8A8_DYNAMIC), which only the "
+                    "MindFormers models of vLLM-MindSpore run; its native models take W8A8 and FLOAT",
                     fatal=False,
                 )
             )

@@ -1,0 +1,102 @@
+"""What mindspore-gs saved becomes a checkpoint of qtool's: any format, the source's dtypes and other files, qtool.json.
+
+Runs in a process that has torch. Layers pass through `QuantizedLinear`, as those of the native engine do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtool.checkpoint import dtypes, formats
+from qtool.checkpoint.formats import Description, Format, Mode
+from qtool.checkpoint.formats.golden_stick import TYPES, GoldenStick
+from qtool.checkpoint.reader import GOLDEN_STICK_DESCRIPTION, Checkpoint
+from qtool.checkpoint.writer import CheckpointWriter
+from qtool.engines.golden_stick import shards
+from qtool.errors import QtoolError
+from qtool.quant.types import QuantizedLinear
+
+if TYPE_CHECKING:
+    import torch
+
+    from qtool.workers import Report
+
+    _Tensors = Iterator[tuple[str, torch.Tensor | QuantizedLinear]]
+
+_INSIDE = re.compile(r".*\.layers\.\d+\..*")
+
+
+def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Write the checkpoint.
+
+    Job keys: source and quantized (model folders), output, format, overwrite, max_shard_gb, modes (linear → static,
+    dynamic or float, as planned; None for MindFormers' output, which is taken over as it is), report (qtool.json).
+
+    Returns:
+        output, output_bytes, input_bytes.
+
+    Raises:
+        QtoolError: a layer is not quantized as planned, cards' parts don't fit together, or the disk is full.
+    """
+    source, quantized = Checkpoint.open(job["source"]), Path(job["quantized"])
+    if job["modes"] is None:
+        parts = shards.Parts(quantized)
+        tensors: _Tensors = parts.tensors(source)
+        output_format: Format = _AsDescribed(parts.types)
+    else:
+        tensors, output_format = _layers(source, Checkpoint.open(quantized), job["modes"]), formats.get(job["format"])
+    writer = CheckpointWriter(
+        Path(job["output"]),
+        output_format,
+        overwrite=job["overwrite"],
+        max_shard_bytes=int(job["max_shard_gb"] * 1e9),
+        expected_tensors=6 * len(source.names),
+    )
+    with writer:
+        for index, (name, value) in enumerate(tensors):
+            if index % 100 == 0:
+                report.progress("export", index, 0, "tensors")
+            if isinstance(value, QuantizedLinear):
+                writer.add_linear(name, value, _dtype(source, f"{name}.weight"))
+            else:
+                writer.add(name, value)
+        path = writer.finish(source, source.config, job["report"])
+    written = Checkpoint.open(path)
+    return {"output": str(path), "output_bytes": written.nbytes, "input_bytes": source.nbytes}
+
+
+def _layers(source: Checkpoint, quantized: Checkpoint, modes: dict[str, Mode]) -> _Tensors:
+    """Every tensor in the source's order; quantized layers as a whole, by their names without ".weight"."""
+    for name in source.names:
+        layer, _, part = name.rpartition(".")
+        mode = modes.get(layer, "float")
+        if mode != "float":
+            if part == "weight":
+                linear = quantized.linear(layer) if name in quantized else None
+                if linear is None or linear.is_static != (mode == "static"):
+                    raise QtoolError(f"mindspore-gs did not quantize this layer ({mode} was planned)", where=layer)
+                yield layer, linear
+        elif _INSIDE.fullmatch(name) and name in quantized:  # smoothing rewrites norms and float linears
+            yield name, quantized.tensor(name).to(_dtype(source, name))
+        else:
+            yield name, source.tensor(name)
+
+
+def _dtype(source: Checkpoint, name: str) -> torch.dtype:
+    dtype = dtypes.to_torch(source.info(name).dtype)
+    assert dtype is not None
+    return dtype
+
+
+class _AsDescribed(GoldenStick):
+    """golden-stick, with the types that mindspore-gs itself wrote down."""
+
+    def __init__(self, types: Mapping[str, str]) -> None:
+        self._types = types
+
+    def describe(self, names: Sequence[str], linears: Mapping[str, Mode], config: Mapping[str, Any]) -> Description:
+        types = {name: self._types.get(name, TYPES["float"]) for name in names}
+        return Description(None, {GOLDEN_STICK_DESCRIPTION: types})

@@ -1,0 +1,77 @@
+"""The worker for several cards: starts msrun and passes on what the first card reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtool.errors import InputError, QtoolError
+
+if TYPE_CHECKING:
+    from qtool.workers import Report
+
+_POLL_SECONDS = 0.2
+_LOG_LINES = 200
+
+
+def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Quantize a model through MindFormers.
+
+    Job keys: yaml (MindFormers' settings, as text), msrun (the command line), scratch (a folder), and for the cards'
+    processes policies, ids, output.
+
+    Returns:
+        As `qtool.engines.golden_stick.worker.main`.
+
+    Raises:
+        InputError, QtoolError: as the first card's process reports it, or a process that ended without a report.
+    """
+    scratch = Path(job["scratch"])
+    (scratch / "model.yaml").write_text(job["yaml"], encoding="utf-8")
+    (scratch / "job.json").write_text(json.dumps({**job, "yaml": str(scratch / "model.yaml")}))
+    (scratch / "events.jsonl").touch()
+    report.progress("start MindSpore", 0, 0)
+    # As a module: the script of that name may have been moved with its environment.
+    command = [sys.executable, "-m", "mindspore.parallel.cluster.run", *job["msrun"][1:]]
+    # msrun starts whatever `python` is on the path.
+    env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+    with subprocess.Popen(command, cwd=scratch, env=env, stdin=subprocess.DEVNULL) as process:
+        try:
+            for event in _events(scratch / "events.jsonl", process):
+                if event["event"] == "result":
+                    return dict(event["data"])
+                if event["event"] == "error":
+                    kind = InputError if event["type"] == "InputError" else QtoolError
+                    raise kind(event["what"], where=event["where"], hint=event["hint"])
+                report.send(**event)
+            process.wait()
+        finally:
+            _keep_logs(scratch)
+            process.terminate()
+    raise QtoolError(f"msrun ended without a result (exit code {process.returncode})")
+
+
+def _events(file: Path, process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
+    """What the first card's process writes, until all processes are gone."""
+    rest = ""
+    with file.open(encoding="utf-8") as stream:
+        while True:
+            gone = process.poll() is not None
+            *lines, rest = (rest + stream.read()).split("\n")
+            yield from map(json.loads, lines)
+            if gone:
+                return
+            time.sleep(_POLL_SECONDS)
+
+
+def _keep_logs(scratch: Path) -> None:
+    """The ends of every process's log go into this worker's own, which outlives the scratch folder."""
+    for file in sorted((scratch / "cards").glob("*.log")):
+        print(f"==== {file.name}")
+        print(*file.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:], sep="\n", flush=True)

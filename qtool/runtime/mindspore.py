@@ -1,0 +1,144 @@
+"""What vLLM-MindSpore 0.5.1 needs to be told besides what vLLM does, and what its failures mean.
+
+It is vLLM with `import vllm_mindspore` before it, and has three kinds of models: its own (native), MindFormers' and
+MindOne's. Facts from its source: utils.py (VLLM_MS_MODEL_BACKEND), model_executor/models/registry.py (the native
+architectures), model_executor/layers/quantization/golden_stick (native models take W8A8 and FLOAT), scripts.py (the
+variables that it sets by itself).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qtool.errors import InputError, in_one_line
+
+if TYPE_CHECKING:
+    from qtool.checkpoint.reader import Checkpoint
+    from qtool.runtime import Runtime
+
+NATIVE = (
+    "Glm4ForCausalLM",
+    "Glm4vForConditionalGeneration",
+    "LlamaForCausalLM",
+    "MiniCPMForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+)
+# The inference models of mindformers 1.7.0 (models/*/modeling_*.py).
+MINDFORMERS = (
+    "DeepseekV3ForCausalLM",
+    "Glm4ForCausalLM",
+    "Glm4MoeForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "TeleChat2ForCausalLM",
+)
+_VARIABLE = "VLLM_MS_MODEL_BACKEND"
+
+# (what the message says, what is wrong, what to do); the first that matches counts
+_CAUSES = (
+    (
+        r"No module named '?msadapter",
+        "vLLM-MindSpore needs msadapter, which is not installed",
+        "Install the one that vLLM-MindSpore's installation guide names (PyPI's msadapter 0.1.0 is another package), "
+        "or use the container in which both are",
+    ),
+    (
+        r"No module named '?(vllm_mindspore|vllm|mindspore|mindformers|mindone)\b",
+        "a package that vLLM-MindSpore needs is not installed: {module}",
+        "Install it as vLLM-MindSpore's installation guide says, or use its container",
+    ),
+    (
+        r"version .*(does not|doesn't|not) match|not compatible with .*CANN|CANN version",
+        "MindSpore and CANN don't fit together",
+        "Install the CANN that this MindSpore was built for; MindSpore's installation guide has the table",
+    ),
+    (
+        r"lib(ascendcl|ge_runner|hccl|runtime|mindspore_ascend)[\w.]*.*cannot open shared object"
+        r"|Unsupported device target Ascend",
+        "CANN, Ascend's toolkit, is not installed, or its libraries are not found",
+        "Run `source /usr/local/Ascend/ascend-toolkit/set_env.sh` first",
+    ),
+    (
+        r"drvGetDevNum|aclrtGetDeviceCount|device count.{0,20}\b0\b|no (available )?(npu|device)|/dev/davinci",
+        "no Ascend device is visible",
+        "`npu-smi info` lists them; check ASCEND_RT_VISIBLE_DEVICES, and in a container its --device options",
+    ),
+)
+
+
+def adapt(runtime: Runtime, checkpoint: Checkpoint) -> Runtime:
+    """The runtime for one checkpoint: which kind of model, and over how many cards.
+
+    Variables that the user has set stay. The cards are those of the recipe in the checkpoint's qtool.json.
+
+    Raises:
+        InputError: no kind of model, or not the one that the user chose, runs this checkpoint.
+    """
+    dynamic = "W8A8_DYNAMIC" in checkpoint.description.values()
+    chosen = os.environ.get(_VARIABLE, "").lower() or backend(checkpoint.config, dynamic=dynamic)
+    architecture = _architecture(checkpoint.config)
+    if dynamic and (chosen != "mindformers" or architecture not in MINDFORMERS):
+        raise InputError(
+            "this checkpoint has layers with dynamic activations (W8A8_DYNAMIC), which vLLM-MindSpore runs through "
+            f"MindFormers only, and that not for {architecture or 'this model'}"
+            if architecture not in MINDFORMERS
+            else f"W8A8_DYNAMIC layers need MindFormers' models, but {_VARIABLE} is {chosen}",
+            where=str(checkpoint.path),
+            hint="Quantize with --scheme w8a8-static.",
+        )
+    return dataclasses.replace(
+        runtime, env={**runtime.env, _VARIABLE: chosen}, engine={**runtime.engine, **_parallel(checkpoint)}
+    )
+
+
+def backend(config: Mapping[str, Any], *, dynamic: bool) -> str:
+    """native, mindformers or mindone, for a model's config.json and whether some layers have dynamic activations.
+
+    Native where it can; MindFormers for what only it has: some architectures, and dynamic activations.
+    """
+    architecture = _architecture(config)
+    if architecture in NATIVE and not dynamic:
+        return "native"
+    return "mindformers" if dynamic or architecture in MINDFORMERS else "mindone"
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    return str((config.get("architectures") or [""])[0])
+
+
+def explain(error: BaseException) -> InputError | None:
+    """What a failure of vLLM-MindSpore means to a user, or None where its own words must do."""
+    seen: BaseException | None = error
+    while seen is not None:
+        text = f"{type(seen).__name__}: {in_one_line(seen)} {seen}"
+        for pattern, what, hint in _CAUSES:
+            if match := re.search(pattern, text, re.IGNORECASE | re.DOTALL):
+                module = match[match.lastindex] if match.lastindex else ""
+                return InputError(what.format(module=module), hint=f"{hint}.")
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _parallel(checkpoint: Checkpoint) -> dict[str, Any]:
+    from qtool.checkpoint.reader import REPORT, read_json
+    from qtool.recipe.schema import Generate
+
+    report = checkpoint.path / REPORT
+    recipe = read_json(report).get("recipe") if report.exists() else None
+    settings = Generate.model_validate((recipe or {}).get("generate") or {})
+    if settings.tensor_parallel_size == 1:
+        return {}
+    return {
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "distributed_executor_backend": settings.distributed_executor,
+    }

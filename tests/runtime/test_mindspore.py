@@ -1,0 +1,196 @@
+"""vLLM-MindSpore: what it is told, and what its failures are called. It needs Ascend; what runs here is the real plugin
+up to the first thing it misses, and MindSpore's own refusal of a device that isn't there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from platformdirs import user_cache_path
+
+from qtool import runtime as runtimes
+from qtool.checkpoint.reader import Checkpoint
+from qtool.errors import InputError
+from qtool.runtime import mindspore
+
+PLUGIN = "vllm-mindspore==0.5.1"
+REPOSITORY = Path(__file__).resolve().parents[2]
+VARIABLE = "VLLM_MS_MODEL_BACKEND"
+
+
+@pytest.fixture(scope="session")
+def plugin() -> Path:
+    """A folder with the real plugin and nothing that it depends on."""
+    folder = user_cache_path("qtool") / PLUGIN.replace("==", "-")
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+            options = ("--quiet", "--no-deps", "--python-version", "3.11", "--target", Path(made) / "site", PLUGIN)
+            subprocess.run([sys.executable, "-m", "pip", "install", *options], check=True)
+            (Path(made) / "site").rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(
+    tiny_llama: Path, make_model: Callable[..., Path], run_qtool: Callable[..., Any], tmp_path_factory: Any
+) -> dict[str, Path]:
+    """golden-stick checkpoints: static, and the same model with dynamic layers; and a Qwen3 with dynamic layers."""
+    folder = tmp_path_factory.mktemp("golden")
+    qwen = make_model("qwen3", name="runtime-qwen3")
+    made = {}
+    for name, model, scheme in (
+        ("static", tiny_llama, "w8a8-static"),
+        ("dynamic", tiny_llama, "w8a8"),
+        ("qwen3", qwen, "w8a8"),
+    ):
+        size = ("--samples", 2, "--seq-len", 32)
+        options = ("--scheme", scheme, "--format", "golden-stick", "--engine", "native", *size)
+        done = run_qtool("quantize", model, "--output", folder / name, *options)
+        assert done.code == 0, done.stderr
+        made[name] = folder / name
+    return made
+
+
+def base() -> runtimes.Runtime:
+    return runtimes.Runtime("vllm-mindspore", sys.executable, {"quantization": "golden-stick"}, {"X": "1"})
+
+
+def test_the_plugin_is_imported_before_vllm(
+    checkpoints: dict[str, Path], run_qtool: Callable[..., Any], golden_stick: dict[str, str], plugin: Path
+) -> None:
+    """The interpreter has MindSpore and the plugin, but neither msadapter nor vLLM: what is imported first, fails."""
+    python = golden_stick["QTOOL_GOLDEN_STICK_PYTHON"]
+    env = {"QTOOL_VLLM_MINDSPORE_PYTHON": python, "PYTHONPATH": f"{plugin}{os.pathsep}{REPOSITORY}"}
+    done = run_qtool("generate", checkpoints["static"], "--prompt", "x", env=env)
+    assert done.code == 2
+    assert "needs msadapter, which is not installed" in done.stderr
+    assert len(done.stderr[done.stderr.index("error:") :].splitlines()) <= 3
+    assert done.stdout == ""
+
+
+def test_without_the_plugin(checkpoints: dict[str, Path], run_qtool: Callable[..., Any], golden_stick: Any) -> None:
+    env = {"QTOOL_VLLM_MINDSPORE_PYTHON": golden_stick["QTOOL_GOLDEN_STICK_PYTHON"]}
+    done = run_qtool("generate", checkpoints["static"], "--prompt", "x", env=env)
+    assert done.code == 2
+    assert "not installed: vllm_mindspore" in done.stderr
+
+
+def test_what_mindspore_says_without_cann(golden_stick: dict[str, str]) -> None:
+    code = "import mindspore; mindspore.set_device('Ascend'); mindspore.Tensor([1.0]) + 1"
+    python = golden_stick["QTOOL_GOLDEN_STICK_PYTHON"]
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
+    explained = mindspore.explain(RuntimeError(done.stderr.partition("RuntimeError: ")[2]))
+    assert explained is not None
+    assert "CANN" in explained.what
+    assert explained.hint is not None
+    assert "set_env.sh" in explained.hint
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (ModuleNotFoundError("No module named 'msadapter'"), "msadapter"),
+        (ModuleNotFoundError("No module named 'vllm'"), "not installed: vllm"),
+        (ImportError("libascendcl.so: cannot open shared object file: No such file or directory"), "CANN"),
+        # mindspore 2.7.1, run_check/_check_version.py
+        (
+            RuntimeError(
+                "MindSpore version 2.7.1 and Ascend AI software package (Ascend Data Center Solution)version 7.3 does "
+                "not match, the version info file path /usr/local/Ascend/latest/compiler/version.info"
+            ),
+            "don't fit together",
+        ),
+        (RuntimeError("Call aclrtGetDeviceCount failed, ret[507899]"), "no Ascend device"),
+        (RuntimeError("drvGetDevNum failed, drvRetCode=7"), "no Ascend device"),
+    ],
+)
+def test_failures_have_names(error: Exception, what: str) -> None:
+    explained = mindspore.explain(error)
+    assert explained is not None
+    assert what in explained.what
+    assert "{" not in explained.what
+    wrapped = RuntimeError("Engine core initialization failed. See root cause above.")
+    wrapped.__cause__ = error
+    assert mindspore.explain(wrapped) is not None
+
+
+def test_other_failures_keep_their_own_words() -> None:
+    assert mindspore.explain(ValueError("a prompt is too long")) is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dynamic", "expected"),
+    [
+        ("LlamaForCausalLM", False, "native"),
+        ("Qwen3ForCausalLM", False, "native"),
+        ("Qwen3ForCausalLM", True, "mindformers"),
+        ("DeepseekV3ForCausalLM", False, "mindformers"),
+        ("TeleChat2ForCausalLM", True, "mindformers"),
+        ("MistralForCausalLM", False, "mindone"),
+    ],
+)
+def test_the_kind_of_model(architecture: str, dynamic: bool, expected: str) -> None:
+    assert mindspore.backend({"architectures": [architecture]}, dynamic=dynamic) == expected
+
+
+def test_the_native_architectures_are_the_plugins(plugin: Path) -> None:
+    """Read from the plugin's own registry."""
+    import ast
+
+    tree = ast.parse((plugin / "vllm_mindspore/model_executor/models/registry.py").read_text())
+    (table,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_NATIVE_MODELS"
+    )
+    assert set(ast.literal_eval(table)) == set(mindspore.NATIVE)
+
+
+def test_a_static_checkpoint(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    adapted = mindspore.adapt(base(), Checkpoint.open(checkpoints["static"]))
+    assert adapted.env == {"X": "1", VARIABLE: "native"}
+    assert adapted.engine == {"quantization": "golden-stick"}
+    monkeypatch.setenv(VARIABLE, "MindOne")
+    assert mindspore.adapt(base(), Checkpoint.open(checkpoints["static"])).env[VARIABLE] == "mindone"
+
+
+def test_dynamic_layers(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert mindspore.adapt(base(), Checkpoint.open(checkpoints["qwen3"])).env[VARIABLE] == "mindformers"
+    with pytest.raises(InputError, match="not for LlamaForCausalLM") as caught:
+        mindspore.adapt(base(), Checkpoint.open(checkpoints["dynamic"]))
+    assert caught.value.hint is not None
+    assert "w8a8-static" in caught.value.hint
+    monkeypatch.setenv(VARIABLE, "native")
+    with pytest.raises(InputError, match=f"{VARIABLE} is native"):
+        mindspore.adapt(base(), Checkpoint.open(checkpoints["qwen3"]))
+
+
+@pytest.mark.parametrize("executor", ["mp", "ray"])
+def test_cards_come_from_the_recipe(
+    executor: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    for file in checkpoints["static"].iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    report = json.loads((tmp_path / "qtool.json").read_text())
+    report["recipe"]["generate"] |= {"tensor_parallel_size": 16, "distributed_executor": executor}
+    (tmp_path / "qtool.json").unlink()
+    (tmp_path / "qtool.json").write_text(json.dumps(report))
+    engine = mindspore.adapt(base(), Checkpoint.open(tmp_path)).engine
+    assert (engine["tensor_parallel_size"], engine["distributed_executor_backend"]) == (16, executor)
+    from dataclasses import fields
+
+    from vllm import EngineArgs
+
+    assert set(engine) <= {field.name for field in fields(EngineArgs)}
