@@ -26,7 +26,7 @@ def convert(
 
     The weights are dequantized: what the GGUF's own quantization lost stays lost.
     """
-    from qtool import workers
+    from qtool import environments, workers
     from qtool.checkpoint.storage import PartialFolder, check_output, disk_errors
     from qtool.errors import InputError
 
@@ -36,7 +36,7 @@ def convert(
         raise InputError(what, where=str(file))
     output = output.expanduser().absolute()
     check_output(output, overwrite=overwrite, source=file)
-    python = workers.environment("native")
+    python = environments.interpreter("native")
     partial = PartialFolder(output)
     try:
         job = {"source": str(file.absolute()), "folder": str(partial.path), "output": str(output), "dtype": dtype}

@@ -55,7 +55,7 @@ def quantize(
 
       qtool quantize ./Llama-3.1-8B --format golden-stick --dry-run
     """
-    from qtool import workers
+    from qtool import environments, workers
     from qtool.checkpoint.reader import Checkpoint
     from qtool.checkpoint.storage import check_output, tidy
     from qtool.engines import native
@@ -76,7 +76,7 @@ def quantize(
         )
     target = (output or folder.with_name(f"{folder.name}-{scheme}")).expanduser().absolute()
     if engine == "golden-stick":
-        workers.environment("golden-stick")
+        environments.interpreter("golden-stick")
         raise InputError("the golden-stick engine does not run yet", where="--engine", hint="use --engine native")
     if not dry_run:
         check_output(target, overwrite=overwrite, source=folder)
@@ -104,7 +104,7 @@ def quantize(
             "trust_remote_code": trust_remote_code,
             "dry_run": dry_run,
         }
-        python = workers.environment("native")
+        python = environments.interpreter("native")
         try:
             result = workers.run(
                 "qtool.engines.native.worker", job, python=python, on_event=out.event, env=native.environment()

@@ -1,0 +1,329 @@
+"""Making a managed environment: a fresh virtual environment, a plan, the installation, and only then the marker."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qtool import workers
+from qtool.environments import machine, store, supervise
+from qtool.environments.installers import Installer, Package, Pip, Uv
+from qtool.environments.table import Environment
+from qtool.errors import InputError, QtoolError
+
+PROBE = """import importlib.util as u, json, platform, sys
+print(json.dumps([platform.python_version(), bool(u.find_spec("venv")), bool(u.find_spec("ensurepip"))]))"""
+PROBE_SECONDS = 30
+
+# What would send packages elsewhere than into the environment; an empty value wins over pip's configuration files.
+PIP_VARIABLES = {"PIP_USER": "0", "PIP_TARGET": "", "PIP_PREFIX": "", "PIP_ROOT": "", "PIP_REQUIRE_VIRTUALENV": "0"}
+
+Event = dict[str, Any]
+Events = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an installation would do.
+
+    Args:
+        environment: its name.
+        python: the version of the interpreter, and where that is.
+        installer: its name, "pip" or "uv".
+        packages: what would be installed.
+        extra: the arguments that were needed to find all of it, beside the user's own configuration.
+        gigabytes: the space it takes when installed, 0 where nobody knows.
+    """
+
+    environment: str
+    python: str
+    base: str
+    installer: str
+    packages: list[Package]
+    extra: list[str]
+    gigabytes: float
+
+    @property
+    def known_bytes(self) -> int:
+        """The size of the packages whose size is known."""
+        return sum(package.bytes or 0 for package in self.packages)
+
+    @property
+    def unknown(self) -> int:
+        """How many packages' sizes are not known before they are downloaded."""
+        return sum(package.bytes is None for package in self.packages)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {**asdict(self), "known_bytes": self.known_bytes, "unknown_sizes": self.unknown}
+
+
+@dataclass(frozen=True)
+class Base:
+    """An interpreter to make a virtual environment with."""
+
+    path: str
+    version: str
+    has_venv: bool
+    has_pip: bool
+
+
+def plan(environment: Environment, *, python: str | None, uv: bool, on_event: Events) -> Plan:
+    """What `install` would do, found out in a temporary environment.
+
+    Raises:
+        InputError: no interpreter of the version that the pins are for.
+        QtoolError: a pin that the indexes don't have, and whatever else keeps pip from installing.
+    """
+    base = find_base(environment, python)
+    with tempfile.TemporaryDirectory(prefix="qtool-env-") as folder:
+        return Build(environment, base, Uv() if uv else Pip(), Path(folder) / "venv", on_event).plan()
+
+
+def install(
+    environment: Environment,
+    *,
+    python: str | None,
+    uv: bool,
+    confirm: Callable[[Plan], bool],
+    on_event: Events,
+) -> bool:
+    """Install `environment`, or renew it if its pins have changed.
+
+    An earlier installation goes on counting until the new one is complete, and is removed then.
+
+    Args:
+        python: the interpreter to make it with; None takes the current one if its version fits, else one on the PATH.
+        confirm: asked before anything is downloaded.
+        on_event: gets progress and warnings, as a worker's events.
+
+    Returns:
+        False if it was installed already, or `confirm` said no.
+
+    Raises:
+        InputError, QtoolError: as `plan`; and when there is no space, or the folder can't be written.
+        KeyboardInterrupt: the installation has been taken back.
+    """
+
+    def wait() -> None:
+        on_event({"event": "warning", "message": f"another qtool is changing {environment.name}: waiting for it"})
+
+    name = environment.name
+    with store.locked(name, wait) as lock:
+        base = find_base(environment, python) if python else None
+        found = store.marker(name)
+        if store.state(name) == store.INSTALLED and found and (base is None or base.version == found.python):
+            return False
+        base = base or find_base(environment, None)
+        store.sweep(name)
+        _check_space(environment)
+        folder = store.new_build(name)
+        build = Build(environment, base, Uv() if uv else Pip(), folder, on_event, lock.fileno())
+        with _taken_back(folder):
+            wanted = build.plan()
+            if not confirm(wanted):
+                shutil.rmtree(folder)
+                return False
+            store.commit(name, build.install(wanted))
+        store.sweep(name)
+    return True
+
+
+class Build:
+    """One virtual environment in the making, at the place where it stays."""
+
+    def __init__(
+        self,
+        environment: Environment,
+        base: Base,
+        installer: Installer,
+        folder: Path,
+        on_event: Events,
+        lock: int | None = None,
+    ) -> None:
+        self.environment = environment
+        self.base = base
+        self.installer = installer
+        self.folder = folder
+        self.on_event = on_event
+        self.inherit = () if lock is None else (lock,)
+        self.log = workers.new_log(f"env-{environment.name}")
+        self.python = store.interpreter_of(folder)
+        self.pins = folder / "pins.txt"
+        self.last = self.error = ""
+
+    def plan(self) -> Plan:
+        """Make the virtual environment, empty, and ask its installer what would go into it."""
+        environment, installer = self.environment, self.installer
+        _check_modules(self.base, installer)
+        command = [self.base.path, "-I", "-m", "venv", *([] if installer.needs_pip else ["--without-pip"])]
+        self._progress("creating", 0, 0)
+        if self._run([*command, str(self.folder)]):
+            raise self._failure(f"can't make a virtual environment with {self.base.path}")
+        with store.disk_errors(self.folder):
+            self.pins.write_text(environment.pins, encoding="utf-8")
+        fallback = installer.fallback(environment)
+        for extra in ([], fallback) if fallback else ([],):
+            with contextlib.suppress(LookupError):
+                packages = installer.plan(self.python, self.pins, extra, self._run, self._counted("resolving"))
+                return Plan(
+                    environment=environment.name,
+                    python=self.base.version,
+                    base=self.base.path,
+                    installer=installer.name,
+                    packages=packages,
+                    extra=extra,
+                    gigabytes=environment.gigabytes,
+                )
+        raise self._failure(f"can't find what {environment.name} needs")
+
+    def install(self, plan: Plan) -> store.Marker:
+        """Install what was planned, and check that it is there."""
+        name, total = self.environment.name, len(plan.packages)
+        count = self._counted("downloading")
+        before = len(self._installed())
+
+        def tick() -> None:
+            if done := len(self._installed()) - before:
+                self._progress("installing", min(done, total), total)
+
+        command = self.installer.install_command(self.python, self.pins, plan.extra)
+        if self._run(command, count, tick):
+            raise self._failure(f"can't install {name}")
+        if not store.has_package(self.folder, name):
+            raise self._failure(f"{self.installer.name} installed {name}, but its package is not there")
+        return store.Marker(
+            build=self.folder.name,
+            python=self.base.version,
+            installer=self.installer.name,
+            pins=self.environment.digest,
+            bytes=store.tree_bytes(self.folder),
+            packages={package.name: package.version for package in plan.packages},
+        )
+
+    def _installed(self) -> list[Path]:
+        return [*self.folder.glob("lib/python*/site-packages/*.dist-info")]
+
+    def _counted(self, stage: str) -> Callable[[str], None]:
+        """Progress from pip's output: a line for each requirement it takes up."""
+        done, total = 0, len(self.environment.requirements)
+
+        def count(line: str) -> None:
+            nonlocal done
+            if line.startswith("Collecting "):
+                done += 1
+                self._progress(stage, min(done, total), total)
+
+        return count
+
+    def _progress(self, stage: str, done: int, total: int) -> None:
+        stage = f"{self.environment.name}: {stage}"
+        self.on_event({"event": "progress", "stage": stage, "done": done, "total": total, "unit": "packages"})
+
+    def _run(
+        self,
+        command: list[str],
+        on_line: Callable[[str], None] = lambda line: None,
+        on_tick: Callable[[], None] = lambda: None,
+    ) -> int:
+        self.last = self.error = ""
+        with self.log.open("a", encoding="utf-8") as log:
+            print(f"$ {' '.join(command)}", file=log, flush=True)
+
+            def keep(line: str) -> None:
+                print(line, file=log, flush=True)
+                self.last = line.strip() or self.last
+                if line.lower().startswith("error:"):
+                    self.error = line.partition(":")[2].strip()
+                on_line(line)
+
+            return supervise.run(command, on_line=keep, on_tick=on_tick, env=PIP_VARIABLES, inherit=self.inherit)
+
+    def _failure(self, what: str) -> QtoolError:
+        said = self.error or self.last
+        if "No space left" in said or "Disk quota" in said:
+            hint = f"Free some space, or name another folder in QTOOL_ENVIRONMENTS.  (log: {self.log})"
+        elif self.environment.elsewhere and "No matching distribution" in said:
+            hint = f"{self.environment.elsewhere}  (log: {self.log})"
+        else:
+            hint = f"The log has the details: {self.log}"
+        return QtoolError(f"{what}: {said[:500]}", where=str(self.folder.parent), hint=hint)
+
+
+@contextlib.contextmanager
+def _taken_back(folder: Path) -> Iterator[None]:
+    """Remove `folder` if what is done in it fails or is interrupted."""
+    try:
+        with store.disk_errors(folder):
+            folder.parent.mkdir(exist_ok=True)
+            yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()  # if nothing else is there
+        raise
+
+
+def _check_space(environment: Environment) -> None:
+    needed, free = environment.gigabytes * 1e9, machine.free_disk(store.root())
+    if free < needed:
+        raise QtoolError(
+            f"{environment.name} takes about {environment.gigabytes:g} GB, {free / 1e9:.1f} GB are free",
+            where=str(store.root()),
+            hint="Free some space, or name another folder in QTOOL_ENVIRONMENTS.",
+        )
+
+
+def find_base(environment: Environment, named: str | None) -> Base:
+    """The interpreter to make `environment` with.
+
+    Raises:
+        InputError: `named` is no Python, or of a version that the pins are not for; or without it, none was found.
+    """
+    if named is not None:
+        path = shutil.which(os.path.expanduser(named))
+        base = _probe(os.path.abspath(path)) if path else None
+        if base is None:
+            raise InputError("not a Python interpreter", where=f"--python {named}")
+        if not _fits(base, environment):
+            what = f"the pins of {environment.name} are for Python {environment.python}, this is {base.version}"
+            raise InputError(what, where=f"--python {named}")
+        return base
+    for path in (sys.executable, shutil.which(f"python{environment.python}")):
+        base = _probe(path) if path else None
+        if base and _fits(base, environment):
+            return base
+    raise InputError(
+        f"{environment.name} needs Python {environment.python}, which is not on the PATH",
+        hint="Name one: --python /path/to/python" + environment.python,
+    )
+
+
+def _fits(base: Base, environment: Environment) -> bool:
+    return base.version.split(".")[:2] == environment.python.split(".")
+
+
+def _check_modules(base: Base, installer: Installer) -> None:
+    if base.has_venv and (base.has_pip or not installer.needs_pip):
+        return
+    missing = "ensurepip, and so pip" if base.has_venv else "venv"
+    hint = f"On Debian and Ubuntu: apt install python{base.version.rpartition('.')[0]}-venv"
+    raise QtoolError(f"this Python lacks the module {missing}", where=base.path, hint=hint)
+
+
+def _probe(path: str) -> Base | None:
+    """What the interpreter at `path` is, or None if it is none."""
+    command = [path, "-I", "-c", PROBE]
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROBE_SECONDS, check=True)
+        return Base(path, *json.loads(done.stdout))
+    return None
