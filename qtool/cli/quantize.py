@@ -55,10 +55,11 @@ def quantize(
 
       qtool quantize ./Llama-3.1-8B --format golden-stick --dry-run
     """
-    from qtool import environments, workers
+    from qtool import workers
     from qtool.checkpoint.reader import Checkpoint
     from qtool.checkpoint.storage import check_output, tidy
     from qtool.engines import native
+    from qtool.environments.lookup import interpreter
     from qtool.recipe.load import load, match
 
     folder = Path(path_or_stdin(model)).expanduser().absolute()
@@ -76,7 +77,7 @@ def quantize(
         )
     target = (output or folder.with_name(f"{folder.name}-{scheme}")).expanduser().absolute()
     if engine == "golden-stick":
-        environments.interpreter("golden-stick")
+        interpreter("golden-stick")
         raise InputError("the golden-stick engine does not run yet", where="--engine", hint="use --engine native")
     if not dry_run:
         check_output(target, overwrite=overwrite, source=folder)
@@ -104,7 +105,7 @@ def quantize(
             "trust_remote_code": trust_remote_code,
             "dry_run": dry_run,
         }
-        python = environments.interpreter("native")
+        python = interpreter("native")
         try:
             result = workers.run(
                 "qtool.engines.native.worker", job, python=python, on_event=out.event, env=native.environment()

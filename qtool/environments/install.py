@@ -1,4 +1,4 @@
-"""Making a managed environment: a fresh virtual environment, a plan, the installation, and only then the marker."""
+"""Making a managed environment: a fresh virtual environment, the packages, and only then the marker."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qtool import workers
 from qtool.environments import machine, store, supervise
-from qtool.environments.installers import Installer, Package, Pip, Uv
+from qtool.environments.installers import Installer, Pip, Uv
 from qtool.environments.table import Environment
 from qtool.errors import InputError, QtoolError
 
@@ -32,42 +31,6 @@ Events = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What an installation would do.
-
-    Args:
-        environment: its name.
-        python: the version of the interpreter, and where that is.
-        installer: its name, "pip" or "uv".
-        packages: what would be installed.
-        extra: the arguments that were needed to find all of it, beside the user's own configuration.
-        gigabytes: the space it takes when installed, 0 where nobody knows.
-    """
-
-    environment: str
-    python: str
-    base: str
-    installer: str
-    packages: list[Package]
-    extra: list[str]
-    gigabytes: float
-
-    @property
-    def known_bytes(self) -> int:
-        """The size of the packages whose size is known."""
-        return sum(package.bytes or 0 for package in self.packages)
-
-    @property
-    def unknown(self) -> int:
-        """How many packages' sizes are not known before they are downloaded."""
-        return sum(package.bytes is None for package in self.packages)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return {**asdict(self), "known_bytes": self.known_bytes, "unknown_sizes": self.unknown}
-
-
-@dataclass(frozen=True)
 class Base:
     """An interpreter to make a virtual environment with."""
 
@@ -77,16 +40,46 @@ class Base:
     has_pip: bool
 
 
-def plan(environment: Environment, *, python: str | None, uv: bool, on_event: Events) -> Plan:
-    """What `install` would do, found out in a temporary environment.
+@dataclass(frozen=True)
+class Plan:
+    """What an installation would do: known from the pins, since pip's own dry run downloads all of it first.
+
+    Args:
+        environment: its name.
+        python: the version of the interpreter that makes it, which is at `base`.
+        installer: "pip" or "uv".
+        packages: name to version.
+        download_gigabytes, gigabytes: about what there is to download, and the space it takes then; 0: nobody knows.
+    """
+
+    environment: str
+    python: str
+    base: str
+    installer: str
+    packages: dict[str, str]
+    download_gigabytes: float
+    gigabytes: float
+
+
+def plan(environment: Environment, *, python: str | None = None, uv: bool = False) -> Plan:
+    """What `install` would do. Nothing is made, and no index asked.
 
     Raises:
-        InputError: no interpreter of the version that the pins are for.
-        QtoolError: a pin that the indexes don't have, and whatever else keeps pip from installing.
+        InputError: no interpreter of the version that the pins are for, or no uv.
     """
-    base = find_base(environment, python)
-    with tempfile.TemporaryDirectory(prefix="qtool-env-") as folder:
-        return Build(environment, base, Uv() if uv else Pip(), Path(folder) / "venv", on_event).plan()
+    return _plan(environment, find_base(environment, python), Uv() if uv else Pip())
+
+
+def _plan(environment: Environment, base: Base, installer: Installer) -> Plan:
+    return Plan(
+        environment=environment.name,
+        python=base.version,
+        base=base.path,
+        installer=installer.name,
+        packages=environment.packages(),
+        download_gigabytes=environment.download_gigabytes,
+        gigabytes=environment.gigabytes,
+    )
 
 
 def install(
@@ -110,7 +103,8 @@ def install(
         False if it was installed already, or `confirm` said no.
 
     Raises:
-        InputError, QtoolError: as `plan`; and when there is no space, or the folder can't be written.
+        InputError, QtoolError: no interpreter, a pin that the indexes don't have, no space, a folder that can't be
+            written, and whatever else keeps pip from installing.
         KeyboardInterrupt: the installation has been taken back.
     """
 
@@ -127,13 +121,11 @@ def install(
         store.sweep(name)
         _check_space(environment)
         folder = store.new_build(name)
-        build = Build(environment, base, Uv() if uv else Pip(), folder, on_event, lock.fileno())
+        installer: Installer = Uv() if uv else Pip()
+        if not confirm(_plan(environment, base, installer)):
+            return False
         with _taken_back(folder):
-            wanted = build.plan()
-            if not confirm(wanted):
-                shutil.rmtree(folder)
-                return False
-            store.commit(name, build.install(wanted))
+            store.commit(name, Build(environment, base, installer, folder, on_event, lock.fileno()).run())
         store.sweep(name)
     return True
 
@@ -148,88 +140,64 @@ class Build:
         installer: Installer,
         folder: Path,
         on_event: Events,
-        lock: int | None = None,
+        lock: int,
     ) -> None:
         self.environment = environment
         self.base = base
         self.installer = installer
         self.folder = folder
         self.on_event = on_event
-        self.inherit = () if lock is None else (lock,)
+        self.lock = lock
         self.log = workers.new_log(f"env-{environment.name}")
         self.python = store.interpreter_of(folder)
-        self.pins = folder / "pins.txt"
+        self.total = len(environment.packages())
         self.last = self.error = ""
 
-    def plan(self) -> Plan:
-        """Make the virtual environment, empty, and ask its installer what would go into it."""
-        environment, installer = self.environment, self.installer
+    def run(self) -> store.Marker:
+        """Make the virtual environment, fill it, and check that what it is for is there."""
+        name, installer = self.environment.name, self.installer
         _check_modules(self.base, installer)
-        command = [self.base.path, "-I", "-m", "venv", *([] if installer.needs_pip else ["--without-pip"])]
         self._progress("creating", 0, 0)
-        if self._run([*command, str(self.folder)]):
+        venv = [self.base.path, "-I", "-m", "venv", *([] if installer.needs_pip else ["--without-pip"])]
+        if self._call([*venv, str(self.folder)]):
             raise self._failure(f"can't make a virtual environment with {self.base.path}")
-        with store.disk_errors(self.folder):
-            self.pins.write_text(environment.pins, encoding="utf-8")
-        fallback = installer.fallback(environment)
-        for extra in ([], fallback) if fallback else ([],):
-            with contextlib.suppress(LookupError):
-                packages = installer.plan(self.python, self.pins, extra, self._run, self._counted("resolving"))
-                return Plan(
-                    environment=environment.name,
-                    python=self.base.version,
-                    base=self.base.path,
-                    installer=installer.name,
-                    packages=packages,
-                    extra=extra,
-                    gigabytes=environment.gigabytes,
-                )
-        raise self._failure(f"can't find what {environment.name} needs")
-
-    def install(self, plan: Plan) -> store.Marker:
-        """Install what was planned, and check that it is there."""
-        name, total = self.environment.name, len(plan.packages)
-        count = self._counted("downloading")
-        before = len(self._installed())
-
-        def tick() -> None:
-            if done := len(self._installed()) - before:
-                self._progress("installing", min(done, total), total)
-
-        command = self.installer.install_command(self.python, self.pins, plan.extra)
-        if self._run(command, count, tick):
+        pins = self.folder / "pins.txt"
+        pins.write_text(self.environment.pins, encoding="utf-8")
+        fallback = installer.fallback(self.environment)
+        attempts = [[], fallback] if fallback else [[]]
+        if not any(self._fill(pins, more) for more in attempts):
             raise self._failure(f"can't install {name}")
         if not store.has_package(self.folder, name):
-            raise self._failure(f"{self.installer.name} installed {name}, but its package is not there")
+            raise self._failure(f"{installer.name} installed {name}, but its package is not there")
         return store.Marker(
             build=self.folder.name,
             python=self.base.version,
-            installer=self.installer.name,
+            installer=installer.name,
             pins=self.environment.digest,
             bytes=store.tree_bytes(self.folder),
-            packages={package.name: package.version for package in plan.packages},
+            packages=store.packages(self.folder),
         )
 
-    def _installed(self) -> list[Path]:
-        return [*self.folder.glob("lib/python*/site-packages/*.dist-info")]
+    def _fill(self, pins: Path, more: list[str]) -> bool:
+        taken, before = 0, len(store.packages(self.folder))
 
-    def _counted(self, stage: str) -> Callable[[str], None]:
-        """Progress from pip's output: a line for each requirement it takes up."""
-        done, total = 0, len(self.environment.requirements)
+        def take(line: str) -> None:  # pip says so of each requirement in turn
+            nonlocal taken
+            if line.startswith(("Collecting ", "Processing ")):
+                taken += 1
+                self._progress("downloading", min(taken, self.total), self.total)
 
-        def count(line: str) -> None:
-            nonlocal done
-            if line.startswith("Collecting "):
-                done += 1
-                self._progress(stage, min(done, total), total)
+        def look() -> None:
+            if (done := len(store.packages(self.folder)) - before) > 0:
+                self._progress("installing", min(done, self.total), self.total)
 
-        return count
+        return self._call(self.installer.command(self.python, pins, more), take, look) == 0
 
     def _progress(self, stage: str, done: int, total: int) -> None:
         stage = f"{self.environment.name}: {stage}"
         self.on_event({"event": "progress", "stage": stage, "done": done, "total": total, "unit": "packages"})
 
-    def _run(
+    def _call(
         self,
         command: list[str],
         on_line: Callable[[str], None] = lambda line: None,
@@ -246,7 +214,7 @@ class Build:
                     self.error = line.partition(":")[2].strip()
                 on_line(line)
 
-            return supervise.run(command, on_line=keep, on_tick=on_tick, env=PIP_VARIABLES, inherit=self.inherit)
+            return supervise.run(command, on_line=keep, on_tick=on_tick, env=PIP_VARIABLES, inherit=[self.lock])
 
     def _failure(self, what: str) -> QtoolError:
         said = self.error or self.last

