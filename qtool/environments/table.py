@@ -113,7 +113,7 @@ ENVIRONMENTS = {
             extra_index="https://download.pytorch.org/whl/cpu",
             torch_backend="cpu",
         ),
-        Environment("vllm", "vllm", "vLLM for CUDA, transformers and the native engine"),
+        Environment("vllm", "vllm", "vLLM for CUDA, transformers and the native engine", download_gigabytes=4.0),
         Environment(
             "vllm-ascend",
             "vllm-ascend",
