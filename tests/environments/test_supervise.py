@@ -40,7 +40,8 @@ def test_lines_and_exit_code() -> None:
 def test_variables_and_descriptors(tmp_path: Path) -> None:
     lines: list[str] = []
     with (tmp_path / "file").open("w") as handle:
-        command = ["sh", "-c", f"echo $QTOOL_A; echo written >&{handle.fileno()}"]
+        code = f"import os; print(os.environ['QTOOL_A']); os.write({handle.fileno()}, b'written')"
+        command = [sys.executable, "-c", code]
         assert supervise.run(command, on_line=lines.append, env={"QTOOL_A": "b"}, inherit=[handle.fileno()]) == 0
     assert lines == ["b"]
     assert (tmp_path / "file").read_text() == "written"
