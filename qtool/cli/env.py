@@ -183,10 +183,8 @@ def _summary(plan: Plan) -> str:
     """What an installation will fetch, in one line."""
     size = f"about {plan.download_gigabytes:g} GB" if plan.download_gigabytes else "how much, no index tells in advance"
     disk = f", {plan.gigabytes:g} GB on disk" if plan.gigabytes else ""
-    return (
-        f"{plan.environment}: {len(plan.packages)} packages to download ({size}{disk}) "
-        f"for Python {plan.python}, with {plan.installer}"
-    )
+    packages = "1 package" if len(plan.packages) == 1 else f"{len(plan.packages)} packages"
+    return f"{plan.environment}: {packages} to download ({size}{disk}) for Python {plan.python}, with {plan.installer}"
 
 
 def _plan_text(plan: Plan) -> str:

@@ -158,8 +158,10 @@ class Build:
         name, installer = self.environment.name, self.installer
         _check_modules(self.base, installer)
         self._progress("creating", 0, 0)
-        venv = [self.base.path, "-I", "-m", "venv", *([] if installer.needs_pip else ["--without-pip"])]
-        if self._call([*venv, str(self.folder)]):
+        commands = [[self.base.path, "-I", "-m", "venv", "--without-pip", str(self.folder)]]
+        if installer.needs_pip:  # a step of its own, so that its errors can be told
+            commands.append([str(self.python), "-I", "-m", "ensurepip", "--default-pip"])
+        if any(self._call(command) for command in commands):
             raise self._failure(f"can't make a virtual environment with {self.base.path}")
         pins = self.folder / "pins.txt"
         pins.write_text(self.environment.pins, encoding="utf-8")
@@ -212,6 +214,8 @@ class Build:
                 self.last = line.strip() or self.last
                 if line.lower().startswith("error:"):
                     self.error = line.partition(":")[2].strip()
+                elif self.error and line.strip().startswith("cause:"):  # how uv goes on
+                    self.error += f": {line.partition(':')[2].strip()}"
                 on_line(line)
 
             return supervise.run(command, on_line=keep, on_tick=on_tick, env=PIP_VARIABLES, inherit=[self.lock])
