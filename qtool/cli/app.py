@@ -35,7 +35,7 @@ COMMANDS = {
     "convert": ("qtool.cli.convert:convert", "Convert a GGUF file to a Hugging Face checkpoint."),
     "recipes": ("qtool.cli.recipes:app", "List, show and validate recipes."),
     "env": ("qtool.cli.env:app", "List, install and remove environments for engines and runtimes."),
-    "doctor": ("qtool.cli.doctor:doctor", "Show what this machine has and which engines and runtimes work here."),
+    "doctor": ("qtool.cli.doctor:doctor", "Show what works on this machine, and what is missing."),
 }
 
 
