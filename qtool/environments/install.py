@@ -125,7 +125,8 @@ def install(
         if not confirm(_plan(environment, base, installer)):
             return False
         with _taken_back(folder):
-            store.commit(name, Build(environment, base, installer, folder, on_event, lock.fileno()).run())
+            made = Build(environment, base, installer, folder, on_event, lock.fileno()).run()
+        store.commit(name, made)
         store.sweep(name)
     return True
 
@@ -166,8 +167,12 @@ class Build:
         pins = self.folder / "pins.txt"
         pins.write_text(self.environment.pins, encoding="utf-8")
         fallback = installer.fallback(self.environment)
-        attempts = [[], fallback] if fallback else [[]]
-        if not any(self._fill(pins, more) for more in attempts):
+        filled = self._fill(pins, [])
+        if not filled and fallback and installer.not_found in self.error:
+            message = f"{self.error}: trying again with {' '.join(fallback)}"
+            self.on_event({"event": "warning", "message": message})
+            filled = self._fill(pins, fallback)
+        if not filled:
             raise self._failure(f"can't install {name}")
         if not store.has_package(self.folder, name):
             raise self._failure(f"{installer.name} installed {name}, but its package is not there")
@@ -224,7 +229,7 @@ class Build:
         said = self.error or self.last
         if "No space left" in said or "Disk quota" in said:
             hint = f"Free some space, or name another folder in QTOOL_ENVIRONMENTS.  (log: {self.log})"
-        elif self.environment.elsewhere and "No matching distribution" in said:
+        elif self.environment.elsewhere and self.installer.not_found in said:
             hint = f"{self.environment.elsewhere}  (log: {self.log})"
         else:
             hint = f"The log has the details: {self.log}"
@@ -295,7 +300,7 @@ def _check_modules(base: Base, installer: Installer) -> None:
 def _probe(path: str) -> Base | None:
     """What the interpreter at `path` is, or None if it is none."""
     command = [path, "-I", "-c", PROBE]
-    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, TypeError):
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROBE_SECONDS, check=True)
         return Base(path, *json.loads(done.stdout))
     return None

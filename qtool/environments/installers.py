@@ -16,10 +16,14 @@ from qtool.errors import InputError
 
 
 class Installer(Protocol):
-    """Fills a virtual environment, given its interpreter and a requirements file."""
+    """Fills a virtual environment, given its interpreter and a requirements file.
+
+    `not_found` is in its error when a pin is on none of the indexes that it asked.
+    """
 
     name: str
     needs_pip: bool
+    not_found: str
 
     def command(self, python: Path, pins: Path, more: list[str]) -> list[str]:
         """The command that installs `pins`; `more` are extra arguments."""
@@ -33,6 +37,7 @@ class Pip:
 
     name = "pip"
     needs_pip = True
+    not_found = "No matching distribution"
 
     def command(self, python: Path, pins: Path, more: list[str]) -> list[str]:
         quiet = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
@@ -47,6 +52,7 @@ class Uv:
 
     name = "uv"
     needs_pip = False
+    not_found = "No solution found"
 
     def __init__(self) -> None:
         beside = Path(sys.executable).with_name("uv")

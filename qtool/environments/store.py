@@ -100,17 +100,18 @@ def new_build(name: str) -> Path:
 def commit(name: str, found: Marker) -> None:
     """Make the build that `found` names the one that counts, from one moment to the next."""
     home = root() / name
-    partial = home / f"environment.json.{os.getpid()}"
-    with partial.open("w", encoding="utf-8") as handle:
-        json.dump(asdict(found), handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.replace(home / "environment.json")
-    handle_of_folder = os.open(home, os.O_RDONLY)
-    try:
-        os.fsync(handle_of_folder)
-    finally:
-        os.close(handle_of_folder)
+    with disk_errors(home):
+        partial = home / f"environment.json.{os.getpid()}"
+        with partial.open("w", encoding="utf-8") as handle:
+            json.dump(asdict(found), handle, indent=1)
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(home / "environment.json")
+        folder = os.open(home, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def sweep(name: str) -> None:

