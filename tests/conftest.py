@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,19 +168,17 @@ def tiny_llama(make_model: Callable[..., Path]) -> Path:
 def golden_stick() -> dict[str, str]:
     """The environment variable that names an interpreter with mindspore-gs.
 
-    The one that the user named, else one made from the pins, once for this content of them, in the user's cache.
+    The one that the user named, else that of a managed environment, kept in the user's cache.
     """
     variable = "QTOOL_GOLDEN_STICK_PYTHON"
     if variable in os.environ:
         return {variable: os.environ[variable]}
-    pins = REPOSITORY / "configs/environments/golden-stick.txt"
-    digest = hashlib.sha256(pins.read_bytes() + sys.version.encode()).hexdigest()[:12]
-    home = user_cache_path("qtool") / f"golden-stick-{digest}"
-    if not home.exists():
-        home.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home.parent) as folder:
-            made = Path(folder) / "venv"
-            subprocess.run([sys.executable, "-m", "venv", made], check=True)
-            subprocess.run([made / "bin/python", "-m", "pip", "install", "--quiet", "-r", pins], check=True)
-            made.rename(home)
-    return {variable: str(home / "bin/python")}
+    environments = user_cache_path("qtool") / "test-environments"
+
+    def qtool(*args: str) -> str:
+        command = [sys.executable, "-m", "qtool", "env", *args, "golden-stick"]
+        env = {**os.environ, "QTOOL_ENVIRONMENTS": str(environments), "PYTHONPATH": str(REPOSITORY)}
+        return subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+    qtool("install", "--yes")
+    return {variable: qtool("path")}

@@ -277,28 +277,23 @@ def test_a_killed_parent_takes_the_worker_with_it(env: dict[str, str], tmp_path:
     assert gone(worker)
 
 
-def test_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("QTOOL_NATIVE_PYTHON", raising=False)
-    monkeypatch.setitem(workers.ENVIRONMENTS, "native", ("json", "'qtool[native]'"))
-    assert workers.environment("native") == sys.executable
-    monkeypatch.setitem(workers.ENVIRONMENTS, "native", ("absent_package", "'qtool[native]'"))
-    with pytest.raises(InputError, match="absent_package") as caught:
-        workers.environment("native")
-    assert "pip install 'qtool[native]'" in (caught.value.hint or "")
-    monkeypatch.setenv("QTOOL_NATIVE_PYTHON", sys.executable)
-    assert workers.environment("native") == sys.executable
-    monkeypatch.setenv("QTOOL_NATIVE_PYTHON", str(tmp_path))
-    with pytest.raises(InputError, match="not a Python interpreter"):
-        workers.environment("native")
+def test_a_worker_that_takes_too_long_is_stopped(run: Any, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 1000\n")
+    python.chmod(0o755)
+    with pytest.raises(QtoolError, match=r"no answer within 0\.5 seconds"):
+        workers.run("misbehave", {}, python=str(python), on_event=print, timeout=0.5)
+    assert gone(int((tmp_path / "pid").read_text()))
 
 
 def test_hidden_packages_look_absent() -> None:
     code = """
 import importlib
 from qtool import workers
+from qtool.environments import lookup
 workers.hide_media_packages()
 for package in ("torchaudio", "torchcodec", "torchvision"):
-    assert not workers.available(package)
+    assert not lookup.available(package)
     try:
         importlib.import_module(package)
     except ImportError as error:

@@ -34,6 +34,8 @@ COMMANDS = {
     "inspect": ("qtool.cli.inspect:inspect", "Show what a checkpoint is: architecture, format, size, schemes."),
     "convert": ("qtool.cli.convert:convert", "Convert a GGUF file to a Hugging Face checkpoint."),
     "recipes": ("qtool.cli.recipes:app", "List, show and validate recipes."),
+    "env": ("qtool.cli.env:app", "List, install and remove environments for engines and runtimes."),
+    "doctor": ("qtool.cli.doctor:doctor", "Show what works on this machine, and what is missing."),
 }
 
 

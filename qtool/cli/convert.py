@@ -28,6 +28,7 @@ def convert(
     """
     from qtool import workers
     from qtool.checkpoint.storage import PartialFolder, check_output, disk_errors
+    from qtool.environments.lookup import interpreter
     from qtool.errors import InputError
 
     file = Path(path_or_stdin(source)).expanduser()
@@ -36,7 +37,7 @@ def convert(
         raise InputError(what, where=str(file))
     output = output.expanduser().absolute()
     check_output(output, overwrite=overwrite, source=file)
-    python = workers.environment("native")
+    python = interpreter("native")
     partial = PartialFolder(output)
     try:
         job = {"source": str(file.absolute()), "folder": str(partial.path), "output": str(output), "dtype": dtype}

@@ -44,6 +44,7 @@ def evaluate(
     """
     from qtool import workers
     from qtool.checkpoint.reader import Checkpoint
+    from qtool.environments.lookup import interpreter
 
     folders = [Path(path_or_stdin(value)).expanduser().absolute() for value in (base, quantized)]
     for folder in folders:
@@ -56,7 +57,7 @@ def evaluate(
         "length": length,
         "trust_remote_code": trust_remote_code,
     }
-    python = workers.environment("native")
+    python = interpreter("native")
     with console() as out:
         result = workers.run("qtool.evaluate.worker", job, python=python, on_event=out.event)
     out.info(f"{result['seconds']:.0f} s, peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB")

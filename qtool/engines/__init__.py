@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool import workers
+from qtool.environments.lookup import interpreter
 
 _ASCEND = Path("/dev/davinci_manager")
 
@@ -30,5 +31,5 @@ def run(engine: str, job: dict[str, Any], on_event: Callable[[workers.Event], No
         return quantize(job, on_event)
     from qtool.engines import native
 
-    python, env = workers.environment("native"), native.environment()
+    python, env = interpreter("native"), native.environment()
     return workers.run("qtool.engines.native.worker", job, python=python, on_event=on_event, env=env)

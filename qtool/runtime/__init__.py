@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qtool import workers
+from qtool.environments import lookup, machine
+from qtool.environments.table import ENGINES
 from qtool.errors import InputError
 from qtool.runtime import mindspore
 
@@ -53,7 +55,7 @@ def choose(runtime: str, format: str) -> Runtime:
             raise InputError(f"transformers can't read {format} checkpoints", where="--runtime", hint=hint)
         return _vllm(plugin, {"quantization": QUANTIZATION[format]})
     if runtime == "transformers" or (runtime == "auto" and not _installed("vllm")):
-        return Runtime("transformers", workers.environment("transformers"), env=_environment("cpu"))
+        return Runtime("transformers", lookup.interpreter("transformers"), env=_environment("cpu"))
     return _vllm("vllm", {})
 
 
@@ -153,7 +155,7 @@ def sample(
 
 
 def _vllm(name: str, engine: dict[str, Any]) -> Runtime:
-    python, hardware = workers.environment(name), _hardware(name)
+    python, hardware = lookup.interpreter(name), _hardware(name)
     return Runtime(name, python, {**_settings(hardware)["engine"], **engine}, _environment(hardware))
 
 
@@ -170,30 +172,20 @@ def _environment(hardware: str) -> dict[str, str]:
     """The settings' variables for the worker; those that the user has set win."""
     env = _settings(hardware)["env"]
     if hardware == "cpu":
-        env = {"OMP_NUM_THREADS": str(_cpus()), **env}
+        env = {"OMP_NUM_THREADS": str(machine.cpus()), **env}
     return {name: value for name, value in env.items() if name not in os.environ}
 
 
 def _hardware(name: str) -> str:
-    plugins = [workers.ENVIRONMENTS[plugin][0] for plugin in PLUGINS.values()]
-    if name != "vllm" or any(map(workers.available, plugins)):
+    plugins = [ENGINES[plugin].package for plugin in PLUGINS.values()]
+    if name != "vllm" or any(map(lookup.available, plugins)):
         return "ascend"
-    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
-
-
-def _cpus() -> int:
-    """How many CPUs this process may keep busy: a container's quota counts, not what the machine has."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(allowed, int(quota) // int(period)))
-    except (OSError, ValueError):  # no control group, or "max"
-        return allowed
+    return "cuda" if machine.has_cuda() else "cpu"
 
 
 def _installed(name: str) -> bool:
     try:
-        workers.environment(name)
+        lookup.interpreter(name)
     except InputError:
         return f"QTOOL_{name.upper()}_PYTHON" in os.environ  # a wrong value is an error to show, not a reason to go on
     return True

