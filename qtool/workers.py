@@ -41,6 +41,7 @@ ENVIRONMENTS = {
     "vllm-mindspore": ("vllm_mindspore", "vllm-mindspore"),
     "vllm-ascend": ("vllm_ascend", "vllm-ascend"),
     "golden-stick": ("mindspore_gs", "mindspore-gs"),
+    "openmind-hub": ("openmind_hub", "openmind-hub==1.3.0"),
 }
 
 Event = dict[str, Any]

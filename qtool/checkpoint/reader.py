@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 GOLDEN_STICK_DESCRIPTION = "quantization_description.json"
 MODELSLIM_DESCRIPTION = "quant_model_description.json"
 REPORT = "qtool.json"
+LOCK = "qtool.lock.json"
 
 _MAX_JSON_BYTES = 500_000_000
 _SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
@@ -205,7 +206,7 @@ class Checkpoint:
         templates = self.path / "additional_chat_templates"
         if templates.is_dir() and not templates.is_symlink():
             found += templates.iterdir()
-        own = {"config.json", REPORT, GOLDEN_STICK_DESCRIPTION, MODELSLIM_DESCRIPTION}
+        own = {"config.json", REPORT, LOCK, GOLDEN_STICK_DESCRIPTION, MODELSLIM_DESCRIPTION}
         return sorted(
             file.relative_to(self.path)
             for file in found

@@ -1,0 +1,95 @@
+"""What both hubs' clients have in common: their interface, and the words for why a repository can't be had."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import threading
+import traceback
+from abc import ABC, abstractmethod
+from http import HTTPStatus
+
+from qtool.errors import InputError, QtoolError
+from qtool.hub.listing import HUBS, Listing, RemoteFile
+from qtool.hub.patience import Again
+from qtool.hub.sink import Sink
+
+TIMEOUT = 30.0  # seconds without a byte, where a client knows no limit of its own
+_BUSY = {408, 425, 429, 500, 502, 503, 504}
+
+
+class Absent(InputError):
+    """This hub has no such repository, or none that this token may see: another hub may have it."""
+
+
+class Hub(ABC):
+    """One hub through its own client. Every method makes one attempt.
+
+    Attributes:
+        name: a key of HUBS.
+        endpoint: the hub's address.
+        has_token: whether requests carry one.
+        stop: once set, every new request raises Stopped.
+    """
+
+    name: str
+    endpoint: str
+    has_token: bool
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+
+    @abstractmethod
+    def list(self, repo: str, revision: str | None) -> Listing:
+        """What the repository holds, if its files may be had at all."""
+
+    @abstractmethod
+    def fetch(self, listing: Listing, file: RemoteFile, sink: Sink) -> None:
+        """Bring the rest of a file, from where `sink` stands."""
+
+    @abstractmethod
+    def explain(self, error: Exception) -> Exception | None:
+        """What an exception of the client means: Again, Absent, or an error for the user; None if it is none of its."""
+
+    def denial(self, status: int, after: str | None = None) -> Exception:
+        """What an HTTP status means that no more telling answer came with."""
+        phrase = f"{status} {http.client.responses.get(status, '')}".strip()
+        if status in _BUSY:
+            return Again(f"the server answers {phrase}", after=float(after) if after and after.isdigit() else 0.0)
+        if status == HTTPStatus.UNAUTHORIZED:
+            return self.unauthorized()
+        return QtoolError(f"the server answers {phrase}", where=self.endpoint)
+
+    def unauthorized(self) -> InputError:
+        if self.has_token:
+            return InputError("the token is not valid here", where=self.endpoint, hint="Make a new one on the hub.")
+        return InputError("needs a token", where=self.endpoint, hint=self.token_hint)
+
+    def gated(self, repo: str) -> InputError:
+        if self.has_token:
+            what = "gated: this token's account has not been granted access"
+            return InputError(what, where=repo, hint=f"Ask for it on the model's page: {self.endpoint}/{repo}")
+        what = "gated: only accounts that accepted its terms may download it"
+        return InputError(what, where=repo, hint=f"Accept them at {self.endpoint}/{repo}; {self.token_hint}")
+
+    def absent(self, repo: str) -> Absent:
+        if self.has_token:
+            return Absent(f"no such repository on {HUBS[self.name]}, or none this token may see", where=repo)
+        what = f"no such repository on {HUBS[self.name]}, or a private one"
+        return Absent(what, where=repo, hint=f"If private: {self.token_hint}")
+
+    def no_revision(self, repo: str, revision: str | None) -> InputError:
+        what = f"has no branch, tag or commit {revision!r}" if revision else "is empty: it has no default branch"
+        return InputError(what, where=repo)
+
+    def unreadable(self, error: Exception) -> QtoolError:
+        logging.getLogger(__name__).warning("%s", "".join(traceback.format_exception(error)))
+        what = f"its answer can't be understood ({type(error).__name__})"
+        return QtoolError(what, where=self.endpoint, hint="Is this the address of such a hub?")
+
+    @property
+    def token_hint(self) -> str:
+        return f"give a token with --token-file FILE or {TOKEN_VARIABLES[self.name]}."
+
+
+TOKEN_VARIABLES = {"huggingface": "HF_TOKEN", "modelers": "OPENMIND_HUB_TOKEN"}
