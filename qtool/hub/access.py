@@ -15,6 +15,7 @@ from qtool.hub.patience import Again
 from qtool.hub.sink import Sink
 
 TIMEOUT = 30.0  # seconds without a byte, where a client knows no limit of its own
+PIECE = 1 << 18  # bytes a client gathers before it hands them on; both have 10 MB, lost when a connection breaks
 _BUSY = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -51,18 +52,26 @@ class Hub(ABC):
     def explain(self, error: Exception) -> Exception | None:
         """What an exception of the client means: Again, Absent, or an error for the user; None if it is none of its."""
 
-    def denial(self, status: int, after: str | None = None) -> Exception:
-        """What an HTTP status means that no more telling answer came with."""
-        phrase = f"{status} {http.client.responses.get(status, '')}".strip()
+    def check_busy(self, status: int, after: str | None) -> None:
+        """Raise Again for an answer that another try may change; `after` is its Retry-After header.
+
+        To be called on every answer before the client sees it: the client would sleep as long as the server likes, and
+        can't be woken.
+        """
         if status in _BUSY:
-            return Again(f"the server answers {phrase}", after=float(after) if after and after.isdigit() else 0.0)
+            what = f"the server answers {_phrase(status)}"
+            raise Again(what, after=float(after) if after and after.isdigit() else 0.0)
+
+    def denial(self, status: int) -> QtoolError:
+        """What an HTTP status means that no more telling answer came with."""
         if status == HTTPStatus.UNAUTHORIZED:
             return self.unauthorized()
-        return QtoolError(f"the server answers {phrase}", where=self.endpoint)
+        return QtoolError(f"the server answers {_phrase(status)}", where=self.endpoint)
 
     def unauthorized(self) -> InputError:
         if self.has_token:
-            return InputError("the token is not valid here", where=self.endpoint, hint="Make a new one on the hub.")
+            hint = "Look at it on the hub: it may have ended, or lack the right."
+            return InputError("the token is not valid here", where=self.endpoint, hint=hint)
         return InputError("needs a token", where=self.endpoint, hint=self.token_hint)
 
     def gated(self, repo: str) -> InputError:
@@ -90,6 +99,10 @@ class Hub(ABC):
     @property
     def token_hint(self) -> str:
         return f"give a token with --token-file FILE or {TOKEN_VARIABLES[self.name]}."
+
+
+def _phrase(status: int) -> str:
+    return f"{status} {http.client.responses.get(status, '')}".strip()
 
 
 TOKEN_VARIABLES = {"huggingface": "HF_TOKEN", "modelers": "OPENMIND_HUB_TOKEN"}

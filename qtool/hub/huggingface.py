@@ -19,7 +19,7 @@ from huggingface_hub.utils import build_hf_headers
 
 import qtool
 from qtool.errors import InputError, QtoolError
-from qtool.hub.access import TIMEOUT, Hub
+from qtool.hub.access import PIECE, TIMEOUT, Hub
 from qtool.hub.guard import Guard
 from qtool.hub.listing import Listing, RemoteFile
 from qtool.hub.names import MAX_FILES
@@ -49,6 +49,7 @@ class HuggingFace(Hub):
             "Accept-Encoding": "identity"
         }
         set_client_factory(self._client)
+        constants.DOWNLOAD_CHUNK_SIZE = PIECE
 
     def _client(self) -> httpx2.Client:
         """What every request goes through; the hooks see each redirect as well."""
@@ -68,10 +69,7 @@ class HuggingFace(Hub):
         }
 
     def _busy(self, response: httpx2.Response) -> None:
-        """The client would sleep as long as the server likes, and can't be woken: wait ourselves."""
-        denial = self.denial(response.status_code, response.headers.get("Retry-After"))
-        if isinstance(denial, Again):
-            raise denial
+        self.check_busy(response.status_code, response.headers.get("Retry-After"))
 
     def list(self, repo: str, revision: str | None) -> Listing:
         info = self._api.model_info(repo, revision=revision, timeout=TIMEOUT)
@@ -148,7 +146,7 @@ class HuggingFace(Hub):
             return QtoolError("a file that the hub lists is not there", where=url.rpartition("/resolve/")[2])
         if status == 403:
             return InputError("this token may not do that", where=repo or self.endpoint)
-        return self.denial(status, response.headers.get("Retry-After"))
+        return self.denial(status)
 
 
 def _transport(error: Exception) -> str:

@@ -5,10 +5,13 @@ What they answer follows what huggingface_hub 2.4.0 and openmind_hub 1.3.0 ask f
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
+import select
 import socket
+import ssl
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -55,7 +58,7 @@ class Repo:
 class Fault:
     """What goes wrong with the next `times` downloads of a file.
 
-    Kinds: cut (connection reset after `at` bytes), truncate (a shorter body, honestly announced), longer (a length
+    Kinds: cut (connection reset after `at` bytes), close (ended in good order after them), truncate (a shorter body, honestly announced), longer (a length
     header `at` too large), shorter (one too small), wrong (the byte at `at` is another), status, stall (silence after
     `at` bytes), more (a body longer than the file), whole (ignores ranges), echo (an error that repeats the token).
     """
@@ -85,6 +88,7 @@ class LoopbackServer(ThreadingHTTPServer):
         self.closing = threading.Event()
         self.redirect: str | None = None  # where downloads of large files are sent
         self.page_size = 3
+        self.next_page_at: str | None = None
         self.lock = threading.Lock()
 
     @property
@@ -201,8 +205,11 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return None
-        if kind in ("cut", "stall"):
+        if kind in ("cut", "close", "stall"):
             self.connection.sendall(content[: at % max(1, len(content))])
+            if kind == "close":
+                self.close_connection = True
+                return None
             if kind == "stall":
                 self.server.closing.wait(60)
             return self.reset()
@@ -284,8 +291,8 @@ class HuggingFaceHandler(Handler):
         last = first + self.server.page_size
         headers = {}
         if last < len(entries):
-            host = self.headers["Host"]
-            headers["Link"] = f'<http://{host}{self.path.partition("?")[0]}?recursive=true&cursor={last}>; rel="next"'
+            base = self.server.next_page_at or f"http://{self.headers['Host']}"
+            headers["Link"] = f'<{base}{self.path.partition("?")[0]}?recursive=true&cursor={last}>; rel="next"'
         return self.answer(200, entries[first:last], headers)
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
@@ -346,4 +353,263 @@ def serve_huggingface(storage: bool = True) -> Iterable[LoopbackServer]:
         server.start()
     yield hub
     for server in (hub, behind):
+        server.stop()
+
+
+# ---------------------------------------------------------------- modelers.cn
+
+MODELERS_HOST = "hub.modelers.cn"
+STORAGE_HOST = "files.modelers.cn"
+
+
+class ModelersHandler(Handler):
+    """The REST interface of modelers.cn, as far as openmind_hub uses it."""
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        asked = {name: values[0] for name, values in parse_qs(query).items()}
+        if path.startswith("/storage/"):
+            org, name, revision, file = unquote(path.removeprefix("/storage/")).split("/", 3)
+            at = self.server.repos[f"{org}/{name}"].at(revision)
+            assert at is not None
+            return self.serve_bytes(at[1][file], f"{org}/{name}/{file}", {})
+        if found := re.fullmatch(r"/api/v1/file/([^/]+/[^/]+)/([^/]+)/media/(.+)", path):
+            return self._media(found[1], found[2], unquote(found[3]))
+        if found := re.fullmatch(r"/api/v1/file/([^/]+/[^/]+)", path):
+            return self._tree(found[1], asked.get("ref", "main"), asked.get("path", ""))
+        if path == "/api/v1/user":
+            return self.answer(200, {"data": {"account": "org", "email": "a@b.c"}})
+        return self.answer(404, {"code": "not_found"})
+
+    def do_POST(self) -> None:
+        path, data = self.path.partition("?")[0], json.loads(self.body())
+        if path == "/api/v1/file/license_check":
+            return self.answer(200, {"data": {"license": "apache-2.0"}})
+        if not self.authorized:
+            return self.answer(401, {"code": "unauthorized"})
+        if path == "/api/v1/model":
+            name = f"{data['owner']}/{data['name']}"
+            if name in self.server.repos:
+                return self.answer(400, {"code": "duplicate_creating"})
+            self.server.created[name] = data
+            self.server.repos[name] = Repo({}, private=data["visibility"] == "private")
+            return self.answer(201, {"data": {}})
+        found = re.fullmatch(r"/api/v1/file/([^/]+/[^/]+)/(pre_upload|upload|info/lfs/objects/batch)", path)
+        if not found or found[1] not in self.server.repos:
+            return self.answer(404, {"code": "not_found"})
+        repo, action = self.server.repos[found[1]], found[2]
+        if action == "pre_upload":
+            files = [{"path": f["path"], "type": "lfs" if is_lfs(f["path"]) else "regular"} for f in data["files"]]
+            return self.answer(200, {"data": {"files": files}})
+        if action == "upload":
+            for file in data["files"]:
+                content = base64.b64decode(file["content"])
+                if pointer := re.search(rb"oid sha256:([0-9a-f]{64})", content):
+                    content = self.server.storage[pointer[1].decode()]
+                repo.files[file["path"]] = content
+            return self.answer(201, {"data": [{"commit_url": "u", "commit_oid": repo.commit}]})
+        return self.answer(200, {"data": {"objects": [self._upload_order(wanted) for wanted in data["objects"]]}})
+
+    def _upload_order(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        oid, size = wanted["oid"], wanted["size"]
+        if oid in self.server.storage:
+            return {"oid": oid, "size": size, "actions": {"parts": [{"index": 1, "etag": "e", "size": size}]}}
+        href = f"https://{STORAGE_HOST}/put/{oid}"
+        return {"oid": oid, "size": size, "actions": {"parts": [{"index": 1, "href": href, "size": size}]}}
+
+    def do_PUT(self) -> None:
+        data = self.body()
+        if fault := self.server.next_fault("put"):
+            return self.answer(fault.status, {"code": "refused"})
+        oid = self.path.rpartition("/")[2]
+        if hashlib.sha256(data).hexdigest() != oid:
+            return self.answer(400, {"code": "wrong_content"})
+        self.server.storage[oid] = data
+        return self.answer(200, b"", {"ETag": '"e"'})
+
+    def _repo(self, name: str, revision: str) -> dict[str, bytes] | None:
+        if fault := self.server.next_fault(f"{name}/api"):
+            if fault.kind == "echo":
+                self.answer(fault.status, {"code": f"you sent {self.headers.get('Authorization')}"})
+            else:
+                self.answer(fault.status, {"code": "busy"})
+            return None
+        repo = self.server.repos.get(name)
+        if "Authorization" in self.headers and not self.authorized:
+            self.answer(401, {"code": "bad_token"})
+        elif repo is None or (repo.private and not self.authorized):
+            self.answer(404, {"code": "repo_not_found"})
+        elif repo.gated and not self.authorized:
+            self.answer(403, {"code": "no_permission"})
+        elif (at := repo.at(revision)) is None:
+            self.answer(404, {"code": "ref_not_exist"})
+        else:
+            return at[1]
+        return None
+
+    def _tree(self, name: str, revision: str, folder: str) -> None:
+        files = self._repo(name, revision)
+        if files is None:
+            return
+        repo = self.server.repos[name]
+        at = repo.at(revision)
+        assert at is not None
+        prefix = f"{folder}/" if folder else ""
+        entries: dict[str, dict[str, Any]] = {}
+        for path, data in files.items():
+            if not path.startswith(prefix):
+                continue
+            rest = path.removeprefix(prefix)
+            if "/" in rest.strip("/") and path not in repo.listed:
+                below = prefix + rest.partition("/")[0]
+                entries[below] = {"type": "dir", "path": below, "name": below, "size": 0}
+            else:
+                digest = hashlib.sha256(data).hexdigest() if is_lfs(path) else git_sha1(data)
+                entry = {"type": "file", "path": path, "size": len(data), "etag": digest, "is_lfs": is_lfs(path)}
+                change = dict(repo.listed.get(path, {}))
+                entries[path] = entry | change | ({"etag": change["oid"]} if "oid" in change else {})
+        if not folder:
+            entries |= {f"extra {i}": modelers_entry(entry) for i, entry in enumerate(repo.extra)}
+        commit = {"commit_sha": at[0], "message": "m", "created": "2025-01-01T00:00:00Z"}
+        self.answer(200, {"data": {"tree": list(entries.values()), "last_commit": {"commit": commit}}})
+
+    def _media(self, name: str, revision: str, path: str) -> None:
+        files = self._repo(name, revision)
+        if files is None:
+            return None
+        if path not in files:
+            return self.answer(404, {"code": "branch_or_path_not_found"})
+        if is_lfs(path) and self.server.redirect:
+            location = f"{self.server.redirect}/storage/{quote(f'{name}/{revision}/{path}')}"
+            return self.answer(302, b"", {"Location": location})
+        return self.serve_bytes(files[path], f"{name}/{path}", {})
+
+
+def modelers_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of `Repo.extra`, which is in Hugging Face's words, in modelers.cn's."""
+    lfs = entry.get("lfs", {})
+    kind = {"file": "file", "directory": "dir"}.get(entry["type"], entry["type"])
+    digest, size = lfs.get("oid", entry.get("oid", "")), lfs.get("size", entry.get("size", 0))
+    return {"type": kind, "path": entry["path"], "size": size, "etag": digest, "is_lfs": bool(lfs)}
+
+
+class ModelersServer(LoopbackServer):
+    """Over TLS, with a certificate for names under modelers.cn."""
+
+    def __init__(self, certificate: str, key: str) -> None:
+        super().__init__(ModelersHandler)
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(certificate, key)
+
+    @property
+    def url(self) -> str:
+        return f"https://{MODELERS_HOST}"
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        with self._context.wrap_socket(request, server_side=True) as secured:
+            super().finish_request(secured, client_address)
+
+
+class Proxy(LoopbackServer):
+    """An HTTP proxy that leads each host name to a port of this machine: the only way that names get here."""
+
+    def __init__(self, ports: dict[str, int]) -> None:
+        super().__init__(ProxyHandler)
+        self.ports = ports
+
+
+class ProxyHandler(Handler):
+    def do_CONNECT(self) -> None:
+        host = self.path.partition(":")[0]
+        port = self.server.ports.get(host)  # type: ignore[attr-defined]
+        if port is None:
+            return self.answer(502)
+        try:
+            there = socket.create_connection(("127.0.0.1", port))
+        except OSError:
+            return self.answer(502)
+        self.send_response(200, "Connection established")
+        self.end_headers()
+        self.close_connection = True
+        pairs = {self.connection: there, there: self.connection}
+        while True:
+            ready, _, _ = select.select(list(pairs), [], [], 1)
+            for side in ready:
+                try:
+                    data = side.recv(1 << 18)
+                    if not data:
+                        there.close()
+                        return None
+                    pairs[side].sendall(data)
+                except OSError:
+                    there.close()
+                    return None
+
+
+def make_certificates(folder: Any) -> tuple[str, str, str]:
+    """A certificate authority of the tests' own and a certificate for modelers.cn: paths of CA, certificate, key."""
+    import datetime
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    now = datetime.datetime.now(datetime.UTC)
+    keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
+    names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("qtool tests", "modelers.cn")]
+    certificates = []
+    for i, (key, name) in enumerate(zip(keys, names, strict=True)):
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(names[0])
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=i == 0, path_length=None), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(keys[0].public_key()), critical=False)
+        )
+        if i == 1:
+            hosts = ["*.modelers.cn", "modelers.cn", "evil-modelers.cn", "elsewhere.example"]
+            builder = builder.add_extension(
+                x509.SubjectAlternativeName([x509.DNSName(host) for host in hosts]), critical=False
+            )
+        certificates.append(builder.sign(keys[0], hashes.SHA256()))
+    paths = [folder / name for name in ("ca.pem", "hub.pem", "hub.key")]
+    for path, certificate in zip(paths, certificates, strict=False):
+        path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    paths[2].write_bytes(
+        keys[1].private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    return str(paths[0]), str(paths[1]), str(paths[2])
+
+
+def serve_modelers(folder: Any) -> Iterable[tuple[ModelersServer, dict[str, str]]]:
+    """A hub, another host for its large files, and the variables with which a process gets there; for a fixture."""
+    ca, certificate, key = make_certificates(folder)
+    hub, behind = ModelersServer(certificate, key), ModelersServer(certificate, key)
+    behind.repos, behind.faults, behind.storage = hub.repos, hub.faults, hub.storage
+    hub.redirect = f"https://{STORAGE_HOST}"
+    hub.behind = behind  # type: ignore[attr-defined]
+    others = {name: behind.port for name in (STORAGE_HOST, "evil-modelers.cn", "elsewhere.example")}
+    proxy = Proxy({MODELERS_HOST: hub.port, **others})
+    for server in (hub, behind, proxy):
+        server.start()
+    yield (
+        hub,
+        {
+            "OPENMIND_HUB_ENDPOINT": hub.url,
+            "REQUESTS_CA_BUNDLE": ca,
+            "HTTPS_PROXY": proxy.url,
+            "https_proxy": proxy.url,
+            "NO_PROXY": "",
+            "no_proxy": "",
+        },
+    )
+    for server in (hub, behind, proxy):
         server.stop()
