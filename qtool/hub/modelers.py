@@ -29,6 +29,7 @@ from qtool.hub.patience import Again, StartOver, Stopped
 from qtool.hub.sink import Sink
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SEND = HTTPAdapter.send
 _REVISION = re.compile(r"[A-Za-z0-9_-]{1,100}")  # what the client lets through
 
 
@@ -62,7 +63,7 @@ class Modelers(Hub):
 
     def _watch(self) -> None:
         """Look at every request of this process. The client makes its sessions itself, so below them is the place."""
-        send, hub = HTTPAdapter.send, self
+        hub = self
 
         def watched(adapter: HTTPAdapter, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> Any:
             if hub.stop.is_set():
@@ -72,7 +73,7 @@ class Modelers(Hub):
             if not hub._guard.trusts(url):
                 request.headers.pop("authorization", None)
             kwargs["timeout"] = kwargs.get("timeout") or DEFAULT_REQUEST_TIMEOUT
-            response = send(adapter, request, *args, **kwargs)
+            response = _SEND(adapter, request, *args, **kwargs)
             try:
                 hub.check_busy(response.status_code, response.headers.get("Retry-After"))
             except Again:

@@ -71,8 +71,9 @@ class Patience:
             try:
                 return action()
             except Again as again:
-                failures = 1 if progress() > best else failures + 1
-                best = max(best, progress())
+                reached = progress()
+                failures = 1 if reached > best else failures + 1
+                best = max(best, reached)
                 wait = max(again.after, random.uniform(0.5, 1) * min(self.cap, self.base * 2**failures))
                 if failures >= self.tries or wait > max(self.cap, self.longest_order):
                     raise QtoolError(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qtool.hub.listing import RemoteFile
-from qtool.hub.patience import Again, Stopped
+from qtool.hub.patience import StartOver, Stopped
 from qtool.hub.storage import errors
 
 CHUNK = 1 << 22
@@ -80,12 +80,11 @@ class Sink:
                 self._position = self._hashes.read(handle, moved, stop)
 
     def write(self, data: bytes) -> int:
-        """Append. Raises Again when that is more than was announced, QtoolError when the disk is full, Stopped."""
+        """Append. Raises StartOver when that is more than was announced, QtoolError when the disk is full, Stopped."""
         if self._stop.is_set():
             raise Stopped
         if self._position + len(data) > self.file.size:
-            self.restart()
-            raise Again(f"the server sends more than the {self.file.size:,} bytes announced")
+            raise StartOver(f"the server sends more than the {self.file.size:,} bytes announced")
         view = memoryview(data)
         while view:
             with errors(self._where):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from qtool.errors import QtoolError
 from qtool.hub.access import Hub
@@ -167,28 +167,27 @@ def _bring(
     try:
         sink = Sink(handle, file, storage.folder / file.path, meter.moved, stop)
 
-        def once() -> None:
+        def start_over(why: str) -> NoReturn:
             nonlocal wrong
+            sink.restart()
+            wrong += 1
+            if wrong > 1:
+                hint = "Somebody changed the file on the way or on the hub; if the branch has just moved, run it again."
+                raise QtoolError(f"{why}, twice over", where=where, hint=hint)
+            raise Again(why)
+
+        def once() -> None:
             if stop.is_set():
                 raise Stopped
             if not sink.whole:
                 try:
                     attempt(hub, lambda: hub.fetch(listing, file, sink))
-                except StartOver:
-                    sink.restart()
-                    raise
+                except StartOver as again:
+                    start_over(str(again))
             if not sink.whole:
                 raise Again(f"the file ends after {sink.tell():,} of {file.size:,} bytes")
             if not sink.right:
-                sink.restart()
-                wrong += 1
-                if wrong > 1:
-                    raise QtoolError(
-                        "the bytes are not those the hub announced, twice over (the hash differs)",
-                        where=where,
-                        hint="Somebody changed the file on the way or on the hub; if the branch just moved, run again.",
-                    )
-                raise Again("the bytes are not those the hub announced (the hash differs)")
+                start_over("the bytes are not those the hub announced (the hash differs)")
 
         patience.persist(once, where=where, stop=stop, progress=sink.tell)
         sink.flush()

@@ -373,7 +373,7 @@ def test_a_token_is_nowhere_to_be_seen(hub: Hub, tmp_path: Path, fault: Fault | 
     (tmp_path / "work").mkdir()
     if fault:
         hub.server.faults["org/private/api"] = [replace(fault)]
-    args = ["org/private", "--token-file", tmp_path / "token", "--debug"]
+    args: list[str | Path] = ["org/private", "--token-file", tmp_path / "token", "--debug"]
     done = hub.download(*args, cwd=tmp_path / "work", HF_DEBUG="1", **places)
     assert (done.code == 0) == (fault is None), done.stderr
     if fault is None:
@@ -428,7 +428,7 @@ def test_a_redirect_does_not_take_the_token_along(hub: Hub, tmp_path: Path) -> N
 def test_the_next_page_of_a_listing_does_not_take_the_token_along(huggingface: Hub, tmp_path: Path) -> None:
     server = huggingface.server
     server.repos["org/model"] = Repo(model_files())
-    server.next_page_at = server.redirect  # type: ignore[attr-defined]
+    server.next_page_at = server.redirect
     done = huggingface.download("org/model", cwd=tmp_path, **huggingface.token)
     assert done.code == 0, done.stderr
     pages = [headers for _, path, headers in server.behind.requests if "cursor=" in path]  # type: ignore[attr-defined]

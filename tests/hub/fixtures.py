@@ -52,8 +52,8 @@ def openmind_python() -> str:
 
 
 def find_openmind_python() -> str:
-    if python := os.environ.get("QTOOL_OPENMIND_HUB_PYTHON"):
-        return python
+    if named := os.environ.get("QTOOL_OPENMIND_HUB_PYTHON"):
+        return named
     if importlib.util.find_spec("openmind_hub"):
         return sys.executable
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qtool"

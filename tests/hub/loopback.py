@@ -13,7 +13,8 @@ import select
 import socket
 import ssl
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -58,9 +59,10 @@ class Repo:
 class Fault:
     """What goes wrong with the next `times` downloads of a file.
 
-    Kinds: cut (connection reset after `at` bytes), close (ended in good order after them), truncate (a shorter body, honestly announced), longer (a length
-    header `at` too large), shorter (one too small), wrong (the byte at `at` is another), status, stall (silence after
-    `at` bytes), more (a body longer than the file), whole (ignores ranges), echo (an error that repeats the token).
+    Kinds: cut (connection reset after `at` bytes), close (ended in good order after them), truncate (a shorter body,
+    honestly announced), longer (a length header `at` too large), shorter (one too small), wrong (the byte at `at` is
+    another), status, stall (silence after `at` bytes), more (a body longer than the file), whole (ignores ranges), echo
+    (an error that repeats the token), slow.
     """
 
     kind: str
@@ -79,6 +81,7 @@ class LoopbackServer(ThreadingHTTPServer):
 
     def __init__(self, handler: type[Handler], port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), handler)
+        self.handler = handler
         self.repos: dict[str, Repo] = {}
         self.faults: dict[str, list[Fault]] = {}
         self.requests: list[tuple[str, str, dict[str, str]]] = []
@@ -106,6 +109,12 @@ class LoopbackServer(ThreadingHTTPServer):
         self.closing.set()
         self.shutdown()
         self.server_close()
+
+    def again(self) -> LoopbackServer:
+        """Another server on the port of this one, which has ended."""
+        server = type(self)(self.handler, self.port)
+        server.repos, server.faults, server.storage = self.repos, self.faults, self.storage
+        return server
 
     def next_fault(self, key: str) -> Fault | None:
         with self.lock:
@@ -213,6 +222,11 @@ class Handler(BaseHTTPRequestHandler):
             if kind == "stall":
                 self.server.closing.wait(60)
             return self.reset()
+        if kind == "slow":
+            for i in range(0, len(content), 1 << 16):
+                self.connection.sendall(content[i : i + (1 << 16)])
+                time.sleep(0.02)
+            return None
         self.connection.sendall(content[: length if kind == "shorter" else None])
         if kind in ("longer", "more"):
             self.close_connection = True
@@ -341,7 +355,7 @@ def hf_tree(files: dict[str, bytes], repo: Repo) -> list[dict[str, Any]]:
     return entries + repo.extra
 
 
-def serve_huggingface(storage: bool = True) -> Iterable[LoopbackServer]:
+def serve_huggingface(storage: bool = True) -> Iterator[LoopbackServer]:
     """A hub, and unless told otherwise another host for its large files; for a fixture."""
     hub = LoopbackServer(HuggingFaceHandler)
     behind = LoopbackServer(HuggingFaceHandler)
@@ -432,7 +446,8 @@ class ModelersHandler(Handler):
             if fault.kind == "echo":
                 self.answer(fault.status, {"code": f"you sent {self.headers.get('Authorization')}"})
             else:
-                self.answer(fault.status, {"code": "busy"})
+                extra = {"Retry-After": fault.retry_after} if fault.retry_after else {}
+                self.answer(fault.status, {"code": "busy"}, extra)
             return None
         repo = self.server.repos.get(name)
         if "Authorization" in self.headers and not self.authorized:
@@ -496,10 +511,16 @@ def modelers_entry(entry: dict[str, Any]) -> dict[str, Any]:
 class ModelersServer(LoopbackServer):
     """Over TLS, with a certificate for names under modelers.cn."""
 
-    def __init__(self, certificate: str, key: str) -> None:
-        super().__init__(ModelersHandler)
+    def __init__(self, certificate: str, key: str, port: int = 0) -> None:
+        super().__init__(ModelersHandler, port)
+        self._files = certificate, key
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(certificate, key)
+
+    def again(self) -> ModelersServer:
+        server = ModelersServer(*self._files, self.port)
+        server.repos, server.faults, server.storage = self.repos, self.faults, self.storage
+        return server
 
     @property
     def url(self) -> str:
@@ -589,7 +610,7 @@ def make_certificates(folder: Any) -> tuple[str, str, str]:
     return str(paths[0]), str(paths[1]), str(paths[2])
 
 
-def serve_modelers(folder: Any) -> Iterable[tuple[ModelersServer, dict[str, str]]]:
+def serve_modelers(folder: Any) -> Iterator[tuple[ModelersServer, dict[str, str]]]:
     """A hub, another host for its large files, and the variables with which a process gets there; for a fixture."""
     ca, certificate, key = make_certificates(folder)
     hub, behind = ModelersServer(certificate, key), ModelersServer(certificate, key)
