@@ -157,6 +157,14 @@ class Checkpoint:
         return data != 0 if dtype is torch.bool else data.view(dtype)
 
     @property
+    def origin(self) -> dict[str, str] | None:
+        """Where `qtool download` got this model: hub, repo and commit; None for a folder from elsewhere."""
+        if not (self.path / LOCK).is_file():
+            return None
+        lock = read_json(self.path / LOCK)
+        return {key: str(lock.get(key, "")) for key in ("hub", "repo", "commit")}
+
+    @property
     def format(self) -> str:
         """float, compressed-tensors, golden-stick, modelslim, or another quantization method as config.json has it."""
         if (self.path / GOLDEN_STICK_DESCRIPTION).exists():

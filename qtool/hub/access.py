@@ -7,7 +7,9 @@ import logging
 import threading
 import traceback
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from http import HTTPStatus
+from pathlib import Path
 
 from qtool.errors import InputError, QtoolError
 from qtool.hub.listing import HUBS, Listing, RemoteFile
@@ -31,11 +33,13 @@ class Hub(ABC):
         endpoint: the hub's address.
         has_token: whether requests carry one.
         stop: once set, every new request raises Stopped.
+        one_by_one: whether only one file at a time can be sent.
     """
 
     name: str
     endpoint: str
     has_token: bool
+    one_by_one = False
 
     def __init__(self) -> None:
         self.stop = threading.Event()
@@ -47,6 +51,14 @@ class Hub(ABC):
     @abstractmethod
     def fetch(self, listing: Listing, file: RemoteFile, sink: Sink) -> None:
         """Bring the rest of a file, from where `sink` stands."""
+
+    @abstractmethod
+    def create(self, repo: str, private: bool) -> None:
+        """Make an empty repository, unless there is one of that name."""
+
+    @abstractmethod
+    def send(self, repo: str, files: Mapping[str, Path | bytes], message: str) -> None:
+        """Commit files, by their path in the repository, to its default branch."""
 
     @abstractmethod
     def explain(self, error: Exception) -> Exception | None:

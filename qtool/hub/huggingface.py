@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import HfApi, constants, errors, get_token, hf_hub_url, set_client_factory
+from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, get_token, hf_hub_url, set_client_factory
 from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers
@@ -105,6 +106,13 @@ class HuggingFace(Hub):
             expected_size=file.size,
             displayed_filename=file.path,
         )
+
+    def create(self, repo: str, private: bool) -> None:
+        self._api.create_repo(repo, private=private, exist_ok=True)
+
+    def send(self, repo: str, files: Mapping[str, Path | bytes], message: str) -> None:
+        operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+        self._api.create_commit(repo, operations, commit_message=message)
 
     def explain(self, error: Exception) -> Exception | None:
         if isinstance(error, errors.HfHubHTTPError):

@@ -13,6 +13,7 @@ from qtool.errors import QtoolError
 from qtool.hub.access import Absent, Hub
 from qtool.hub.listing import HUBS, Listing
 from qtool.hub.patience import Patience
+from qtool.hub.publish import publish
 from qtool.hub.transfer import attempt, fetch
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     list: repo, revision (or None); result {"listing"} or {"absent": reason, "hint"};
     fetch: listing, folder, workers; result {"sha256": {path: hash}};
     publish: repo, private, files ({path in the repository: local file}), texts ({path: content}), message;
-    result {"url", "commit", "skipped": paths that were there already}.
+    result {"endpoint", "commit", "skipped": paths that were there already}.
     """
     token: str | None = job["token"]
     _keep_out_of_logs(token)
@@ -78,7 +79,22 @@ def _fetch(hub: Hub, job: dict[str, Any], report: Report) -> dict[str, Any]:
     return {"sha256": hashes}
 
 
-_TASKS = {"list": _list, "fetch": _fetch}
+def _publish(hub: Hub, job: dict[str, Any], report: Report) -> dict[str, Any]:
+    files: dict[str, Path | bytes] = {path: Path(file) for path, file in job["files"].items()}
+    files |= {path: text.encode() for path, text in job["texts"].items()}
+    commit, skipped = publish(
+        hub,
+        job["repo"],
+        files,
+        private=job["private"],
+        message=job["message"],
+        patience=Patience(),
+        progress=lambda done, total: report.progress("uploading", done, total, "files"),
+    )
+    return {"commit": commit, "skipped": skipped, "endpoint": hub.endpoint}
+
+
+_TASKS = {"list": _list, "fetch": _fetch, "publish": _publish}
 
 
 def redacted(text: str, token: str | None) -> str:

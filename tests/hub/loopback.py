@@ -169,6 +169,17 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
+    def store(self) -> None:
+        """Take in a large file."""
+        data = self.body()
+        if fault := self.server.next_fault("put"):
+            return self.answer(fault.status, {"error": "refused"})
+        oid = self.path.rpartition("/")[2]
+        if hashlib.sha256(data).hexdigest() != oid:
+            return self.answer(400, {"error": "wrong content"})
+        self.server.storage[oid] = data
+        return self.answer(200, b"", {"ETag": '"e"'})
+
     def reset(self) -> None:
         """End the connection the hard way."""
         self.wfile.flush()
@@ -258,6 +269,51 @@ class HuggingFaceHandler(Handler):
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._resolve(found[1], unquote(found[2]), unquote(found[3]))
         return self.answer(404, {"error": "not found"})
+
+    def do_POST(self) -> None:
+        path, body = self.path.partition("?")[0], self.body()
+        if path == "/api/validate-yaml":
+            return self.answer(200, {"errors": [], "warnings": []})
+        if not self.authorized:
+            status = 403 if "Authorization" in self.headers else 401
+            return self.answer(status, {"error": "no right"}, {"X-Error-Message": "no right to write"})
+        if path == "/api/repos/create":
+            data = json.loads(body)
+            name = f"{data['organization']}/{data['name']}"
+            made = {"url": f"{self.server.url}/{name}"}
+            if name in self.server.repos:
+                return self.answer(409, made | {"error": "You already created this model repo"})
+            self.server.created[name] = data
+            self.server.repos[name] = Repo({".gitattributes": b"x"}, private=data.get("visibility") == "private")
+            return self.answer(200, made)
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
+            modes = [
+                {"path": f["path"], "uploadMode": "lfs" if is_lfs(f["path"]) else "regular", "shouldIgnore": False}
+                for f in json.loads(body)["files"]
+            ]
+            return self.answer(200, {"files": modes})
+        if found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            base = self.server.redirect or self.server.url
+            objects: list[dict[str, Any]] = []
+            for wanted in json.loads(body)["objects"]:
+                upload = {"upload": {"href": f"{base}/put/{wanted['oid']}", "header": {}}}
+                objects.append(wanted | ({} if wanted["oid"] in self.server.storage else {"actions": upload}))
+            return self.answer(200, {"transfer": "basic", "objects": objects})
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            repo = self.server.repos[found[1]]
+            for line in body.splitlines():
+                entry = json.loads(line)
+                value = entry["value"]
+                if entry["key"] == "file":
+                    repo.files[value["path"]] = base64.b64decode(value["content"])
+                elif entry["key"] == "lfsFile":
+                    repo.files[value["path"]] = self.server.storage[value["oid"]]
+            url = f"{self.server.url}/{found[1]}/commit/{repo.commit}"
+            return self.answer(200, {"success": True, "commitUrl": url, "commitOid": repo.commit})
+        return self.answer(404, {"error": "not found"})
+
+    def do_PUT(self) -> None:
+        self.store()
 
     def _repo(self, name: str) -> Repo | None:
         repo = self.server.repos.get(name)
@@ -359,7 +415,7 @@ def serve_huggingface(storage: bool = True) -> Iterator[LoopbackServer]:
     """A hub, and unless told otherwise another host for its large files; for a fixture."""
     hub = LoopbackServer(HuggingFaceHandler)
     behind = LoopbackServer(HuggingFaceHandler)
-    behind.repos, behind.faults = hub.repos, hub.faults
+    behind.repos, behind.faults, behind.storage = hub.repos, hub.faults, hub.storage
     if storage:
         hub.redirect = f"http://127.0.0.1:{behind.port}"
     hub.behind = behind  # type: ignore[attr-defined]
@@ -432,14 +488,7 @@ class ModelersHandler(Handler):
         return {"oid": oid, "size": size, "actions": {"parts": [{"index": 1, "href": href, "size": size}]}}
 
     def do_PUT(self) -> None:
-        data = self.body()
-        if fault := self.server.next_fault("put"):
-            return self.answer(fault.status, {"code": "refused"})
-        oid = self.path.rpartition("/")[2]
-        if hashlib.sha256(data).hexdigest() != oid:
-            return self.answer(400, {"code": "wrong_content"})
-        self.server.storage[oid] = data
-        return self.answer(200, b"", {"ETag": '"e"'})
+        self.store()
 
     def _repo(self, name: str, revision: str) -> dict[str, bytes] | None:
         if fault := self.server.next_fault(f"{name}/api"):
