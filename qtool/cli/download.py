@@ -156,7 +156,7 @@ def _show(planned: Plan, target: Path, out: Console) -> None:
     from qtool.hub.storage import partial_path, present
 
     files = planned.listing.files
-    there = present(partial_path(target), list(files))
+    there = present(partial_path(target), files)
     rows = [["download", amount(file.size, "bytes"), file.path] for file in files]
     rows += [["leave", "", ascii(file.path)[1:-1]] for file in planned.left]
     out.table(f"to {target}", ["", "size", "file"], rows)

@@ -159,10 +159,11 @@ def obtain(
         if is_there(planned, target, overwrite=overwrite):  # the other process has just finished
             storage.remove(partial)
             return
-        files = list(listing.files)
-        storage.keep_only(partial, {file.path for file in files})
-        if overwrite and target.is_dir():
-            storage.reuse(partial, target, files)
+        files = listing.files
+        with storage.Storage(partial) as inside:
+            inside.keep_only({file.path for file in files})
+            if overwrite and target.is_dir():
+                inside.adopt(target, files)
         check_free_space(target, planned.nbytes - storage.present(partial, files), option="--to")
         answer = ask(
             "fetch", listing.hub, token, on_event, listing=listing.to_json(), folder=str(partial), workers=workers

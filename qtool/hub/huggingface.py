@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, get_token, hf_hub_url, set_client_factory
@@ -147,7 +148,7 @@ class HuggingFace(Hub):
         if isinstance(error, errors.RepositoryNotFoundError):
             return self.absent(repo)
         if isinstance(error, errors.RevisionNotFoundError):
-            return self.no_revision(repo, url.rpartition("/revision/")[2].partition("?")[0] or None)
+            return self.no_revision(repo, unquote(url.rpartition("/revision/")[2].partition("?")[0]) or None)
         if isinstance(error, errors.DisabledRepoError):
             return InputError("the hub has disabled this repository", where=repo)
         if isinstance(error, errors.EntryNotFoundError):

@@ -62,8 +62,8 @@ def write(folder: Path, listing: Listing, hashes: Mapping[str, str]) -> None:
             for file in sorted(listing.files, key=lambda file: file.path)
         },
     }
-    with errors(folder):
-        (folder / LOCK).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with errors(folder), (folder / LOCK).open("x", encoding="utf-8") as file:
+        file.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def read(folder: Path) -> Lock | None:

@@ -15,7 +15,8 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from qtool.checkpoint.storage import NO_SPACE
@@ -126,6 +127,33 @@ class Storage:
             finally:
                 os.close(parent)
 
+    def keep_only(self, wanted: AbstractSet[str]) -> None:
+        """Remove finished files that are not wanted any more, and folders left empty."""
+        with errors(self.folder):
+            for parent, folders, files, handle in os.fwalk(".", topdown=False, dir_fd=self._tops[COMPLETE]):
+                for name in files:
+                    if Path(parent, name).as_posix() not in wanted:
+                        os.unlink(name, dir_fd=handle)
+                for name in folders:
+                    if stat.S_ISLNK(os.stat(name, dir_fd=handle, follow_symlinks=False).st_mode):
+                        os.unlink(name, dir_fd=handle)
+                        continue
+                    with contextlib.suppress(OSError):  # not empty
+                        os.rmdir(name, dir_fd=handle)
+
+    def adopt(self, source: Path, files: Sequence[RemoteFile]) -> None:
+        """Start from what another folder has: link its files here, to be checked like any that were here before."""
+        for file in files:
+            *parents, name = file.path.split("/")
+            with contextlib.suppress(OSError):
+                status = (source / file.path).lstat()
+                if stat.S_ISREG(status.st_mode) and status.st_size == file.size:
+                    parent = self._descend(self._tops[COMPLETE], parents)
+                    try:
+                        os.link(source / file.path, name, dst_dir_fd=parent, follow_symlinks=False)
+                    finally:
+                        os.close(parent)
+
     def _descend(self, start: int, parts: list[str], *, make: bool = True) -> int:
         handle = os.dup(start)
         for part in parts:
@@ -140,7 +168,7 @@ class Storage:
         return handle
 
 
-def present(folder: Path, files: list[RemoteFile]) -> int:
+def present(folder: Path, files: Sequence[RemoteFile]) -> int:
     """How many bytes of `files` a partial folder has already, whether right or not."""
     found = 0
     for file in files:
@@ -148,30 +176,6 @@ def present(folder: Path, files: list[RemoteFile]) -> int:
             with contextlib.suppress(OSError):
                 found += min(path.lstat().st_size, file.size)
     return found
-
-
-def keep_only(folder: Path, wanted: set[str]) -> None:
-    """Remove finished files that are not `wanted` any more, and folders left empty."""
-    top = folder / COMPLETE
-    with errors(folder):
-        for parent, folders, files in os.walk(top, topdown=False):
-            for name in [*folders, *files]:
-                path = Path(parent, name)
-                if path.is_dir() and not path.is_symlink():
-                    if not any(path.iterdir()):
-                        path.rmdir()
-                elif path.relative_to(top).as_posix() not in wanted:
-                    path.unlink()
-
-
-def reuse(folder: Path, source: Path, files: list[RemoteFile]) -> None:
-    """Let a download start from what an older one has: link its files, which will be checked like any others."""
-    for file in files:
-        path, old = folder / COMPLETE / file.path, source / file.path
-        with contextlib.suppress(OSError):
-            if stat.S_ISREG(old.lstat().st_mode) and old.lstat().st_size == file.size:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                os.link(old, path, follow_symlinks=False)
 
 
 def remove(folder: Path) -> None:

@@ -23,6 +23,18 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 FOREVER = 1 << 30
 
 
+def sha256(data: bytes) -> str:
+    """In hexadecimal; of a large content only once."""
+    if len(data) < 1 << 20:
+        return hashlib.sha256(data).hexdigest()
+    if id(data) not in _LARGE:
+        _LARGE[id(data)] = (data, hashlib.sha256(data).hexdigest())
+    return _LARGE[id(data)][1]
+
+
+_LARGE: dict[int, tuple[bytes, str]] = {}  # holds the content too, so that an id is never used again
+
+
 def git_sha1(data: bytes) -> str:
     """The name git gives to a blob."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
@@ -377,11 +389,10 @@ class HuggingFaceHandler(Handler):
             return self.answer(404, b"", failure("EntryNotFound"))
         data, headers = files[path], {"X-Repo-Commit": commit}
         if is_lfs(path) and self.server.redirect:
-            sha256 = hashlib.sha256(data).hexdigest()
-            headers |= {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(data)), "ETag": '"pointer"'}
+            headers |= {"X-Linked-Etag": f'"{sha256(data)}"', "X-Linked-Size": str(len(data)), "ETag": '"pointer"'}
             location = f"{self.server.redirect}/storage/{quote(f'{name}/{revision}/{path}')}"
             return self.answer(302, b"", headers | {"Location": location})
-        etag = hashlib.sha256(data).hexdigest() if is_lfs(path) else git_sha1(data)
+        etag = sha256(data) if is_lfs(path) else git_sha1(data)
         return self.serve_bytes(data, f"{name}/{path}", headers | {"ETag": f'"{etag}"'})
 
     def _storage(self, path: str) -> None:
@@ -400,8 +411,7 @@ def hf_tree(files: dict[str, bytes], repo: Repo) -> list[dict[str, Any]]:
     for path, data in files.items():
         entry: dict[str, Any] = {"type": "file", "oid": git_sha1(data), "size": len(data), "path": path}
         if is_lfs(path):
-            sha256 = hashlib.sha256(data).hexdigest()
-            entry["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": 134}
+            entry["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 134}
         if path in repo.listed:
             change = dict(repo.listed[path])
             if "lfs" in entry:
@@ -528,7 +538,7 @@ class ModelersHandler(Handler):
                 below = prefix + rest.partition("/")[0]
                 entries[below] = {"type": "dir", "path": below, "name": below, "size": 0}
             else:
-                digest = hashlib.sha256(data).hexdigest() if is_lfs(path) else git_sha1(data)
+                digest = sha256(data) if is_lfs(path) else git_sha1(data)
                 entry = {"type": "file", "path": path, "size": len(data), "etag": digest, "is_lfs": is_lfs(path)}
                 change = dict(repo.listed.get(path, {}))
                 entries[path] = entry | change | ({"etag": change["oid"]} if "oid" in change else {})
