@@ -45,7 +45,7 @@ class Hub(ABC):
         self.stop = threading.Event()
 
     @abstractmethod
-    def list(self, repo: str, revision: str | None) -> Listing:
+    def listing(self, repo: str, revision: str | None) -> Listing:
         """What the repository holds, if its files may be had at all."""
 
     @abstractmethod

@@ -73,7 +73,7 @@ class HuggingFace(Hub):
     def _busy(self, response: httpx2.Response) -> None:
         self.check_busy(response.status_code, response.headers.get("Retry-After"))
 
-    def list(self, repo: str, revision: str | None) -> Listing:
+    def listing(self, repo: str, revision: str | None) -> Listing:
         info = self._api.model_info(repo, revision=revision, timeout=TIMEOUT)
         commit = info.sha or ""
         if not _COMMIT.fullmatch(commit):

@@ -7,7 +7,6 @@ The hub knows revisions by name, so files are asked for by the revision, and the
 
 from __future__ import annotations
 
-import builtins
 import io
 import re
 from collections.abc import Mapping
@@ -87,7 +86,7 @@ class Modelers(Hub):
 
         HTTPAdapter.send = watched
 
-    def list(self, repo: str, revision: str | None) -> Listing:
+    def listing(self, repo: str, revision: str | None) -> Listing:
         revision = revision or "main"
         if not _REVISION.fullmatch(revision):
             what = f"no revision of this hub can be called {revision!r}"
@@ -97,11 +96,11 @@ class Modelers(Hub):
             raise ValueError("no commit")
         if _COMMIT.fullmatch(revision) and revision != commit:
             raise QtoolError(f"asked for commit {revision}, the hub offers {commit[:80]}", where=repo)
-        files: builtins.list[RemoteFile] = []
-        folders: builtins.list[str | None] = [None]
+        files: list[RemoteFile] = []
+        folders: list[str | None] = [None]
         for folder in folders:  # grows meanwhile
             try:
-                entries = builtins.list(self._api.list_repo_tree(repo, folder, revision=revision, token=self._token))
+                entries = list(self._api.list_repo_tree(repo, folder, revision=revision, token=self._token))
             except (openmind_hub.EntryNotFoundError, openmind_hub.RepositoryNotFoundError):
                 if folder is None:
                     raise

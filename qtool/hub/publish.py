@@ -77,7 +77,9 @@ def _readme_last(path: str) -> tuple[bool, str]:
 def _listed(hub: Hub, repo: str, patience: Patience) -> tuple[str, dict[str, RemoteFile]]:
     """The commit and the files; none for a repository that nobody has committed to."""
     try:
-        listing = patience.persist(lambda: attempt(hub, lambda: hub.list(repo, None)), where=f"{hub.endpoint}/{repo}")
+        listing = patience.persist(
+            lambda: attempt(hub, lambda: hub.listing(repo, None)), where=f"{hub.endpoint}/{repo}"
+        )
     except Absent:
         raise
     except (InputError, QtoolError):

@@ -49,11 +49,11 @@ def transfer(way: str, hub_name: str, folder: Path) -> float:
     from qtool.hub.worker import connect
 
     if way == "qtool without hashing":
-        sink.Hashes.update = lambda *_: None  # type: ignore[method-assign,assignment]
+        sink.Hashes.update = lambda *_: None  # type: ignore[method-assign]
         sink.Hashes.right = True  # type: ignore[method-assign,assignment]
     hub = connect(hub_name, None)
     started = time.perf_counter()
-    listing = hub.list("org/model", None)
+    listing = hub.listing("org/model", None)
     listing = replace(listing, files=tuple(file for file in listing.files if file.digest))
     transfer.fetch(hub, listing, folder, lambda *_: None, workers=WORKERS, patience=Patience())
     return time.perf_counter() - started

@@ -323,7 +323,7 @@ def test_two_at_once(hub: Hub, model_repo: dict[str, bytes], tmp_path: Path) -> 
         assert any("waiting" in line for line in process.stderr)
     os.close(handle)
     for process in both:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
         assert (process.returncode, out) == (0, f"{tmp_path / 'model'}\n"), err
     assert contents(tmp_path / "model") == wanted(model_repo)
     assert len([path for _, path, _ in hub.server.behind.requests if SHARD in path]) == 1  # type: ignore[attr-defined]
@@ -341,12 +341,12 @@ def test_interrupted_by_the_user(hub: Hub, model_repo: dict[str, bytes], tmp_pat
         command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     incomplete = partial(tmp_path / "model") / "incomplete"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not any(file.stat().st_size > 700_000 for file in incomplete.glob("*")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (130, ""), err
     assert "Traceback" not in err
     done = hub.download("org/model", cwd=tmp_path)
@@ -396,7 +396,7 @@ def test_a_token_is_on_no_command_line(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     process = subprocess.Popen([*command, "--token-file", "token"], cwd=tmp_path, env=env, stderr=subprocess.PIPE)
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not hub.server.behind.requests:  # type: ignore[attr-defined]
             assert time.monotonic() < deadline
             time.sleep(0.02)

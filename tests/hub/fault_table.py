@@ -21,7 +21,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.hub.fixtures import REPOSITORY, Hub, contents, huggingface_server, model_files, modelers_server, wanted
+from tests.hub.fixtures import (
+    IMPATIENT,
+    REPOSITORY,
+    Hub,
+    contents,
+    huggingface_server,
+    model_files,
+    modelers_server,
+    wanted,
+)
 from tests.hub.loopback import FOREVER, Fault, LoopbackServer, Repo
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -135,7 +144,7 @@ def hub_of_its_own(name: str, folder: Path) -> collections.abc.Iterator[Hub]:
     context = huggingface_server() if name == "huggingface" else modelers_server(folder)
     with context as (server, env):
         server.repos["org/model"] = Repo(FILES)
-        env = env | {"HF_HOME": str(folder), "XDG_STATE_HOME": str(folder)}
+        env = env | IMPATIENT | {"HF_HOME": str(folder), "XDG_STATE_HOME": str(folder)}
         yield Hub(name, server, env, run=lambda: None)
 
 

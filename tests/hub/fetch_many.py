@@ -25,7 +25,7 @@ def download(hub_name: str, repo: str, folder: str) -> str:
     try:
         hub = connect(hub_name, None)
         patience = Patience(base=0.05)  # nobody has to wait for a machine to come up again here
-        listing = patience.persist(lambda: attempt(hub, lambda: hub.list(repo, None)), where=repo)
+        listing = patience.persist(lambda: attempt(hub, lambda: hub.listing(repo, None)), where=repo)
         taken, _ = selection.select(listing.files, [], [], repo)
         names.check(taken, repo)
         wanted = replace(listing, files=tuple(taken))

@@ -23,6 +23,7 @@ from tests.hub.loopback import LoopbackServer, Repo
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REQUIREMENTS = REPOSITORY / "configs" / "environments" / "openmind-hub.txt"
+IMPATIENT = {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "DEFAULT_REQUEST_TIMEOUT": "2"}  # seconds of silence
 TOKEN = "tok_3nTh1s1sS3cr3t"
 
 
@@ -74,15 +75,14 @@ def find_openmind_python() -> str:
 def huggingface_server() -> Iterator[tuple[LoopbackServer, dict[str, str]]]:
     with contextlib.contextmanager(loopback.serve_huggingface)() as server:
         server.tokens.add(TOKEN)
-        yield server, {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+        yield server, {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
 
 
 @contextlib.contextmanager
 def modelers_server(folder: Path) -> Iterator[tuple[LoopbackServer, dict[str, str]]]:
     with contextlib.contextmanager(loopback.serve_modelers)(folder) as (server, env):
         server.tokens.add(TOKEN)
-        more = {"QTOOL_OPENMIND_HUB_PYTHON": find_openmind_python(), "DEFAULT_REQUEST_TIMEOUT": "2"}
-        yield server, {**env, **more, "HF_HUB_OFFLINE": "0"}
+        yield server, {**env, "QTOOL_OPENMIND_HUB_PYTHON": find_openmind_python(), "HF_HUB_OFFLINE": "0"}
 
 
 @pytest.fixture

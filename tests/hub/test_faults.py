@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub import fault_table
-from tests.hub.fixtures import REPOSITORY, Hub, contents, model_files, wanted
+from tests.hub.fixtures import IMPATIENT, REPOSITORY, Hub, contents, model_files, wanted
 from tests.hub.loopback import FOREVER, Fault, Repo
 
 RUNS = 20
@@ -44,7 +44,7 @@ def test_faults_at_random_places(hub: Hub, tmp_path: Path) -> None:
     done = subprocess.run(
         [hub.env.get("QTOOL_OPENMIND_HUB_PYTHON", sys.executable), "-m", "tests.hub.fetch_many"],
         input=json.dumps({"hub": hub.name, "jobs": jobs}),
-        env={**os.environ, **hub.env, "PYTHONPATH": str(REPOSITORY), "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        env={**os.environ, **hub.env, **IMPATIENT, "PYTHONPATH": str(REPOSITORY), "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
