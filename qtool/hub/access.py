@@ -25,6 +25,10 @@ class Absent(InputError):
     """This hub has no such repository, or none that this token may see: another hub may have it."""
 
 
+class Unreadable(QtoolError):
+    """The hub's answer is not what its client expects."""
+
+
 class Hub(ABC):
     """One hub through its own client. Every method makes one attempt.
 
@@ -103,10 +107,10 @@ class Hub(ABC):
         what = f"has no branch, tag or commit {revision!r}" if revision else "is empty: it has no default branch"
         return InputError(what, where=repo)
 
-    def unreadable(self, error: Exception) -> QtoolError:
+    def unreadable(self, error: Exception) -> Unreadable:
         logging.getLogger(__name__).warning("%s", "".join(traceback.format_exception(error)))
         what = f"its answer can't be understood ({type(error).__name__})"
-        return QtoolError(what, where=self.endpoint, hint="Is this the address of such a hub?")
+        return Unreadable(what, where=self.endpoint, hint="Is this the address of such a hub?")
 
     @property
     def token_hint(self) -> str:

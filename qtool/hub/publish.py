@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from qtool.errors import InputError, QtoolError
-from qtool.hub.access import Absent, Hub
+from qtool.hub.access import Absent, Hub, Unreadable
 from qtool.hub.listing import RemoteFile
 from qtool.hub.patience import Patience
 from qtool.hub.sink import Hashes
@@ -82,7 +82,7 @@ def _listed(hub: Hub, repo: str, patience: Patience) -> tuple[str, dict[str, Rem
         )
     except Absent:
         raise
-    except (InputError, QtoolError):
+    except (InputError, Unreadable):  # no branch yet
         return "", {}
     return listing.commit, {file.path: file for file in listing.files}
 
