@@ -164,7 +164,13 @@ def obtain(
             inside.keep_only({file.path for file in files})
             if overwrite and target.is_dir():
                 inside.adopt(target, files)
-        check_free_space(target, planned.nbytes - storage.present(partial, files), option="--to")
+        there = storage.present(partial, files)
+        try:
+            check_free_space(target, planned.nbytes - there, option="--to")
+        except QtoolError:
+            if not there:
+                storage.remove(partial)
+            raise
         answer = ask(
             "fetch", listing.hub, token, on_event, listing=listing.to_json(), folder=str(partial), workers=workers
         )

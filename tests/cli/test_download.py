@@ -294,6 +294,7 @@ def test_no_room_is_told_before_the_first_byte(hub: Hub, model_repo: dict[str, b
     assert done.code == 1
     assert "bytes, " in done.stderr
     assert "--to" in done.stderr
+    assert not list(tmp_path.iterdir())
     assert not hub.server.sent("/resolve/")
     assert not hub.server.sent("/media/")
 
