@@ -457,6 +457,12 @@ class ModelersHandler(Handler):
             return self._media(found[1], found[2], unquote(found[3]))
         if found := re.fullmatch(r"/api/v1/file/([^/]+/[^/]+)", path):
             return self._tree(found[1], asked.get("ref", "main"), asked.get("path", ""))
+        if found := re.fullmatch(r"/api/v1/file/([^/]+/[^/]+)/info", path):
+            return self._info(found[1], asked.get("ref", "main"), asked.get("path", ""))
+        if found := re.fullmatch(r"/api/v1/model/([^/]+)/([^/]+)", path):
+            files = self._repo(f"{found[1]}/{found[2]}", asked.get("ref", "main"))
+            model = {"id": "1", "owner": found[1], "name": found[2], "visibility": "public", "labels": {}}
+            return None if files is None else self.answer(200, {"data": model})
         if path == "/api/v1/user":
             return self.answer(200, {"data": {"account": "org", "email": "a@b.c"}})
         return self.answer(404, {"code": "not_found"})
@@ -546,6 +552,19 @@ class ModelersHandler(Handler):
             entries |= {f"extra {i}": modelers_entry(entry) for i, entry in enumerate(repo.extra)}
         commit = {"commit_sha": at[0], "message": "m", "created": "2025-01-01T00:00:00Z"}
         self.answer(200, {"data": {"tree": list(entries.values()), "last_commit": {"commit": commit}}})
+
+    def _info(self, name: str, revision: str, path: str) -> None:
+        """One file's metadata, which the client's own download asks for (qtool takes the listing's)."""
+        files = self._repo(name, revision)
+        if files is None:
+            return None
+        if path not in files:
+            return self.answer(404, {"code": "branch_or_path_not_found"})
+        at, data = self.server.repos[name].at(revision), files[path]
+        assert at is not None
+        digest = sha256(data) if is_lfs(path) else git_sha1(data)
+        info = {"path": path, "size": len(data), "etag": digest, "is_lfs": is_lfs(path), "branch_last_commit": at[0]}
+        return self.answer(200, {"data": info})
 
     def _media(self, name: str, revision: str, path: str) -> None:
         files = self._repo(name, revision)
