@@ -35,17 +35,17 @@ class Hub(ABC):
     Attributes:
         name: a key of HUBS.
         endpoint: the hub's address.
-        has_token: whether requests carry one.
+        token: what requests to it carry, if anything.
         stop: once set, every new request raises Stopped.
         one_by_one: whether only one file at a time can be sent.
     """
 
     name: str
     endpoint: str
-    has_token: bool
     one_by_one = False
 
-    def __init__(self) -> None:
+    def __init__(self, token: str | None) -> None:
+        self.token = token
         self.stop = threading.Event()
 
     @abstractmethod
@@ -85,20 +85,20 @@ class Hub(ABC):
         return QtoolError(f"the server answers {_phrase(status)}", where=self.endpoint)
 
     def unauthorized(self) -> InputError:
-        if self.has_token:
+        if self.token:
             hint = "Look at it on the hub: it may have ended, or lack the right."
             return InputError("the token is not valid here", where=self.endpoint, hint=hint)
         return InputError("needs a token", where=self.endpoint, hint=self.token_hint)
 
     def gated(self, repo: str) -> InputError:
-        if self.has_token:
+        if self.token:
             what = "gated: this token's account has not been granted access"
             return InputError(what, where=repo, hint=f"Ask for it on the model's page: {self.endpoint}/{repo}")
         what = "gated: only accounts that accepted its terms may download it"
         return InputError(what, where=repo, hint=f"Accept them at {self.endpoint}/{repo}; {self.token_hint}")
 
     def absent(self, repo: str) -> Absent:
-        if self.has_token:
+        if self.token:
             return Absent(f"no such repository on {HUBS[self.name]}, or none this token may see", where=repo)
         what = f"no such repository on {HUBS[self.name]}, or a private one"
         return Absent(what, where=repo, hint=f"If private: {self.token_hint}")

@@ -41,13 +41,12 @@ class HuggingFace(Hub):
     name = "huggingface"
 
     def __init__(self, token: str | None = None) -> None:
-        super().__init__()
+        super().__init__(token or get_token())
         self.endpoint = constants.ENDPOINT
-        self._token: str | bool = token or get_token() or False
-        self.has_token = bool(self._token)
+        given = self.token or False  # None would make the client look for one itself
         self._guard = Guard(self.endpoint)
-        self._api = HfApi(self.endpoint, token=self._token, library_name="qtool", library_version=qtool.__version__)
-        self._headers = build_hf_headers(token=self._token, library_name="qtool", library_version=qtool.__version__) | {
+        self._api = HfApi(self.endpoint, token=given, library_name="qtool", library_version=qtool.__version__)
+        self._headers = build_hf_headers(token=given, library_name="qtool", library_version=qtool.__version__) | {
             "Accept-Encoding": "identity"
         }
         set_client_factory(self._client)

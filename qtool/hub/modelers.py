@@ -46,10 +46,8 @@ class Modelers(Hub):
     one_by_one = True  # the client sends none of several large files when the hub has the first already
 
     def __init__(self, token: str | None = None) -> None:
-        super().__init__()
+        super().__init__(token)
         self.endpoint = openmind_hub.ENDPOINT.rstrip("/")
-        self.has_token = token is not None
-        self._token = token
         self._guard = Guard(self.endpoint, sorted({*HOSTNAME_WHITE_LIST, *STORAGE_DOMAINS}))
         try:
             self._guard.admit(self.endpoint)
@@ -91,7 +89,7 @@ class Modelers(Hub):
         if not _REVISION.fullmatch(revision):
             what = f"no revision of this hub can be called {revision!r}"
             raise InputError(what, where=repo, hint="They have letters, digits, _ and - only.")
-        commit = self._api.get_repo_last_commit(repo, revision=revision, token=self._token).oid
+        commit = self._api.get_repo_last_commit(repo, revision=revision, token=self.token).oid
         if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
             raise ValueError("no commit")
         if _COMMIT.fullmatch(revision) and revision != commit:
@@ -100,7 +98,7 @@ class Modelers(Hub):
         folders: list[str | None] = [None]
         for folder in folders:  # grows meanwhile
             try:
-                entries = list(self._api.list_repo_tree(repo, folder, revision=revision, token=self._token))
+                entries = list(self._api.list_repo_tree(repo, folder, revision=revision, token=self.token))
             except (openmind_hub.EntryNotFoundError, openmind_hub.RepositoryNotFoundError):
                 if folder is None:
                     raise
@@ -128,14 +126,14 @@ class Modelers(Hub):
         )
 
     def create(self, repo: str, private: bool) -> None:
-        self._api.create_repo(repo, token=self._token, private=private, exist_ok=True)
+        self._api.create_repo(repo, token=self.token, private=private, exist_ok=True)
 
     def send(self, repo: str, files: Mapping[str, Path | bytes], message: str) -> None:
         """The client takes a path only from folders it knows, so it gets open files."""
         for path, content in files.items():
             with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as stream:
                 self._api.upload_file(
-                    path_or_fileobj=stream, path_in_repo=path, repo_id=repo, token=self._token, commit_message=message
+                    path_or_fileobj=stream, path_in_repo=path, repo_id=repo, token=self.token, commit_message=message
                 )
 
     def explain(self, error: Exception) -> Exception | None:

@@ -46,7 +46,7 @@ def publish(
     def persist(action: Callable[[], None]) -> None:
         patience.persist(lambda: attempt(hub, action), where=f"{hub.endpoint}/{repo}")
 
-    if not hub.has_token:
+    if not hub.token:
         raise hub.unauthorized()
     persist(lambda: hub.create(repo, private))
     _, there = _listed(hub, repo, patience)

@@ -30,9 +30,10 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     result {"endpoint", "commit", "skipped": paths that were there already}.
     """
     token: str | None = job["token"]
-    _keep_out_of_logs(token)
     try:
         hub = connect(job["hub"], token)
+        token = hub.token  # the client may have had one
+        _keep_out_of_logs(token)
         return _TASKS[job["task"]](hub, job, report)
     except QtoolError as error:
         raise type(error)(

@@ -389,6 +389,20 @@ def test_a_token_is_nowhere_to_be_seen(hub: Hub, tmp_path: Path, fault: Fault | 
     assert list((tmp_path / "XDG_STATE_HOME").rglob("*.log"))  # so there was something to look at
 
 
+def test_a_token_that_the_client_keeps_is_not_shown_either(huggingface: Hub, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "token").write_text(TOKEN)
+    huggingface.server.repos["org/private"] = Repo(model_files(), private=True)
+    huggingface.server.faults["org/private/api"] = [Fault("echo", status=400)]
+    env = {"HF_HOME": str(tmp_path / "home"), "XDG_STATE_HOME": str(tmp_path / "state"), "HF_DEBUG": "1"}
+    (tmp_path / "work").mkdir()
+    done = huggingface.download("org/private", "--debug", cwd=tmp_path / "work", **env)
+    assert done.code == 1
+    assert huggingface.server.sent("/api/")[0][2]["authorization"] == f"Bearer {TOKEN}"
+    assert TOKEN not in done.stdout + done.stderr
+    assert TOKEN.encode() not in everything_written(tmp_path / "state", tmp_path / "work")
+
+
 def test_a_token_is_on_no_command_line(hub: Hub, tmp_path: Path) -> None:
     hub.server.repos["org/private"] = Repo(model_files(), private=True)
     hub.server.faults[f"org/private/{SHARD}"] = [Fault("stall", at=10)]
