@@ -115,14 +115,15 @@ class Console:
             return
         if not self._stderr.is_terminal:
             if stage != self._stage:
-                self._say(f"{stage} ({total} {unit})" if total else stage)
+                self._say(f"{stage} ({amount(total, unit)})" if total else stage)
             self._stage = stage
             return
         if self._bar is None:
             self._bar = _bar(self._stderr)
             self._bar.start()
         if stage != self._stage or self._task is None:
-            self._stage, self._task = stage, self._bar.add_task(stage, total=total or None, unit=unit)
+            # what an earlier run did is no speed of this one
+            self._stage, self._task = stage, self._bar.add_task(stage, total=total or None, completed=done, unit=unit)
         self._bar.update(self._task, completed=done, total=total or None)
 
     def end_progress(self) -> None:
@@ -161,17 +162,36 @@ def _bar(console: rich.console.Console) -> rich.progress.Progress:
             unit, speed = task.fields["unit"], task.finished_speed or task.speed
             if not speed:
                 return Text("")
+            if unit == "bytes":
+                return Text(f"{amount(speed, unit)}/s", style="cyan")
             slow = speed < 1 and unit.endswith("s")
             return Text(f"{1 / speed:.1f} s/{unit[:-1]}" if slow else f"{speed:.1f} {unit}/s", style="cyan")
+
+    class Count(progress.MofNCompleteColumn):
+        def render(self, task: progress.Task) -> Text:
+            if task.fields["unit"] != "bytes":
+                return super().render(task)
+            return Text(f"{amount(task.completed, 'bytes')}/{amount(task.total or 0, 'bytes')}")
 
     return progress.Progress(
         progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
-        progress.MofNCompleteColumn(),
+        Count(),
         Rate(),
         progress.TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
     )
+
+
+def amount(count: float, unit: str) -> str:
+    """A number of things, bytes in the unit that suits them."""
+    if unit != "bytes":
+        return f"{count} {unit}"
+    names = ("bytes", "kB", "MB", "GB", "TB")
+    power = 0
+    while count >= 1000 and power < len(names) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:.0f} {names[power]}" if power == 0 else f"{count:.1f} {names[power]}"
 
 
 def _cell(value: object) -> str:

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from platformdirs import user_cache_path
+
+from tests.managed import managed_python
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+pytest_plugins = ["tests.hub.fixtures"]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -166,19 +169,5 @@ def tiny_llama(make_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def golden_stick() -> dict[str, str]:
-    """The environment variable that names an interpreter with mindspore-gs.
-
-    The one that the user named, else that of a managed environment, kept in the user's cache.
-    """
-    variable = "QTOOL_GOLDEN_STICK_PYTHON"
-    if variable in os.environ:
-        return {variable: os.environ[variable]}
-    environments = user_cache_path("qtool") / "test-environments"
-
-    def qtool(*args: str) -> str:
-        command = [sys.executable, "-m", "qtool", "env", *args, "golden-stick"]
-        env = {**os.environ, "QTOOL_ENVIRONMENTS": str(environments), "PYTHONPATH": str(REPOSITORY)}
-        return subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
-
-    qtool("install", "--yes")
-    return {variable: qtool("path")}
+    """The environment variable that names an interpreter with mindspore-gs."""
+    return {"QTOOL_GOLDEN_STICK_PYTHON": managed_python("golden-stick")}

@@ -10,7 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import qtool
+from qtool.console import Console, amount
 
 ROOT = str(Path(qtool.__file__).parent.parent)
 LONG = "/a/very/long/path/" + "x" * 200
@@ -105,3 +108,12 @@ def test_a_quiet_terminal_has_no_bar() -> None:
 def test_importing_it_is_cheap() -> None:
     code = "import sys, qtool.console, qtool.workers; print({'rich', 'torch', 'numpy', 'pydantic'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], env=ENV, text=True) == "set()\n"
+
+
+def test_bytes_have_a_unit_that_suits_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [amount(n, "bytes") for n in (0, 999, 1000, 1_234_567, 7e11, 5e15)] == [
+        "0 bytes", "999 bytes", "1.0 kB", "1.2 MB", "700.0 GB", "5000.0 TB",
+    ]  # fmt: skip
+    with Console() as console:
+        console.progress("downloading", 0, 2_500_000, "bytes")
+    assert capsys.readouterr().err == "downloading (2.5 MB)\n"

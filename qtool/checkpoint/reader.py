@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 GOLDEN_STICK_DESCRIPTION = "quantization_description.json"
 MODELSLIM_DESCRIPTION = "quant_model_description.json"
 REPORT = "qtool.json"
+LOCK = "qtool.lock.json"
 
 _MAX_JSON_BYTES = 500_000_000
 _SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
@@ -156,6 +157,14 @@ class Checkpoint:
         return data != 0 if dtype is torch.bool else data.view(dtype)
 
     @property
+    def origin(self) -> dict[str, str] | None:
+        """Where `qtool download` got this model: hub, repo and commit; None for a folder from elsewhere."""
+        if not (self.path / LOCK).is_file():
+            return None
+        lock = read_json(self.path / LOCK)
+        return {key: str(lock.get(key, "")) for key in ("hub", "repo", "commit")}
+
+    @property
     def format(self) -> str:
         """float, compressed-tensors, golden-stick, modelslim, or another quantization method as config.json has it."""
         if (self.path / GOLDEN_STICK_DESCRIPTION).exists():
@@ -205,7 +214,7 @@ class Checkpoint:
         templates = self.path / "additional_chat_templates"
         if templates.is_dir() and not templates.is_symlink():
             found += templates.iterdir()
-        own = {"config.json", REPORT, GOLDEN_STICK_DESCRIPTION, MODELSLIM_DESCRIPTION}
+        own = {"config.json", REPORT, LOCK, GOLDEN_STICK_DESCRIPTION, MODELSLIM_DESCRIPTION}
         return sorted(
             file.relative_to(self.path)
             for file in found

@@ -12,11 +12,14 @@ from pathlib import Path
 
 from qtool.errors import InputError, QtoolError
 
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def check_free_space(path: str | Path, nbytes: int) -> None:
-    """Raises QtoolError unless the file system of `path` (which need not exist yet) has room for `nbytes`."""
+def check_free_space(path: str | Path, nbytes: int, option: str = "--output") -> None:
+    """Raises QtoolError unless the file system of `path` (which need not exist yet) has room for `nbytes`.
+
+    `option` is the one that names another place.
+    """
     place = Path(path).absolute()
     while not place.exists():
         place = place.parent
@@ -25,7 +28,7 @@ def check_free_space(path: str | Path, nbytes: int) -> None:
         raise QtoolError(
             f"needs {nbytes:,} bytes, {free:,} are free",
             where=str(path),
-            hint="Free some space or choose another --output.",
+            hint=f"Free some space or choose another {option}.",
         )
 
 
@@ -65,7 +68,7 @@ def disk_errors(output: Path, nbytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        if error.errno not in NO_SPACE:
             raise QtoolError(f"can't be written: {error.strerror}", where=str(output)) from error
         limit = ", the size limit for files (ulimit -f) is reached" if error.errno == errno.EFBIG else ""
         raise QtoolError(
@@ -105,6 +108,29 @@ def tidy(output: Path) -> None:
                     shutil.rmtree(path, ignore_errors=True)
 
 
+def put_in_place(folder: Path, output: Path, *, overwrite: bool, aside: Path) -> None:
+    """Rename a complete folder to `output`; an old one waits at `aside` and goes only after the new one is in place.
+
+    Raises InputError when `output` has come into being and `overwrite` is off, OSError.
+    """
+    if overwrite and output.exists():
+        output.rename(aside)
+        try:
+            folder.rename(output)
+        except BaseException:
+            aside.rename(output)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        try:
+            folder.rename(output)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise InputError("has come into being meanwhile", where=str(output)) from None
+            raise
+    sync(output.parent)
+
+
 class PartialFolder:
     """A hidden folder beside `output` that takes its place once complete, and vanishes otherwise.
 
@@ -133,23 +159,8 @@ class PartialFolder:
         """Make this folder the output; an old one goes only after the new one is in place."""
         for file in [*self.path.rglob("*"), self.path]:
             sync(file)
-        if overwrite and self.output.exists():
-            old = self.output.with_name(self.path.name.replace(".partial-", ".replaced-"))
-            self.output.rename(old)
-            try:
-                self.path.rename(self.output)
-            except BaseException:
-                old.rename(self.output)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            try:
-                self.path.rename(self.output)
-            except OSError as error:
-                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise InputError("has come into being meanwhile", where=str(self.output)) from None
-                raise
-        sync(self.output.parent)
+        old = self.output.with_name(self.path.name.replace(".partial-", ".replaced-"))
+        put_in_place(self.path, self.output, overwrite=overwrite, aside=old)
         self._unlock()
 
     def discard(self) -> None:

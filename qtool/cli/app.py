@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
 # name: (module:function, or module:Typer for a group of commands; one line for the overview)
 COMMANDS = {
+    "download": ("qtool.cli.download:download", "Download a model from a hub, and check it."),
     "quantize": ("qtool.cli.quantize:quantize", "Quantize a model to W8A8."),
     "generate": ("qtool.cli.generate:generate", "Generate text with a model, quantized or not."),
     "eval": ("qtool.cli.eval:evaluate", "Compare a quantized model with its original."),
     "inspect": ("qtool.cli.inspect:inspect", "Show what a checkpoint is: architecture, format, size, schemes."),
     "convert": ("qtool.cli.convert:convert", "Convert a GGUF file to a Hugging Face checkpoint."),
+    "upload": ("qtool.cli.upload:upload", "Upload a model to a hub, with a model card."),
     "recipes": ("qtool.cli.recipes:app", "List, show and validate recipes."),
     "env": ("qtool.cli.env:app", "List, install and remove environments for engines and runtimes."),
     "doctor": ("qtool.cli.doctor:doctor", "Show what works on this machine, and what is missing."),

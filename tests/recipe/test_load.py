@@ -296,3 +296,14 @@ def test_missing_unreadable_and_folder(tmp_path: Path) -> None:
     (tmp_path / "folder.yaml").mkdir()
     with pytest.raises(InputError, match="can't read"):
         load.load(tmp_path / "folder.yaml")
+
+
+def test_a_recipe_may_name_a_model_and_does_not_pass_it_on(write: Any) -> None:
+    write(MINIMAL + "model: {hub: modelers, repo: org/name}\n", "base.yaml")
+    child = write("extends: base.yaml\nname: child\ndescription: c\n", "child.yaml")
+    assert load.load(child).model is None
+    model = load.load("deepseek-r1-w8a8").model
+    assert model is not None
+    assert (model.hub, model.repo, model.revision) == ("modelers", "MindSpore-Lab/DeepSeek-R1-W8A8", None)
+    with pytest.raises(InputError, match=r"model\.repo"):
+        load.load(write(MINIMAL + "model: {hub: modelers, repo: name}\n"))

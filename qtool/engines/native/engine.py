@@ -91,6 +91,7 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
             "engine": "native",
             "device": str(stream.device),
             "source": Path(job["model"]).name,
+            "origin": checkpoint.origin,
             "format": job["format"],
             "recipe": recipe.model_dump(mode="json"),
             "scheme": scheme,

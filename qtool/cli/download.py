@@ -1,0 +1,242 @@
+"""`qtool download`: a model from a hub, complete and checked."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qtool.cli.options import Debug, Json, Quiet, console
+from qtool.errors import InputError, QtoolError
+
+if TYPE_CHECKING:
+    from qtool.console import Console
+    from qtool.hub.download import Plan
+    from qtool.hub.lock import Lock
+
+_SHOWN = 5  # wrong files that an error lists
+
+
+def download(
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME|RECIPE", help="A repository, or a recipe that names one.")],
+    source: Annotated[
+        Literal["auto", "modelers", "huggingface"],
+        typer.Option("--from", help="The hub. auto: the recipe's, else Hugging Face, then modelers.cn."),
+    ] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="The folder to make. Default: NAME, here.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Only files that match; repeat it for more.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Not these files; repeat it for more.")
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option("--token-file", metavar="FILE", help="A file that holds the token.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Files at a time.")] = 4,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every byte of a folder that is there: ORG/NAME's, or give its path.")
+    ] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Use what is there, never the network.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be downloaded and stop.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the folder if it holds something else.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Download a model from modelers.cn or Hugging Face and print the folder's path.
+
+    Interrupt it and run it again: it continues where it stopped, inside files. The folder appears when every
+    file has the size and the hash that the hub announces. qtool.lock.json in it says what it is.
+
+    Examples:
+
+      qtool download HuggingFaceTB/SmolLM2-135M-Instruct
+
+      qtool download deepseek-r1-w8a8 --to /data/models/DeepSeek-R1-W8A8
+
+      qtool download Qwen/Qwen3-8B | qtool quantize - | qtool generate - --prompt "I am"
+
+      qtool download --verify /data/models/DeepSeek-R1-W8A8
+    """
+    from qtool.hub import download as hub
+    from qtool.hub import tokens
+
+    with console() as out:
+        if verify and _is_folder(repo):
+            _verify(Path(repo).expanduser().absolute(), workers, out)
+            return
+        repo, wanted, revision = _resolve(repo, source, revision)
+        target = (to or Path(repo.rpartition("/")[2])).expanduser().absolute()
+        if not target.name:
+            raise InputError("not a path for a folder", where=str(target))
+        if offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+            _use_offline(repo, target, revision, verify, workers, out)
+            return
+        if token_file and wanted == "auto":
+            raise InputError(
+                "say which hub this token is for, so that no other gets it", where="--token-file", hint="Add --from."
+            )
+        listing = hub.find(repo, wanted, revision, lambda name: tokens.read(name, token_file), out.event)
+        planned = hub.plan(listing, include or [], exclude or [])
+        out.info(_summary(planned))
+        if dry_run:
+            _show(planned, target, out)
+            return
+        if hub.is_there(planned, target, overwrite=overwrite):
+            if verify:
+                _check(target, workers, out)
+            else:
+                out.info(f"{target} is complete already (--verify checks every byte)")
+        else:
+            hub.obtain(
+                planned,
+                target,
+                tokens.read(listing.hub, token_file),
+                workers=workers,
+                overwrite=overwrite,
+                on_event=out.event,
+                waiting=lambda: out.info("another qtool downloads to this folder: waiting for it"),
+            )
+        out.result(_facts(planned, target) if json else target)
+
+
+def _is_folder(repo: str) -> bool:
+    return Path(repo).expanduser().is_dir() or repo.startswith((".", "/", "~"))
+
+
+def _resolve(name: str, source: str, revision: str | None) -> tuple[str, str, str | None]:
+    """Repository, hub and revision of ORG/NAME or of a recipe's name."""
+    if "/" in name:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+            raise InputError("not a repository's name", where=name[:100], hint="It is given as ORG/NAME.")
+        return name, source, revision
+    from qtool.recipe import load
+
+    if name not in load.names():
+        hint = f"Give ORG/NAME, or a recipe that names one: {', '.join(_downloadable())}."
+        raise InputError(f"no recipe is named {name[:100]!r}", hint=hint)
+    model = load.load(name).model
+    if model is None:
+        raise InputError(
+            "this recipe fits many models and names none", where=f"recipe {name}", hint="Give the model's ORG/NAME."
+        )
+    if source not in ("auto", model.hub):
+        raise InputError(f"the recipe's model is on {model.hub}", where="--from", hint="Give ORG/NAME for another hub.")
+    return model.repo, model.hub, revision or model.revision
+
+
+def _downloadable() -> list[str]:
+    from qtool.recipe import load
+
+    return [name for name in load.names() if load.load(name).model]
+
+
+def _summary(planned: Plan) -> str:
+    from qtool.console import amount
+    from qtool.hub.listing import HUBS
+
+    listing = planned.listing
+    left = f", {len(planned.left)} left out" if planned.left else ""
+    return (
+        f"{listing.repo} from {HUBS[listing.hub]} ({listing.endpoint}), {listing.revision} at {listing.commit[:12]}: "
+        f"{len(listing.files)} files, {amount(planned.nbytes, 'bytes')}{left}"
+    )
+
+
+def _show(planned: Plan, target: Path, out: Console) -> None:
+    from qtool.checkpoint.storage import check_free_space
+    from qtool.console import amount
+    from qtool.hub.storage import partial_path, present
+
+    files = planned.listing.files
+    there = present(partial_path(target), files)
+    rows = [["download", amount(file.size, "bytes"), file.path] for file in files]
+    rows += [["leave", "", ascii(file.path)[1:-1]] for file in planned.left]
+    out.table(f"to {target}", ["", "size", "file"], rows)
+    check_free_space(target, planned.nbytes - there, option="--to")
+    facts = _facts(planned, target) | {"bytes_there": there}
+    out.result(facts if out.json else f"{len(files)} files, {amount(planned.nbytes - there, 'bytes')} to download")
+
+
+def _facts(planned: Plan, target: Path) -> dict[str, Any]:
+    listing = planned.listing
+    return {
+        "path": str(target),
+        "hub": listing.hub,
+        "endpoint": listing.endpoint,
+        "repo": listing.repo,
+        "revision": listing.revision,
+        "commit": listing.commit,
+        "bytes": planned.nbytes,
+        "files": {file.path: file.size for file in listing.files},
+    }
+
+
+def _use_offline(repo: str, target: Path, revision: str | None, verify: bool, workers: int, out: Console) -> None:
+    from qtool.hub import lock
+
+    held = lock.read(target) if target.is_dir() else None
+    if held is None:
+        hint = "Run it once with the network, and without --offline or HF_HUB_OFFLINE."
+        raise InputError("no complete download is there", where=str(target), hint=hint)
+    if held.repo != repo or revision not in (None, held.revision, held.commit):
+        raise InputError(f"holds {held.repo}, {held.revision} at {held.commit[:12]}", where=str(target))
+    missing = lock.missing(target, held)
+    if missing:
+        raise QtoolError(
+            f"incomplete: {missing[0]} is missing or has another size", where=str(target), hint=_repair(held, target)
+        )
+    if verify:
+        _check(target, workers, out)
+    out.result(_lock_facts(held, target) if out.json else target)
+
+
+def _verify(folder: Path, workers: int, out: Console) -> None:
+    held = _check(folder, workers, out)
+    out.result(_lock_facts(held, folder) if out.json else folder)
+
+
+def _check(folder: Path, workers: int, out: Console) -> Lock:
+    """Read every file of a downloaded folder and compare it with the lock."""
+    from qtool.hub import lock
+
+    held = lock.read(folder)
+    if held is None:
+        hint = "Only a folder that qtool download made can be checked later."
+        raise InputError(f"no {lock.LOCK} in this folder", where=str(folder), hint=hint)
+    wrong = lock.verify(
+        folder, held, lambda stage, done, total: out.progress(stage, done, total, "bytes"), workers=workers
+    )
+    if wrong:
+        listed = "; ".join(f"{path} {problem}" for path, problem in sorted(wrong.items())[:_SHOWN])
+        more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise QtoolError(f"{listed}{more}", where=str(folder), hint=_repair(held, folder))
+    extra = lock.unknown(folder, held)
+    if extra:
+        out.warning(f"not downloaded, so not checked: {', '.join(map(ascii, extra[:_SHOWN]))}")
+    out.info(f"{len(held.files)} files are as downloaded: {held.repo} at {held.commit[:12]}")
+    return held
+
+
+def _repair(held: Lock, folder: Path) -> str:
+    return f"Repair it: qtool download {held.repo} --from {held.hub} --revision {held.commit} --to {folder} --overwrite"
+
+
+def _lock_facts(held: Lock, folder: Path) -> dict[str, Any]:
+    return {
+        "path": str(folder),
+        "hub": held.hub,
+        "endpoint": held.endpoint,
+        "repo": held.repo,
+        "revision": held.revision,
+        "commit": held.commit,
+        "bytes": sum(size for size, _ in held.files.values()),
+        "files": {path: size for path, (size, _) in held.files.items()},
+    }

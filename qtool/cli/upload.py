@@ -1,0 +1,80 @@
+"""`qtool upload`: a model to a hub, with a model card."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qtool.cli.options import Debug, Json, Quiet, console, path_or_stdin
+from qtool.errors import InputError
+
+
+def upload(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A model folder; - reads its path from stdin.")],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository; made if there is none.")],
+    to: Annotated[Literal["huggingface", "modelers"], typer.Option("--to", help="The hub.")] = "huggingface",
+    private: Annotated[bool, typer.Option("--private", help="If the repository is made: not for everybody.")] = False,
+    token_file: Annotated[
+        Path | None, typer.Option("--token-file", metavar="FILE", help="A file that holds the token.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask before sending.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent and stop.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a model to a hub and print the repository's address.
+
+    What qtool quantized gets a model card written from its qtool.json, shown before anything is sent. Interrupt it
+    and run it again: what the repository has already is not sent again.
+
+    Examples:
+
+      qtool upload ./SmolLM2-135M-w8a8 me/SmolLM2-135M-w8a8 --private
+
+      qtool quantize ./SmolLM2-135M | qtool upload - me/SmolLM2-135M-w8a8 --to modelers --token-file ~/.modelers-token
+    """
+    from qtool.console import amount
+    from qtool.hub import tokens
+    from qtool.hub.download import ask
+    from qtool.hub.listing import HUBS
+    from qtool.hub.upload import README, pack
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
+        raise InputError("not a repository's name", where=repo[:100], hint="It is given as ORG/NAME.")
+    path = Path(path_or_stdin(folder)).expanduser().absolute()
+    token = tokens.read(to, token_file)
+    parcel = pack(path, repo)
+    texts = {README: parcel.card} if parcel.card else {}
+    names = sorted([*parcel.files, *texts])
+    with console() as out:
+        out.info(f"{path} to {repo} on {HUBS[to]}: {len(names)} files, {amount(parcel.nbytes, 'bytes')}")
+        if parcel.card:
+            out.info(f"\n{parcel.card}")
+        if dry_run:
+            plan = {"repo": repo, "hub": to, "files": names, "bytes": parcel.nbytes, "card": parcel.card}
+            out.result(plan if json else "\n".join(names))
+            return
+        if sys.stdin.isatty() and not yes and not typer.confirm("Send this?", err=True):
+            out.info("nothing was sent")
+            raise typer.Exit(1)
+        answer = ask(
+            "publish",
+            to,
+            token,
+            out.event,
+            repo=repo,
+            private=private,
+            files={name: str(file) for name, file in parcel.files.items()},
+            texts=texts,
+            message="Upload with qtool",
+        )
+        url = f"{answer['endpoint']}/{'models/' if to == 'modelers' else ''}{repo}"
+        sent = [name for name in names if name not in answer["skipped"]]
+        out.info(f"{len(sent)} files sent, {len(answer['skipped'])} were there already")
+        facts = {"url": url, "hub": to, "repo": repo, "commit": answer["commit"], "sent": sent}
+        out.result(facts | {"skipped": answer["skipped"]} if json else url)

@@ -1,0 +1,66 @@
+"""A model card for what `qtool quantize` made, from its qtool.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+_LICENSE_KEYS = ("license", "license_name", "license_link", "language")
+_NAMES = {
+    "compressed-tensors": "vLLM, SGLang and transformers",
+    "golden-stick": "vLLM-MindSpore",
+    "modelslim": "vllm-ascend and MindIE",
+}
+
+
+def card(name: str, report: Mapping[str, Any], base_readme: str) -> str:
+    """README.md as Markdown, with the front matter that hubs read.
+
+    Args:
+        name: the model's.
+        report: qtool.json.
+        base_readme: the original's README.md, of which the licence and the language are taken; may be empty.
+    """
+    origin = report.get("origin") or {}
+    base, scheme, format = origin.get("repo"), str(report.get("scheme", "w8a8")), str(report.get("format", ""))
+    matter: dict[str, Any] = {key: value for key, value in front_matter(base_readme).items() if key in _LICENSE_KEYS}
+    if base:
+        matter |= {"base_model": base, "base_model_relation": "quantized"}
+    matter |= {"pipeline_tag": "text-generation", "tags": ["qtool", "w8a8", *([format] if format else [])]}
+    calibration = report.get("calibration") or {}
+    recipe = (report.get("recipe") or {}).get("name")
+    rows = [
+        ("base model", f"{base} at `{origin['commit'][:12]}`" if base else str(report.get("source", "unknown"))),
+        ("scheme", f"`{scheme}`: 8-bit integer weights and activations" + (f", recipe `{recipe}`" if recipe else "")),
+        ("format", f"`{format}`" + (f", for {_NAMES[format]}" if format in _NAMES else "")),
+        ("calibration", _calibration(calibration)),
+    ]
+    if isinstance(error := report.get("mean_relative_error"), int | float):
+        rows.append(("measured", f"mean relative error of the quantized layers on the calibration text: {error:.2e}"))
+    rows.append(("made with", f"qtool {report.get('qtool', '')}".strip()))
+    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
+    front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n\n# {name}\n\n| | |\n| --- | --- |\n{table}\n\n`qtool.json` has all the settings.\n"
+
+
+def front_matter(readme: str) -> dict[str, Any]:
+    """The YAML between the first two lines of dashes; empty when there is none, or none that can be read."""
+    if not readme.startswith("---\n"):
+        return {}
+    try:
+        found = yaml.safe_load(readme[4:].partition("\n---")[0])
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _calibration(calibration: Mapping[str, Any]) -> str:
+    if not calibration:
+        return "none"
+    return f"{calibration.get('samples')} x {calibration.get('seq_len')} tokens of {calibration.get('source')}"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

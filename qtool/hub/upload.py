@@ -1,0 +1,54 @@
+"""What of a folder goes to a hub. Runs in the parent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtool.checkpoint.reader import LOCK, REPORT, Checkpoint, read_json
+from qtool.errors import InputError
+from qtool.hub.card import card
+from qtool.hub.names import name_problem, shown
+
+README = "README.md"
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What will be sent.
+
+    Attributes:
+        files: local files by path in the repository.
+        card: the model card that goes as README.md, or None when the folder's own README does.
+    """
+
+    files: dict[str, Path]
+    card: str | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files.values()) + len((self.card or "").encode())
+
+
+def pack(folder: Path, repo: str) -> Parcel:
+    """Look at a model folder: everything in it goes, except hidden files and the lock of a download.
+
+    Raises:
+        InputError: not a model folder, a link that leads out of it, or a name that no hub should get.
+    """
+    Checkpoint.open(folder)
+    files = {}
+    for file in sorted(folder.rglob("*")):
+        path = file.relative_to(folder)
+        if file.is_dir() or any(part.startswith(".") for part in path.parts) or path.as_posix() == LOCK:
+            continue
+        if not file.resolve().is_relative_to(folder.resolve()):
+            hint = "Copy the file into the folder if it is to be uploaded."
+            raise InputError("refused: a link that leads out of the folder", where=str(file), hint=hint)
+        if problem := name_problem(path.as_posix()):
+            raise InputError(f"refused {shown(path)}: {problem}", where=str(folder), hint="Rename or remove it.")
+        files[path.as_posix()] = file
+    if REPORT not in files:
+        return Parcel(files, None)
+    readme = files.pop(README).read_text(encoding="utf-8", errors="replace") if README in files else ""
+    return Parcel(files, card(repo.rpartition("/")[2], read_json(folder / REPORT), readme))
