@@ -23,7 +23,6 @@ from pathlib import Path
 
 from tests.hub.fixtures import (
     IMPATIENT,
-    REPOSITORY,
     Hub,
     contents,
     huggingface_server,
@@ -32,6 +31,7 @@ from tests.hub.fixtures import (
     wanted,
 )
 from tests.hub.loopback import FOREVER, Fault, LoopbackServer, Repo
+from tests.managed import REPOSITORY
 
 SHARD = "model-00001-of-00002.safetensors"
 FILES = model_files(elements=300_000)

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from tests.hub import fault_table
-from tests.hub.fixtures import IMPATIENT, REPOSITORY, Hub, contents, model_files, wanted
+from tests.hub.fixtures import IMPATIENT, Hub, contents, model_files, wanted
 from tests.hub.loopback import FOREVER, Fault, Repo
+from tests.managed import REPOSITORY
 
 RUNS = 20
 SHARD = "model-00001-of-00002.safetensors"
