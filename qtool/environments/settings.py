@@ -14,8 +14,6 @@ import os
 import tomllib
 from pathlib import Path
 
-from platformdirs import user_config_path
-
 from qtool.environments.table import ENGINES
 from qtool.errors import InputError
 
@@ -48,6 +46,8 @@ def named_interpreter(engine: str) -> tuple[str, str] | None:
 
 def config_file() -> Path:
     """The user's configuration file, which need not exist."""
+    from platformdirs import user_config_path  # here: workers' interpreters import this module and need not have it
+
     return user_config_path("qtool") / "config.toml"
 
 

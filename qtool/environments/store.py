@@ -19,8 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from platformdirs import user_data_path
-
 from qtool.environments.table import ENGINES, find
 from qtool.errors import QtoolError
 
@@ -44,6 +42,8 @@ def root() -> Path:
     """The folder of all environments: QTOOL_ENVIRONMENTS, else `environments` in the user's data folder."""
     if named := os.environ.get("QTOOL_ENVIRONMENTS"):
         return Path(named).expanduser().absolute()
+    from platformdirs import user_data_path  # here: workers' interpreters import this module and need not have it
+
     return user_data_path("qtool") / "environments"
 
 
