@@ -46,8 +46,7 @@ def test_every_shipped_recipe_is_valid_and_named_after_its_file(name: str) -> No
     assert set(recipe.schemes) >= ({"w8a8"} if name == "golden-stick-osl" else {"w8a8", "w8a8-dynamic"})
     assert recipe.default_scheme == "w8a8"
     assert recipe.source
-    # Reasoning models repeat themselves when greedy: DeepSeek recommends 0.6 for R1.
-    assert recipe.generate.temperature == (0.6 if name.startswith("deepseek") else 0)
+    assert recipe.generate.temperature == 0
 
 
 # The names of the linear layers of these models as transformers has them, and of fused ones as other runtimes do.

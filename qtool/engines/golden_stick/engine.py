@@ -81,6 +81,7 @@ def quantize(job: dict[str, Any], on_event: OnEvent) -> dict[str, Any]:
             "engine": "golden-stick",
             "device": made["device"],
             "source": checkpoint.path.name,
+            "origin": checkpoint.origin,
             "format": job["format"],
             "recipe": job["recipe"],
             "scheme": job["scheme"],
