@@ -23,7 +23,7 @@ def generate(
         list[str] | None,
         typer.Option("--prompt", "-p", help="A prompt; repeat it for more. Without: stdin, one a line."),
     ] = None,
-    runtime: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
+    runtime: Annotated[str, typer.Option(help="auto, vllm, transformers, vllm-mindspore or vllm-ascend.")] = "auto",
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most new tokens per prompt.", show_default="from the model's recipe")
     ] = None,

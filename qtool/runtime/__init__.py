@@ -17,7 +17,7 @@ from qtool.environments.table import ENGINES
 from qtool.errors import InputError
 from qtool.runtime import mindspore
 
-NAMES = ("auto", "vllm", "transformers")
+NAMES = ("auto", "vllm", "transformers", "vllm-mindspore", "vllm-ascend")
 
 # checkpoint format -> the vLLM plugin that reads it; vLLM by itself reads the others
 PLUGINS = {"golden-stick": "vllm-mindspore", "modelslim": "vllm-ascend"}
@@ -42,7 +42,7 @@ def choose(runtime: str, format: str) -> Runtime:
     """The runtime for a checkpoint of this format (as `Checkpoint.format` says it).
 
     `auto` takes vLLM where it is installed, else transformers. golden-stick and modelslim checkpoints
-    have one runtime each, a vLLM plugin.
+    have one runtime each, a vLLM plugin, which `vllm` stands for as well; a plugin reads float checkpoints too.
 
     Raises:
         InputError: an unknown runtime, one that can't read the format, or one that isn't installed.
@@ -50,10 +50,16 @@ def choose(runtime: str, format: str) -> Runtime:
     if runtime not in NAMES:
         raise InputError(f"unknown runtime {runtime!r}", where="--runtime", hint=f"One of {', '.join(NAMES)}.")
     if plugin := PLUGINS.get(format):
-        if runtime == "transformers":
-            hint = f"Use --runtime vllm with {plugin}, or quantize with --format compressed-tensors."
-            raise InputError(f"transformers can't read {format} checkpoints", where="--runtime", hint=hint)
+        if runtime not in ("auto", "vllm", plugin):
+            hint = f"Use --runtime {plugin}, or quantize with --format compressed-tensors."
+            raise InputError(f"{runtime} can't read {format} checkpoints", where="--runtime", hint=hint)
         return _vllm(plugin, {"quantization": QUANTIZATION[format]})
+    if runtime in PLUGINS.values():
+        if format != "float":
+            own = next(name for name, plugin in PLUGINS.items() if plugin == runtime)
+            hint = f"Use --runtime vllm, or quantize with --format {own}."
+            raise InputError(f"{runtime} can't read {format} checkpoints", where="--runtime", hint=hint)
+        return _vllm(runtime, {})
     if runtime == "transformers" or (runtime == "auto" and not _installed("vllm")):
         return Runtime("transformers", lookup.interpreter("transformers"), env=_environment("cpu"))
     return _vllm("vllm", {})

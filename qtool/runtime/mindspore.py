@@ -84,7 +84,7 @@ def adapt(runtime: Runtime, checkpoint: Checkpoint) -> Runtime:
     Raises:
         InputError: no kind of model, or not the one that the user chose, runs this checkpoint.
     """
-    dynamic = "W8A8_DYNAMIC" in checkpoint.description.values()
+    dynamic = checkpoint.format == "golden-stick" and "W8A8_DYNAMIC" in checkpoint.description.values()
     chosen = os.environ.get(_VARIABLE, "").lower() or backend(checkpoint.config, dynamic=dynamic)
     architecture = _architecture(checkpoint.config)
     if dynamic and (chosen != "mindformers" or architecture not in MINDFORMERS):

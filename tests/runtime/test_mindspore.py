@@ -164,6 +164,11 @@ def test_a_static_checkpoint(checkpoints: dict[str, Path], monkeypatch: pytest.M
     assert mindspore.adapt(base(), Checkpoint.open(checkpoints["static"])).env[VARIABLE] == "mindone"
 
 
+def test_a_float_checkpoint(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert mindspore.adapt(base(), Checkpoint.open(tiny_llama)).env == {"X": "1", VARIABLE: "native"}
+
+
 def test_dynamic_layers(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     assert mindspore.adapt(base(), Checkpoint.open(checkpoints["qwen3"])).env[VARIABLE] == "mindformers"

@@ -204,6 +204,12 @@ def test_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     installed |= {"vllm_mindspore", "vllm_ascend"}
     assert runtimes.choose("auto", "golden-stick").engine["quantization"] == "golden-stick"
     assert runtimes.choose("vllm", "modelslim").engine["quantization"] == "ascend"
+    assert runtimes.choose("vllm-mindspore", "golden-stick") == runtimes.choose("auto", "golden-stick")
+    assert runtimes.choose("vllm-mindspore", "float").name == "vllm-mindspore"
+    assert "quantization" not in runtimes.choose("vllm-ascend", "float").engine
+    for runtime, format in (("vllm-mindspore", "compressed-tensors"), ("vllm-ascend", "golden-stick")):
+        with pytest.raises(InputError, match=f"{runtime} can't read {format}"):
+            runtimes.choose(runtime, format)
     installed -= {"vllm"}
     assert runtimes.choose("auto", "float").name == "transformers"
     with pytest.raises(InputError, match="vllm needs the Python package vllm") as caught:
