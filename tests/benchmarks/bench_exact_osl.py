@@ -63,6 +63,7 @@ def main(model: Path, reference: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    if len(sys.argv) == 3:
+        main(Path(sys.argv[1]), Path(sys.argv[2]))
+    else:
+        print("left out: it needs a MODEL and a REFERENCE, see its first lines", file=sys.stderr)
