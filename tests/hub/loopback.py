@@ -461,7 +461,13 @@ class ModelersHandler(Handler):
             return self._info(found[1], asked.get("ref", "main"), asked.get("path", ""))
         if found := re.fullmatch(r"/api/v1/model/([^/]+)/([^/]+)", path):
             files = self._repo(f"{found[1]}/{found[2]}", asked.get("ref", "main"))
-            model: dict[str, Any] = {"id": "1", "owner": found[1], "name": found[2], "visibility": "public", "labels": {}}
+            model: dict[str, Any] = {
+                "id": "1",
+                "owner": found[1],
+                "name": found[2],
+                "visibility": "public",
+                "labels": {},
+            }
             return None if files is None else self.answer(200, {"data": model})
         if path == "/api/v1/user":
             return self.answer(200, {"data": {"account": "org", "email": "a@b.c"}})
