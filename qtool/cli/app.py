@@ -142,13 +142,7 @@ def _invoke(command: Callable[[], Any], settings: Common) -> int:
     except SystemExit as exit_:
         code = exit_.code
         if code == 130:
-            cause = exit_.__context__
-            while cause is not None and not isinstance(cause, KeyboardInterrupt):
-                cause = cause.__context__
-            if settings.debug and cause is not None:
-                traceback.print_exception(cause)
-            code = getattr(cause, "exit_code", 130)
-            print("interrupted", file=sys.stderr)
+            return _interrupted(_interruption(exit_), settings)
         return code if isinstance(code, int) else int(bool(code))
     except BrokenPipeError:
         raise
@@ -160,6 +154,8 @@ def _invoke(command: Callable[[], Any], settings: Common) -> int:
         console().error(error)
         return error.exit_code
     except Exception as error:
+        if (interruption := _interruption(error)) is not None:  # Python 3.11 wraps it while it defines a class
+            return _interrupted(interruption, settings)
         if settings.debug:
             traceback.print_exception(error)
             return 1
@@ -167,6 +163,21 @@ def _invoke(command: Callable[[], Any], settings: Common) -> int:
         print(f"error: this is a bug in qtool: {type(error).__name__}: {what[:500]}", file=sys.stderr)
         print("hint: run the same command with --debug and report what it shows", file=sys.stderr)
         return 1
+
+
+def _interruption(error: BaseException) -> BaseException | None:
+    """The Ctrl-C or the signal that led to `error`, if one did."""
+    cause = error.__cause__ or error.__context__
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
+def _interrupted(cause: BaseException | None, settings: Common) -> int:
+    if settings.debug and cause is not None:
+        traceback.print_exception(cause)
+    print("interrupted", file=sys.stderr)
+    return int(getattr(cause, "exit_code", 130))
 
 
 def _silence_stdout() -> None:

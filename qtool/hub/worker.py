@@ -60,7 +60,7 @@ def connect(name: str, token: str | None) -> Hub:
 
 def _list(hub: Hub, job: dict[str, Any], report: Report) -> dict[str, Any]:
     try:
-        listing = Patience().persist(
+        listing = Patience(base=0.25).persist(  # somebody waits for this
             lambda: attempt(hub, lambda: hub.listing(job["repo"], job["revision"])), where=hub.endpoint
         )
     except Absent as error:

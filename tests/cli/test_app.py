@@ -207,3 +207,14 @@ def test_a_dash_reads_the_path_from_stdin(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     with pytest.raises(InputError, match="no path on standard input"):
         path_or_stdin("-")
+
+
+def test_an_interruption_that_python_has_wrapped(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def body() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interruption:
+            raise RuntimeError("Error calling __set_name__") from interruption
+
+    assert command(body) == 130
+    assert capsys.readouterr().err == "interrupted\n"
