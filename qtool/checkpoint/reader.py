@@ -134,6 +134,12 @@ class Checkpoint:
         spans = [(info.offset + first * width, length * width) for first, length in _runs(wanted.tolist())]
         return self._read(info, spans).reshape(len(wanted), *info.shape[1:])[inverse]
 
+    def row_range(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start to stop of a tensor, in the stored dtype. Raises InputError as `tensor`."""
+        info = self.info(name)
+        width = info.nbytes // info.shape[0] if info.shape[0] else 0
+        return self._read(info, [(info.offset + start * width, (stop - start) * width)]).reshape(-1, *info.shape[1:])
+
     def _read(self, info: TensorInfo, spans: list[tuple[int, int]]) -> torch.Tensor:
         """The bytes of several (offset, length) spans, one after the other, as a flat tensor of the stored dtype."""
         import torch

@@ -61,6 +61,11 @@ class Calibration(Strict):
     samples: int = Field(default=32, gt=0)
     seq_len: int = Field(default=512, gt=1)
     seed: int = 0
+    expert_tokens: int = Field(
+        default=128,
+        ge=1,
+        description="tokens that a routed expert's statistics need; the router's next choices fill up to it",
+    )
 
 
 class Export(Strict):
