@@ -33,7 +33,7 @@ COMMANDS = {
     "generate": ("qtool.cli.generate:generate", "Generate text with a model, quantized or not."),
     "eval": ("qtool.cli.eval:evaluate", "Compare a quantized model with its original."),
     "inspect": ("qtool.cli.inspect:inspect", "Show what a checkpoint is: architecture, format, size, schemes."),
-    "convert": ("qtool.cli.convert:convert", "Convert a GGUF file to a Hugging Face checkpoint."),
+    "convert": ("qtool.cli.convert:convert", "Convert a model to another W8A8 format, or a GGUF file to a checkpoint."),
     "upload": ("qtool.cli.upload:upload", "Upload a model to a hub, with a model card."),
     "recipes": ("qtool.cli.recipes:app", "List, show and validate recipes."),
     "env": ("qtool.cli.env:app", "List, install and remove environments for engines and runtimes."),
