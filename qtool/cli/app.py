@@ -34,6 +34,7 @@ COMMANDS = {
     "eval": ("qtool.cli.eval:evaluate", "Compare a quantized model with its original."),
     "inspect": ("qtool.cli.inspect:inspect", "Show what a checkpoint is: architecture, format, size, schemes."),
     "convert": ("qtool.cli.convert:convert", "Convert a model to another W8A8 format, or a GGUF file to a checkpoint."),
+    "run": ("qtool.cli.run:run", "Do all of a recipe: download, quantize, eval, convert, generate."),
     "upload": ("qtool.cli.upload:upload", "Upload a model to a hub, with a model card."),
     "recipes": ("qtool.cli.recipes:app", "List, show and validate recipes."),
     "env": ("qtool.cli.env:app", "List, install and remove environments for engines and runtimes."),

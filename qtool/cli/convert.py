@@ -69,11 +69,13 @@ def _checkpoint(source: Path, to: str | None, output: Path | None, dtype: str | 
     source = Checkpoint.open(source).path.absolute()  # whatever is wrong should show before torch is imported
     target = (output or source.with_name(f"{source.name}-{to}")).expanduser().absolute()
     with console() as out:
-        result = service.checkpoint(source, target, to, overwrite=overwrite, on_event=out.event)
+        result = service.to_format(source, target, to, overwrite=overwrite, on_event=out.event)
         layers = ", ".join(f"{count} {mode}" for mode, count in result["layers"].items() if count)
         rounding = result["input_scale_rounding"]
         scales = f"input scales rounded by up to {rounding:.2%}" if rounding else "scales unchanged"
-        integers = f"{result['integers']:,} integers" + (" dequantized" if to == "bfloat16" else f" unchanged, {scales}")
+        integers = f"{result['integers']:,} integers" + (
+            " dequantized" if to == "bfloat16" else f" unchanged, {scales}"
+        )
         out.info(f"{result['from']} to {to}: {layers} layers, {integers}, in {result['seconds']:.1f} s")
         _print(out, result)
 
@@ -88,7 +90,7 @@ def _gguf(source: Path, to: str | None, output: Path | None, dtype: str, *, over
         raise InputError(f"a file is a GGUF file, and can't become {to} at once", where="--to", hint=hint)
     target = (output or source.with_name(source.stem)).expanduser().absolute()
     with console() as out:
-        result = service.gguf(source, target, dtype, overwrite=overwrite, on_event=out.event)
+        result = service.from_gguf(source, target, dtype, overwrite=overwrite, on_event=out.event)
         facts = f"{result['parameters']:,} parameters in {dtype}, {result['nbytes']:,} bytes"
         out.info(f"{result['architecture']}, {facts}")
         _print(out, result)

@@ -12,7 +12,7 @@ from qtool.environments.lookup import interpreter
 OnEvent = Callable[[workers.Event], None]
 
 
-def gguf(source: Path, output: Path, dtype: str, *, overwrite: bool, on_event: OnEvent) -> dict[str, Any]:
+def from_gguf(source: Path, output: Path, dtype: str, *, overwrite: bool, on_event: OnEvent) -> dict[str, Any]:
     """Make `output` a Hugging Face checkpoint of a GGUF file, its parameters in `dtype`; see `convert.gguf.main`.
 
     Raises:
@@ -35,7 +35,7 @@ def gguf(source: Path, output: Path, dtype: str, *, overwrite: bool, on_event: O
     return {"output": str(output), "dtype": dtype, **result}
 
 
-def checkpoint(source: Path, output: Path, to: str, *, overwrite: bool, on_event: OnEvent) -> dict[str, Any]:
+def to_format(source: Path, output: Path, to: str, *, overwrite: bool, on_event: OnEvent) -> dict[str, Any]:
     """Make `output` the W8A8 checkpoint `source` in another format; see `convert.checkpoint.main`.
 
     Raises:

@@ -151,7 +151,9 @@ def _modes(source: Checkpoint) -> dict[str, Mode]:
     for tensor in source.names:
         owner, _, part = tensor.rpartition(".")
         if owner in modes and part not in _PARTS:
-            raise Stored(source, owner).error(f"has a tensor {part!r}, which is none of {source.format}'s that qtool knows")
+            raise Stored(source, owner).error(
+                f"has a tensor {part!r}, which is none of {source.format}'s that qtool knows"
+            )
     _check_description(source, modes)
     return modes
 
@@ -209,7 +211,7 @@ def _check_inputs(source: Checkpoint, form: Format, modes: Mapping[str, Mode], d
         change = abs(form.storable_scale(scale, model_dtype) - scale) / scale
         if not change <= _MAX_ROUNDING:
             raise stored.error(
-                f"{form.name} holds input scales in the model's dtype ({dtype}), which changes {scale:.4g} by {change:.1%}"
+                f"{form.name} holds input scales in the model's dtype, and {dtype} changes {scale:.4g} by {change:.1%}"
             )
         largest = max(largest, change)
         fused = fused_name(name)
@@ -315,5 +317,3 @@ def _note(source: Checkpoint, planned: Plan) -> dict[str, Any]:
     before = report.get("converted")
     steps = [*(before if isinstance(before, list) else []), step]
     return {**report, "format": planned.target, "converted": steps}
-
-
