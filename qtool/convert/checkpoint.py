@@ -83,16 +83,15 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
         report.warning(warning)
     size = output_bytes(source, planned)
     check_free_space(job["output"], size)
-    written, config = _write(source, planned, job, report, size)
+    integers = _write(source, planned, job, report)
     modes = list(planned.modes.values())
     return {
         "from": source.format,
         "to": planned.target,
         "layers": {mode: modes.count(mode) for mode in ("static", "dynamic")},
-        "integers": written,
+        "integers": integers,
         "input_scale_rounding": planned.rounding,
-        "nbytes": size,
-        "dtype": config.get("dtype"),
+        "nbytes": Checkpoint.open(job["output"]).nbytes,
         "seconds": round(time.perf_counter() - started, 2),
         "output": job["output"],
     }
@@ -245,10 +244,8 @@ def output_bytes(source: Checkpoint, planned: Plan) -> int:
 # ------------------------------------------------------------------ doing it
 
 
-def _write(
-    source: Checkpoint, planned: Plan, job: dict[str, Any], report: Report, size: int
-) -> tuple[int, dict[str, Any]]:
-    """Write the new checkpoint; how many integers it took over, and its config.json."""
+def _write(source: Checkpoint, planned: Plan, job: dict[str, Any], report: Report) -> int:
+    """Write the new checkpoint; how many integers it took over."""
     reader, integers, done = formats.get(source.format), 0, 0
     dtype = dtypes.to_torch(planned.dtype)
     assert dtype is not None
@@ -275,7 +272,7 @@ def _write(
                     writer.add_linear(owner, _storable(linear, form, dtype), dtype)
         report.progress("converting", source.nbytes, source.nbytes, "bytes")
         writer.finish(source, config, _note(source, planned))
-    return integers, config
+    return integers
 
 
 def _storable(linear: QuantizedLinear, form: Format, dtype: torch.dtype) -> QuantizedLinear:
