@@ -79,13 +79,13 @@ class CheckpointWriter:
         self.records: list[dict[str, Any]] = []
         self._obsolete: list[Path] = []
         self._dirty: list[Path] = []
+        tidy(self.output, keep_resumable=resume)
         check_output(self.output, overwrite=overwrite)
         entries: list[dict[str, Any]] = []
         self._folder: PartialFolder | None = None
         if key is not None and resume:
             self._folder, entries = PartialFolder.resume(self.output, key) or (None, [])
         if self._folder is None:
-            tidy(self.output)
             self._folder = PartialFolder(self.output)
         if key is not None:
             with disk_errors(self.output, 0):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
+from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin, size
 
 if TYPE_CHECKING:
     from qtool.console import Console

@@ -13,6 +13,7 @@ from qtool.checkpoint.storage import tidy
 from qtool.errors import InputError
 from qtool.recipe.schema import Recipe
 
+
 @dataclass(frozen=True)
 class Resources:
     """What the native engine may use.

@@ -17,8 +17,7 @@ from qtool.calibration.text import Calibration, load, load_tokenizer
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import CheckpointWriter, check_free_space
-from qtool.engines.native import memory, plan
-from qtool.engines.native.executor import Here
+from qtool.engines.native import executor, memory, plan
 from qtool.engines.native.layers import Layers, add_unchanged
 from qtool.engines.native.stream import DecoderStream
 from qtool.engines.native.units import Source
@@ -47,6 +46,7 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
     plan.refuse_quantized(checkpoint)
     exact = recipe.osl == "exact"
     torch.manual_seed(job["calibration"]["seed"])
+    torch.set_num_threads(job["threads"] or torch.get_num_threads())
     device = _device(job["device"])
     stream = DecoderStream(
         checkpoint,
@@ -84,15 +84,15 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
         max_shard_bytes=int(recipe.export.max_shard_gb * 1e9),
         expected_tensors=6 * len(checkpoint.names),
         key=_key(checkpoint, source, recipe, scheme, calibration),
-        resume=job.get("resume", False),
+        resume=job["resume"],
     )
-    with writer:
+    with writer, executor.make(job["workers"], job["ray"]) as units:
         layers = Layers(
             stream,
             source,
             planned.policies,
             writer,
-            Here(),
+            units,
             report,
             exact=exact,
             batch_tokens=_BATCH_TOKENS,
