@@ -21,6 +21,11 @@ from safetensors.torch import load_file, save_file
 FP8_BLOCK = 128
 STARVED, RARE = 1, 2
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 _COMMON: dict[str, Any] = {
     "hidden_size": 192,
     "intermediate_size": 320,
@@ -86,6 +91,31 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32},
 }
+
+
+def train_tokenizer(entries: int) -> Any:
+    """A byte-level BPE tokenizer trained on CPython's own help texts, with a chat template.
+
+    Entries 0 to 3 are <s>, </s>, <|im_start|> and <|im_end|>; it adds no special tokens by itself.
+    """
+    from pydoc_data.topics import topics
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=entries,
+        show_progress=False,
+        special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    trained.train_from_iterator([topics[name] for name in sorted(topics)[: 20 if entries < 1000 else None]], trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=trained, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
 
 
 def make(
