@@ -22,11 +22,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
 
 @dataclass(frozen=True)
 class Finished:
@@ -82,28 +77,10 @@ def run_qtool(qtool_environment: dict[str, str]) -> Callable[..., Finished]:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
-    """A byte-level BPE tokenizer of 512 entries trained on CPython's own help texts, with a chat template.
+    """`families.train_tokenizer` with 512 entries."""
+    from tests.families import train_tokenizer
 
-    Entries 0 to 3 are <s>, </s>, <|im_start|> and <|im_end|>; it adds no special tokens by itself.
-    """
-    from pydoc_data.topics import topics
-
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        show_progress=False,
-        special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator([topics[name] for name in sorted(topics)[:20]], trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
-    wrapped.chat_template = CHAT_TEMPLATE
-    return wrapped
+    return train_tokenizer(512)
 
 
 @pytest.fixture(scope="session")

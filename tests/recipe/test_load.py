@@ -117,6 +117,36 @@ def test_deepseek_in_the_names_of_both_frameworks(name: str, linear: str, mode: 
         assert (policy.smoothing, policy.clip) == (("osl", True) if mode == "static" else ("none", False))
 
 
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "glm4-moe"])
+@pytest.mark.parametrize(
+    ("linear", "modes"),
+    [
+        # in w8a8, w8a8-dynamic and w8a8-static
+        ("model.layers.5.self_attn.q_proj", ("static", "dynamic", "static")),
+        ("model.layers.5.self_attn.o_proj", ("static", "dynamic", "static")),
+        ("model.layers.5.mlp.gate", (None, None, None)),
+        ("model.layers.5.block_sparse_moe.gate", (None, None, None)),
+        ("model.layers.5.mlp.experts.17.gate_proj", ("dynamic", "dynamic", None)),
+        ("model.layers.5.mlp.experts.17.down_proj", ("dynamic", "dynamic", None)),
+        ("model.layers.5.block_sparse_moe.experts.7.w1", ("dynamic", "dynamic", None)),
+        ("model.layers.5.block_sparse_moe.experts.7.w2", ("dynamic", "dynamic", None)),
+        ("model.layers.5.mlp.shared_experts.up_proj", ("dynamic", "dynamic", "static")),
+        ("model.layers.5.mlp.shared_experts.down_proj", ("dynamic", "dynamic", None)),
+        ("model.layers.0.mlp.gate_proj", ("dynamic", "dynamic", "static")),
+        ("model.layers.0.mlp.down_proj", ("dynamic", "dynamic", None)),
+        ("model.layers.46.eh_proj", (None, None, None)),
+        ("model.layers.46.shared_head.head", (None, None, None)),
+        ("lm_head", (None, None, None)),
+    ],
+)
+def test_experts_are_dynamic_or_float_and_routers_float(
+    name: str, linear: str, modes: tuple[str | None, str | None, str | None]
+) -> None:
+    recipe = load.load(name)
+    policies = [recipe.policy(scheme, linear) for scheme in ("w8a8", "w8a8-dynamic", "w8a8-static")]
+    assert tuple(policy.activations.mode if policy else None for policy in policies) == modes
+
+
 def test_deepseek_r1_runs_on_sixteen_cards() -> None:
     recipe = load.load("deepseek-r1-osl")
     assert (recipe.launch.devices, recipe.generate.tensor_parallel_size) == (16, 16)
@@ -138,6 +168,9 @@ def test_deepseek_r1_runs_on_sixteen_cards() -> None:
         ({"model_type": "qwen2", "vocab_size": 151936}, "qwen2.5"),
         ({"model_type": "qwen3", "vocab_size": 151936}, "qwen3"),
         ({"model_type": "mistral", "sliding_window": 4096}, "mistral"),
+        ({"model_type": "qwen3_moe", "num_experts": 128}, "qwen3-moe"),
+        ({"model_type": "mixtral"}, "mixtral"),
+        ({"model_type": "glm4_moe"}, "glm4-moe"),
         ({"model_type": "gemma2"}, "default"),
         ({}, "default"),
     ],
