@@ -24,7 +24,7 @@ _CLIP_RATIOS = (1.0, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8)
 # Weights that are in float32 at a time: what the cache takes; error compensation needs more rows to be worth its steps.
 _CHUNK, _COMPENSATED_CHUNK = 1 << 22, 1 << 24
 _MODEL_ROWS = 1 << 24  # elements of the rows that the search for a smoothing scale looks at
-_REPORT_TOKENS = 64  # that the reported error of a group is measured on
+_REPORT_TOKENS = 32  # that the reported error of a group is measured on
 _GPTQ_REMAINDER = 0.3  # of the rounding noise that error compensation leaves; measured 0.2 to 0.5 on SmolLM2
 
 

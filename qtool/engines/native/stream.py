@@ -242,6 +242,11 @@ class DecoderStream:
         """Attention heads, whose rows interleave in some fused projections."""
         return getattr(self._model.config.get_text_config(), "num_attention_heads", None) or 1
 
+    @property
+    def experts_per_token(self) -> int:
+        """How many routed experts a token goes to."""
+        return getattr(self._model.config.get_text_config(), "num_experts_per_tok", None) or 1
+
     def is_kept_in_float32(self, name: str) -> bool:
         """Whether the architecture wants this parameter or buffer in float32 whatever the rest is in."""
         return any(part in name for part in self._kept_in_float32)
