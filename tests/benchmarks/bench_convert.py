@@ -75,7 +75,19 @@ def convert(source: Path, target: Path, to: str) -> tuple[float, float, int]:
     """Seconds of the whole command and of the conversion in it, and the worker's peak memory in bytes."""
     result = target.with_suffix(".json")
     code = "import sys; from qtool.cli.app import run; sys.stdout = open(sys.argv.pop(1), 'w'); sys.exit(run())"
-    command = [sys.executable, "-c", code, result, "convert", source, "--to", to, "--output", target, "--json"]
+    command: list[str | Path] = [
+        sys.executable,
+        "-c",
+        code,
+        result,
+        "convert",
+        source,
+        "--to",
+        to,
+        "--output",
+        target,
+        "--json",
+    ]
     measured = measure([*command, "--quiet"], PYTHONPATH=str(REPOSITORY))
     return measured.seconds, json.loads(result.read_text())["seconds"], measured.worker
 
