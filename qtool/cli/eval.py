@@ -55,9 +55,7 @@ def evaluate(
 
     folders = [Path(path_or_stdin(value)).expanduser().absolute() for value in (base, quantized)]
     checkpoints = [Checkpoint.open(folder) for folder in folders]  # what is wrong shows before torch is imported
-    python, engine, env = interpreter("native"), {}, {}
-    if runtime == "vllm":
-        python, engine, env = _vllm(checkpoints[1].format)
+    python, engine, env = _vllm(checkpoints[1].format) if runtime == "vllm" else (interpreter("native"), {}, {})
     job = {
         "base": str(folders[0]),
         "quantized": str(folders[1]),

@@ -61,7 +61,7 @@ class VllmLogits:
                 hint="unset VLLM_ENABLE_V1_MULTIPROCESSING; one device only",
             ) from error
 
-    def _listen(self, model: torch.nn.Module) -> None:
+    def _listen(self, model: Any) -> None:
         compute = model.compute_logits
 
         def listening(*args: Any, **kwargs: Any) -> Any:
@@ -69,7 +69,7 @@ class VllmLogits:
             self._seen.append(logits)
             return logits
 
-        model.compute_logits = listening  # type: ignore[method-assign, assignment]
+        model.compute_logits = listening
 
     def __call__(self, ids: list[int]) -> torch.Tensor:
         """Logits float32 [len(ids) - 1, vocabulary] of each token that has a next one.

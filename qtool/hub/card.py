@@ -65,8 +65,8 @@ def _evaluation(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     text = found.get("text")
     if rows and isinstance(text, Mapping):
         runtime = found.get("runtime")
-        name = runtime.get("name") if isinstance(runtime, Mapping) else None
-        where = f", in {name}" if name not in (None, "qtool") else ""
+        by = runtime.get("name") if isinstance(runtime, Mapping) else None
+        where = f", in {by}" if by not in (None, "qtool") else ""
         what = f"{text.get('windows')} x {text.get('length')} tokens of {text.get('source')}{where}"
         rows.append(("evaluated on", what))
     return rows

@@ -71,5 +71,6 @@ def test_the_card_shows_the_figures(tmp_path: Path) -> None:
 
 
 def test_a_strange_evaluation_breaks_no_card() -> None:
+    strange: Any
     for strange in (1, [], "x", {"kl_divergence": "x"}, {"kl_divergence": {"value": None}, "text": 1}):
         assert "KL" not in card("name", {"evaluation": strange}, "")
