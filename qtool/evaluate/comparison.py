@@ -57,7 +57,7 @@ def compare(job: dict[str, Any], report: Report) -> dict[str, Any]:
     checkpoints = [Checkpoint.open(job["base"]), Checkpoint.open(job["quantized"])]
     base, quantized = (DecoderStream(c, dtype=torch.float32, trust_remote_code=trust) for c in checkpoints)
     _check_pair(base, quantized)
-    _check_length(base, job["length"])
+    check_length(base, job["length"])
     text = _text(job, checkpoints)
     targets = text.ids[:, 1:].reshape(-1)
     states = _run(base, text.ids, "base", report)
@@ -190,7 +190,8 @@ def _check_pair(base: DecoderStream, quantized: DecoderStream) -> None:
             )
 
 
-def _check_length(stream: DecoderStream, length: int) -> None:
+def check_length(stream: DecoderStream, length: int) -> None:
+    """Raises InputError for windows longer than the model's context."""
     config = stream.checkpoint.config
     context = (config.get("text_config") or config).get("max_position_embeddings")
     if isinstance(context, int) and length > context:
@@ -204,9 +205,9 @@ def _check_length(stream: DecoderStream, length: int) -> None:
 def _text(job: dict[str, Any], checkpoints: list[Checkpoint]) -> Calibration:
     """The windows, and a check that both models' tokenizers make the same of the text."""
     base, quantized = checkpoints
-    text = _tokenized(job, base)
+    text = windows_of(job, base)
     same_files = all(_bytes(base.path / name) == _bytes(quantized.path / name) for name in _TOKENIZER_FILES)
-    if not same_files and _tokenized(job, quantized).digest != text.digest:
+    if not same_files and windows_of(job, quantized).digest != text.digest:
         raise InputError(
             "the two models' tokenizers make different tokens of the text",
             where=f"{base.path} and {quantized.path}",
@@ -219,7 +220,8 @@ def _bytes(file: Path) -> bytes | None:
     return file.read_bytes() if file.is_file() else None
 
 
-def _tokenized(job: dict[str, Any], checkpoint: Checkpoint) -> Calibration:
+def windows_of(job: dict[str, Any], checkpoint: Checkpoint) -> Calibration:
+    """The text to evaluate on, by the job's text, windows, length and trust_remote_code."""
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=job["trust_remote_code"])
     windows, length = job["windows"], job["length"]
     try:
