@@ -13,7 +13,6 @@ from qtool.errors import InputError
 
 if TYPE_CHECKING:
     from qtool.console import Console
-    from qtool.evaluate.intervals import Estimate
 
 
 def evaluate(
@@ -30,6 +29,10 @@ def evaluate(
         Literal["qtool", "vllm"],
         typer.Option(help="Who runs the quantized model: qtool, layer by layer in float32, or vLLM, whole."),
     ] = "qtool",
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE.html", help="Also make a page with plots, in one file.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the report if it exists.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -46,15 +49,20 @@ def evaluate(
 
       qtool eval ./SmolLM2-135M ./SmolLM2-135M-w8a8 --text held-out.txt
 
+      qtool eval ./SmolLM2-135M ./SmolLM2-135M-w8a8 --runtime vllm --report smollm2.html
+
       qtool quantize ./SmolLM2-135M | qtool eval ./SmolLM2-135M - --json
     """
     from qtool import workers
     from qtool.checkpoint.reader import Checkpoint
     from qtool.environments.lookup import interpreter
-    from qtool.evaluate import record
+    from qtool.evaluate import facts, record
+    from qtool.evaluate import report as page
 
     folders = [Path(path_or_stdin(value)).expanduser().absolute() for value in (base, quantized)]
     checkpoints = [Checkpoint.open(folder) for folder in folders]  # what is wrong shows before torch is imported
+    if report is not None:
+        page.check(report, overwrite=overwrite)
     python, engine, env = _vllm(checkpoints[1].format) if runtime == "vllm" else (interpreter("native"), {}, {})
     job = {
         "base": str(folders[0]),
@@ -68,13 +76,18 @@ def evaluate(
     }
     with console() as out:
         result = workers.run("qtool.evaluate.worker", job, python=python, env=env, on_event=out.event)
+        result["sizes"] = {key: facts.sizes(of) for key, of in zip(("base", "quantized"), checkpoints, strict=True)}
+        result["groups"] = facts.groups(checkpoints[1])
+        if report is not None:
+            page.write(report, result)
+            out.info(f"report: {report.absolute()}")
         if checkpoints[1].format != "float" and (reason := record.keep(folders[1], result)):
             out.info(f"the figures are not kept in the quantized model: {reason}")
     out.info(f"{result['seconds']:.0f} s, peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB")
     if json or not sys.stdout.isatty():
         out.result(result)
     else:
-        _show(result, out)
+        _show(result, page.rows(result), out)
 
 
 def _vllm(format: str) -> tuple[str, dict[str, Any], dict[str, str]]:
@@ -91,28 +104,11 @@ def _vllm(format: str) -> tuple[str, dict[str, Any], dict[str, str]]:
     return chosen.python, chosen.engine, {**chosen.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
-def _show(result: dict[str, Any], out: Console) -> None:
+def _show(result: dict[str, Any], rows: list[tuple[str, str, str]], out: Console) -> None:
     text, runtime = result["text"], result["runtime"]
     title = (
         f"{Path(result['quantized']).name} against {Path(result['base']).name}, "
         f"{text['windows']} x {text['length']} tokens of {text['source']}"
         + (f", in {runtime['name']} ({runtime['dtype']})" if runtime["name"] != "qtool" else "")
     )
-    rows = [
-        _row("perplexity, base", result["base_perplexity"], ".3f"),
-        _row("perplexity, quantized", result["quantized_perplexity"], ".3f"),
-        _row("perplexity, quantized / base", result["perplexity_ratio"], ".4f"),
-        _row("KL divergence per token, mean (nats)", result["kl_divergence"], ".5f"),
-        _row("KL divergence, median", result["kl_median"], ".5f"),
-        _row("KL divergence, 99th percentile", result["kl_p99"], ".5f"),
-        ["KL divergence, maximum", f"{result['kl_max']['value']:.5f}", ""],
-        _row("top-1 agreement", result["top1_agreement"], ".2%"),
-        _row("top-5 agreement", result["top5_agreement"], ".2%"),
-    ]
     out.table(title, ["", "value", "95 % interval"], rows, result=True)
-
-
-def _row(name: str, figure: Estimate, form: str) -> list[str]:
-    low, high = figure["low"], figure["high"]
-    interval = "" if low is None or high is None else f"{low:{form}} to {high:{form}}"
-    return [name, f"{figure['value']:{form}}", interval]

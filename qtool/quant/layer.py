@@ -42,13 +42,20 @@ class Storage:
 
 @dataclass
 class GroupReport:
-    """How one group of linears came out; goes into qtool.json."""
+    """How one group of linears came out; goes into qtool.json.
+
+    Attributes:
+        input, smoothed: the input's range on the calibration text before and after smoothing, as "low", "high" and
+            "typical", the median over channels of the largest magnitude.
+    """
 
     linears: list[str]
     activations: str
     smoothing: str
     alpha: float | None
     relative_error: float
+    input: dict[str, float]
+    smoothed: dict[str, float]
 
 
 @dataclass
@@ -245,6 +252,7 @@ def _round(layer: nn.Module, work: _Work, storage: Storage, result: LayerResult)
     else:
         integers = rounding.integers_within(work.weight, work.scales, work.bounds).to(torch.int8)
     few = slice(None, None, max(1, len(noisy) // _REPORT_TOKENS))
+    s = work.smoothing.s if work.smoothing is not None else torch.ones_like(work.low)
     reference = work.sample[few] @ work.weight.t()
     error = (noisy[few] @ (integers * work.scales[:, None]).t()).sub_(reference).square_().sum()
     result.groups.append(
@@ -254,6 +262,8 @@ def _round(layer: nn.Module, work: _Work, storage: Storage, result: LayerResult)
             smoothing=work.policy.smoothing if work.smoothing is not None else "none",
             alpha=work.smoothing.alpha if work.smoothing is not None else None,
             relative_error=float(error / reference.square_().sum().clamp(min=1e-30)),
+            input=_range(work.low * s, work.high * s),
+            smoothed=_range(work.low, work.high),
         )
     )
     start = 0
@@ -268,6 +278,11 @@ def _round(layer: nn.Module, work: _Work, storage: Storage, result: LayerResult)
             input_offset=input_offset,
         )
         start = end
+
+
+def _range(low: torch.Tensor, high: torch.Tensor) -> dict[str, float]:
+    typical = torch.maximum(low.abs(), high.abs()).median()
+    return {"low": float(low.min()), "high": float(high.max()), "typical": float(typical)}
 
 
 def _static_parameters(low: float, high: float, storage: Storage) -> tuple[float, int]:

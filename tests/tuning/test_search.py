@@ -11,8 +11,18 @@ from hypothesis import strategies as st
 
 from qtool.errors import InputError
 from qtool.recipe.schema import Activations, Policy, Recipe
-from qtool.tuning.search import FLOAT, Choice, Option, Unit, pattern, policies, total_bytes, total_kl
-from qtool.tuning.search import within_bytes, within_kl
+from qtool.tuning.search import (
+    FLOAT,
+    Choice,
+    Option,
+    Unit,
+    pattern,
+    policies,
+    total_bytes,
+    total_kl,
+    within_bytes,
+    within_kl,
+)
 from qtool.tuning.tune import Goal
 
 
