@@ -50,8 +50,8 @@ def along_text(values: Sequence[float], tokens: int, mean: float) -> str:
     def draw(axes: Axes) -> None:
         places = [i * tokens for i in range(len(values) + 1)]
         axes.stairs(values, places, fill=True, color="#3b6fb6", alpha=0.8)
-        axes.axhline(mean, color="#c0392b", linewidth=1)
-        axes.annotate(f"mean {mean:.5f}", (places[-1], mean), ha="right", va="bottom", color="#c0392b")
+        axes.axhline(mean, color="#c0392b", linewidth=1, label=f"mean {mean:.5f}")
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), borderpad=0)
         axes.set_xlabel("predicted tokens")
         axes.set_ylabel("KL, nats per token")
 
@@ -64,7 +64,7 @@ def errors(groups: Groups) -> str:
     def draw(axes: Axes) -> None:
         for name, rows in _kinds(groups).items():
             axes.plot([number(r) for r in rows], [r["relative_error"] for r in rows], ".-", label=name, linewidth=1)
-        axes.set_yscale("log")
+        _log(axes)
         axes.set_xlabel("layer")
         axes.set_ylabel("relative error")
         axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -76,10 +76,11 @@ def alphas(groups: Groups) -> str:
     """The smoothing's exponent of each group, by layer."""
 
     def draw(axes: Axes) -> None:
-        for marker, (name, rows) in zip("os^vDP", _kinds(groups).items(), strict=False):
-            known = [(number(row), row["alpha"]) for row in rows if row.get("alpha") is not None]
+        for i, (marker, (name, rows)) in enumerate(zip("os^vDP", _kinds(groups).items(), strict=False)):
+            # side by side, since many are equal
+            known = [(number(row) + 0.2 * i, row["alpha"]) for row in rows if row.get("alpha") is not None]
             if known:
-                axes.plot(*zip(*known, strict=True), marker, label=name, markersize=4, alpha=0.8)
+                axes.plot(*zip(*known, strict=True), marker, label=name, markersize=3)
         axes.set_ylim(-0.05, 1.05)
         axes.set_xlabel("layer")
         axes.set_ylabel("alpha")
@@ -96,7 +97,7 @@ def ranges(groups: Groups) -> str:
             layers = [number(row) for row in rows]
             axes.plot(layers, [outlier(row["input"]) for row in rows], ".-", color="#b0b0b0", label="before")
             axes.plot(layers, [outlier(row["smoothed"]) for row in rows], ".-", color="#3b6fb6", label="after")
-            axes.set_yscale("log")
+            _log(axes)
             axes.set_title(name, loc="left", fontsize=10)
             axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1.0, 0.97), borderpad=0)
 
@@ -128,6 +129,15 @@ def sizes(by_model: Mapping[str, Mapping[str, int]]) -> str:
         axes.grid(visible=False, axis="y")
 
     return _svg([draw], 2.2)
+
+
+def _log(axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _kinds(groups: Groups) -> dict[str, list[Mapping[str, Any]]]:

@@ -106,11 +106,19 @@ def tune(job: Job) -> dict[str, Any]:
     fixed = found["total_bytes"] - sum(_scheme_bytes(job, name, sizes) for name, sizes in found["bytes"].items())
     fixed += sum(sizes[0] for name, sizes in found["bytes"].items() if not any(name in unit.linears for unit in units))
     default = {unit: _as_in_scheme(job, unit) for unit in units}
+    if job.goal.max_size is not None:
+        _check_size(job.goal.bytes(found["total_bytes"]), fixed + sum(unit.smallest.bytes for unit in units))
     reference = _evaluated(job, job.recipe, job.scheme)
     reference |= {"predicted_kl": search.total_kl(default), "bytes": found["total_bytes"]}
     used, ratio, caution = 1, reference["kl_divergence"]["value"] / max(search.total_kl(default), 1e-12), 1.0
     while True:
         chosen = _choose(job, units, fixed, found["total_bytes"], ratio * caution)
+        if all(option.way == FLOAT for option in chosen.values()):
+            raise InputError(
+                "no recipe has so little KL divergence: every linear would have to stay float",
+                where="--max-kl",
+                hint=f"the untuned scheme has {reference['kl_divergence']['value']:.5f}",
+            )
         text = _recipe_text(job, chosen, ways)
         recipe = _parsed(text, job)
         tuned = _evaluated(job, recipe, SCHEME)
@@ -119,7 +127,7 @@ def tune(job: Job) -> dict[str, Any]:
         tuned |= {"predicted_kl": search.total_kl(chosen), "bytes": size}
         kl = tuned["kl_divergence"]["value"]
         reached = kl <= job.goal.max_kl if job.goal.max_kl is not None else True
-        if reached or used >= job.budget or all(option.way == FLOAT for option in chosen.values()):
+        if reached or used >= job.budget:
             break
         ratio, caution = kl / max(search.total_kl(chosen), 1e-12), 1 / _CAUTION
     return {
@@ -180,15 +188,16 @@ def _as_in_scheme(job: Job, unit: Unit) -> Option:
 def _choose(job: Job, units: list[Unit], fixed: int, default: int, ratio: float) -> Choice:
     if job.goal.max_kl is not None:
         return search.within_kl(units, job.goal.max_kl / ratio)
-    most = job.goal.bytes(default)
-    least = fixed + sum(unit.smallest.bytes for unit in units)
+    return search.within_bytes(units, job.goal.bytes(default) - fixed)
+
+
+def _check_size(most: int, least: int) -> None:
     if most < least:
         raise InputError(
             f"this scheme makes {least:,} bytes at least, and {most:,} are allowed",
             where="--max-size",
             hint="W8A8 can't be smaller: allow more",
         )
-    return search.within_bytes(units, most - fixed)
 
 
 def _recipe_text(job: Job, chosen: Choice, ways: dict[str, dict[str, Policy | None]]) -> str:

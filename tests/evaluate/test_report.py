@@ -140,8 +140,11 @@ def test_a_browser_shows_it_without_scrolling_sideways(
         "document.title = `${d.scrollWidth} ${ok} ${f.contentDocument.images.length}`; }</script>"
     )
     done = subprocess.run(
-        [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        + ["--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", frame.as_uri()],
+        [
+            *(browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+            *("--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"),
+            *("--dump-dom", frame.as_uri()),
+        ],
         capture_output=True,
         text=True,
         timeout=120,
