@@ -86,7 +86,7 @@ def test_a_whole_tensor_is_bfloat16_and_others_stay(tmp_path: Path) -> None:
 
 def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     codes, scales = random(300, 200)
-    bad = {
+    bad: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         "missing": ({"a.weight": codes}, {}, "a.weight_scale_inv is missing"),
         "shape": ({"a.weight": codes, "a.weight_scale_inv": scales[:1].clone()}, {}, r"expected float \[3, 2\]"),
         "scale": (

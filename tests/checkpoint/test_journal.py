@@ -46,6 +46,13 @@ def write(output: Path, *, end_after: int = TENSORS + 1, unfinished: int = 0, re
     return done
 
 
+def write_one(output: Path, error: Exception) -> None:
+    with CheckpointWriter(output, formats.get("safetensors"), key="a") as writer:
+        writer.add("t", torch.ones(3))
+        writer.mark({"number": 0})
+        raise error
+
+
 @pytest.mark.parametrize("end_after", range(1, TENSORS))
 @pytest.mark.parametrize("unfinished", [0, 1, 15])
 def test_going_on_gives_the_same_bytes(tmp_path: Path, end_after: int, unfinished: int) -> None:
@@ -78,24 +85,14 @@ def test_another_job_is_not_taken_over(tmp_path: Path) -> None:
 
 
 def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
-    with (
-        pytest.raises(InputError),
-        CheckpointWriter(tmp_path / "m", formats.get("safetensors"), key="a") as writer,
-    ):
-        writer.add("t", torch.ones(3))
-        writer.mark({})
-        raise InputError("damaged")
+    with pytest.raises(InputError):
+        write_one(tmp_path / "m", InputError("damaged"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_leaves_what_is_finished(tmp_path: Path) -> None:
-    with (
-        pytest.raises(QtoolError),
-        CheckpointWriter(tmp_path / "m", formats.get("safetensors"), key="a") as writer,
-    ):
-        writer.add("t", torch.ones(3))
-        writer.mark({"number": 0})
-        raise QtoolError("no space left")
+    with pytest.raises(QtoolError):
+        write_one(tmp_path / "m", QtoolError("no space left"))
     resumed = CheckpointWriter(tmp_path / "m", formats.get("safetensors"), key="a", resume=True)
     with resumed as writer:
         assert writer.records == [{"number": 0}]
