@@ -11,10 +11,11 @@ from typing import Any
 
 import yaml
 
-from qtool import engines, workers
+from qtool import workers
 from qtool.engines import native
 from qtool.environments.lookup import interpreter
 from qtool.errors import InputError
+from qtool.jobs import quantize
 from qtool.recipe.schema import Policy, Recipe
 from qtool.tuning import search
 from qtool.tuning.search import FLOAT, Choice, Option, Unit
@@ -227,19 +228,17 @@ def _evaluated(job: Job, recipe: Recipe, scheme: str) -> dict[str, Any]:
     """Quantize, evaluate, and forget the quantized model."""
     with tempfile.TemporaryDirectory(prefix="qtool-tune-", dir=job.scratch) as folder:
         output = Path(folder) / "model"
-        wanted = {
-            "model": str(job.model),
-            "output": str(output),
-            "format": job.format,
-            "recipe": recipe.model_dump(mode="json"),
-            "scheme": scheme,
-            "calibration": job.calibration,
-            "device": "auto",
-            "overwrite": False,
-            "trust_remote_code": job.trust_remote_code,
-            "dry_run": False,
-        }
-        engines.run("native", wanted, job.on_event)
+        quantize.run(
+            job.model,
+            output,
+            recipe,
+            scheme=scheme,
+            engine="native",
+            calibration=job.calibration,
+            format=job.format,
+            trust_remote_code=job.trust_remote_code,
+            on_event=job.on_event,
+        )
         compared = {
             "base": str(job.model),
             "quantized": str(output),
