@@ -321,6 +321,10 @@ def test_targets_are_few_and_exact() -> None:
         linears[f"model.layers.{i}.mlp.up_proj"] = "dynamic"
         linears[f"model.layers.{i}.mlp.down_proj"] = "float" if i == 3 else "dynamic"
         linears[f"model.layers.{i}.cross.self_attn.q_proj"] = "dynamic"
+    for i in range(4, 11):  # experts, float in the last layer
+        for e in range(3):
+            for last, its in (("w1", "dynamic"), ("w2", "static"), ("w3", "dynamic")):
+                linears[f"model.layers.{i}.experts.{e}.{last}"] = "float" if i == 10 else its  # type: ignore[assignment]
     linears["lm_head"] = "float"
     import re
 
@@ -333,7 +337,9 @@ def test_targets_are_few_and_exact() -> None:
             if (re.match(target[3:], name) if target.startswith("re:") else target == name)
         }
         assert matched == {name for name, its in linears.items() if its == mode}
+        assert len(found) <= 16
     assert "re:.*\\.mlp\\.up_proj$" in targets(linears, "dynamic")
+    assert r"re:model\.layers\.(4|5|6|7|8|9)\.experts\.[0-9]+\.w1$" in targets(linears, "dynamic")
     assert "model.layers.3.mlp.down_proj" in targets(linears, "float")
     assert "re:.*\\.self_attn\\.q_proj$" not in targets(linears, "static")  # it would match the cross layers too
     assert "re:.*\\.self_attn\\.k_proj$" in targets(linears, "static")
