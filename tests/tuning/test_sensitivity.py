@@ -59,7 +59,7 @@ def measured(model: Path, output: Path, recipe: Recipe) -> float:
     }
     silent: Any = Silent()
     quantize(job, silent)
-    pair = {"base": str(model), "quantized": str(output), "runtime": None, "engine": {}}
+    pair: dict[str, Any] = {"base": str(model), "quantized": str(output), "runtime": None, "engine": {}}
     return float(compare({**pair, **TEXT}, silent)["kl_divergence"]["value"])
 
 
