@@ -12,14 +12,16 @@ from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path
 from qtool.errors import InputError
 
 if TYPE_CHECKING:
+    from qtool.checkpoint.reader import Checkpoint
     from qtool.console import Console
 
 
 def evaluate(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The folder of the original model.")],
     quantized: Annotated[
-        str, typer.Argument(metavar="QUANTIZED", help="The folder of its quantized version; - reads it from stdin.")
-    ],
+        str | None,
+        typer.Argument(metavar="QUANTIZED", help="The folder of its quantized version; - reads it from stdin."),
+    ] = None,
     text: Annotated[
         str, typer.Option("--text", metavar="FILE|builtin", help="What to predict: .txt, .jsonl, .parquet or built-in.")
     ] = "builtin",
@@ -33,6 +35,17 @@ def evaluate(
         Path | None, typer.Option("--report", metavar="FILE.html", help="Also make a page with plots, in one file.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the report if it exists.")] = False,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Solve tasks of lm-evaluation-harness instead, in vLLM.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The tasks' data: data sets' repositories, or tasks of your own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents per task. Default: all.")] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question. Default: the task's.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -45,22 +58,47 @@ def evaluate(
     the windows. On a terminal the result is a table, else JSON. The figures are kept in the quantized model's
     qtool.json, for its model card.
 
+    With --tasks, one model or both solve tasks such as gsm8k, ceval or mmlu, from files in --data, without the network.
+
     Examples:
 
       qtool eval ./SmolLM2-135M ./SmolLM2-135M-w8a8 --text held-out.txt
 
       qtool eval ./SmolLM2-135M ./SmolLM2-135M-w8a8 --runtime vllm --report smollm2.html
 
+      qtool eval ./SmolLM2-135M-w8a8 --tasks gsm8k,ceval --data ./datasets
+
       qtool quantize ./SmolLM2-135M | qtool eval ./SmolLM2-135M - --json
     """
     from qtool import workers
-    from qtool.checkpoint.reader import Checkpoint
+    from qtool.checkpoint.reader import Checkpoint as Opened
     from qtool.environments.lookup import interpreter
     from qtool.evaluate import facts, record
     from qtool.evaluate import report as page
 
-    folders = [Path(path_or_stdin(value)).expanduser().absolute() for value in (base, quantized)]
-    checkpoints = [Checkpoint.open(folder) for folder in folders]  # what is wrong shows before torch is imported
+    models = [value for value in (base, quantized) if value is not None]
+    folders = [Path(path_or_stdin(value)).expanduser().absolute() for value in models]
+    checkpoints = [Opened.open(folder) for folder in folders]  # what is wrong shows before torch is imported
+    if tasks is not None:
+        if data is None or not data.is_dir():
+            raise InputError("say where the tasks' data is", where="--data", hint="a folder; see qtool eval --help")
+        asked = {
+            "tasks": [name.strip() for name in tasks.split(",") if name.strip()],
+            "data": str(data.expanduser().absolute()),
+            "limit": limit,
+            "fewshot": fewshot,
+            "chat": chat,
+            "trust_remote_code": trust_remote_code,
+        }
+        with console() as out:
+            solved = [_solve(checkpoint, asked, out) for checkpoint in checkpoints]
+        if json or not sys.stdout.isatty():
+            out.result(solved)
+        else:
+            _show_tasks(solved, out)
+        return
+    if len(folders) < 2:
+        raise InputError("compare with what?", where="QUANTIZED", hint="give a quantized model too, or --tasks")
     if report is not None:
         page.check(report, overwrite=overwrite)
     python, engine, env = _vllm(checkpoints[1].format) if runtime == "vllm" else (interpreter("native"), {}, {})
@@ -102,6 +140,27 @@ def _vllm(format: str) -> tuple[str, dict[str, Any], dict[str, str]]:
             hint="leave it out: qtool computes what that runtime does with the same integers",
         )
     return chosen.python, chosen.engine, {**chosen.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
+def _solve(checkpoint: Checkpoint, asked: dict[str, Any], out: Console) -> dict[str, Any]:
+    """One model's task results."""
+    from qtool import workers
+
+    python, engine, env = _vllm(checkpoint.format)
+    job = {**asked, "model": str(checkpoint.path), "engine": engine}
+    found = workers.run("qtool.evaluate.tasks", job, python=python, env=env, on_event=out.event)
+    return {"model": str(checkpoint.path), **found}
+
+
+def _show_tasks(solved: list[dict[str, Any]], out: Console) -> None:
+    rows = []
+    for result in solved:
+        for task, metrics in result["tasks"].items():
+            for metric, figure in metrics.items():
+                low, high = figure["low"], figure["high"]
+                interval = "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
+                rows.append([Path(result["model"]).name, task, metric, f"{figure['value']:.4f}", interval])
+    out.table("Tasks", ["model", "task", "metric", "value", "95 % interval"], rows, result=True)
 
 
 def _show(result: dict[str, Any], rows: list[tuple[str, str, str]], out: Console) -> None:

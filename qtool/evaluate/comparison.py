@@ -100,7 +100,7 @@ def _figures(divergence: Divergence, windows: int) -> dict[str, Any]:
         "base_perplexity": estimate(surprise[0], math.exp),
         "quantized_perplexity": estimate(surprise[1], math.exp),
         "perplexity_ratio": estimate([b - a for a, b in zip(*surprise, strict=True)], math.exp),
-        "kl_divergence": estimate(means(kl)),
+        "kl_divergence": estimate(means(kl), lambda value: max(0.0, value)),
         "kl_median": estimate_quantile(kl, 0.5),
         "kl_p99": estimate_quantile(kl, 0.99),
         "kl_max": {"value": float(kl.max()), "window": window, "position": position},

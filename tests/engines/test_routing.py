@@ -45,7 +45,7 @@ def test_all_experts_together_in_numpy() -> None:
         left, right = both.chunk(2, dim=-1)
         return left.relu() * right
 
-    experts = ((number, Expert(*matrices[number], gate)) for number in range(EXPERTS))
+    experts = ((number, Expert(g, u, d, gate)) for number, (g, u, d) in enumerate(matrices))
     found = run_all(experts, Routing(chosen, weights, EXPERTS), x).numpy()
     expected = np.zeros((TOKENS, WIDTH))
     for token in range(TOKENS):

@@ -1,0 +1,121 @@
+"""The worker process that has a model solve lm-evaluation-harness's tasks (lm_eval 0.4.13) in vLLM, offline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qtool.errors import InputError, QtoolError, in_one_line
+from qtool.workers import hide_media_packages
+
+if TYPE_CHECKING:
+    from qtool.workers import Report
+
+_NAMES = {"ceval": "ceval-valid"}  # what people call it: what the harness calls it
+_MOST_CACHE_BYTES = 4 << 30
+_Z = 1.96  # standard errors to either side of a 95 % interval
+
+
+def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Evaluate one model.
+
+    Job keys: model, tasks (names), data (folder), engine (vLLM's arguments on this machine), limit (documents per task,
+    or None), fewshot (examples, or None for each task's own), chat (apply the chat template), trust_remote_code.
+
+    The folder may hold tasks in the harness's YAML format, and copies of the data sets' repositories under their names
+    (openai/gsm8k, ceval/ceval-exam, cais/mmlu): it becomes the working directory, where `datasets` looks first.
+
+    Returns:
+        {"tasks": {name: {metric: {"value", "low", "high"}}}, "documents": {name: how many}}.
+
+    Raises:
+        InputError: no such task, its data is not in the folder, or lm_eval is not installed here.
+        QtoolError: the harness fails.
+    """
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    hide_media_packages()
+    report.progress("import lm_eval", 0, 0)
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError(
+            f"the tasks need the Python package lm_eval beside vLLM: {in_one_line(error)}",
+            hint="pip install lm-eval there, or name an interpreter that has both: QTOOL_VLLM_PYTHON",
+        ) from None
+    os.chdir(job["data"])
+    manager = TaskManager(include_path=job["data"])
+    names = [_NAMES.get(name, name) for name in job["tasks"]]
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        raise InputError(
+            f"no task is named {unknown[0]!r}",
+            where="--tasks",
+            hint="lm_eval ls tasks lists them; your own are YAML files in --data",
+        )
+    report.progress("run " + ", ".join(names), 0, 0)
+    try:
+        found = lm_eval.simple_evaluate(
+            model="vllm",
+            model_args=_model_arguments(job),
+            tasks=names,
+            task_manager=manager,
+            num_fewshot=job["fewshot"],
+            limit=job["limit"],
+            apply_chat_template=job["chat"],
+            log_samples=False,
+        )
+    except (FileNotFoundError, ConnectionError) as error:
+        raise InputError(
+            f"the data of {', '.join(names)} can't be read: {in_one_line(error)}",
+            where=job["data"],
+            hint="put copies of the data sets' repositories there, such as openai/gsm8k",
+        ) from error
+    except ValueError as error:
+        raise QtoolError(f"the harness fails: {in_one_line(error)}") from error
+    if found is None:
+        raise QtoolError("the harness gave no results")
+    return {
+        "tasks": {name: _metrics(row) for name, row in found["results"].items()},
+        "documents": {name: counts["effective"] for name, counts in found.get("n-samples", {}).items()},
+    }
+
+
+def _model_arguments(job: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from qtool.checkpoint.reader import Checkpoint
+
+    arguments: dict[str, Any] = {
+        "pretrained": job["model"],
+        "trust_remote_code": job["trust_remote_code"],
+        **job["engine"],
+    }
+    if not torch.cuda.is_available():  # vLLM for CPUs takes, and touches, most of the machine's memory by itself
+        config = Checkpoint.open(job["model"]).config
+        text = config.get("text_config") or config
+        heads = text["num_attention_heads"]
+        width = text.get("head_dim") or text["hidden_size"] // heads
+        per_token = 8 * text["num_hidden_layers"] * (text.get("num_key_value_heads") or heads) * width
+        context = text.get("max_position_embeddings") or 4096
+        wanted = job["engine"].get("max_num_seqs", 64) * context * per_token
+        arguments["kv_cache_memory_bytes"] = min(wanted, max(_MOST_CACHE_BYTES, context * per_token))
+    return arguments
+
+
+def _metrics(row: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """The harness's "acc,none" and "acc_stderr,none" as figures with intervals."""
+    figures: dict[str, dict[str, float | None]] = {}
+    for key, value in row.items():
+        metric, _, filter_name = key.partition(",")
+        if metric.endswith("_stderr") or not isinstance(value, int | float) or not filter_name:
+            continue
+        error = row.get(f"{metric}_stderr,{filter_name}")
+        margin = _Z * error if isinstance(error, int | float) else None
+        name = metric if filter_name == "none" else f"{metric} ({filter_name})"
+        figures[name] = {
+            "value": float(value),
+            "low": None if margin is None else value - margin,
+            "high": None if margin is None else value + margin,
+        }
+    return figures
