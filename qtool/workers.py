@@ -262,10 +262,12 @@ class Inputs:
 
     Attributes:
         ended: nothing more will come.
+        aborted: the `index` of inputs that are wanted no longer (`abort`); these are told out of turn.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.ended = False
+        self.aborted: set[int] = set()
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(READ_AHEAD)
         threading.Thread(target=self._read, args=(stream,), daemon=True).start()
 
@@ -282,7 +284,11 @@ class Inputs:
 
     def _read(self, stream: IO[bytes]) -> None:
         for line in stream:
-            self._queue.put(json.loads(line))
+            value = json.loads(line)
+            if value.get("abort"):
+                self.aborted.add(value["index"])
+            else:
+                self._queue.put(value)
         self._queue.put(None)
 
 

@@ -31,6 +31,8 @@ COMMANDS = {
     "download": ("qtool.cli.download:download", "Download a model from a hub, and check it."),
     "quantize": ("qtool.cli.quantize:quantize", "Quantize a model to W8A8."),
     "generate": ("qtool.cli.generate:generate", "Generate text with a model, quantized or not."),
+    "chat": ("qtool.cli.chat:chat", "Talk with a model, in the terminal."),
+    "serve": ("qtool.cli.serve:serve", "Serve a model with vLLM's OpenAI server."),
     "eval": ("qtool.cli.eval:evaluate", "Compare a quantized model with its original."),
     "inspect": ("qtool.cli.inspect:inspect", "Show what a checkpoint is: architecture, format, size, schemes."),
     "convert": ("qtool.cli.convert:convert", "Convert a GGUF file to a Hugging Face checkpoint."),

@@ -112,18 +112,19 @@ def generate(
     from qtool import runtime as runtimes
     from qtool.checkpoint.reader import Checkpoint
     from qtool.runtime import sampling, settings
+    from qtool.runtime.requests import count
     from qtool.runtime.results import Answers, fingerprint
 
     checkpoint = Checkpoint.open(folder)
     recipe, words = sampling.of_recipe(checkpoint), sampling.of_model(checkpoint)
     chosen = runtimes.choose(runtime, checkpoint.format)  # whatever is wrong should show before anybody types prompts
-    engine = settings.parse(set_ or ())
-    runtimes.check(chosen, asked, engine, reasoning_parser)
+    arguments = settings.parse(set_ or ())
+    runtimes.check(chosen, asked, arguments, reasoning_parser)
     as_text = sys.stdout.isatty() and not json and output is None
     job: dict[str, Any] = {
         "sampling": sampling.merged(words, recipe.given(), asked),
         "runtime": runtime,
-        "settings": engine,
+        "arguments": arguments,
         "chat": chat or system is not None,
         "chat_template_kwargs": options.template_kwargs(enable_thinking, chat_template_kwargs),
         "reasoning_parser": None if as_text else reasoning_parser or recipe.reasoning_parser,
@@ -149,6 +150,7 @@ def generate(
                 folder,
                 printer.requests(numbered),
                 printer.answer,
+                expected=count(prompt or ["@-"]) - printer.done,
                 pieces=as_text,
                 trust_remote_code=trust_remote_code,
                 on_event=printer.event,

@@ -112,7 +112,8 @@ class ToTerminal(Printer):
 
     def event(self, event: dict[str, Any]) -> None:
         if event["event"] != "piece":
-            super().event(event)
+            if event.get("stage") != "generate":  # the text shows how far it is
+                super().event(event)
             return
         if self._shown != event["index"]:
             self._shown = event["index"]

@@ -16,10 +16,9 @@ from typing import Any
 from qtool import workers
 from qtool.environments import lookup
 from qtool.errors import InputError
-from qtool.runtime import mindspore
+from qtool.runtime import mindspore, settings
 from qtool.runtime.settings import TRANSFORMERS_SAMPLING, environment, hardware, preload, split
-from qtool.runtime.settings import settings as settings_for
-from qtool.runtime.stream import run
+from qtool.runtime.window import run
 
 NAMES = ("auto", "vllm", "transformers", "vllm-mindspore", "vllm-ascend")
 
@@ -30,12 +29,19 @@ QUANTIZATION = {"golden-stick": "golden-stick", "modelslim": "ascend"}
 
 @dataclass(frozen=True)
 class Runtime:
-    """What runs a checkpoint: a worker module, the interpreter for it, and its settings."""
+    """What runs a checkpoint: a worker module, the interpreter for it, and its settings.
+
+    Args:
+        engine: vLLM's EngineArgs.
+        env: variables for the worker.
+        compile_from: new tokens that make it worth while to compile the model; None where nothing is known.
+    """
 
     name: str
     python: str
     engine: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
+    compile_from: int | None = None
 
     @property
     def module(self) -> str:
@@ -76,7 +82,8 @@ def stream(
     *,
     sampling: Mapping[str, Any],
     runtime: str = "auto",
-    settings: Mapping[str, Any] = MappingProxyType({}),
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+    expected: int = 0,
     chat: bool = False,
     chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
     reasoning_parser: str | None = None,
@@ -95,7 +102,8 @@ def stream(
         on_answer: gets each answer: index, and either `error`, or prompt_tokens and `choices`, each with text,
             finish_reason ("stop" or "length"), completion_tokens, and as asked for: reasoning, logprobs, gaps.
         sampling: vLLM's SamplingParams by name. Prompt i draws from seed + i.
-        settings: what `--set` says: vLLM's EngineArgs, and (in capitals) its environment variables.
+        arguments: what `--set` says: vLLM's EngineArgs, and (in capitals) its environment variables.
+        expected: how many requests there will be, as far as that is known: long jobs are worth compiling for.
         chat: the requests are conversations: a model without a chat template is an error at once.
         reasoning_parser: vLLM's name of what splits thinking from the answer, in conversations.
         pieces: tell each new piece of the first unfinished answer: an event `piece` with index and text.
@@ -114,15 +122,17 @@ def stream(
 
     checkpoint = Checkpoint.open(model)
     chosen = choose(runtime, checkpoint.format)
-    check(chosen, sampling, settings, reasoning_parser)
+    check(chosen, sampling, arguments, reasoning_parser)
     if chosen.name == "vllm-mindspore":
         chosen = mindspore.adapt(chosen, checkpoint)
-    engine, env = split(settings)
+    engine, env = split(arguments)
     job = {
         "model": str(checkpoint.path.resolve()),
         "runtime": chosen.name,
         "engine": {**chosen.engine, **engine},
-        "set": dict(settings),
+        "set": dict(arguments),
+        "expected": expected,
+        "compile_from": chosen.compile_from,
         "sampling": dict(sampling),
         "chat": chat,
         "chat_template_kwargs": dict(chat_template_kwargs),
@@ -141,7 +151,7 @@ def stream(
 
 
 def check(
-    runtime: Runtime, sampling: Mapping[str, Any], settings: Mapping[str, Any], reasoning_parser: str | None = None
+    runtime: Runtime, sampling: Mapping[str, Any], arguments: Mapping[str, Any], reasoning_parser: str | None = None
 ) -> None:
     """That the runtime can do what is asked of it, as far as can be said without starting it.
 
@@ -153,8 +163,8 @@ def check(
     hint = "Use --runtime vllm."
     if unknown := sorted(sampling.keys() - TRANSFORMERS_SAMPLING):
         raise InputError(f"transformers as a runtime can't do {', '.join(unknown)}", where="--runtime", hint=hint)
-    if settings or reasoning_parser:
-        what = "--set" if settings else "--reasoning-parser"
+    if arguments or reasoning_parser:
+        what = "--set" if arguments else "--reasoning-parser"
         raise InputError(f"{what} is for vLLM", where="--runtime transformers", hint=hint)
 
 
@@ -162,9 +172,9 @@ def generate(
     model: str | Path,
     prompts: Sequence[str] | Sequence[Sequence[int]],
     *,
-    max_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    max_tokens: int | None,
+    temperature: float | None = 0.0,
+    top_p: float | None = None,
     seed: int = 0,
     runtime: str = "auto",
     trust_remote_code: bool = False,
@@ -177,7 +187,8 @@ def generate(
     Args:
         model: a checkpoint folder of any format that the runtime reads.
         prompts: texts, or lists of token ids.
-        temperature: 0 takes the likeliest token each time.
+        max_tokens: None for as many as the model's context has room for.
+        temperature: 0 takes the likeliest token each time; None is vLLM's default, 1.
         seed: prompt i draws from seed + i, so an answer doesn't depend on its neighbours.
         ignore_eos: go on to max_tokens whatever comes.
         gaps: add `gaps`, per token the logit difference between the likeliest token and the next: 0 is a tie.
@@ -192,6 +203,7 @@ def generate(
         QtoolError: the worker failed.
     """
     answers = []
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
 
     def collect(item: dict[str, Any]) -> None:
         index = item["index"]
@@ -205,13 +217,7 @@ def generate(
         model,
         ({"index": i, "prompt": p if isinstance(p, str) else list(p)} for i, p in enumerate(prompts)),
         collect,
-        sampling={
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "seed": seed,
-            "ignore_eos": ignore_eos,
-        },
+        sampling={name: value for name, value in sampling.items() if value is not None} | {"ignore_eos": ignore_eos},
         runtime=runtime,
         trust_remote_code=trust_remote_code,
         ids=True,
@@ -255,7 +261,8 @@ def sample(
 def _vllm(name: str, engine: dict[str, Any]) -> Runtime:
     python, kind = lookup.interpreter(name), hardware(name, PLUGINS.values())
     env = {**environment(kind), **preload(kind, python)}
-    return Runtime(name, python, {**settings_for(kind)["engine"], **engine}, env)
+    arguments = {**settings.engine(kind), **engine}
+    return Runtime(name, python, arguments, env, settings.settings(kind).get("compile_from_tokens"))
 
 
 def _installed(name: str) -> bool:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from qtool.errors import InputError, in_one_line
+from qtool.runtime.settings import dtype
 from qtool.workers import Report
 
-DTYPES = ("bfloat16", "float16", "float32")
 REPORT_SECONDS = 0.1
 
 
@@ -61,8 +61,7 @@ class Front:
         if limit := job["engine"].get("max_model_len"):
             self.context = min(self.context, int(limit))
         self.stop = _stop_ids(folder, self.config, self.text_config, self.tokenizer)
-        dtype = str(self.config.get("dtype") or self.config.get("torch_dtype") or self.text_config.get("dtype"))
-        self.dtype = dtype if dtype in DTYPES else DTYPES[0]
+        self.dtype = dtype(self.config)
         self._cut = self._seen = 0
         if job["chat"] and not self.tokenizer.chat_template:
             raise InputError(

@@ -11,6 +11,8 @@ from qtool.environments import lookup, machine
 from qtool.environments.table import ENGINES
 from qtool.errors import InputError
 
+DTYPES = ("bfloat16", "float16", "float32")
+
 # what the reference runtime's decoding loop can do
 TRANSFORMERS_SAMPLING = frozenset(
     {
@@ -27,8 +29,8 @@ TRANSFORMERS_SAMPLING = frozenset(
 )
 
 
-def settings(hardware: str) -> dict[str, dict[str, Any]]:
-    """`engine` (vLLM's EngineArgs), `env` and `preload` for cpu, cuda or ascend."""
+def settings(hardware: str) -> dict[str, Any]:
+    """What configs/runtime-*.yaml says for cpu, cuda or ascend; that file explains its keys."""
     import yaml
 
     from qtool import resources
@@ -37,12 +39,26 @@ def settings(hardware: str) -> dict[str, dict[str, Any]]:
     return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
-def environment(hardware: str) -> dict[str, str]:
-    """The settings' variables for the worker; those that the user has set win."""
-    env = settings(hardware)["env"]
+def environment(hardware: str, *, batch: bool = True) -> dict[str, str]:
+    """The settings' variables, for a batch of prompts or for a server; those that the user has set win."""
+    known = settings(hardware)
+    env = known["env"] | (known.get("batch", {}).get("env", {}) if batch else {})
     if hardware == "cpu":
         env = {"OMP_NUM_THREADS": str(machine.cpus()), **env}
     return {name: value for name, value in env.items() if name not in os.environ}
+
+
+def engine(hardware: str, *, batch: bool = True) -> dict[str, Any]:
+    """The settings' EngineArgs, for a batch of prompts or for a server."""
+    known = settings(hardware)
+    return dict(known["engine"] | (known.get("batch", {}).get("engine", {}) if batch else {}))
+
+
+def dtype(config: Mapping[str, Any]) -> str:
+    """The name of the dtype in which runtimes compute: that of config.json, where it is one they have."""
+    text_config = config.get("text_config") or config
+    named = str(config.get("dtype") or config.get("torch_dtype") or text_config.get("dtype"))
+    return named if named in DTYPES else DTYPES[0]
 
 
 def hardware(runtime: str, plugins: Iterable[str]) -> str:

@@ -112,21 +112,23 @@ def _decode(model: Any, front: Front, rows: list[Prepared], meter: Meter) -> Non
             tokens[row].append(int(chosen[row]))
             gaps[row].append(float(top[row, 0] - top[row, 1]))
             ended = tokens[row][-1] in stop
-            over = ended or len(tokens[row]) == budget
+            stopped = rows[row].index in meter.report.inputs.aborted
+            over = ended or stopped or len(tokens[row]) == budget
             if front.job["stream"]:
                 shown[row] = _stream(front, rows[row], tokens[row], shown[row], over)
             if over:
                 running.remove(row)
                 meter.add(len(tokens[row]))
-                meter.report.item(front.answer(rows[row], [_choice(front, tokens[row], ended, gaps[row])]))
+                reason = "stop" if ended else "abort" if stopped else "length"
+                meter.report.item(front.answer(rows[row], [_choice(front, tokens[row], reason, gaps[row])]))
         inputs = chosen[:, None]
 
 
-def _choice(front: Front, tokens: list[int], ended: bool, gaps: list[float]) -> dict[str, Any]:
+def _choice(front: Front, tokens: list[int], reason: str, gaps: list[float]) -> dict[str, Any]:
     choice = {
         "text": front.tokenizer.decode(tokens, skip_special_tokens=True),
         "token_ids": tokens,
-        "finish_reason": "stop" if ended else "length",
+        "finish_reason": reason,
         "completion_tokens": len(tokens),
     }
     return choice | ({"gaps": gaps} if front.job["gaps"] else {})

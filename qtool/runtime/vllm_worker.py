@@ -15,14 +15,16 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import pydantic
+
 from qtool.errors import InputError, QtoolError, in_one_line
 from qtool.runtime import mindspore
 from qtool.runtime.common import Front, Meter, Prepared, failure
 from qtool.workers import READ_AHEAD, Report, hide_media_packages
 
 BLOCK = 128  # tokens in a block of vLLM's CPU cache
-MOST_CACHE_BYTES = 4 << 30
 SETTLE_SECONDS = 0.2  # inputs that come one by one, further apart than this, are not waited for before the model loads
+IMPOSSIBLE = -9999.0  # vLLM's server says so too, where a token can't come: JSON has no infinity
 QUEUED = 2  # requests that vLLM is given, as a multiple of those it works on at a time
 
 
@@ -66,7 +68,7 @@ def _generate(job: dict[str, Any], report: Report) -> dict[str, Any]:
     try:
         configured = EngineArgs(**arguments)
         engine = LLMEngine.from_engine_args(configured)
-    except ValueError as error:  # pydantic's errors too
+    except refusals() as error:
         if job["set"]:
             raise InputError(f"vLLM refuses these settings: {in_one_line(error)}", where="--set") from error
         raise
@@ -101,6 +103,12 @@ class _Intake:
         request = self.report.inputs.take(None if wait else 0)
         return [] if request is None else self._ready(request)
 
+    def aborted(self) -> list[int]:
+        """Requests that are wanted no longer; each is told once."""
+        told = list(self.report.inputs.aborted)
+        self.report.inputs.aborted.difference_update(told)
+        return told
+
     def _ready(self, request: Mapping[str, Any]) -> list[Prepared]:
         try:
             return [self.front.prepare(request)]
@@ -129,6 +137,8 @@ class _Loop:
                     self._add(prepared)
                 if len(self.running) == before and self.running:
                     break  # nothing there yet: work on what is
+            for index in intake.aborted():
+                self._abort(index)
             if self.running:
                 for output in self.engine.step():
                     self._output(output)
@@ -137,10 +147,23 @@ class _Loop:
         try:
             parameters = _parameters(self.front, prepared)
             self.engine.add_request(str(prepared.index), {"prompt_token_ids": prepared.ids}, parameters)
-        except (ValueError, TypeError) as error:  # what vLLM says about parameters
+        except refusals() as error:
             self.report.item(failure(prepared.index, InputError(f"vLLM refuses it: {in_one_line(error)}")))
             return
         self.running[str(prepared.index)] = prepared
+
+    def _abort(self, index: int) -> None:
+        """End a request that is wanted no longer; what there is of it is its answer."""
+        if (prepared := self.running.pop(str(index), None)) is None:
+            return
+        self.engine.abort_request([str(index)])
+        pieces = self.texts.pop(str(index), [])
+        tokens = [token for piece in pieces for token in piece.token_ids]
+        text = "".join(piece.text for piece in pieces)
+        choice: dict[str, Any] = {"text": text, "token_ids": tokens, "finish_reason": "abort"}
+        choice["completion_tokens"] = len(tokens)
+        self.meter.add(len(tokens))
+        self.report.item(self.front.answer(prepared, [choice]))
 
     def _output(self, output: Any) -> None:
         prepared = self.running[output.request_id]
@@ -196,10 +219,20 @@ def _place(front: Front, token: int, entry: Mapping[int, Any]) -> dict[str, Any]
 
     def shown(token: int) -> dict[str, Any]:
         text = entry[token].decoded_token
-        return {"token": text or "", "token_id": token, "logprob": round(entry[token].logprob, 6)}
+        logprob = max(round(entry[token].logprob, 6), IMPOSSIBLE)
+        return {"token": text or "", "token_id": token, "logprob": logprob}
 
     top = sorted(entry, key=lambda token: entry[token].rank or 0)
     return shown(token) | {"top_logprobs": [shown(other) for other in top]}
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """How vLLM says that a request or a setting is wrong; pydantic's errors are ValueErrors too."""
+    try:
+        from vllm.exceptions import VLLMClientError
+    except ImportError:  # before 0.32 or so
+        return (ValueError, TypeError)
+    return (ValueError, TypeError, VLLMClientError)
 
 
 def _parameters(front: Front, prepared: Prepared) -> Any:
@@ -262,16 +295,30 @@ def check_settings(given: Mapping[str, Any], engine_args: type) -> None:
     """
     import vllm.envs
 
-    fields = [field.name for field in dataclasses.fields(engine_args)]
+    fields = {field.name: field.type for field in dataclasses.fields(engine_args)}
     for name in given:
         variable = name.isupper()
         known = [*vllm.envs.environment_variables, *THREADS] if variable else fields
         if name in known:
+            if not variable:
+                _check_type(name, given[name], fields[name])
             continue
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"Similar: {', '.join(close)}." if close else "Its EngineArgs are named in vLLM's documentation."
         kind = "environment variable" if variable else "setting"
         raise InputError(f"vLLM has no {kind} {name!r}", where="--set", hint=hint)
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    if isinstance(kind, str) or isinstance(value, dict):  # vLLM will look at it itself
+        return
+    try:
+        pydantic.TypeAdapter(kind).validate_python(value)
+    except pydantic.PydanticUserError:  # a type that pydantic knows nothing of
+        return
+    except pydantic.ValidationError as error:
+        what = error.errors(include_url=False)[0]["msg"]
+        raise InputError(f"{name}: {what[:1].lower()}{what[1:]}, not {value!r}", where="--set") from None
 
 
 THREADS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "OMP_PLACES", "KMP_BLOCKTIME", "LD_PRELOAD")
@@ -286,6 +333,8 @@ def _arguments(
         lengths: tokens of the requests that are there already, with their answers.
         complete: there will be no others.
     """
+    count = max(job["expected"], len(lengths))
+    tokens = count * job["sampling"].get("max_tokens", front.context)
     arguments: dict[str, Any] = {
         "model": job["model"],
         "dtype": front.dtype,
@@ -296,12 +345,14 @@ def _arguments(
         "max_logprobs": -1,
         **job["engine"],
     }
+    if job["compile_from"] is not None and tokens >= job["compile_from"] and "enforce_eager" not in job["set"]:
+        arguments["enforce_eager"] = False
     if complete:
         arguments.setdefault("max_model_len", max(lengths))
     if not in_process:
         return arguments
     # memory that is asked for is touched: ask for what these prompts can fill
-    per_token, most = _bytes_per_token(front), MOST_CACHE_BYTES
+    per_token, most = _bytes_per_token(front), arguments["kv_cache_memory_bytes"]
     arguments.setdefault("max_model_len", min(front.context, max(most // per_token - BLOCK, BLOCK)))
     longest = arguments["max_model_len"]
     together = arguments["max_num_seqs"]
@@ -310,8 +361,8 @@ def _arguments(
     else:
         tokens = together * _blocks(max(lengths, default=longest))
     tokens = max(min(tokens, most // per_token), _blocks(longest)) + BLOCK
-    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        arguments.setdefault("kv_cache_memory_bytes", tokens * per_token)
+    if "kv_cache_memory_bytes" not in job["set"]:
+        arguments["kv_cache_memory_bytes"] = tokens * per_token
     return arguments
 
 

@@ -23,7 +23,7 @@ class Window:
     """Requests under way, and answers that wait for those before them.
 
     Args:
-        source: requests for the worker, each with its `index`, ascending.
+        source: requests for the worker, each with its `index`, ascending; or, to stop the one with this index, `abort`.
     """
 
     def __init__(self, source: Iterator[dict[str, Any]]) -> None:
@@ -47,7 +47,7 @@ class Window:
         yield from left
         while read := self._read(life, last):
             yield from read
-            last = read[-1]["index"]
+            last = max(last, read[-1]["index"])
 
     def _read(self, life: int, last: int) -> list[dict[str, Any]]:
         """What comes after the request `last`; nothing when there is no more, or another worker's turn has come."""
@@ -61,6 +61,8 @@ class Window:
                     return [request for index, request in self._asked.items() if index > last]
             if (request := next(self._source, None)) is None:
                 return []
+            if request.get("abort"):
+                return [request]
             with self._state:
                 self._last = request["index"]
                 self._order[self._last] = _size(request)
