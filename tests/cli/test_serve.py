@@ -72,9 +72,9 @@ def test_the_command(run_qtool: Run, tiny_llama: Path) -> None:
     assert "OMP_NUM_THREADS=1" in words
     assert not any(word.startswith("VLLM_ENABLE_V1_MULTIPROCESSING") for word in words)  # a server has processes
     assert "--enforce-eager" not in words  # and is compiled
-    rest = words[words.index("serve") :]
-    assert rest[1] == str(tiny_llama)
+    rest = words[words.index("-m") :]
     for option, value in (
+        ("--model", str(tiny_llama)),
         ("--max-model-len", "99"),
         ("--kv-transfer-config", '{"a": 1}'),
         ("--port", "81"),

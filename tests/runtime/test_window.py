@@ -146,7 +146,7 @@ def _grows(taken: list[int], size: int) -> bool:
 
 def test_an_answer_is_told_as_it_grows_and_others_wait_for_their_turn() -> None:
     """The worker's pieces of three answers come mixed up; after its death the second one tells them again."""
-    lives = iter(
+    lives: Iterator[list[Any]] = iter(
         [
             [("piece", 0, "ab"), ("piece", 1, "x"), ("piece", 0, "c"), "die"],
             [("piece", 1, "xy"), ("piece", 0, "abcd"), ("item", 0), ("item", 2), ("piece", 1, "z"), ("item", 1)],
