@@ -60,6 +60,12 @@ class Console:
         # text from a model can hold lone surrogates; no terminal setting may turn a result into a traceback
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
+    def piece(self, text: str) -> None:
+        """Print a part of a result, as it comes; `result` prints the last of it."""
+        self.end_progress()
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+
     # ------------------------------------------------------------ stderr
 
     def info(self, message: str) -> None:

@@ -34,6 +34,10 @@ class InputError(QtoolError):
     exit_code = 2
 
 
+class WorkerDied(QtoolError):
+    """A worker process was killed or ended without a word: what it did may work the next time."""
+
+
 def in_one_line(error: BaseException) -> str:
     """Another library's message, however long and spread out, fit to stand inside one of ours."""
     return " ".join(str(error).split())[:300] or type(error).__name__

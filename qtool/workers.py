@@ -1,9 +1,10 @@
 """Worker processes: a heavy engine runs in an interpreter of its own and speaks JSON lines.
 
 The parent calls `run(module, job, ...)`; the worker calls `module.main(job, report)`. Job in on
-stdin; progress, warnings, items and the result come back on a private pipe, so whatever the engine
-prints goes to a log file and cannot disturb the protocol. A worker never outlives its parent, and a
-worker that dies in whatever way becomes a `QtoolError`, never a hang.
+stdin, and after it as many inputs as the parent cares to feed; progress, warnings, items and the
+result come back on a private pipe, so whatever the engine prints goes to a log file and cannot
+disturb the protocol. A worker never outlives its parent, and a worker that dies in whatever way
+becomes a `QtoolError`, never a hang.
 
 This file is also the program that the worker's interpreter runs. It needs the standard library and
 this package only, wherever that is installed, so that any interpreter that has the engine will do.
@@ -16,6 +17,7 @@ import importlib
 import importlib.util
 import json
 import os
+import queue
 import select
 import signal
 import subprocess
@@ -24,14 +26,16 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from io import FileIO
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 LOGS_KEPT = 20
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.1
+READ_AHEAD = 256  # inputs that a worker holds before it needs them
 
 Event = dict[str, Any]
 
@@ -42,6 +46,7 @@ def run(
     *,
     python: str | None = None,
     on_event: Callable[[Event], None],
+    inputs: Iterable[dict[str, Any]] | None = None,
     env: dict[str, str] | None = None,
     timeout: float | None = None,
 ) -> dict[str, Any]:
@@ -52,13 +57,17 @@ def run(
         job: anything JSON can say.
         python: the interpreter; None means the current one.
         on_event: called here with each progress, warning and item event, in order.
+        inputs: what `report.inputs` gives the worker, one by one. A thread here asks for the next as soon as the worker
+            has room for it, and may still be waiting for one when this returns.
         env: variables to set in the worker, on top of this process's own.
         timeout: after so many seconds without a result the worker is stopped; None waits for ever.
 
     Raises:
         QtoolError, InputError: as raised in the worker; QtoolError too for any other exception there,
-            for a worker that was killed, for one that ended without a result, and for one that took too long.
+            for a worker that was killed, for one that ended without a result (both a `WorkerDied`), and for one that
+            took too long.
         KeyboardInterrupt: the worker has been stopped. So it has for whatever `on_event` raises.
+        Exception: whatever `inputs` raises, once the worker is done with those before.
     """
     from qtool.errors import QtoolError
 
@@ -66,17 +75,15 @@ def run(
     read_end, write_end = os.pipe()
     with (
         os.fdopen(read_end, "rb", buffering=0) as events,
-        tempfile.TemporaryFile() as stdin,
+        _Stdin(job, inputs) as stdin,
         log_path.open("ab") as log,
         _termination_as_exit(),
     ):
-        stdin.write(json.dumps(job).encode())
-        stdin.seek(0)
         command = [python or sys.executable, "-P", "-X", "faulthandler", __file__]
         try:
             child = subprocess.Popen(
                 [*command, module, str(write_end), str(os.getpid())],
-                stdin=stdin,
+                stdin=stdin.end,
                 stdout=log,
                 stderr=log,
                 pass_fds=(write_end,),
@@ -88,8 +95,10 @@ def run(
         finally:
             os.close(write_end)
         try:
+            stdin.start()
             for event in _read(events, child, timeout):
                 if event["event"] == "result":
+                    stdin.check()
                     return dict(event["data"])
                 if event["event"] == "error":
                     raise _rebuild(event, log_path)
@@ -97,6 +106,60 @@ def run(
             raise _post_mortem(child, log_path)
         finally:
             _end(child)
+
+
+class _Stdin:
+    """A worker's standard input: the job, then the inputs, written by a thread. A job alone needs no thread.
+
+    Attributes:
+        end: what the worker reads from.
+    """
+
+    def __init__(self, job: dict[str, Any], inputs: Iterable[dict[str, Any]] | None) -> None:
+        self._lines = None if inputs is None else inputs
+        self._error: BaseException | None = None
+        if self._lines is None:
+            self.end: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+            self._write(self.end, job)
+            self.end.seek(0)
+            return
+        read_end, write_end = os.pipe()
+        self.end, self._pipe = os.fdopen(read_end, "rb"), os.fdopen(write_end, "wb")
+        self._job = job
+
+    def start(self) -> None:
+        """The worker is there and has its own copy of `end`."""
+        self.end.close()
+        if self._lines is not None:
+            threading.Thread(target=self._feed, daemon=True).start()
+
+    def check(self) -> None:
+        """Raise what the inputs raised, if they did."""
+        if self._error is not None:
+            raise self._error
+
+    def _feed(self) -> None:
+        assert self._lines is not None
+        try:
+            with self._pipe:
+                self._write(self._pipe, self._job)
+                for line in self._lines:
+                    self._write(self._pipe, line)
+        except BrokenPipeError:  # the worker has gone; why is for the other side to say
+            pass
+        except BaseException as error:
+            self._error = error
+
+    @staticmethod
+    def _write(file: IO[bytes], line: dict[str, Any]) -> None:
+        file.write(json.dumps(line).encode() + b"\n")
+        file.flush()
+
+    def __enter__(self) -> _Stdin:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end.close()
 
 
 def _read(events: FileIO, child: subprocess.Popen[bytes], timeout: float | None) -> Iterator[Event]:
@@ -159,18 +222,18 @@ def _rebuild(event: Event, log: Path) -> Exception:
 
 
 def _post_mortem(child: subprocess.Popen[bytes], log: Path) -> Exception:
-    from qtool.errors import QtoolError
+    from qtool.errors import WorkerDied
 
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(GRACE_SECONDS)
     code = child.returncode
     hint = f"The worker's log has the details: {log}"
     if code is None or code >= 0:
-        return QtoolError(f"the worker ended without a result (exit code {code})", hint=hint)
+        return WorkerDied(f"the worker ended without a result (exit code {code})", hint=hint)
     if code == -signal.SIGKILL:
         what = "the worker was killed by signal 9, most likely because memory ran out"
-        return QtoolError(what, hint=f"Free some memory or ask for less at once. {hint}")
-    return QtoolError(f"the worker was killed by signal {-code} ({signal.Signals(-code).name})", hint=hint)
+        return WorkerDied(what, hint=f"Free some memory or ask for less at once. {hint}")
+    return WorkerDied(f"the worker was killed by signal {-code} ({signal.Signals(-code).name})", hint=hint)
 
 
 def new_log(module: str) -> Path:
@@ -194,12 +257,52 @@ def new_log(module: str) -> Path:
 # ---------------------------------------------------------------- in the worker
 
 
+class Inputs:
+    """What the parent feeds this worker after the job; a thread reads a little ahead.
+
+    Attributes:
+        ended: nothing more will come.
+        aborted: the `index` of inputs that are wanted no longer (`abort`); these are told out of turn.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.ended = False
+        self.aborted: set[int] = set()
+        self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(READ_AHEAD)
+        threading.Thread(target=self._read, args=(stream,), daemon=True).start()
+
+    def take(self, wait: float | None = 0) -> dict[str, Any] | None:
+        """The next input, or None when there is none within `wait` seconds (None: however long it takes)."""
+        if self.ended:
+            return None
+        try:
+            taken = self._queue.get(wait != 0, wait or None)
+        except queue.Empty:
+            return None
+        self.ended = taken is None
+        return taken
+
+    def _read(self, stream: IO[bytes]) -> None:
+        for line in stream:
+            value = json.loads(line)
+            if value.get("abort"):
+                self.aborted.add(value["index"])
+            else:
+                self._queue.put(value)
+        self._queue.put(None)
+
+
 class Report:
     """How a worker speaks to its parent; safe to use from several threads."""
 
     def __init__(self, descriptor: int) -> None:
         self._pipe = os.fdopen(descriptor, "w", encoding="utf-8")
         self._lock = threading.Lock()
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """What the parent has to say after the job, for workers that take it."""
+        return Inputs(sys.stdin.buffer)
 
     def progress(self, stage: str, done: int, total: int, unit: str = "layers") -> None:
         """`done` of `total` units of `stage` are finished."""
@@ -262,7 +365,7 @@ def _work(module: str, descriptor: int, parent: int) -> int:
     end_with_parent(parent)
     report = Report(descriptor)
     try:
-        job = json.load(sys.stdin)
+        job = json.loads(sys.stdin.buffer.readline())
         report.send(event="result", data=importlib.import_module(module).main(job, report))
     except SystemExit as error:
         traceback.print_exc()

@@ -31,6 +31,8 @@ COMMANDS = {
     "download": ("qtool.cli.download:download", "Download a model from a hub, and check it."),
     "quantize": ("qtool.cli.quantize:quantize", "Quantize a model to W8A8."),
     "generate": ("qtool.cli.generate:generate", "Generate text with a model, quantized or not."),
+    "chat": ("qtool.cli.chat:chat", "Talk with a model, in the terminal."),
+    "serve": ("qtool.cli.serve:serve", "Serve a model with vLLM's OpenAI server."),
     "eval": ("qtool.cli.eval:evaluate", "Compare a quantized model with its original."),
     "analyze": ("qtool.cli.analyze:analyze", "Rank a model's linear layers by what quantizing them costs."),
     "tune": ("qtool.cli.tune:tune", "Make a recipe for one model: which layers stay float, which go per token."),

@@ -2,39 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qtool.cli import sampling as options
 from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
+from qtool.cli.printers import Printer, ToFile, ToPipe, ToTerminal
 from qtool.errors import InputError
 
 if TYPE_CHECKING:
-    from qtool.console import Console
-    from qtool.recipe.schema import Generate
-
-ANSWER = ("prompt", "text", "finish_reason", "prompt_tokens", "completion_tokens")
+    from qtool.runtime.requests import Chat, Line
 
 
 def generate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Model folder; - reads the path from stdin (then give --prompt).")],
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", "-p", help="A prompt; repeat it for more. Without: stdin, one a line."),
+        typer.Option("--prompt", "-p", help="A prompt, or @FILE with prompts; repeat it for more. Without: stdin."),
     ] = None,
+    input_format: Annotated[
+        str, typer.Option(metavar="auto|text|jsonl", help="What files and stdin hold. auto goes by the first line.")
+    ] = "auto",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the answers to this file, as JSON lines.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where --output ends.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are what a user says: apply the chat template.")
+    ] = False,
+    system: options.System = None,
+    enable_thinking: options.Thinking = None,
+    chat_template_kwargs: options.ChatTemplateKwargs = None,
+    reasoning_parser: Annotated[
+        str | None,
+        typer.Option(help="vLLM's parser that splits thinking from answers.", show_default="from the model's recipe"),
+    ] = None,
+    max_tokens: options.MaxTokens = None,
+    min_tokens: options.MinTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    seed: options.Seed = 0,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="Answers per prompt.")] = None,
+    stop: options.Stop = None,
+    stop_token_ids: Annotated[list[int] | None, typer.Option(help="A token that ends an answer.")] = None,
+    include_stop_str_in_output: Annotated[bool | None, typer.Option("--include-stop-str-in-output")] = None,
+    ignore_eos: Annotated[bool | None, typer.Option("--ignore-eos", help="Go on after the end of the text.")] = None,
+    bad_words: Annotated[list[str] | None, typer.Option(help="A word that never comes.")] = None,
+    logit_bias: Annotated[list[str] | None, typer.Option(metavar="ID=BIAS", help="Added to a token's logit.")] = None,
+    allowed_token_ids: Annotated[list[int] | None, typer.Option(help="Only these tokens come.")] = None,
+    logprobs: Annotated[int | None, typer.Option(min=0, help="Log-probabilities of so many tokens per place.")] = None,
+    prompt_logprobs: Annotated[int | None, typer.Option(min=0, help="The same for the prompt.")] = None,
+    skip_special_tokens: Annotated[
+        bool | None, typer.Option("--skip-special-tokens/--no-skip-special-tokens", show_default="skip")
+    ] = None,
+    json_schema: Annotated[str | None, typer.Option(metavar="FILE", help="Answers are JSON of this schema.")] = None,
+    regex: Annotated[str | None, typer.Option(help="Answers match it.")] = None,
+    choice: Annotated[list[str] | None, typer.Option(help="Answers are one of these; repeat it.")] = None,
     runtime: Annotated[str, typer.Option(help="auto, vllm, transformers, vllm-mindspore or vllm-ascend.")] = "auto",
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most new tokens per prompt.", show_default="from the model's recipe")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(min=0, help="0 is greedy.", show_default="from the model's recipe")
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(min=0.0, max=1.0, help="Share of probability drawn from.", show_default="from the model's recipe"),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Prompt i draws from seed + i.")] = 0,
+    set_: options.Set = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -42,8 +80,10 @@ def generate(
 ) -> None:
     """Generate text with a model, quantized or not.
 
-    On a terminal the answers are printed as text. Into a pipe or with --json each is one JSON line, in the
-    order of the prompts: prompt, text, finish_reason, prompt_tokens, completion_tokens.
+    Prompts are lines of text, JSON lines with `prompt` or `messages` (other fields come out again), or an OpenAI batch
+    file. On a terminal the text is printed as it is written. Into a pipe, a file or with --json each answer is one
+    JSON line, in the order of the prompts: prompt, text, finish_reason, prompt_tokens, completion_tokens; or error, and
+    then the exit code is 1 at the end. A batch file's answers have OpenAI's shape. Sampling is named as in vLLM.
 
     Examples:
 
@@ -51,81 +91,98 @@ def generate(
 
       qtool generate ./SmolLM2-W8A8 < prompts.txt > answers.jsonl
 
+      qtool generate ./SmolLM2-W8A8 --chat -p @questions.jsonl -o answers.jsonl --resume
+
       qtool quantize ./SmolLM2 --output ./SmolLM2-W8A8 | qtool generate - --prompt "I am"
     """
-    if model == "-" and not prompt:
+    from qtool.runtime.requests import FORMATS, Chat
+
+    if model == "-" and (not prompt or "@-" in prompt):
         hint = "Give prompts with --prompt, or the model's path as the argument."
         raise InputError("stdin can hold the model's path or the prompts, not both", where="-", hint=hint)
-    if top_p == 0:
-        raise InputError("must be above 0", where="--top-p", hint="1 draws from all tokens.")
+    if resume and output is None:
+        raise InputError("what shall be resumed?", where="--resume", hint="Name the file with --output.")
+    if input_format not in FORMATS:
+        raise InputError(f"{input_format!r} is none of {', '.join(FORMATS)}", where="--input-format")
+    given = {**context.params, "logit_bias": options.biases(logit_bias or ()) or None}
+    structured = {"json": options.json_schema(json_schema), "regex": regex, "choice": choice or None}
+    asked = options.sampling(given, structured)
     folder = path_or_stdin(model)
 
     from qtool import runtime as runtimes
     from qtool.checkpoint.reader import Checkpoint
+    from qtool.runtime import sampling, settings
+    from qtool.runtime.requests import count
+    from qtool.runtime.results import Answers, fingerprint
 
     checkpoint = Checkpoint.open(folder)
-    runtimes.choose(runtime, checkpoint.format)  # whatever is wrong should show before anybody types prompts
-    prompts = prompt or _read_prompts()
-    defaults = _defaults(checkpoint.config)
-    with console() as out:
-        as_text = sys.stdout.isatty() and not json
-        printer = _Printer(out, as_text, titled=len(prompts) > 1)
-        runtimes.generate(
-            folder,
-            prompts,
-            runtime=runtime,
-            max_tokens=defaults.max_tokens if max_tokens is None else max_tokens,
-            temperature=defaults.temperature if temperature is None else temperature,
-            top_p=defaults.top_p if top_p is None else top_p,
-            seed=seed,
-            trust_remote_code=trust_remote_code,
-            on_event=printer.event,
-        )
+    recipe, words = sampling.of_recipe(checkpoint), sampling.of_model(checkpoint)
+    chosen = runtimes.choose(runtime, checkpoint.format)  # whatever is wrong should show before anybody types prompts
+    arguments = settings.parse(set_ or ())
+    runtimes.check(chosen, asked, arguments, reasoning_parser)
+    as_text = sys.stdout.isatty() and not json and output is None
+    job: dict[str, Any] = {
+        "sampling": sampling.merged(words, recipe.given(), asked),
+        "runtime": runtime,
+        "arguments": arguments,
+        "chat": chat or system is not None,
+        "chat_template_kwargs": options.template_kwargs(enable_thinking, chat_template_kwargs),
+        "reasoning_parser": None if as_text else reasoning_parser or recipe.reasoning_parser,
+    }
+    if chosen.name == "transformers":
+        _without_what_it_cant(job)
+    lines = _prompts(prompt, Chat(bool(job["chat"]), system), input_format)
+    with console() as out, contextlib.ExitStack() as stack:
+        printer: Printer
+        if output is not None:
+            decisive = {"model": fingerprint(checkpoint.path), "system": system, **job, "runtime": chosen.name}
+            answers = Answers(output.expanduser(), decisive, resume=resume, overwrite=overwrite)
+            printer = ToFile(out, stack.enter_context(answers))
+        elif as_text:
+            ahead = list(itertools.islice(lines, 2))
+            lines = itertools.chain(ahead, lines)
+            printer = ToTerminal(out, titled=len(ahead) > 1)
+        else:
+            printer = ToPipe(out)
+        if (begun := printer.begin(lines)) is not None:
+            numbered = enumerate(begun, printer.done)
+            result = runtimes.stream(
+                folder,
+                printer.requests(numbered),
+                printer.answer,
+                expected=count(prompt or ["@-"]) - printer.done,
+                pieces=as_text,
+                trust_remote_code=trust_remote_code,
+                on_event=printer.event,
+                **job,
+            )
+            out.end_progress()
+            seconds = result["seconds"]["generate"]
+            rate = f", {result['tokens'] / seconds:.1f} tokens/s" if seconds else ""
+            out.info(f"{result['answers']} answers, {result['tokens']} tokens in {seconds:.1f} s{rate}")
+        printer.end()
 
 
-class _Printer:
-    """Prints answers in the order of the prompts, each as soon as it and all before it are there."""
+def _prompts(prompt: list[str] | None, chat: Chat, input_format: str) -> Iterator[Line]:
+    """The prompts as they come; from a terminal, all of them at once."""
+    from qtool.runtime.requests import read
 
-    def __init__(self, out: Console, as_text: bool, titled: bool) -> None:
-        self.out, self.as_text, self.titled = out, as_text, titled
-        self.waiting: dict[int, dict[str, Any]] = {}
-        self.next = 0
-
-    def event(self, event: dict[str, Any]) -> None:
-        if event["event"] != "item":
-            self.out.event(event)
-            return
-        self.waiting[event["data"]["index"]] = event["data"]
-        while (answer := self.waiting.pop(self.next, None)) is not None:
-            self.next += 1
-            self.out.result(self._shown(answer), more=True)
-
-    def _shown(self, answer: dict[str, Any]) -> str | dict[str, Any]:
-        if self.as_text:
-            return f"{answer['prompt']}{answer['text']}" + ("\n" if self.titled else "")
-        return {key: answer[key] for key in ANSWER}
-
-
-def _read_prompts() -> list[str]:
-    if sys.stdin.isatty():
+    typed = not prompt and sys.stdin.isatty()
+    if typed:
         print("Prompts, one a line; Ctrl-D ends them.", file=sys.stderr)
-    try:
-        lines = sys.stdin.buffer.read().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        hint = "Prompts are UTF-8 text, one a line."
-        raise InputError(f"byte {error.start} is not UTF-8", where="stdin", hint=hint) from None
-    prompts = [line.rstrip("\r") for line in lines if line.strip()]
-    if not prompts:
+    lines = read(prompt or ["@-"], chat, input_format)
+    if typed:
+        lines = iter(list(lines))
+    first = next(lines, None)
+    if first is None:
         hint = "Give --prompt TEXT, or one prompt per line on stdin."
-        raise InputError("no prompts", where="stdin", hint=hint)
-    return prompts
+        raise InputError("no prompts", where=None if prompt else "stdin", hint=hint)
+    return itertools.chain([first], lines)
 
 
-def _defaults(config: dict[str, Any]) -> Generate:
-    from qtool.recipe.load import match
-    from qtool.recipe.schema import Generate
+def _without_what_it_cant(job: dict[str, Any]) -> None:
+    """What the recipe or the model asks for, not the user: transformers leaves it out."""
+    from qtool.runtime.settings import TRANSFORMERS_SAMPLING
 
-    try:
-        return match(config)[0].generate
-    except InputError:  # no recipe fits
-        return Generate()
+    job["reasoning_parser"] = None
+    job["sampling"] = {name: value for name, value in job["sampling"].items() if name in TRANSFORMERS_SAMPLING}

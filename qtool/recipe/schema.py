@@ -7,7 +7,7 @@ whose `layers` regex matches the whole name of a linear layer decides how that l
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -21,6 +21,7 @@ def _valid_regex(pattern: str) -> str:
 
 
 Regex = Annotated[str, AfterValidator(_valid_regex)]
+NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 class Strict(BaseModel):
@@ -90,13 +91,58 @@ class Evaluation(Strict):
     length: int = Field(default=512, gt=1, description="tokens per window")
 
 
-class Generate(Strict):
+class Sampling(Strict):
+    """How the next token is chosen and when a text ends: vLLM's SamplingParams, by its names and in its ranges (0.32).
+
+    None is not said: whoever has less to say decides, in the end vLLM's own default.
+    """
+
+    max_tokens: int | None = Field(default=None, gt=0, description="most new tokens per answer")
+    min_tokens: int | None = Field(default=None, ge=0, description="no end of text before so many tokens")
+    temperature: float | None = Field(default=None, ge=0, le=2, description="0 takes the likeliest token each time")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="share of probability drawn from")
+    top_k: int | None = Field(default=None, ge=-1, description="how many tokens are drawn from; 0 or -1 for all")
+    min_p: float | None = Field(default=None, ge=0, le=1, description="least probability, relative to the likeliest's")
+    repetition_penalty: float | None = Field(default=None, gt=0, description="above 1: less of what is already there")
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2, description="for tokens that the answer has")
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="times how often it has them")
+    seed: int | None = None
+    n: int | None = Field(default=None, gt=0, description="answers per prompt")
+    stop: list[NonEmpty] | None = Field(default=None, description="texts that end an answer and are no part of it")
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = Field(default=None, description="go on after the end of the text")
+    bad_words: list[NonEmpty] | None = Field(default=None, description="words that never come")
+    logit_bias: dict[int, float] | None = Field(default=None, description="token id: what is added to its logit")
+    allowed_token_ids: list[int] | None = None
+    logprobs: int | None = Field(default=None, ge=0, description="log-probabilities of so many tokens at each place")
+    prompt_logprobs: int | None = Field(default=None, ge=0, description="the same for the prompt's tokens")
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    structured_outputs: dict[str, Any] | None = Field(
+        default=None, description="what the answer must be: one of json (a schema), regex, choice, grammar, json_object"
+    )
+
+    @model_validator(mode="after")
+    def _bounds_agree(self) -> Self:
+        if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens ({self.min_tokens}) is more than max_tokens ({self.max_tokens})")
+        return self
+
+    def given(self) -> dict[str, Any]:
+        """What has been said, by name."""
+        return {name: value for name in Sampling.model_fields if (value := getattr(self, name)) is not None}
+
+
+class Generate(Sampling):
     """Defaults for `qtool generate`; names are vLLM's."""
 
     prompts: list[str] = Field(default_factory=list, description="what `qtool run` has the quantized model continue")
-    max_tokens: int = Field(default=64, gt=0)
-    temperature: float = Field(default=0.0, ge=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_tokens: int | None = Field(default=64, gt=0, description="most new tokens per answer")
+    temperature: float | None = Field(default=0.0, ge=0, le=2, description="0 takes the likeliest token each time")
+    reasoning_parser: str | None = Field(
+        default=None, description="vLLM's name for how the model marks its thinking; splits it from the answer"
+    )
     tensor_parallel_size: int = Field(default=1, gt=0, description="cards, for vLLM-MindSpore")
     distributed_executor: Literal["mp", "ray"] = Field(default="mp", description="ray where cards are in several hosts")
 

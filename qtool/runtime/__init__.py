@@ -1,21 +1,24 @@
 """Who generates: vLLM (with its plugins) and transformers, the reference. Both run as workers.
 
-`choose` decides which of them, `generate` and `sample` run it. Nothing heavy is imported here.
+`choose` decides which of them; `stream` runs it, `generate` and `sample` are its short forms. Nothing
+heavy is imported here.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from qtool import workers
-from qtool.environments import lookup, machine
-from qtool.environments.table import ENGINES
+from qtool.environments import lookup
 from qtool.errors import InputError
-from qtool.runtime import mindspore
+from qtool.runtime import mindspore, settings
+from qtool.runtime.settings import TRANSFORMERS_SAMPLING, environment, hardware, preload, split
+from qtool.runtime.window import run
 
 NAMES = ("auto", "vllm", "transformers", "vllm-mindspore", "vllm-ascend")
 
@@ -26,12 +29,19 @@ QUANTIZATION = {"golden-stick": "golden-stick", "modelslim": "ascend"}
 
 @dataclass(frozen=True)
 class Runtime:
-    """What runs a checkpoint: a worker module, the interpreter for it, and its settings."""
+    """What runs a checkpoint: a worker module, the interpreter for it, and its settings.
+
+    Args:
+        engine: vLLM's EngineArgs.
+        env: variables for the worker.
+        compile_from: new tokens that make it worth while to compile the model; None where nothing is known.
+    """
 
     name: str
     python: str
     engine: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
+    compile_from: int | None = None
 
     @property
     def module(self) -> str:
@@ -61,17 +71,110 @@ def choose(runtime: str, format: str) -> Runtime:
             raise InputError(f"{runtime} can't read {format} checkpoints", where="--runtime", hint=hint)
         return _vllm(runtime, {})
     if runtime == "transformers" or (runtime == "auto" and not _installed("vllm")):
-        return Runtime("transformers", lookup.interpreter("transformers"), env=_environment("cpu"))
+        return Runtime("transformers", lookup.interpreter("transformers"), env=environment("cpu"))
     return _vllm("vllm", {})
+
+
+def stream(
+    model: str | Path,
+    requests: Iterator[dict[str, Any]],
+    on_answer: Callable[[dict[str, Any]], None],
+    *,
+    sampling: Mapping[str, Any],
+    runtime: str = "auto",
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+    expected: int = 0,
+    chat: bool = False,
+    chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    reasoning_parser: str | None = None,
+    trust_remote_code: bool = False,
+    pieces: bool = False,
+    ids: bool = False,
+    gaps: bool = False,
+    on_event: Callable[[workers.Event], None] = lambda event: None,
+) -> dict[str, Any]:
+    """Answer requests as they come, in the memory of those under way. Answers come in the order of the requests.
+
+    Args:
+        model: a checkpoint folder of any format that the runtime reads.
+        requests: each has an `index` (ascending) and `prompt` (a text, or token ids) or `messages`; it may have
+            `sampling` and `chat_template_kwargs` of its own. One with an `error` has that for an answer.
+        on_answer: gets each answer: index, and either `error`, or prompt_tokens and `choices`, each with text,
+            finish_reason ("stop" or "length"), completion_tokens, and as asked for: reasoning, logprobs, gaps.
+        sampling: vLLM's SamplingParams by name. Prompt i draws from seed + i.
+        arguments: what `--set` says: vLLM's EngineArgs, and (in capitals) its environment variables.
+        expected: how many requests there will be, as far as that is known: long jobs are worth compiling for.
+        chat: the requests are conversations: a model without a chat template is an error at once.
+        reasoning_parser: vLLM's name of what splits thinking from the answer, in conversations.
+        pieces: tell each new piece of the first unfinished answer: an event `piece` with index and text.
+        ids: answers have prompt_ids and, in each choice, token_ids (an end-of-text token included).
+        gaps: choices have `gaps`, per token the logit difference between the likeliest token and the next: 0 is a tie.
+        on_event: gets every other worker event.
+
+    Returns:
+        runtime, answers, tokens, and seconds by stage.
+
+    Raises:
+        InputError: a folder that is no checkpoint, no runtime for it, settings or sampling that it doesn't know.
+        QtoolError: the worker failed, or died twice.
+    """
+    from qtool.checkpoint.reader import Checkpoint
+
+    checkpoint = Checkpoint.open(model)
+    chosen = choose(runtime, checkpoint.format)
+    check(chosen, sampling, arguments, reasoning_parser)
+    if chosen.name == "vllm-mindspore":
+        chosen = mindspore.adapt(chosen, checkpoint)
+    engine, env = split(arguments)
+    job = {
+        "model": str(checkpoint.path.resolve()),
+        "runtime": chosen.name,
+        "engine": {**chosen.engine, **engine},
+        "set": dict(arguments),
+        "expected": expected,
+        "compile_from": chosen.compile_from,
+        "sampling": dict(sampling),
+        "chat": chat,
+        "chat_template_kwargs": dict(chat_template_kwargs),
+        "reasoning_parser": reasoning_parser,
+        "trust_remote_code": trust_remote_code,
+        "stream": pieces,
+        "ids": ids,
+        "gaps": gaps,
+    }
+
+    def work(inputs: Iterator[dict[str, Any]], event: Callable[[workers.Event], None]) -> dict[str, Any]:
+        env_ = {**chosen.env, **env}
+        return workers.run(chosen.module, job, python=chosen.python, on_event=event, inputs=inputs, env=env_)
+
+    return run(work, requests, on_answer, on_event)
+
+
+def check(
+    runtime: Runtime, sampling: Mapping[str, Any], arguments: Mapping[str, Any], reasoning_parser: str | None = None
+) -> None:
+    """That the runtime can do what is asked of it, as far as can be said without starting it.
+
+    Raises:
+        InputError: it can't.
+    """
+    if runtime.name != "transformers":
+        return
+    hint = "Use --runtime vllm."
+    if unknown := sorted(sampling.keys() - TRANSFORMERS_SAMPLING):
+        raise InputError(f"transformers as a runtime can't do {', '.join(unknown)}", where="--runtime", hint=hint)
+    if arguments or reasoning_parser:
+        what = "--set" if arguments else "--reasoning-parser"
+        raise InputError(f"{what} is for vLLM", where="--runtime transformers", hint=hint)
 
 
 def generate(
     model: str | Path,
     prompts: Sequence[str] | Sequence[Sequence[int]],
     *,
-    max_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    max_tokens: int | None,
+    temperature: float | None = 0.0,
+    top_p: float | None = None,
     seed: int = 0,
     runtime: str = "auto",
     trust_remote_code: bool = False,
@@ -84,49 +187,44 @@ def generate(
     Args:
         model: a checkpoint folder of any format that the runtime reads.
         prompts: texts, or lists of token ids.
-        temperature: 0 takes the likeliest token each time.
+        max_tokens: None for as many as the model's context has room for.
+        temperature: 0 takes the likeliest token each time; None is vLLM's default, 1.
         seed: prompt i draws from seed + i, so an answer doesn't depend on its neighbours.
         ignore_eos: go on to max_tokens whatever comes.
         gaps: add `gaps`, per token the logit difference between the likeliest token and the next: 0 is a tie.
-        on_event: gets every worker event; an item event carries one answer, as soon as it is finished.
+        on_event: gets every worker event.
 
     Returns:
-        Per prompt: index, prompt (None for token ids), text, token_ids (an end-of-text token included),
+        Per prompt: index, prompt (None for token ids), prompt_ids, text, token_ids (an end-of-text token included),
         finish_reason ("stop" or "length"), prompt_tokens, completion_tokens.
 
     Raises:
         InputError: a folder that is no checkpoint, no runtime for it, a prompt that is empty or too long.
         QtoolError: the worker failed.
     """
-    from qtool.checkpoint.reader import Checkpoint
+    answers = []
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
 
-    checkpoint = Checkpoint.open(model)
-    chosen = choose(runtime, checkpoint.format)
-    if chosen.name == "vllm-mindspore":
-        chosen = mindspore.adapt(chosen, checkpoint)
-    given = [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-    job = {
-        "model": str(checkpoint.path.resolve()),
-        "prompts": given,
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-        "trust_remote_code": trust_remote_code,
-        "ignore_eos": ignore_eos,
-        "gaps": gaps,
-        "runtime": chosen.name,
-        "engine": chosen.engine,
-    }
-    answers: list[dict[str, Any] | None] = [None] * len(given)
+    def collect(item: dict[str, Any]) -> None:
+        index = item["index"]
+        if "error" in item:
+            raise InputError(item["error"], where=f"prompt {index + 1}")
+        prompt = prompts[index]
+        (choice,) = item.pop("choices")
+        answers.append({**item, **choice, "prompt": prompt if isinstance(prompt, str) else None})
 
-    def collect(event: workers.Event) -> None:
-        if event["event"] == "item":
-            answers[event["data"]["index"]] = event["data"]
-        on_event(event)
-
-    workers.run(chosen.module, job, python=chosen.python, on_event=collect, env=chosen.env)
-    return [answer for answer in answers if answer is not None]
+    stream(
+        model,
+        ({"index": i, "prompt": p if isinstance(p, str) else list(p)} for i, p in enumerate(prompts)),
+        collect,
+        sampling={name: value for name, value in sampling.items() if value is not None} | {"ignore_eos": ignore_eos},
+        runtime=runtime,
+        trust_remote_code=trust_remote_code,
+        ids=True,
+        gaps=gaps,
+        on_event=on_event,
+    )
+    return answers
 
 
 def sample(
@@ -161,32 +259,10 @@ def sample(
 
 
 def _vllm(name: str, engine: dict[str, Any]) -> Runtime:
-    python, hardware = lookup.interpreter(name), _hardware(name)
-    return Runtime(name, python, {**_settings(hardware)["engine"], **engine}, _environment(hardware))
-
-
-def _settings(hardware: str) -> dict[str, dict[str, Any]]:
-    import yaml
-
-    from qtool import resources
-
-    file = resources.folder("configs") / f"runtime-{hardware}.yaml"
-    return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
-
-
-def _environment(hardware: str) -> dict[str, str]:
-    """The settings' variables for the worker; those that the user has set win."""
-    env = _settings(hardware)["env"]
-    if hardware == "cpu":
-        env = {"OMP_NUM_THREADS": str(machine.cpus()), **env}
-    return {name: value for name, value in env.items() if name not in os.environ}
-
-
-def _hardware(name: str) -> str:
-    plugins = [ENGINES[plugin].package for plugin in PLUGINS.values()]
-    if name != "vllm" or any(map(lookup.available, plugins)):
-        return "ascend"
-    return "cuda" if machine.has_cuda() else "cpu"
+    python, kind = lookup.interpreter(name), hardware(name, PLUGINS.values())
+    env = {**environment(kind), **preload(kind, python)}
+    arguments = {**settings.engine(kind), **engine}
+    return Runtime(name, python, arguments, env, settings.settings(kind).get("compile_from_tokens"))
 
 
 def _installed(name: str) -> bool:
@@ -197,4 +273,4 @@ def _installed(name: str) -> bool:
     return True
 
 
-__all__ = ["NAMES", "Runtime", "choose", "generate", "sample"]
+__all__ = ["NAMES", "Runtime", "check", "choose", "generate", "sample", "stream"]

@@ -1,60 +1,152 @@
-"""What both runtimes must do alike, so that they can be compared: tokens in, when to stop, text out."""
+"""What both runtimes must do alike, so that they can be compared: tokens in, when to stop, how far."""
 
 from __future__ import annotations
 
 import json
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtool.errors import InputError
+from qtool.errors import InputError, in_one_line
+from qtool.runtime.settings import dtype
 from qtool.workers import Report
 
-DTYPES = ("bfloat16", "float16", "float32")
 REPORT_SECONDS = 0.1
 
 
-@dataclass
-class Work:
-    """A job made ready: prompts as token ids, and for each how many tokens may follow.
+@dataclass(frozen=True)
+class Prepared:
+    """A request made ready.
 
     Attributes:
-        prompts: token ids per prompt.
-        budgets: most new tokens per prompt.
-        stop: token ids that end a text; empty when the job ignores them.
-        dtype: the name of the dtype in which both runtimes compute.
+        ids: the prompt's token ids.
+        budget: most new tokens.
+        sampling: the job's sampling under the request's own, by vLLM's names, with `max_tokens` within the budget.
+        stop: token ids that end the text; empty when the request ignores them.
+        seed: what it draws from; its neighbours have no part in it.
+        chat: it was a conversation.
     """
 
-    tokenizer: Any
-    config: dict[str, Any]
-    prompts: list[list[int]]
-    budgets: list[int]
+    index: int
+    ids: list[int]
+    budget: int
+    sampling: dict[str, Any]
     stop: list[int]
-    dtype: str
+    seed: int
+    chat: bool
 
-    def answer(self, job: dict[str, Any], index: int, token_ids: list[int], gaps: list[float]) -> dict[str, Any]:
-        """The item for a finished prompt."""
-        prompt = job["prompts"][index]
-        return {
-            "index": index,
-            "prompt": prompt if isinstance(prompt, str) else None,
-            "prompt_ids": self.prompts[index],
-            "text": self.tokenizer.decode(token_ids, skip_special_tokens=True),
-            "token_ids": token_ids,
-            "finish_reason": "stop" if token_ids and token_ids[-1] in self.stop else "length",
-            "prompt_tokens": len(self.prompts[index]),
-            "completion_tokens": len(token_ids),
-        } | ({"gaps": gaps} if job["gaps"] else {})
+
+class Front:
+    """A checkpoint's own side of generating: its tokenizer, its template, its context, its end-of-text tokens.
+
+    Attributes:
+        config: config.json.
+        context: tokens that a prompt and its answer may have together.
+        dtype: the name of the dtype in which both runtimes compute.
+
+    Raises:
+        InputError: no usable tokenizer, or no chat template where the job asks for one.
+    """
+
+    def __init__(self, job: Mapping[str, Any], report: Report) -> None:
+        self.job, self.report = job, report
+        folder = Path(job["model"])
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.text_config: dict[str, Any] = self.config.get("text_config") or self.config
+        self.tokenizer = _tokenizer(folder, job["trust_remote_code"])
+        self.context = int(self.text_config.get("max_position_embeddings") or 1 << 20)
+        if limit := job["engine"].get("max_model_len"):
+            self.context = min(self.context, int(limit))
+        self.stop = _stop_ids(folder, self.config, self.text_config, self.tokenizer)
+        self.dtype = dtype(self.config)
+        self._cut = self._seen = 0
+        if job["chat"] and not self.tokenizer.chat_template:
+            raise InputError(
+                "the model has no chat template", where=job["model"], hint="Leave out --chat and --system."
+            )
+
+    def prepare(self, request: Mapping[str, Any]) -> Prepared:
+        """Token ids and limits of a request (see `qtool.runtime.stream`).
+
+        Raises:
+            InputError: no tokens in it, or more than the model takes; a conversation that its template refuses;
+                what was wrong with it from the start.
+        """
+        if "error" in request:
+            raise InputError(request["error"])
+        own = request.get("sampling", {})
+        sampling = self.job["sampling"] | own
+        seed = own["seed"] if "seed" in own else sampling.get("seed", 0) + request["index"]
+        ids = self._ids(request, seed)
+        if not ids:
+            raise InputError("the tokenizer makes no tokens of it", hint="Give it some text.")
+        if len(ids) >= self.context:
+            what = f"it has {len(ids)} tokens; the model takes {self.context}, with at least one of them its own"
+            raise InputError(what, hint="Shorten it.")
+        room = self.context - len(ids)
+        wanted = sampling.get("max_tokens") or room
+        budget = min(wanted, room)
+        self._seen += 1
+        self._cut += budget < wanted
+        stop = [] if sampling.get("ignore_eos") else self.stop
+        stop = sorted({*stop, *sampling.get("stop_token_ids", ())})
+        sampling["max_tokens"] = budget
+        return Prepared(request["index"], ids, budget, sampling, stop, seed, "messages" in request)
+
+    def warn(self) -> None:
+        """Say how many answers had less room than was asked for."""
+        if self._cut:
+            context = f"the model takes {self.context} tokens in all"
+            self.report.warning(f"{self._cut} of {self._seen} answers may end early: {context}")
+
+    def answer(self, prepared: Prepared, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """The item for a finished request."""
+        item = {"index": prepared.index, "prompt_tokens": len(prepared.ids), "choices": choices}
+        if self.job["ids"]:
+            item["prompt_ids"] = prepared.ids
+        else:
+            for choice in choices:
+                del choice["token_ids"]
+        return item
+
+    def _ids(self, request: Mapping[str, Any], seed: int) -> list[int]:
+        if "messages" in request:
+            return self._conversation(request)
+        prompt = request["prompt"]
+        if isinstance(prompt, str):
+            ids = list(self.tokenizer(prompt)["input_ids"])
+            return ids if ids or self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        if prompt:
+            if outside := [i for i in prompt if not 0 <= i < self.text_config["vocab_size"]]:
+                raise InputError(f"token id {outside[0]} is not one of the model's {self.text_config['vocab_size']}")
+            return list(prompt)
+        if self.tokenizer.bos_token_id is not None:
+            return [self.tokenizer.bos_token_id]
+        return [random.Random(seed).randrange(min(len(self.tokenizer), self.text_config["vocab_size"]))]
+
+    def _conversation(self, request: Mapping[str, Any]) -> list[int]:
+        if not self.tokenizer.chat_template:
+            raise InputError("the model has no chat template", hint="Give it as a prompt.")
+        extra = self.job["chat_template_kwargs"] | request.get("chat_template_kwargs", {})
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                request["messages"], add_generation_prompt=True, tokenize=True, return_dict=False, **extra
+            )
+        except Exception as error:  # a template is a program of the model's author
+            raise InputError(f"the model's chat template refuses it: {in_one_line(error)}") from error
+        return list(ids)
 
 
 class Meter:
-    """Counts generated tokens, reports them now and then, and keeps the times of the cold start."""
+    """Counts answers and tokens, reports them now and then, and keeps the times of the cold start."""
 
-    def __init__(self, report: Report, total: int) -> None:
-        self.report, self.total, self.done = report, total, 0
+    def __init__(self, report: Report) -> None:
+        self.report = report
         self.seconds: dict[str, float] = {}
+        self.answers = self.tokens = 0
         self._began = self._last = time.monotonic()
 
     def lap(self, stage: str) -> None:
@@ -62,46 +154,27 @@ class Meter:
         self.seconds[stage] = round(time.monotonic() - self._last, 3)
         self._last = time.monotonic()
 
-    def add(self, tokens: int, saved: int = 0) -> None:
-        """`tokens` more are there; `saved` will not be needed, their text has ended."""
-        if not self.done:
-            self.lap("first token")
-        self.done += tokens
-        self.total -= saved
-        now = time.monotonic()
-        if now - self._last >= REPORT_SECONDS or self.done >= self.total:
-            self._last = now
-            self.report.progress("generate", self.done, self.total, unit="tokens")
+    def begin(self) -> None:
+        """The model is ready."""
+        self._began = time.monotonic()
+        self._progress()
 
+    def add(self, tokens: int) -> None:
+        """One more answer is there."""
+        self.answers += 1
+        self.tokens += tokens
+        if time.monotonic() - self._last >= REPORT_SECONDS:
+            self._progress()
 
-def prepare(job: dict[str, Any], report: Report) -> Work:
-    """Tokenize the prompts and settle lengths.
+    def end(self, runtime: str) -> dict[str, Any]:
+        """The worker's result: runtime, tokens, answers, and the seconds each stage took."""
+        self._progress()
+        self.seconds["generate"] = round(time.monotonic() - self._began, 3)
+        return {"runtime": runtime, "answers": self.answers, "tokens": self.tokens, "seconds": self.seconds}
 
-    Raises:
-        InputError: no usable tokenizer, a prompt without tokens, a prompt longer than the model's context.
-    """
-    folder = Path(job["model"])
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    text_config = config.get("text_config") or config
-    tokenizer = _tokenizer(folder, job["trust_remote_code"])
-    context = text_config.get("max_position_embeddings") or 1 << 20
-    prompts, budgets, cut = [], [], 0
-    for index, prompt in enumerate(job["prompts"]):
-        ids = _ids(prompt, tokenizer, text_config, job["seed"] + index)
-        where = f"prompt {index + 1}"
-        if not ids:
-            raise InputError("the tokenizer makes no tokens of it", where=where, hint="Give it some text.")
-        if len(ids) >= context:
-            what = f"it has {len(ids)} tokens; the model takes {context}, with at least one of them its own"
-            raise InputError(what, where=where, hint="Shorten it.")
-        prompts.append(ids)
-        budgets.append(min(job["max_tokens"], context - len(ids)))
-        cut += budgets[-1] < job["max_tokens"]
-    if cut:
-        report.warning(f"{cut} of {len(prompts)} answers may end early: the model takes {context} tokens in all")
-    stop = [] if job["ignore_eos"] else _stop_ids(folder, config, text_config, tokenizer)
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or text_config.get("dtype") or DTYPES[0])
-    return Work(tokenizer, config, prompts, budgets, stop, dtype if dtype in DTYPES else DTYPES[0])
+    def _progress(self) -> None:
+        self._last = time.monotonic()
+        self.report.progress("generate", self.answers, 0, unit="answers")
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
@@ -117,17 +190,6 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         raise InputError(what, where=str(folder), hint=hint) from error
 
 
-def _ids(prompt: str | list[int], tokenizer: Any, text_config: dict[str, Any], seed: int) -> list[int]:
-    if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
-        return ids if ids or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    if prompt:
-        return prompt
-    if tokenizer.bos_token_id is not None:
-        return [tokenizer.bos_token_id]
-    return [random.Random(seed).randrange(min(len(tokenizer), text_config["vocab_size"]))]
-
-
 def _stop_ids(folder: Path, config: dict[str, Any], text_config: dict[str, Any], tokenizer: Any) -> list[int]:
     """Every end-of-text token: generation_config.json's if it names any, else config.json's; and the tokenizer's."""
     file = folder / "generation_config.json"
@@ -137,3 +199,8 @@ def _stop_ids(folder: Path, config: dict[str, Any], text_config: dict[str, Any],
         if (ids := source.get("eos_token_id")) is not None:
             return sorted(named | set(ids if isinstance(ids, list) else [ids]))
     return sorted(named)
+
+
+def failure(index: int, error: InputError) -> dict[str, Any]:
+    """The item for a request that can't be answered."""
+    return {"index": index, "error": error.what}

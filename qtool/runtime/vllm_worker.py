@@ -1,27 +1,35 @@
 """vLLM, driven through its engine rather than its `LLM` class: less to import, and answers come as they finish.
 
-On a CPU the engine runs in this very process; the cold start is nearly all imports, so everything
-that would start further interpreters is avoided.
+Prompts come in while answers go out, so a job of any length needs the memory of what is being worked on and no more.
+On a CPU the engine runs in this very process; the cold start is nearly all imports, so everything that would start
+further interpreters is avoided.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import gc
 import importlib
 import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from qtool.errors import QtoolError
+import pydantic
+
+from qtool.errors import InputError, QtoolError, in_one_line
 from qtool.runtime import mindspore
-from qtool.runtime.common import Meter, Work, prepare
-from qtool.workers import Report, hide_media_packages
+from qtool.runtime.common import Front, Meter, Prepared, failure
+from qtool.workers import READ_AHEAD, Report, hide_media_packages
 
 BLOCK = 128  # tokens in a block of vLLM's CPU cache
-MOST_CACHE_BYTES = 4 << 30
+SETTLE_SECONDS = 0.2  # inputs that come one by one, further apart than this, are not waited for before the model loads
+IMPOSSIBLE = -9999.0  # vLLM's server says so too, where a token can't come: JSON has no infinity
+QUEUED = 2  # requests that vLLM is given, as a multiple of those it works on at a time
 
 
 def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Generate as `qtool.runtime.generate` says; returns the runtime's name and the seconds each stage took."""
+    """Generate as `qtool.runtime.stream` says; returns what was done, and the seconds each stage took."""
     hide_media_packages()
     if job["runtime"] != "vllm-mindspore":
         return _generate(job, report)
@@ -37,75 +45,324 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 def _generate(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    meter = Meter(report, 0)
+    meter = Meter(report)
     report.progress("start vLLM", 0, 0)
     gc.disable()  # the imports make millions of objects that stay
-    from vllm import EngineArgs, LLMEngine, ModelRegistry, SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm import EngineArgs, LLMEngine, ModelRegistry
 
     meter.lap("import")
-    work = prepare(job, report)
+    check_settings(job["set"], EngineArgs)
+    front = Front(job, report)
+    intake = _Intake(front, report)
+    first = intake.ahead()
     meter.lap("tokenize")
+    if intake.ended and not first:
+        return meter.end(job["runtime"])
     if in_process := os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
-        _know_the_model(ModelRegistry, work.config)
+        _know_the_model(ModelRegistry, front.config)
     gc.freeze()
     gc.enable()
     report.progress("load the model", 0, 0)
-    engine = LLMEngine.from_engine_args(EngineArgs(**_arguments(job, work, in_process)))
+    arguments = _arguments(job, front, [len(p.ids) + p.budget for p in first], intake.ended, in_process)
+    front.context = min(front.context, arguments.get("max_model_len", front.context))
+    try:
+        configured = EngineArgs(**arguments)
+        engine = LLMEngine.from_engine_args(configured)
+    except refusals() as error:
+        if job["set"]:
+            raise InputError(f"vLLM refuses these settings: {in_one_line(error)}", where="--set") from error
+        raise
     meter.lap("load")
-    meter.total = sum(work.budgets)
-    for index, ids in enumerate(work.prompts):
-        parameters = SamplingParams(
-            max_tokens=work.budgets[index],
-            temperature=job["temperature"],
-            top_p=job["top_p"],
-            seed=job["seed"] + index,
-            stop_token_ids=work.stop,
-            ignore_eos=True,  # the stop ids say it all
-            detokenize=False,
-            logprobs=2 if job["gaps"] else None,
-            output_kind=RequestOutputKind.DELTA,
-        )
-        engine.add_request(str(index), {"prompt_token_ids": ids}, parameters)
-    _drain(engine, work, job, meter)
-    return {"runtime": job["runtime"], "seconds": meter.seconds}
+    meter.begin()
+    _Loop(engine, front, report, meter, configured.max_num_seqs).run(first, intake)
+    front.warn()
+    return meter.end(job["runtime"])
 
 
-def _drain(engine: Any, work: Work, job: dict[str, Any], meter: Meter) -> None:
-    tokens: list[list[int]] = [[] for _ in work.prompts]
-    gaps: list[list[float]] = [[] for _ in work.prompts]
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            index, piece = int(output.request_id), output.outputs[0]
-            tokens[index] += piece.token_ids
-            for logprobs in piece.logprobs or []:
-                best, second, *_ = sorted((entry.logprob for entry in logprobs.values()), reverse=True)
-                gaps[index].append(best - second)
-            saved = work.budgets[index] - len(tokens[index]) if output.finished else 0
-            meter.add(len(piece.token_ids), saved)
-            if output.finished:
-                meter.report.item(work.answer(job, index, tokens[index], gaps[index]))
+class _Intake:
+    """Requests as they come, made ready; those that can't be answered are reported and left out."""
+
+    def __init__(self, front: Front, report: Report) -> None:
+        self.front, self.report = front, report
+
+    @property
+    def ended(self) -> bool:
+        return self.report.inputs.ended
+
+    def ahead(self) -> list[Prepared]:
+        """What is there already, for the engine to be made to measure."""
+        ready: list[Prepared] = []
+        for _ in range(READ_AHEAD):
+            if (request := self.report.inputs.take(SETTLE_SECONDS)) is None:
+                break
+            ready += self._ready(request)
+        return ready
+
+    def take(self, wait: bool) -> list[Prepared]:
+        """The next request, or none: it can't be answered, it isn't there yet, or there are no more."""
+        request = self.report.inputs.take(None if wait else 0)
+        return [] if request is None else self._ready(request)
+
+    def aborted(self) -> list[int]:
+        """Requests that are wanted no longer; each is told once."""
+        told = list(self.report.inputs.aborted)
+        self.report.inputs.aborted.difference_update(told)
+        return told
+
+    def _ready(self, request: Mapping[str, Any]) -> list[Prepared]:
+        try:
+            return [self.front.prepare(request)]
+        except InputError as error:
+            self.report.item(failure(request["index"], error))
+            return []
 
 
-def _arguments(job: dict[str, Any], work: Work, in_process: bool) -> dict[str, Any]:
-    """What vLLM's EngineArgs get: this job's needs over the machine's settings."""
-    lengths = [len(ids) + budget for ids, budget in zip(work.prompts, work.budgets, strict=True)]
+class _Loop:
+    """Keeps vLLM's scheduler fed, and sends each answer on its way."""
+
+    def __init__(self, engine: Any, front: Front, report: Report, meter: Meter, seqs: int | None) -> None:
+        self.engine, self.front, self.report, self.meter = engine, front, report, meter
+        self.window = QUEUED * (seqs or 256)
+        self.running: dict[str, Prepared] = {}
+        self.texts: dict[str, list[Any]] = {}
+        self.split = reasoning(front) if front.job["reasoning_parser"] else None
+
+    def run(self, first: Iterable[Prepared], intake: _Intake) -> None:
+        for prepared in first:
+            self._add(prepared)
+        while self.running or not intake.ended:
+            while not intake.ended and len(self.running) < self.window:
+                before = len(self.running)
+                for prepared in intake.take(wait=not self.running):
+                    self._add(prepared)
+                if len(self.running) == before and self.running:
+                    break  # nothing there yet: work on what is
+            for index in intake.aborted():
+                self._abort(index)
+            if self.running:
+                for output in self.engine.step():
+                    self._output(output)
+
+    def _add(self, prepared: Prepared) -> None:
+        try:
+            parameters = _parameters(self.front, prepared)
+            self.engine.add_request(str(prepared.index), {"prompt_token_ids": prepared.ids}, parameters)
+        except refusals() as error:
+            self.report.item(failure(prepared.index, InputError(f"vLLM refuses it: {in_one_line(error)}")))
+            return
+        self.running[str(prepared.index)] = prepared
+
+    def _abort(self, index: int) -> None:
+        """End a request that is wanted no longer; what there is of it is its answer."""
+        if (prepared := self.running.pop(str(index), None)) is None:
+            return
+        self.engine.abort_request([str(index)])
+        pieces = self.texts.pop(str(index), [])
+        tokens = [token for piece in pieces for token in piece.token_ids]
+        text = "".join(piece.text for piece in pieces)
+        choice: dict[str, Any] = {"text": text, "token_ids": tokens, "finish_reason": "abort"}
+        choice["completion_tokens"] = len(tokens)
+        self.meter.add(len(tokens))
+        self.report.item(self.front.answer(prepared, [choice]))
+
+    def _output(self, output: Any) -> None:
+        prepared = self.running[output.request_id]
+        if self.front.job["stream"] and len(output.outputs) == 1:
+            self._piece(output, prepared)
+        if not output.finished:
+            return
+        del self.running[output.request_id]
+        choices = [self._choice(prepared, choice) for choice in sorted(output.outputs, key=lambda o: o.index)]
+        self.meter.add(sum(choice["completion_tokens"] for choice in choices))
+        item = self.front.answer(prepared, choices)
+        if output.prompt_logprobs is not None:
+            item["prompt_logprobs"] = [
+                None if entry is None else _place(self.front, prepared.ids[i], entry)
+                for i, entry in enumerate(output.prompt_logprobs)
+            ]
+        self.report.item(item)
+
+    def _piece(self, output: Any, prepared: Prepared) -> None:
+        """Tell what is new; and put the pieces together, so that the last output is the whole one."""
+        piece = output.outputs[0]
+        self.report.send(event="piece", index=prepared.index, text=piece.text)
+        pieces = self.texts.setdefault(output.request_id, [])
+        pieces.append(piece)
+        if output.finished:
+            del self.texts[output.request_id]
+            piece.text = "".join(p.text for p in pieces)
+            piece.token_ids = [token for p in pieces for token in p.token_ids]
+            if piece.logprobs is not None:
+                piece.logprobs = [entry for p in pieces for entry in p.logprobs]
+
+    def _choice(self, prepared: Prepared, output: Any) -> dict[str, Any]:
+        choice = {
+            "text": output.text,
+            "token_ids": list(output.token_ids),
+            "finish_reason": output.finish_reason,
+            "completion_tokens": len(output.token_ids),
+        }
+        if self.split is not None and prepared.chat:
+            choice["reasoning"], choice["text"] = self.split(output.text)
+        if prepared.sampling.get("logprobs") is not None:
+            choice["logprobs"] = [
+                _place(self.front, token, entry) for token, entry in zip(output.token_ids, output.logprobs, strict=True)
+            ]
+        if self.front.job["gaps"]:
+            best = [sorted((e.logprob for e in entry.values()), reverse=True) for entry in output.logprobs]
+            choice["gaps"] = [first - second for first, second, *_ in best]
+        return choice
+
+
+def _place(front: Front, token: int, entry: Mapping[int, Any]) -> dict[str, Any]:
+    """One place's log-probabilities, as OpenAI's chat completions show them."""
+
+    def shown(token: int) -> dict[str, Any]:
+        text = entry[token].decoded_token
+        logprob = max(round(entry[token].logprob, 6), IMPOSSIBLE)
+        return {"token": text or "", "token_id": token, "logprob": logprob}
+
+    top = sorted(entry, key=lambda token: entry[token].rank or 0)
+    return shown(token) | {"top_logprobs": [shown(other) for other in top]}
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """How vLLM says that a request or a setting is wrong; pydantic's errors are ValueErrors too."""
+    try:
+        from vllm.exceptions import VLLMClientError
+    except ImportError:  # before 0.32 or so
+        return (ValueError, TypeError)
+    return (ValueError, TypeError, VLLMClientError)
+
+
+def _parameters(front: Front, prepared: Prepared) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    sampling = dict(prepared.sampling)
+    if structured := sampling.pop("structured_outputs", None):
+        sampling["structured_outputs"] = StructuredOutputsParams(**structured)
+    if front.job["gaps"]:
+        sampling["logprobs"] = max(2, sampling.get("logprobs") or 0)
+    if front.job["reasoning_parser"] and prepared.chat:
+        sampling.setdefault("skip_special_tokens", False)
+    streamed = front.job["stream"] and sampling.get("n", 1) == 1
+    sampling |= {
+        "seed": None if sampling.get("temperature") == 0 else prepared.seed,
+        "stop_token_ids": prepared.stop,
+        "ignore_eos": True,  # the stop ids say it all
+        "output_kind": RequestOutputKind.DELTA if streamed else RequestOutputKind.FINAL_ONLY,
+    }
+    return SamplingParams(**sampling)
+
+
+def reasoning(front: Front) -> Callable[[str], tuple[str | None, str]]:
+    """What splits a text into thinking (or None) and answer, by the parser that vLLM has for such models.
+
+    Raises:
+        InputError: vLLM has no parser of this name, or the tokenizer lacks the parser's marks.
+    """
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.reasoning import ReasoningParserManager
+
+    name = front.job["reasoning_parser"]
+    request = ChatCompletionRequest(messages=[], model="")
+    try:
+        parser = ReasoningParserManager.get_reasoning_parser(name)
+        parser(front.tokenizer, chat_template_kwargs=front.job["chat_template_kwargs"])
+    except KeyError as error:
+        hint = f"vLLM has {', '.join(sorted(ReasoningParserManager.list_registered()))}."
+        raise InputError(f"no reasoning parser {name!r}", where="--reasoning-parser", hint=hint) from error
+    except (RuntimeError, ValueError) as error:
+        raise InputError(in_one_line(error), where=f"--reasoning-parser {name}") from error
+    ends = [front.tokenizer.decode([token]) for token in front.stop]
+
+    def split(text: str) -> tuple[str | None, str]:
+        for end in ends:
+            text = text.removesuffix(end)
+        made = parser(front.tokenizer, chat_template_kwargs=front.job["chat_template_kwargs"])
+        thought, answer = made.extract_reasoning(text, request)
+        return thought, answer or ""
+
+    return split
+
+
+def check_settings(given: Mapping[str, Any], engine_args: type) -> None:
+    """That vLLM knows each of these settings: fields of its EngineArgs, or (in capitals) its environment variables.
+
+    Raises:
+        InputError: it doesn't know one; with those of similar names.
+    """
+    import vllm.envs
+
+    fields = {field.name: field.type for field in dataclasses.fields(engine_args)}
+    for name in given:
+        variable = name.isupper()
+        known = [*vllm.envs.environment_variables, *THREADS] if variable else fields
+        if name in known:
+            if not variable:
+                _check_type(name, given[name], fields[name])
+            continue
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"Similar: {', '.join(close)}." if close else "Its EngineArgs are named in vLLM's documentation."
+        kind = "environment variable" if variable else "setting"
+        raise InputError(f"vLLM has no {kind} {name!r}", where="--set", hint=hint)
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    if isinstance(kind, str) or isinstance(value, dict):  # vLLM will look at it itself
+        return
+    try:
+        pydantic.TypeAdapter(kind).validate_python(value)
+    except pydantic.PydanticUserError:  # a type that pydantic knows nothing of
+        return
+    except pydantic.ValidationError as error:
+        what = error.errors(include_url=False)[0]["msg"]
+        raise InputError(f"{name}: {what[:1].lower()}{what[1:]}, not {value!r}", where="--set") from None
+
+
+THREADS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "OMP_PLACES", "KMP_BLOCKTIME", "LD_PRELOAD")
+
+
+def _arguments(
+    job: dict[str, Any], front: Front, lengths: list[int], complete: bool, in_process: bool
+) -> dict[str, Any]:
+    """What vLLM's EngineArgs get: this job's needs over the machine's settings, and the user's word over both.
+
+    Args:
+        lengths: tokens of the requests that are there already, with their answers.
+        complete: there will be no others.
+    """
+    count = max(job["expected"], len(lengths))
+    tokens = count * job["sampling"].get("max_tokens", front.context)
     arguments: dict[str, Any] = {
         "model": job["model"],
-        "dtype": work.dtype,
-        "max_model_len": max(lengths),
-        "seed": job["seed"],
+        "dtype": front.dtype,
+        "seed": job["sampling"].get("seed") or 0,
         "trust_remote_code": job["trust_remote_code"],
-        "skip_tokenizer_init": True,
         "disable_log_stats": True,
         "generation_config": "vllm",
+        "max_logprobs": -1,
         **job["engine"],
     }
-    if in_process:  # memory that is asked for is touched: ask for what these prompts can fill
-        together = min(len(lengths), arguments["max_num_seqs"])
-        tokens = sum(_blocks(length) for length in sorted(lengths)[-together:]) + BLOCK
-        most = max(MOST_CACHE_BYTES // _bytes_per_token(work), _blocks(max(lengths)) + BLOCK)
-        arguments["kv_cache_memory_bytes"] = min(tokens, most) * _bytes_per_token(work)
+    if job["compile_from"] is not None and tokens >= job["compile_from"] and "enforce_eager" not in job["set"]:
+        arguments["enforce_eager"] = False
+    if complete:
+        arguments.setdefault("max_model_len", max(lengths))
+    if not in_process:
+        return arguments
+    # memory that is asked for is touched: ask for what these prompts can fill
+    per_token, most = _bytes_per_token(front), arguments["kv_cache_memory_bytes"]
+    arguments.setdefault("max_model_len", min(front.context, max(most // per_token - BLOCK, BLOCK)))
+    longest = arguments["max_model_len"]
+    together = arguments["max_num_seqs"]
+    if complete:
+        tokens = sum(_blocks(length) for length in sorted(lengths)[-together:])
+    else:
+        tokens = together * _blocks(max(lengths, default=longest))
+    tokens = max(min(tokens, most // per_token), _blocks(longest)) + BLOCK
+    if "kv_cache_memory_bytes" not in job["set"]:
+        arguments["kv_cache_memory_bytes"] = tokens * per_token
     return arguments
 
 
@@ -113,14 +370,14 @@ def _blocks(length: int) -> int:
     return -(-length // BLOCK) * BLOCK
 
 
-def _bytes_per_token(work: Work) -> int:
+def _bytes_per_token(front: Front) -> int:
     """Key and value of every layer; an upper bound where config.json leaves it open."""
-    config = work.config.get("text_config") or work.config
+    config = front.text_config
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     return (
         2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width
-        * (4 if work.dtype == "float32" else 2)
+        * (4 if front.dtype == "float32" else 2)
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def test_a_pipe_gets_json_lines_in_the_order_of_the_prompts(run_qtool: Run, tiny
     for answer in answers:
         assert list(answer) == ["prompt", "text", "finish_reason", "prompt_tokens", "completion_tokens"]
         assert (answer["finish_reason"], answer["completion_tokens"]) == ("length", 4)
-    assert "generate (12 tokens)" in done.stderr
+    assert "3 answers, 12 tokens" in done.stderr
     again = run_qtool("generate", tiny_llama, *FAST, "--json", "--quiet", *(f"--prompt={p}" for p in prompts))
     assert (again.stdout, again.stderr) == (done.stdout, "")
 
@@ -55,10 +55,23 @@ def test_sampling_follows_its_options(run_qtool: Run, tiny_llama: Path) -> None:
     [
         ([], "no prompts"),
         (["--runtime", "mlx", "-p", "x"], "unknown runtime 'mlx'"),
-        (["--top-p", "0", "-p", "x"], "must be above 0"),
+        (["--top-p", "0", "-p", "x"], "greater than 0"),
         (["--max-tokens", "0", "-p", "x"], "--max-tokens"),
         (["--temperature", "-1", "-p", "x"], "--temperature"),
-        (["-p", "word " * 600, "--runtime", "transformers"], "the model takes 512"),
+        (["--temperature", "3", "-p", "x"], "--temperature"),
+        (["--repetition-penalty", "0", "-p", "x"], "--repetition-penalty"),
+        (["--min-tokens", "9", "--max-tokens", "4", "-p", "x"], "min_tokens (9) is more than max_tokens (4)"),
+        (["--logit-bias", "x=1", "-p", "x"], "no ID=BIAS"),
+        (["--regex", "a", "--choice", "b", "-p", "x"], "one structure"),
+        (["--resume", "-p", "x"], "--output"),
+        (["--input-format", "csv", "-p", "x"], "csv"),
+        (["--chat-template-kwargs", "[]", "-p", "x"], "JSON object"),
+        (["--set", "max_num_seqs", "-p", "x"], "no key=value"),
+        (["--json-schema", "absent.json", "-p", "x"], "absent.json"),
+        (["-p", "@absent.txt"], "absent.txt"),
+        (["--runtime", "transformers", "--presence-penalty", "1", "-p", "x"], "can't do presence_penalty"),
+        (["--runtime", "transformers", "--regex", "a", "-p", "x"], "can't do structured_outputs"),
+        (["--runtime", "transformers", "--set", "seed=1", "-p", "x"], "--set is for vLLM"),
     ],
 )
 def test_bad_usage(run_qtool: Run, tiny_llama: Path, arguments: list[str], message: str) -> None:
@@ -74,11 +87,16 @@ def test_stdin_cannot_be_path_and_prompts(run_qtool: Run) -> None:
     assert "not both" in done.stderr
 
 
-def test_prompts_must_be_utf8(qtool_environment: dict[str, str], tiny_llama: Path) -> None:
-    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama)]
-    done = subprocess.run(command, input=b"ok\n\xff\n", env=qtool_environment, capture_output=True, timeout=60)
-    assert done.returncode == 2
-    assert b"byte 3 is not UTF-8" in done.stderr
+def test_a_prompt_that_fails_has_its_own_error(qtool_environment: dict[str, str], tiny_llama: Path) -> None:
+    lines = [b"ok", b"\xff\xfe", b"word " * 600, b"fine"]
+    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), *FAST]
+    done = subprocess.run(command, input=b"\n".join(lines), env=qtool_environment, capture_output=True, timeout=120)
+    assert done.returncode == 1
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert ["error" in answer for answer in answers] == [False, True, True, False]
+    assert "byte 0 of the line is not UTF-8" in answers[1]["error"]
+    assert "the model takes 512" in answers[2]["error"]
+    assert b"2 of 4 prompts failed" in done.stderr
 
 
 def test_bad_models_fail_before_anything_starts(run_qtool: Run, tiny_llama: Path, tmp_path: Path) -> None:

@@ -112,8 +112,9 @@ def test_sampling_follows_the_distribution() -> None:
     logits = probabilities.log().repeat(8000, 1)
     generators = [torch.Generator().manual_seed(i) for i in range(len(logits))]
 
-    def frequencies(temperature: float, top_p: float) -> torch.Tensor:
-        return pick(logits, temperature, top_p, generators).bincount(minlength=4) / len(logits)
+    def frequencies(temperature: float, top_p: float, **further: float) -> torch.Tensor:
+        sampling = {"temperature": temperature, "top_p": top_p, **further}
+        return pick(logits, sampling, generators).bincount(minlength=4) / len(logits)
 
     torch.testing.assert_close(frequencies(1.0, 1.0), probabilities, atol=0.03, rtol=0)
     squared = probabilities**2 / (probabilities**2).sum()
@@ -121,6 +122,22 @@ def test_sampling_follows_the_distribution() -> None:
     torch.testing.assert_close(frequencies(1.0, 0.7), torch.tensor([0, 0.625, 0.375, 0]), atol=0.03, rtol=0)
     assert frequencies(1.0, 0.01).tolist() == [0, 1, 0, 0]
     assert frequencies(0.0, 1.0).tolist() == [0, 1, 0, 0]
+    two = torch.tensor([0, 0.625, 0.375, 0])
+    torch.testing.assert_close(frequencies(1.0, 1.0, top_k=2), two, atol=0.03, rtol=0)
+    torch.testing.assert_close(frequencies(1.0, 1.0, min_p=0.5), two, atol=0.03, rtol=0)
+    assert frequencies(1.0, 0.6, top_k=2).tolist() == [0, 1, 0, 0]  # top_p counts after top_k: 0.625 is enough
+
+
+def test_the_penalty_is_that_of_transformers() -> None:
+    import torch
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    from qtool.runtime.transformers_worker import penalize
+
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    seen = [[3, 7, 3], [0, 49, 20]]
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor(seen), logits)
+    torch.testing.assert_close(penalize(logits, seen, 1.3), expected)
 
 
 @pytest.fixture

@@ -1,0 +1,60 @@
+"""qtool serve: hands over to vLLM's OpenAI server."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from typing import Annotated
+
+import typer
+
+from qtool.cli import sampling as options
+from qtool.cli.options import Debug, Quiet, TrustRemoteCode, console, path_or_stdin
+from qtool.errors import QtoolError
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Model folder; - reads the path from stdin.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What requests call the model.", show_default="the folder's name")
+    ] = None,
+    runtime: Annotated[str, typer.Option(help="auto, vllm, vllm-mindspore or vllm-ascend.")] = "auto",
+    set_: options.Set = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the command, and the variables set for it.")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a model with vLLM's OpenAI server, set up for this hardware as `qtool generate` is.
+
+    This process becomes the server: what it prints, how it ends and any further option (--set KEY=VALUE) are vLLM's.
+
+    Examples:
+
+      qtool serve ./SmolLM2-W8A8 --port 8000
+
+      qtool serve ./Qwen3-W8A8 --set max_model_len=8192 --set reasoning_parser=qwen3
+    """
+    from qtool.checkpoint.reader import Checkpoint
+    from qtool.runtime import server, settings
+
+    checkpoint = Checkpoint.open(path_or_stdin(model))
+    name = served_model_name or checkpoint.path.resolve().name
+    own = {"host": host, "port": port, "served_model_name": name, "trust_remote_code": trust_remote_code or None}
+    command, env = server.command(checkpoint, runtime, settings.parse(set_ or ()), own)
+    with console() as out:
+        if dry_run:
+            out.result(shlex.join(["env", *(f"{key}={value}" for key, value in env.items()), *command]))
+            return
+        out.info(f"serving {name} at http://{host}:{port}/v1")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execvpe(command[0], command, {**os.environ, **env})
+    except OSError as error:
+        raise QtoolError(f"cannot start the server: {error.strerror}", where=command[0]) from None

@@ -1,0 +1,103 @@
+"""A conversation with a model: a worker that stays, and one question after the other."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from qtool import workers
+from qtool.errors import QtoolError
+from qtool.runtime import stream
+
+_Message = tuple[str, Any]  # what kind of message, and what it says
+
+
+class Refused(QtoolError):
+    """A question that can't be answered, such as one that the model's context has no room for."""
+
+
+class Conversation:
+    """Runs `stream` in a thread. `messages` is what has been said, as a chat template wants it.
+
+    Args:
+        model, options: as for `stream`.
+        on_event: gets the worker's events other than the text, in the thread that asks.
+    """
+
+    def __init__(
+        self, model: str, *, system: str | None, on_event: Callable[[workers.Event], None], **options: Any
+    ) -> None:
+        self._system = system
+        self._on_event = on_event
+        self._asked: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._heard: queue.Queue[_Message] = queue.Queue()
+        self._index = -1
+        self.reset()
+        self._thread = threading.Thread(target=self._run, args=(model,), kwargs=options, daemon=True)
+        self._thread.start()
+
+    def reset(self) -> None:
+        """Forget what has been said."""
+        self.messages: list[dict[str, str]] = []
+        if self._system is not None:
+            self.messages.append({"role": "system", "content": self._system})
+
+    def ask(self, text: str) -> None:
+        """Say something; `listen` gives the answer."""
+        self._question = {"role": "user", "content": text}
+        self._index += 1
+        self._asked.put({"index": self._index, "messages": [*self.messages, self._question]})
+
+    def listen(self) -> str | None:
+        """The next piece of the answer, or None when it is complete; it is remembered then, with the question.
+
+        Raises:
+            Refused: this question can't be answered; it is forgotten.
+            QtoolError: the runtime failed, and the conversation is over.
+        """
+        while True:
+            kind, said = self._heard.get()
+            if kind == "piece":
+                return str(said)
+            if kind == "failure":
+                raise said
+            if kind == "event":
+                self._on_event(said)
+            elif "error" in said:
+                raise Refused(said["error"], hint="/reset forgets what was said before.")
+            else:
+                self.messages += [self._question, {"role": "assistant", "content": said["choices"][0]["text"]}]
+                return None
+
+    def stop(self) -> None:
+        """Have the answer end where it is."""
+        self._asked.put({"index": self._index, "abort": True})
+
+    def close(self) -> None:
+        """No more questions: the worker ends."""
+        self._asked.put({})
+        self._thread.join()
+
+    def _run(self, model: str, **options: Any) -> None:
+        def requests() -> Iterator[dict[str, Any]]:
+            while request := self._asked.get():
+                yield request
+
+        def event(event: workers.Event) -> None:
+            kind, said = ("piece", event["text"]) if event["event"] == "piece" else ("event", event)
+            self._heard.put((kind, said))
+
+        try:
+            stream(
+                model,
+                requests(),
+                lambda item: self._heard.put(("answer", item)),
+                chat=True,
+                pieces=True,
+                on_event=event,
+                **options,
+            )
+        except BaseException as error:
+            self._heard.put(("failure", error))

@@ -1,0 +1,267 @@
+"""Answers as lines: their shapes, and the file in which they gather, so that a long job can be continued."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from qtool.errors import InputError, QtoolError
+from qtool.runtime.requests import CHAT_URL, Line
+
+_CHUNK = 1 << 16
+
+
+def encode(value: Mapping[str, Any]) -> bytes:
+    """One line of JSON. Half a surrogate pair, which UTF-8 can't say, is written as an escape."""
+    try:
+        return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(value).encode() + b"\n"
+
+
+def record(line: Line, item: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer to a line: in the shape of OpenAI's batch output for lines of a batch, else the line's own fields and
+    text, finish_reason, prompt_tokens, completion_tokens, or error."""
+    if line.url is not None:
+        return _batch(line, item)
+    return _carried(line.fields, _answer(item))
+
+
+def fingerprint(model: Path) -> str:
+    """What tells a checkpoint folder from others: a hash of its config.json and of its weights' names and sizes."""
+    weights = sorted((file.name, file.stat().st_size) for file in model.glob("*.safetensors"))
+    return hashlib.sha256((model / "config.json").read_bytes() + repr(weights).encode()).hexdigest()
+
+
+def belongs(line: Line, found: Mapping[str, Any]) -> bool:
+    """Whether a record is one of this line's."""
+    if line.url is not None:
+        return "custom_id" in found and found["custom_id"] == line.fields["custom_id"]
+    below = found.get("input")
+    carried = {**found, **below} if isinstance(below, dict) and below.keys() & found.keys() else found
+    return all(name in carried and carried[name] == value for name, value in line.fields.items())
+
+
+def _answer(item: Mapping[str, Any]) -> dict[str, Any]:
+    if "error" in item:
+        return {"error": item["error"]}
+    choices = item["choices"]
+    several = len(choices) > 1
+    first = {name: value for name, value in choices[0].items() if name != "completion_tokens"}
+    answer: dict[str, Any] = {"choices": choices} if several else {k: first.pop(k) for k in ("text", "finish_reason")}
+    answer["prompt_tokens"] = item["prompt_tokens"]
+    answer["completion_tokens"] = sum(choice["completion_tokens"] for choice in choices)
+    if "prompt_logprobs" in item:
+        answer["prompt_logprobs"] = item["prompt_logprobs"]
+    return answer if several else answer | first
+
+
+def _carried(fields: Mapping[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+    """The line's fields before the answer's; those that are named alike move into `input`."""
+    clash = {name: value for name, value in fields.items() if name in answer}
+    if not clash:
+        return {**fields, **answer}
+    rest = {name: value for name, value in fields.items() if name not in clash and name != "input"}
+    return {**rest, "input": clash | ({"input": fields["input"]} if "input" in fields else {}), **answer}
+
+
+# ---------------------------------------------------------------- OpenAI's shapes
+
+
+def _batch(line: Line, item: Mapping[str, Any]) -> dict[str, Any]:
+    number = f"{item['index']:08}"
+    if "error" in item:
+        error = {"message": item["error"], "type": "invalid_request_error", "param": None, "code": None}
+        status, body = 400, {"error": error}
+    else:
+        status, body = 200, _completion(line, item, number)
+    response = {"status_code": status, "request_id": f"req_{number}", "body": body}
+    return {
+        "id": f"batch_req_{number}",
+        "custom_id": line.fields["custom_id"],
+        "response": response,
+        "error": None if status == 200 else {"code": "invalid_request", "message": item["error"]},
+    }
+
+
+def _completion(line: Line, item: Mapping[str, Any], number: str) -> dict[str, Any]:
+    chat = line.url == CHAT_URL
+    made = sum(choice["completion_tokens"] for choice in item["choices"])
+    return {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{number}",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": int(time.time()),
+        "model": line.fields["body"].get("model", ""),
+        "choices": [_choice(i, choice, chat) for i, choice in enumerate(item["choices"])],
+        "usage": {
+            "prompt_tokens": item["prompt_tokens"],
+            "completion_tokens": made,
+            "total_tokens": item["prompt_tokens"] + made,
+        },
+    }
+
+
+def _choice(index: int, choice: Mapping[str, Any], chat: bool) -> dict[str, Any]:
+    places = choice.get("logprobs")
+    shown: dict[str, Any] = {"index": index}
+    if chat:
+        shown["message"] = {"role": "assistant", "content": choice["text"]}
+        if choice.get("reasoning") is not None:
+            shown["message"]["reasoning"] = choice["reasoning"]
+        shown["logprobs"] = None if places is None else {"content": places}
+    else:
+        shown["text"] = choice["text"]
+        shown["logprobs"] = None if places is None else _legacy(places)
+    shown["finish_reason"] = choice["finish_reason"]
+    return shown
+
+
+def _legacy(places: list[dict[str, Any]]) -> dict[str, Any]:
+    """Log-probabilities as completions that are no chat have them."""
+    offsets, end = [], 0
+    for place in places:
+        offsets.append(end)
+        end += len(place["token"])
+    return {
+        "tokens": [place["token"] for place in places],
+        "token_logprobs": [place["logprob"] for place in places],
+        "top_logprobs": [{top["token"]: top["logprob"] for top in place["top_logprobs"]} for place in places],
+        "text_offset": offsets,
+    }
+
+
+# ---------------------------------------------------------------- the file
+
+
+class Answers:
+    """A file that answers are appended to, one line each, in order; `with` closes it.
+
+    While a job is unfinished its settings are in `.NAME.qtool.json` beside it: who continues it must have the same.
+
+    Args:
+        settings: what decides how an answer turns out.
+        resume: continue the file, if there is one.
+        overwrite: begin anew, if there is one.
+
+    Raises:
+        InputError: the file is there, and neither resume nor overwrite; it was made with other settings, or it can't be
+            told; it can't be written; another process is writing it.
+    """
+
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+    ) -> None:
+        self.path = path
+        self._settings = path.with_name(f".{path.name}.qtool.json")
+        self._known: Mapping[str, Any] | None = None
+        there = path.exists()
+        if there and not (resume or overwrite):
+            hint = "--resume continues it, --overwrite begins anew."
+            raise InputError("there are answers in it already", where=str(path), hint=hint)
+        try:
+            self._file: IO[bytes] = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        except OSError as error:
+            raise InputError(f"can't be written: {error.strerror}", where=str(path)) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise InputError("another process is writing it", where=str(path)) from None
+        if there and resume:
+            self._cut_torn_line()
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                self._known = json.loads(self._settings.read_bytes())
+        else:
+            self._file.truncate()
+        self._now = json.loads(json.dumps(settings))
+        self._to_come = True
+        self.errors = 0  # of the answers that were there
+
+    def skip(self, lines: Iterator[Line]) -> int:
+        """Pass over the lines that are answered; returns how many. To be called before the first `write`.
+
+        Raises:
+            InputError: an answer is to another prompt than the one at its place, or made with other settings.
+        """
+        count = errors = 0
+        for found in self._file:
+            line = next(lines, None)
+            if line is None:
+                raise InputError("it has more answers than there are prompts", where=str(self.path), hint=_ANEW)
+            count += 1
+            try:
+                value = json.loads(found)
+            except ValueError:
+                value = None
+            if not isinstance(value, dict) or not belongs(line, value):
+                where = f"{self.path}:{count}"
+                raise InputError(f"this is no answer to prompt {count}", where=where, hint=_ANEW)
+            errors += "error" in value and value["error"] is not None
+        self.errors = errors
+        if count and self._known is not None and self._known != self._now:
+            names = self._known.keys() | self._now.keys()
+            changed = sorted(name for name in names if self._known.get(name) != self._now.get(name))
+            raise InputError(
+                f"its answers were made with another {', '.join(changed)}", where=str(self.path), hint=_ANEW
+            )
+        self._to_come = not count or self._known is not None
+        return count
+
+    def begin(self) -> None:
+        """There is more to write.
+
+        Raises:
+            InputError: the file is complete as it is, and how it was made is not known any more.
+        """
+        if not self._to_come:
+            what = "it was finished with fewer prompts, and with which settings is not known any more"
+            raise InputError(what, where=str(self.path), hint=_ANEW)
+        part = self._settings.with_name(self._settings.name + ".part")
+        part.write_text(json.dumps(self._now, indent=1))
+        part.replace(self._settings)
+        self._file.seek(0, os.SEEK_END)
+
+    def write(self, value: Mapping[str, Any]) -> None:
+        """Append one answer; it is in the file when this returns."""
+        try:
+            self._file.write(encode(value))
+            self._file.flush()
+        except OSError as error:
+            raise QtoolError(f"can't be written: {error.strerror}", where=str(self.path)) from None
+
+    def finish(self) -> None:
+        """All prompts are answered."""
+        self._settings.unlink(missing_ok=True)
+
+    def _cut_torn_line(self) -> None:
+        """A process that was killed while it wrote leaves half a line."""
+        end = self._file.seek(0, os.SEEK_END)
+        position = end
+        while position:
+            start = max(0, position - _CHUNK)
+            self._file.seek(start)
+            newline = self._file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                position = start + newline + 1
+                break
+            position = start
+        if position < end:
+            self._file.truncate(position)
+        self._file.seek(0)
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+
+
+_ANEW = "Give the prompts and options of then, or begin anew with --overwrite."

@@ -1,0 +1,109 @@
+"""How a runtime is set up for the hardware: configs/runtime-*.yaml, and what the user says over it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qtool.environments import lookup, machine
+from qtool.environments.table import ENGINES
+from qtool.errors import InputError
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+# what the reference runtime's decoding loop can do
+TRANSFORMERS_SAMPLING = frozenset(
+    {
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+        "stop_token_ids",
+        "ignore_eos",
+    }
+)
+
+
+def settings(hardware: str) -> dict[str, Any]:
+    """What configs/runtime-*.yaml says for cpu, cuda or ascend; that file explains its keys."""
+    import yaml
+
+    from qtool import resources
+
+    file = resources.folder("configs") / f"runtime-{hardware}.yaml"
+    return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+
+
+def environment(hardware: str, *, batch: bool = True) -> dict[str, str]:
+    """The settings' variables, for a batch of prompts or for a server; those that the user has set win."""
+    known = settings(hardware)
+    env = known["env"] | (known.get("batch", {}).get("env", {}) if batch else {})
+    if hardware == "cpu":
+        env = {"OMP_NUM_THREADS": str(machine.cpus()), **env}
+    return {name: value for name, value in env.items() if name not in os.environ}
+
+
+def engine(hardware: str, *, batch: bool = True) -> dict[str, Any]:
+    """The settings' EngineArgs, for a batch of prompts or for a server."""
+    known = settings(hardware)
+    return dict(known["engine"] | (known.get("batch", {}).get("engine", {}) if batch else {}))
+
+
+def dtype(config: Mapping[str, Any]) -> str:
+    """The name of the dtype in which runtimes compute: that of config.json, where it is one they have."""
+    text_config = config.get("text_config") or config
+    named = str(config.get("dtype") or config.get("torch_dtype") or text_config.get("dtype"))
+    return named if named in DTYPES else DTYPES[0]
+
+
+def hardware(runtime: str, plugins: Iterable[str]) -> str:
+    """cpu, cuda or ascend: where this runtime would run."""
+    if runtime != "vllm" or any(lookup.available(ENGINES[plugin].package) for plugin in plugins):
+        return "ascend"
+    return "cuda" if machine.has_cuda() else "cpu"
+
+
+def preload(hardware: str, python: str) -> dict[str, str]:
+    """LD_PRELOAD with the libraries of the settings that are there: beside the interpreter, or the system's."""
+    prefix = Path(python).parent.parent
+    folders = [prefix / "lib", *map(Path, settings(hardware).get("libraries", ()))]
+    named = os.environ.get("LD_PRELOAD", "").split(":")
+    found = []
+    for name in settings(hardware).get("preload", ()):
+        if any(name in path for path in named):
+            continue  # the user's own
+        matches = [match for folder in folders for match in sorted(folder.glob(f"{name}.so*"))]
+        found += [str(match) for match in matches[:1]]
+    return {"LD_PRELOAD": ":".join(filter(None, [*found, *named]))} if found else {}
+
+
+def parse(pairs: Iterable[str]) -> dict[str, Any]:
+    """`--set key=value` as a mapping; values are YAML (numbers, true, null, {..}); dashes in keys are underscores.
+
+    Raises:
+        InputError: no `=`, or the value is not YAML.
+    """
+    import yaml
+
+    given = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise InputError(f"{pair!r} is no key=value", where="--set", hint="Like --set max_num_seqs=32.")
+        try:
+            given[key] = value if key.isupper() else yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"the value of {key} is not YAML", where="--set", hint="Quote it.") from error
+    return given
+
+
+def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What of it are EngineArgs, and what (in capitals) are environment variables."""
+    engine = {name: value for name, value in given.items() if not name.isupper()}
+    return engine, {name: str(value) for name, value in given.items() if name.isupper()}

@@ -1,0 +1,159 @@
+"""Requests into a worker and answers out of it, in order, in the memory of what is under way.
+
+A `Window` stands between the two: it holds what has been asked and not yet been answered in order, lets no more in than
+it has room for, and so can give a second worker what a first one died over.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from qtool import workers
+from qtool.errors import WorkerDied
+
+MOST_REQUESTS = 4096  # many more than a runtime works on together, so that one long answer doesn't stop the rest
+MOST_BYTES = 16 << 20
+
+Item = dict[str, Any]
+
+
+class Window:
+    """Requests under way, and answers that wait for those before them.
+
+    Args:
+        source: requests for the worker, each with its `index`, ascending; or, to stop the one with this index, `abort`.
+    """
+
+    def __init__(self, source: Iterator[dict[str, Any]]) -> None:
+        self._source = source
+        self._reading = threading.Lock()
+        self._state = threading.Condition()
+        self._order: dict[int, int] = {}  # index -> bytes, of everything not yet given out, in order
+        self._asked: dict[int, dict[str, Any]] = {}
+        self._answered: dict[int, Item] = {}
+        self._bytes = 0
+        self._last = -1  # index of the last request read
+        self._life = 0
+
+    def requests(self) -> Iterator[dict[str, Any]]:
+        """For one worker: what an earlier one has left unanswered, then what is new. Ends when another one begins."""
+        with self._state:
+            self._life += 1
+            self._state.notify_all()
+            life, last = self._life, self._last
+            left = list(self._asked.values())
+        yield from left
+        while read := self._read(life, last):
+            yield from read
+            last = max(last, read[-1]["index"])
+
+    def _read(self, life: int, last: int) -> list[dict[str, Any]]:
+        """What comes after the request `last`; nothing when there is no more, or another worker's turn has come."""
+        with self._state:
+            self._state.wait_for(lambda: life != self._life or self._room())
+        with self._reading:
+            if life != self._life:
+                return []
+            if self._last > last:  # an earlier worker's thread was still reading when that one died
+                with self._state:
+                    return [request for index, request in self._asked.items() if index > last]
+            if (request := next(self._source, None)) is None:
+                return []
+            if request.get("abort"):
+                return [request]
+            with self._state:
+                self._last = request["index"]
+                self._order[self._last] = _size(request)
+                self._bytes += _size(request)
+                self._asked[self._last] = request
+            return [request]
+
+    def _room(self) -> bool:
+        return not self._order or (len(self._order) < MOST_REQUESTS and self._bytes < MOST_BYTES)
+
+    def answer(self, item: Item) -> None:
+        """The worker's answer to one request."""
+        with self._state:
+            if self._asked.pop(item["index"], None) is not None:
+                self._answered[item["index"]] = item
+
+    def give_out(self) -> Iterator[Item]:
+        """The answers before which none is missing, in order, once each."""
+        while True:
+            with self._state:
+                first = next(iter(self._order), None)
+                if first is None or first not in self._answered:
+                    return
+                item = self._answered.pop(first)
+                self._bytes -= self._order.pop(first)
+                self._state.notify_all()
+            yield item
+
+    @property
+    def first(self) -> int | None:
+        """The request whose answer is to be given out next, if any is under way."""
+        with self._state:
+            return next(iter(self._order), None)
+
+
+def _size(request: dict[str, Any]) -> int:
+    """About how many bytes it takes; texts and conversations are what can be large."""
+    return len(str(request.get("prompt") or request.get("messages") or ""))
+
+
+def run(
+    work: Callable[[Iterator[dict[str, Any]], Callable[[workers.Event], None]], dict[str, Any]],
+    source: Iterator[dict[str, Any]],
+    on_answer: Callable[[Item], None],
+    on_event: Callable[[workers.Event], None],
+) -> dict[str, Any]:
+    """Have a worker answer every request of `source`, giving the answers to `on_answer` in their order.
+
+    A worker that dies is replaced, and its successor gets what it left. One that dies as well, without an answer given
+    out in between, is the end.
+
+    Args:
+        work: runs one worker on an iterator of requests and returns its result.
+
+    Raises:
+        WorkerDied: twice in a row. And whatever `work`, `source` and `on_answer` raise.
+    """
+    window = Window(source)
+    progress = True
+    texts: dict[int, str] = {}  # what this worker has written of answers that are not finished
+    told = 0  # how much of the first of them has been told
+
+    def event(event: workers.Event) -> None:
+        nonlocal told
+        if event["event"] == "item":
+            window.answer(event["data"])
+        elif event["event"] == "piece":
+            texts[event["index"]] = texts.get(event["index"], "") + event["text"]
+        else:
+            on_event(event)
+        give_out()
+        if (first := window.first) is not None and len(text := texts.get(first, "")) > told:
+            on_event({"event": "piece", "index": first, "text": text[told:]})
+            told = len(text)
+
+    def give_out() -> None:
+        nonlocal told, progress
+        for item in window.give_out():
+            on_answer(item)
+            texts.pop(item["index"], None)
+            told, progress = 0, True
+
+    while True:
+        try:
+            result = work(window.requests(), event)
+        except WorkerDied as error:
+            if not progress:
+                raise
+            progress = False
+            texts.clear()
+            on_event({"event": "warning", "message": f"{error.what}; another one goes on where it stopped"})
+            continue
+        give_out()
+        return result

@@ -1,0 +1,115 @@
+"""`qtool chat` in a terminal of its own. The tiny model talks nonsense; what counts is who may speak when."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtool.runtime.conversation import Conversation, Refused
+
+
+class Terminal:
+    """A process with a terminal: what is typed, and what is seen."""
+
+    def __init__(self, command: list[str], env: dict[str, str]) -> None:
+        self.leader, follower = pty.openpty()
+        # setsid --ctty makes the terminal the process's own, so that Ctrl-C is for it
+        full = ["setsid", "--ctty", "--wait", *command]
+        self.process = subprocess.Popen(full, env=env, stdin=follower, stdout=follower, stderr=follower)
+        os.close(follower)
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.leader, text.encode())
+
+    def until(self, pattern: str, seconds: float = 120) -> str:
+        """What is seen up to the pattern; it is taken away."""
+        end = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.seen)):
+            assert time.monotonic() < end, self.seen
+            try:
+                self.seen += os.read(self.leader, 1 << 12).decode(errors="replace").replace("\r", "")
+            except OSError:
+                pytest.fail(f"it ended: {self.seen}")
+        before, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+        return before
+
+    def close(self) -> int:
+        code = self.process.wait(60)
+        os.close(self.leader)
+        return code
+
+
+@pytest.fixture
+def terminal(qtool_environment: dict[str, str], tiny_llama: Path) -> Iterator[Terminal]:
+    options = ["--runtime", "transformers", "--quiet"]
+    opened = Terminal([sys.executable, "-m", "qtool", "chat", str(tiny_llama), *options], qtool_environment)
+    yield opened
+    opened.process.kill()
+
+
+def test_a_conversation(terminal: Terminal) -> None:
+    terminal.until("> ")
+    terminal.type("hi\n")
+    terminal.until(r"hi\n.+", 120)  # the tiny model doesn't end by itself
+    terminal.type("\x03")
+    terminal.until(r"\n> $")
+    terminal.type("/reset\n")
+    terminal.until("> ")
+    terminal.type("half a line\x03")
+    terminal.until("\n> ")
+    terminal.type("/exit\n")
+    assert terminal.close() == 0
+
+
+def test_ctrl_d_ends_it(terminal: Terminal) -> None:
+    terminal.until("> ")
+    terminal.type("\x04")
+    assert terminal.close() == 0
+
+
+def test_it_needs_a_terminal(run_qtool: Callable[..., Any], tiny_llama: Path) -> None:
+    done = run_qtool("chat", tiny_llama, stdin="hi\n")
+    assert done.code == 2
+    assert "needs a terminal" in done.stderr
+
+
+def test_what_was_said_is_remembered_and_forgotten(tiny_llama: Path, tiny_tokenizer: Any) -> None:
+    """The answer is what the model says greedily to the whole conversation, as transformers computes it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    sampling = {"temperature": 0.0, "max_tokens": 6}
+    made = Conversation(
+        str(tiny_llama), system="s", on_event=lambda event: None, sampling=sampling, runtime="transformers"
+    )
+    said = [{"role": "system", "content": "s"}]
+    for step, question in enumerate(("a", "b", "c")):
+        if step == 2:
+            made.reset()
+            said = said[:1]
+        said.append({"role": "user", "content": question})
+        ids = tiny_tokenizer.apply_chat_template(
+            said, add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+        output = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+        said.append({"role": "assistant", "content": tiny_tokenizer.decode(output, skip_special_tokens=True)})
+        made.ask(question)
+        pieces = list(iter(made.listen, None))
+        assert "".join(pieces) == said[-1]["content"]
+        assert made.messages == said
+    made.ask("word " * 600)
+    with pytest.raises(Refused, match="the model takes 512"):
+        made.listen()
+    assert made.messages == said
+    made.close()

@@ -1,0 +1,122 @@
+"""Long jobs on the command line: killed anywhere, continued, and as right as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., Any]
+FAST = ("--runtime", "transformers", "--max-tokens", "3")
+SAMPLED = (*FAST, "--temperature", "1", "--seed", "5")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = ({"id": i, "prompt": f"{'word ' * (i % 5)}number {i}"} for i in range(400))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def expected(run_qtool: Run, tiny_llama: Path, prompts: Path) -> str:
+    """What a run gives that nothing happens to."""
+    done = run_qtool("generate", tiny_llama, "-p", f"@{prompts}", *SAMPLED)
+    assert done.code == 0, done.stderr
+    assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == list(range(400))
+    return str(done.stdout)
+
+
+def test_killed_at_random_and_resumed(
+    qtool_environment: dict[str, str], tiny_llama: Path, prompts: Path, expected: str, tmp_path: Path
+) -> None:
+    """Each kill strikes once some more answers are there: the whole process, or its worker, which is replaced."""
+    output = tmp_path / "answers.jsonl"
+    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), "-p", f"@{prompts}", *SAMPLED]
+    command += ["--output", str(output), "--resume"]
+    rng = random.Random(0)
+    for victim in ("parent", "worker", "parent", "worker"):
+        with subprocess.Popen(
+            command, env=qtool_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            _grown(output, process, rng.randrange(1, 4000))
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            if victim == "parent":
+                process.kill()
+                continue
+            os.kill(int(children[0]), signal.SIGKILL)
+            _grown(output, process, 1000)
+            process.kill()
+    done = subprocess.run(command, env=qtool_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{output}\n"
+    assert output.read_text() == expected
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def _grown(file: Path, process: subprocess.Popen[bytes], size: int) -> None:
+    """Wait until so many more bytes are in the file."""
+    before = file.stat().st_size if file.exists() else 0
+    while not file.exists() or file.stat().st_size < before + size:
+        assert process.poll() is None
+        time.sleep(0.001)
+
+
+def test_a_worker_that_is_killed_is_replaced(
+    qtool_environment: dict[str, str], tiny_llama: Path, prompts: Path, expected: str
+) -> None:
+    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), "-p", f"@{prompts}", *SAMPLED]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=qtool_environment, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        rest, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "another one goes on" in errors
+    assert first + rest == expected
+
+
+def test_other_settings_are_not_mixed_in(run_qtool: Run, tiny_llama: Path, tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    asked = ("generate", tiny_llama, *FAST, "-p", "a", "-p", "b", "-o", output)
+    assert run_qtool(*asked).code == 0
+    assert run_qtool(*asked).code == 2  # it is there
+    done = run_qtool(*asked, "--resume")
+    assert (done.code, done.stdout) == (0, f"{output}\n")
+    assert "2 prompts are answered already" in done.stderr
+    assert "load the model" not in done.stderr
+    output.write_text(output.read_text().splitlines(keepends=True)[0])
+    (tmp_path / ".answers.jsonl.qtool.json").write_text('{"sampling": {"temperature": 0.7}}')
+    done = run_qtool(*asked, "--resume")
+    assert done.code == 2
+    assert "sampling" in done.stderr
+    done = run_qtool("generate", tiny_llama, *FAST, "-p", "x", "-o", output, "--resume")
+    assert done.code == 2
+    assert "no answer to prompt 1" in done.stderr
+
+
+def test_answers_come_before_the_prompts_end(qtool_environment: dict[str, str], tiny_llama: Path) -> None:
+    """One prompt at a time through a pipe that stays open."""
+    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), *FAST, "--quiet"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=qtool_environment, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for prompt in ("a", "b", "c"):
+            process.stdin.write(f"{prompt}\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["prompt"] == prompt
+        process.stdin.close()
+        assert process.wait(60) == 0

@@ -1,0 +1,93 @@
+"""`qtool serve`: the command it becomes, and the real server on loopback."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., Any]
+
+
+def request(port: int, path: str, body: dict[str, Any] | None = None) -> bytes:
+    data = None if body is None else json.dumps(body).encode()
+    asked = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=60) as answer:
+        return bytes(answer.read())
+
+
+def test_a_request_is_answered(qtool_environment: dict[str, str], tiny_llama: Path, run_qtool: Run) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    small = ("max_model_len=512", "kv_cache_memory_bytes=100000000", "max_num_seqs=4", "enforce_eager=true")
+    options = ["--port", str(port), "--served-model-name", "tiny", *(f"--set={setting}" for setting in small)]
+    command = [sys.executable, "-m", "qtool", "serve", str(tiny_llama), *options]
+    with subprocess.Popen(
+        command, env=qtool_environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            _wait_for(process, port)
+            body = {"model": "tiny", "prompt": "If the", "max_tokens": 5, "temperature": 0, "ignore_eos": True}
+            answer = json.loads(request(port, "/v1/completions", body))
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    assert answer["usage"]["completion_tokens"] == 5
+    done = run_qtool("generate", tiny_llama, "-p", "If the", "--max-tokens", "5", "--ignore-eos", "--runtime", "vllm")
+    assert answer["choices"][0]["text"] == json.loads(done.stdout)["text"]
+
+
+def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
+    for _ in range(1800):
+        assert process.poll() is None
+        try:
+            request(port, "/health")
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    pytest.fail("the server doesn't answer")
+
+
+def test_the_command(run_qtool: Run, tiny_llama: Path) -> None:
+    options = ("--set", "max-model-len=99", "--set", "OMP_NUM_THREADS=1", "--set", 'kv_transfer_config={"a": 1}')
+    more = ("--set", "enable_prefix_caching=false", "--port", "81", "--dry-run")
+    done = run_qtool("serve", tiny_llama, *options, *more)
+    assert done.code == 0, done.stderr
+    words = shlex.split(done.stdout)
+    assert words[0] == "env"
+    assert "OMP_NUM_THREADS=1" in words
+    assert not any(word.startswith("VLLM_ENABLE_V1_MULTIPROCESSING") for word in words)  # a server has processes
+    assert "--enforce-eager" not in words  # and is compiled
+    rest = words[words.index("-m") :]
+    for option, value in (
+        ("--model", str(tiny_llama)),
+        ("--max-model-len", "99"),
+        ("--kv-transfer-config", '{"a": 1}'),
+        ("--port", "81"),
+        ("--host", "127.0.0.1"),
+        ("--dtype", "bfloat16"),
+        ("--served-model-name", tiny_llama.name),
+    ):
+        assert rest[rest.index(option) + 1] == value
+    assert "--no-enable-prefix-caching" in rest
+
+
+def test_what_cannot_serve(run_qtool: Run, tiny_llama: Path, tmp_path: Path) -> None:
+    done = run_qtool("serve", tiny_llama, "--runtime", "transformers")
+    assert done.code == 2
+    assert "no server" in done.stderr
+    assert run_qtool("serve", tmp_path).code == 2

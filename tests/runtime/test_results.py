@@ -1,0 +1,188 @@
+"""The shapes of answers, and the file that can be continued."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtool.errors import InputError
+from qtool.runtime.requests import CHAT_URL, COMPLETIONS_URL, Line
+from qtool.runtime.results import Answers, belongs, encode, record
+
+PLACES = [
+    {"token": "a", "token_id": 5, "logprob": -0.5, "top_logprobs": [{"token": "a", "token_id": 5, "logprob": -0.5}]},
+    {"token": "bc", "token_id": 6, "logprob": -1.5, "top_logprobs": [{"token": "d", "token_id": 7, "logprob": -0.1}]},
+]
+
+
+def item(**changed: Any) -> dict[str, Any]:
+    choice = {"text": "abc", "finish_reason": "stop", "completion_tokens": 2}
+    return {"index": 3, "prompt_tokens": 4, "choices": [choice | changed]}
+
+
+def line(**fields: Any) -> Line:
+    return Line(fields, {"prompt": fields.get("prompt")})
+
+
+def test_a_lines_fields_come_before_the_answer() -> None:
+    found = record(line(id=7, prompt="x"), item(logprobs=PLACES))
+    assert list(found) == [
+        "id", "prompt", "text", "finish_reason", "prompt_tokens", "completion_tokens", "logprobs",
+    ]  # fmt: skip
+    assert (found["id"], found["text"], found["completion_tokens"]) == (7, "abc", 2)
+    failed = record(line(id=7, prompt="x"), {"index": 3, "error": "no"})
+    assert failed == {"id": 7, "prompt": "x", "error": "no"}
+
+
+def test_fields_that_are_named_like_the_answers_are_kept() -> None:
+    asked = line(prompt="x", text="mine", finish_reason=1, input="i")
+    found = record(asked, item())
+    assert (found["text"], found["finish_reason"], found["prompt"]) == ("abc", "stop", "x")
+    assert found["input"] == {"text": "mine", "finish_reason": 1, "input": "i"}
+    assert belongs(asked, found)
+    assert not belongs(line(prompt="x", text="yours", finish_reason=1, input="i"), found)
+
+
+def test_several_answers() -> None:
+    several = item()
+    several["choices"] *= 2
+    found = record(line(prompt="x"), several)
+    assert list(found) == ["prompt", "choices", "prompt_tokens", "completion_tokens"]
+    assert (found["completion_tokens"], len(found["choices"])) == (4, 2)
+
+
+def test_openais_shapes_are_read_by_openais_client() -> None:
+    types = pytest.importorskip("openai.types")
+    chat_types = pytest.importorskip("openai.types.chat")
+    fields = {"custom_id": "c1", "body": {"model": "m"}}
+    chat = record(Line(fields, {}, CHAT_URL), item(logprobs=PLACES, reasoning="hm"))
+    plain = record(Line(fields, {}, COMPLETIONS_URL), item(logprobs=PLACES))
+    for found in (chat, plain):
+        assert set(found) == {"id", "custom_id", "response", "error"}
+        assert (found["custom_id"], found["response"]["status_code"], found["error"]) == ("c1", 200, None)
+    completion = chat_types.ChatCompletion.model_validate(chat["response"]["body"], strict=True)
+    assert completion.choices[0].message.content == "abc"
+    assert completion.choices[0].logprobs.content[1].logprob == -1.5
+    assert (completion.usage.prompt_tokens, completion.usage.total_tokens) == (4, 6)
+    assert chat["response"]["body"]["choices"][0]["message"]["reasoning"] == "hm"
+    text = types.Completion.model_validate(plain["response"]["body"], strict=True)
+    assert text.choices[0].text == "abc"
+    assert text.choices[0].logprobs.text_offset == [0, 1]
+    assert text.choices[0].logprobs.top_logprobs == [{"a": -0.5}, {"d": -0.1}]
+    failed = record(Line(fields, {}, CHAT_URL), {"index": 0, "error": "too long"})
+    assert failed["response"]["status_code"] == 400
+    assert failed["response"]["body"]["error"]["message"] == failed["error"]["message"] == "too long"
+    assert belongs(Line(fields, {}, CHAT_URL), failed)
+
+
+def test_any_text_makes_one_line() -> None:
+    for text in ("é\u2028\n\x00", "\ud800 half"):
+        encoded = encode({"text": text})
+        assert encoded.count(b"\n") == 1
+        assert json.loads(encoded) == {"text": text}
+
+
+# ---------------------------------------------------------------- the file
+
+SETTINGS = {"sampling": {"temperature": 0.0, "logit_bias": {5: 1.0}}}
+
+
+def prompts(count: int) -> list[Line]:
+    return [line(prompt=f"p{i}") for i in range(count)]
+
+
+def write(file: Path, count: int, total: int, **options: Any) -> int:
+    """Answer `count` of `total` prompts and stop as if killed; returns how many were there already."""
+    with Answers(file, SETTINGS, **options) as answers:
+        lines = iter(prompts(total))
+        there = answers.skip(lines)
+        left = list(lines)
+        if left:
+            answers.begin()
+        for asked in left[:count]:
+            answers.write(record(asked, item()))
+        if count >= len(left):
+            answers.finish()
+        return there
+
+
+def content(file: Path) -> list[str]:
+    return [json.loads(text)["prompt"] for text in file.read_text().splitlines()]
+
+
+def test_a_job_is_continued_where_it_stopped(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    assert write(file, 3, 10) == 0
+    assert write(file, 4, 10, resume=True) == 3
+    assert write(file, 99, 10, resume=True) == 7
+    assert content(file) == [f"p{i}" for i in range(10)]
+    assert list(tmp_path.iterdir()) == [file]
+    assert write(file, 99, 10, resume=True) == 10  # nothing left to do
+    with pytest.raises(InputError, match="which settings is not known"):
+        write(file, 99, 11, resume=True)
+
+
+def test_a_torn_line_is_answered_again(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    write(file, 3, 10)
+    whole = file.read_bytes()
+    second = whole.index(b"\n") + 1
+    for end in (*range(second, second + 30), len(whole) - 1):
+        file.write_bytes(whole[:end])
+        (tmp_path / ".answers.jsonl.qtool.json").write_text(json.dumps(SETTINGS))
+        there = write(file, 99, 10, resume=True)
+        assert there == whole[:end].count(b"\n")
+        assert content(file) == [f"p{i}" for i in range(10)]
+
+
+def test_a_torn_line_may_be_long(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    write(file, 1, 3)
+    with file.open("ab") as more:
+        more.write(b'{"prompt": "p1", "text": "' + b"x" * 200_000)
+    assert write(file, 99, 3, resume=True) == 1
+    assert content(file) == ["p0", "p1", "p2"]
+
+
+def test_what_does_not_belong_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    write(file, 3, 10)
+    before = file.read_bytes()
+    with pytest.raises(InputError, match="answers in it already"):
+        write(file, 3, 10)
+    with pytest.raises(InputError, match="more answers than there are prompts"):
+        write(file, 3, 2, resume=True)
+    with Answers(file, SETTINGS, resume=True) as answers, pytest.raises(InputError, match="no answer to prompt 1"):
+        answers.skip(iter([line(prompt="other")]))
+    other = {"sampling": {"temperature": 0.7}}
+    with Answers(file, other, resume=True) as answers, pytest.raises(InputError, match="another sampling"):
+        answers.skip(iter(prompts(10)))
+    assert file.read_bytes() == before
+    file.write_bytes(before + b"garbage\n")
+    with pytest.raises(InputError, match="no answer to prompt 4"):
+        write(file, 3, 10, resume=True)
+    assert write(file, 2, 10, overwrite=True) == 0
+    assert content(file) == ["p0", "p1"]
+
+
+def test_only_one_writes(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    with Answers(file, SETTINGS), pytest.raises(InputError, match="another process"):
+        write(file, 1, 1, resume=True)
+
+
+def test_failed_answers_are_counted(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    with Answers(file, SETTINGS) as answers:
+        answers.skip(iter(()))
+        answers.begin()
+        answers.write(record(line(prompt="p0"), {"index": 0, "error": "no"}))
+        answers.write(record(line(prompt="p1"), item()))
+    with Answers(file, SETTINGS, resume=True) as answers:
+        assert answers.skip(iter(prompts(3))) == 2
+        assert answers.errors == 1
+    with pytest.raises(InputError, match="can't be written"):
+        Answers(tmp_path / "absent" / "file", SETTINGS)
