@@ -231,7 +231,7 @@ def hide_media_packages() -> None:
             sys.modules[package] = None  # type: ignore[assignment]
 
 
-def _end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
     """Have this process killed when its parent dies, however that happens."""
     if sys.platform == "linux":
         import ctypes
@@ -259,7 +259,7 @@ def _work(module: str, descriptor: int, parent: int) -> int:
 
     os.set_inheritable(descriptor, False)
     signal.signal(signal.SIGTERM, _on_sigterm)
-    _end_with_parent(parent)
+    end_with_parent(parent)
     report = Report(descriptor)
     try:
         job = json.load(sys.stdin)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +133,22 @@ class Checkpoint:
         width = info.nbytes // count if count else 0
         spans = [(info.offset + first * width, length * width) for first, length in _runs(wanted.tolist())]
         return self._read(info, spans).reshape(len(wanted), *info.shape[1:])[inverse]
+
+    def row_range(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start to stop of a tensor, in the stored dtype. Raises InputError as `tensor`."""
+        info = self.info(name)
+        width = info.nbytes // info.shape[0] if info.shape[0] else 0
+        return self._read(info, [(info.offset + start * width, (stop - start) * width)]).reshape(-1, *info.shape[1:])
+
+    def chunks(self, name: str, max_bytes: int) -> Iterator[torch.Tensor]:
+        """The numbers of one tensor, flat, in its stored dtype, at most `max_bytes` (a multiple of 8) at a time.
+
+        Raises:
+            InputError: as `tensor`.
+        """
+        info = self.info(name)
+        for start in range(0, info.nbytes, max_bytes):
+            yield self._read(info, [(info.offset + start, min(max_bytes, info.nbytes - start))])
 
     def _read(self, info: TensorInfo, spans: list[tuple[int, int]]) -> torch.Tensor:
         """The bytes of several (offset, length) spans, one after the other, as a flat tensor of the stored dtype."""

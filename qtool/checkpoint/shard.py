@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import os
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import dtypes
 from qtool.checkpoint.header import MAX_HEADER_BYTES
@@ -39,19 +40,64 @@ class Shard:
     wider elements first.
     """
 
-    def __init__(self, path: Path, expected_tensors: int) -> None:
-        room = min(256 * expected_tensors + 4096, MAX_HEADER_BYTES)
+    def __init__(self, path: Path, expected_tensors: int, *, room: int = 0) -> None:
+        wanted = min(256 * expected_tensors + 4096, MAX_HEADER_BYTES)
         self.path = path
-        self._room = room - room % _ALIGNMENT - 8
+        self._room = room or wanted - wanted % _ALIGNMENT - 8
+        self._new: list[tuple[bool, _Entry]] = []
+        self.finished = False
         self._used = len(_START) + 1
         self._body: list[_Entry] = []
         self._tail: list[_Entry] = []
         self._body_bytes = 0
         self._tail_bytes = 0
         self._tail_path = path.with_suffix(".tail")
-        self._file: BinaryIO = path.open("wb", buffering=0)
+        self._file: BinaryIO = path.open("rb+" if room else "wb", buffering=0)
         self._tail_file: BinaryIO | None = None
         self._file.seek(8 + self._room)
+
+    @classmethod
+    def restore(cls, path: Path, states: list[dict[str, Any]]) -> Shard:
+        """A shard as it was at the last of these `state`s; what came later is cut off.
+
+        Raises OSError when its files don't hold all of that.
+        """
+        shard = cls(path, 0, room=states[0]["room"])
+        for state in states:
+            for in_body, entry in state["entries"]:
+                restored = _Entry(**{**entry, "shape": tuple(entry["shape"])})
+                shard._used += _entry_bytes(restored.name, len(restored.shape))
+                (shard._body if in_body else shard._tail).append(restored)
+        shard._body_bytes = sum(entry.nbytes for entry in shard._body)
+        shard._tail_bytes = sum(entry.nbytes for entry in shard._tail)
+        if states[-1]["finished"]:
+            shard.finished = True
+            shard.close()
+            return shard
+        end = 8 + shard._room + shard._body_bytes
+        if path.stat().st_size < end:
+            raise OSError(f"{path} has become shorter")
+        os.ftruncate(shard._file.fileno(), end)
+        shard._file.seek(end)
+        if shard._tail:
+            shard._tail_file = shard._tail_path.open("rb+", buffering=0)
+            os.ftruncate(shard._tail_file.fileno(), shard._tail_bytes)
+            shard._tail_file.seek(shard._tail_bytes)
+        else:
+            shard._tail_path.unlink(missing_ok=True)
+        return shard
+
+    def state(self) -> dict[str, Any]:
+        """What has been added since the last call, for `restore`."""
+        entries = [(in_body, asdict(entry)) for in_body, entry in self._new]
+        self._new = []
+        return {"room": self._room, "finished": self.finished, "entries": entries}
+
+    def flush(self) -> None:
+        """Have all of it on the disk before going on."""
+        for file in (self._file, self._tail_file):
+            if file is not None and not file.closed:
+                os.fsync(file.fileno())
 
     @property
     def nbytes(self) -> int:
@@ -64,7 +110,7 @@ class Shard:
 
     def fits(self, name: str, tensor: torch.Tensor, max_bytes: int) -> bool:
         """Whether the header has room for one more name, and the file, of at most `max_bytes`, for one more tensor."""
-        enough_room = self._used + _entry_bytes(name, tensor) <= self._room
+        enough_room = self._used + _entry_bytes(name, tensor.ndim) <= self._room
         return enough_room and 8 + self._room + self.nbytes + tensor.nbytes <= max_bytes
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -80,11 +126,12 @@ class Shard:
             0,
         )
         content = tensor.reshape(-1).view(torch.uint8).numpy().data
-        self._used += _entry_bytes(name, tensor)
+        self._used += _entry_bytes(name, tensor.ndim)
         if entry.nbytes % _ALIGNMENT == 0:
             entry.offset = self._body_bytes
             _write(self._file, content)
             self._body.append(entry)
+            self._new.append((True, replace(entry)))
             self._body_bytes += entry.nbytes
         else:
             if self._tail_file is None:
@@ -92,11 +139,13 @@ class Shard:
             entry.offset = self._tail_bytes
             _write(self._tail_file, content)
             self._tail.append(entry)
+            self._new.append((False, replace(entry)))
             self._tail_bytes += entry.nbytes
 
     def finish(self) -> None:
-        """Append what waits, write the header, close."""
+        """Append what waits, write the header, close. The tail's file stays, so that `restore` can go back."""
         end = self._body_bytes
+        self._file.seek(8 + self._room + end)
         for entry in sorted(self._tail, key=lambda entry: -entry.alignment):
             assert self._tail_file is not None
             self._tail_file.seek(entry.offset)
@@ -119,7 +168,12 @@ class Shard:
         assert len(header) <= self._room
         self._file.seek(0)
         _write(self._file, memoryview(self._room.to_bytes(8, "little") + header.ljust(self._room)))
+        self.flush()
         self.close()
+        self.finished = True
+
+    def remove_tail(self) -> None:
+        """Once nothing will be restored from before `finish`."""
         self._tail_path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -128,8 +182,8 @@ class Shard:
             self._tail_file.close()
 
 
-def _entry_bytes(name: str, tensor: torch.Tensor) -> int:
-    return len(json.dumps(name)) + _ENTRY_BYTES + 20 * tensor.ndim
+def _entry_bytes(name: str, dimensions: int) -> int:
+    return len(json.dumps(name)) + _ENTRY_BYTES + 20 * dimensions
 
 
 def _write(file: BinaryIO, content: memoryview) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from qtool.checkpoint import journal
 from qtool.errors import InputError, QtoolError
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -94,8 +97,13 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def tidy(output: Path) -> None:
-    """Remove what dead writers to `output` left beside it; put back a model that one had just moved aside."""
+def tidy(output: Path, *, keep_resumable: bool = False) -> Path | None:
+    """Remove what dead writers to `output` left beside it; put back a model that one had just moved aside.
+
+    Returns:
+        What can be resumed and was kept, if any.
+    """
+    kept = None
     with disk_errors(output, 0):
         siblings = [*output.parent.iterdir()] if output.parent.is_dir() else []
         for path in siblings:
@@ -103,9 +111,15 @@ def tidy(output: Path) -> None:
                 path.rename(output)
             elif path.name.startswith((f".{output.name}.partial-", f".{output.name}.replaced-")):
                 handle = _lock(path)
-                if handle is not None:
-                    os.close(handle)
+                if handle is None:
+                    continue
+                os.close(handle)
+                found = journal.read(path) if keep_resumable else None
+                if found is not None and found[1]:
+                    kept = path
+                else:
                     shutil.rmtree(path, ignore_errors=True)
+    return kept
 
 
 def put_in_place(folder: Path, output: Path, *, overwrite: bool, aside: Path) -> None:
@@ -155,12 +169,47 @@ class PartialFolder:
             except FileExistsError:  # another writer of this process, or the same number in another container
                 number += 1
 
-    def commit(self, *, overwrite: bool) -> None:
-        """Make this folder the output; an old one goes only after the new one is in place."""
+    @classmethod
+    def resume(cls, output: Path, key: str) -> tuple[PartialFolder, list[dict[str, Any]]] | None:
+        """What an ended writer of this key left, with the entries of its journal; None when there is nothing.
+
+        Raises InputError when there is only work of another key.
+        """
+        other = None
+        for path in sorted(output.parent.glob(f".{glob.escape(output.name)}.partial-*")):
+            found = journal.read(path)
+            if found is None or not found[1]:
+                continue
+            if found[0] != key:
+                other = path
+                continue
+            handle = _lock(path)
+            if handle is None:
+                raise InputError("another process is writing this output", where=str(output), hint="Wait for it.")
+            folder = cls.__new__(cls)
+            folder.output, folder.path, folder._handle = output, path, handle
+            return folder, found[1]
+        if other is not None:
+            raise InputError(
+                "what is left of an earlier run was begun with another model, recipe, calibration, version or number "
+                "of threads",
+                where=str(other),
+                hint="Give the options of that run, or leave --resume away to start over.",
+            )
+        return None
+
+    def commit(self, *, overwrite: bool, without: str | None = None) -> None:
+        """Make this folder the output, without one file; an old output goes only after the new one is in place."""
         for file in [*self.path.rglob("*"), self.path]:
             sync(file)
+        if without is not None:
+            (self.path / without).unlink(missing_ok=True)
         old = self.output.with_name(self.path.name.replace(".partial-", ".replaced-"))
         put_in_place(self.path, self.output, overwrite=overwrite, aside=old)
+        self._unlock()
+
+    def leave(self) -> None:
+        """For another writer to go on with."""
         self._unlock()
 
     def discard(self) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint.formats import Format, Mode
 from qtool.checkpoint.formats.common import fused_name
+from qtool.checkpoint.journal import FILE as JOURNAL
+from qtool.checkpoint.journal import Journal
 from qtool.checkpoint.reader import REPORT, Checkpoint
 from qtool.checkpoint.shard import Shard
-from qtool.checkpoint.storage import PartialFolder, check_free_space, check_output, disk_errors, tidy
-from qtool.errors import QtoolError
+from qtool.checkpoint.storage import PartialFolder, check_free_space, check_output, disk_errors, sync, tidy
+from qtool.errors import InputError, QtoolError
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from qtool.quant.types import QuantizedLinear
 
 _MAX_NAME = 1000
+_SCRATCH = "scratch"
 
 __all__ = ["CheckpointWriter", "check_free_space", "check_output"]
 
@@ -29,8 +32,11 @@ __all__ = ["CheckpointWriter", "check_free_space", "check_output"]
 class CheckpointWriter:
     """Streams a model to `output`, which comes into being complete, in `finish`, or not at all.
 
-    A context manager: leaving it without `finish` (an error, Ctrl-C) removes everything written. No tensor is
-    kept in memory.
+    A context manager: leaving it without `finish` (an error, Ctrl-C) removes everything written, unless there is a
+    `key` and something was finished: then a writer with the same key can go on there. No tensor is kept in memory.
+
+    Attributes:
+        records: what `mark` was given in the run that this one resumes.
 
     Args:
         output: the folder to make.
@@ -38,9 +44,12 @@ class CheckpointWriter:
         overwrite: replace a model folder at `output`, in `finish`.
         max_shard_bytes: upper bound for a file, unless a single tensor is larger.
         expected_tensors: how many tensors will come, roughly; more only means more shards.
+        key: what the output is made from; equal only when a job could go on where another one ended.
+        resume: go on where a writer of the same key ended.
 
     Raises:
-        InputError: the output exists (without `overwrite`), or is something else than a model folder.
+        InputError: the output exists (without `overwrite`), or is something else than a model folder, or what is to
+            be resumed was begun with another key.
     """
 
     def __init__(
@@ -51,6 +60,8 @@ class CheckpointWriter:
         overwrite: bool = False,
         max_shard_bytes: int = 4 * 10**9,
         expected_tensors: int = 4096,
+        key: str | None = None,
+        resume: bool = False,
     ) -> None:
         self.output = Path(output).expanduser().absolute()
         self.format = format
@@ -61,9 +72,25 @@ class CheckpointWriter:
         self._names: dict[str, int] = {}
         self._linears: dict[str, Mode] = {}
         self._inputs: dict[str, tuple[float | None, int | None]] = {}
-        tidy(self.output)
+        self._new_linears: dict[str, tuple[Mode, float | None, int | None]] = {}
+        self._first_open = 1
+        self._marked = False
+        self._journal: Journal | None = None
+        self.records: list[dict[str, Any]] = []
+        self._obsolete: list[Path] = []
+        self._dirty: list[Path] = []
+        tidy(self.output, keep_resumable=resume)
         check_output(self.output, overwrite=overwrite)
-        self._folder: PartialFolder | None = PartialFolder(self.output)
+        entries: list[dict[str, Any]] = []
+        self._folder: PartialFolder | None = None
+        if key is not None and resume:
+            self._folder, entries = PartialFolder.resume(self.output, key) or (None, [])
+        if self._folder is None:
+            self._folder = PartialFolder(self.output)
+        if key is not None:
+            with disk_errors(self.output, 0):
+                self._restore(entries)
+                self._journal = Journal(self._folder.path, key, entries)
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -74,8 +101,103 @@ class CheckpointWriter:
         if self._folder is not None:
             for shard in self._shards:
                 shard.close()
-            self._folder.discard()
+            if self._journal is not None:
+                self._journal.close()
+            damaged = isinstance(error, InputError)  # the input is at fault: going on would only meet it again
+            if self._journal is None or damaged or not self._marked:
+                self._folder.discard()
+            else:
+                self._folder.leave()
             self._folder = None
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a tensor of this name has been written."""
+        return name in self._names
+
+    @property
+    def folder(self) -> Path:
+        """Where files may lie that must survive as long as the records do; not part of the output."""
+        assert self._folder is not None
+        scratch = self._folder.path / _SCRATCH
+        scratch.mkdir(exist_ok=True)
+        return scratch
+
+    def mark(self, record: dict[str, Any], *, needs: Sequence[Path] = (), obsolete: Sequence[Path] = ()) -> None:
+        """All that was written so far is finished work, described by `record`.
+
+        Args:
+            needs: files that whoever resumes after this needs.
+            obsolete: files that nobody needs who resumes after this; they are removed in due time.
+
+        Raises QtoolError when the disk is full.
+        """
+        if self._journal is None:
+            return
+        with disk_errors(self.output, 0):
+            entry = {
+                "record": record,
+                "shards": {str(i): s.state() for i, s in enumerate(self._shards, 1) if i >= self._first_open},
+                "linears": self._new_linears,
+            }
+            self._journal.append(entry)
+            self._marked = True
+            self._new_linears = {}
+            self._first_open = next((i for i, s in enumerate(self._shards, 1) if not s.finished), len(self._shards) + 1)
+            self._dirty += needs
+            self._obsolete += obsolete
+            if self._journal.due:
+                self._sync()
+
+    def _sync(self) -> None:
+        assert self._journal is not None
+        for shard in self._shards:
+            shard.flush()
+        for path in self._dirty:
+            if path.exists():
+                sync(path)
+        self._journal.synced()
+        for path in self._obsolete:
+            path.unlink(missing_ok=True)
+        for shard in self._shards:
+            if shard.finished:
+                shard.remove_tail()
+        self._dirty, self._obsolete = [], []
+
+    def _restore(self, entries: list[dict[str, Any]]) -> None:
+        assert self._folder is not None
+        states: dict[int, list[dict[str, Any]]] = {}
+        for entry in entries:
+            for number, state in entry["shards"].items():
+                states.setdefault(int(number), []).append(state)
+                self._names |= dict.fromkeys((part["name"] for _, part in state["entries"]), int(number))
+            for name, (mode, scale, offset) in entry["linears"].items():
+                self._remember(name, mode, (scale, offset))
+        self._new_linears = {}
+        for number, of_shard in sorted(states.items()):
+            path = self._folder.path / f"shard-{number}"
+            named = self._folder.path / self.format.shard_name(number, len(states))
+            if named.exists() and not path.exists():  # it ended in `finish`
+                named.rename(path)
+            self._shards.append(Shard.restore(path, of_shard))
+        self._first_open = next((i for i, s in enumerate(self._shards, 1) if not s.finished), len(self._shards) + 1)
+        for stale in self._folder.path.glob("shard-*"):
+            if stale.suffix != ".tail" and stale not in [shard.path for shard in self._shards]:
+                stale.unlink()
+        self.records = [entry["record"] for entry in entries]
+        self._marked = bool(entries)
+
+    def _remember(self, name: str, mode: Mode, inputs: tuple[float | None, int | None]) -> None:
+        self._linears[name] = mode
+        self._new_linears[name] = (mode, *inputs)
+        fused = fused_name(name)
+        if mode == "float" or not fused:
+            return
+        if self._inputs.setdefault(fused, inputs) != inputs:
+            raise QtoolError(
+                f"input scale and offset {inputs} differ from {self._inputs[fused]} of its siblings; "
+                "runtimes load one of them for all",
+                where=name,
+            )
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Write a tensor as it is, under its full name ("model.norm.weight").
@@ -83,7 +205,7 @@ class CheckpointWriter:
         Raises QtoolError when the disk is full or the name is taken.
         """
         if tensor.ndim == 2 and name.endswith(".weight"):
-            self._linears[name.removesuffix(".weight")] = "float"
+            self._remember(name.removesuffix(".weight"), "float", (None, None))
         self._write(name, tensor)
 
     def add_linear(self, name: str, linear: QuantizedLinear, dtype: torch.dtype) -> None:
@@ -91,15 +213,8 @@ class CheckpointWriter:
 
         Raises QtoolError as `add`, or when runtimes fuse this layer with one that has another input scale.
         """
-        fused = fused_name(name)
-        inputs = (linear.input_scale, linear.input_offset)
-        if fused and self._inputs.setdefault(fused, inputs) != inputs:
-            raise QtoolError(
-                f"input scale and offset {inputs} differ from {self._inputs[fused]} of its siblings; "
-                "runtimes load one of them for all",
-                where=name,
-            )
-        self._linears[name] = "static" if linear.is_static else "dynamic"
+        mode: Mode = "static" if linear.is_static else "dynamic"
+        self._remember(name, mode, (linear.input_scale, linear.input_offset))
         for full_name, tensor in self.format.tensors(name, linear, dtype).items():
             self._write(full_name, tensor)
 
@@ -112,8 +227,9 @@ class CheckpointWriter:
             raise QtoolError(f"tensor name of {len(name)} characters", where=str(self.output))
         tensor = tensor.detach().cpu().contiguous()
         with disk_errors(self.output, tensor.nbytes):
-            if not self._shards or not self._shards[-1].fits(name, tensor, self._max_shard_bytes):
-                if self._shards:
+            last = self._shards[-1] if self._shards else None
+            if last is None or last.finished or not last.fits(name, tensor, self._max_shard_bytes):
+                if self._shards and not self._shards[-1].finished:
                     self._shards[-1].finish()
                 path = self._folder.path / f"shard-{len(self._shards) + 1}"
                 self._shards.append(Shard(path, max(16, self._expected_tensors - len(self._names))))
@@ -137,7 +253,8 @@ class CheckpointWriter:
         check_output(self.output, overwrite=self._overwrite, source=source.path if source else None)
         folder, count = self._folder.path, len(self._shards)
         with disk_errors(self.output, 0):
-            self._shards[-1].finish()
+            if not self._shards[-1].finished:
+                self._shards[-1].finish()
             files = [self.format.shard_name(i, count) for i in range(1, count + 1)]
             for shard, file in zip(self._shards, files, strict=True):
                 shard.path.rename(folder / file)
@@ -156,7 +273,10 @@ class CheckpointWriter:
             for name, content in description.files.items():
                 _write_json(folder / name, content)
             _write_json(folder / REPORT, report)
-            self._folder.commit(overwrite=self._overwrite)
+            for shard in self._shards:
+                shard.remove_tail()
+            shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
+            self._folder.commit(overwrite=self._overwrite, without=JOURNAL)
         self._folder = None
         return self.output
 

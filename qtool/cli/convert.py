@@ -1,51 +1,100 @@
-"""`qtool convert`: a GGUF file to a checkpoint that can be quantized."""
+"""`qtool convert`: between W8A8 formats, and from a GGUF file to a checkpoint that can be quantized."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from qtool.cli.options import Debug, Json, Quiet, console, path_or_stdin
+from qtool.errors import InputError
+
+if TYPE_CHECKING:
+    from qtool.console import Console
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="MODEL.gguf", help="A GGUF file; - reads its path from stdin.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
-    to: Annotated[Literal["safetensors"], typer.Option(help="The format to convert to.")] = "safetensors",
+    source: Annotated[
+        str, typer.Argument(metavar="DIR|MODEL.gguf", help="A W8A8 model folder or a GGUF file; - reads it from stdin.")
+    ],
+    to: Annotated[
+        Literal["compressed-tensors", "golden-stick", "modelslim", "bfloat16", "safetensors"] | None,
+        typer.Option(help="The format to convert to. A GGUF file becomes safetensors."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The folder to make. Default: DIR-FORMAT, beside DIR.")
+    ] = None,
     dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"], typer.Option(help="The type of the parameters.")
-    ] = "bfloat16",
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option(help="The type of the parameters, for a GGUF file.", show_default="bfloat16"),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Convert a GGUF file to a Hugging Face checkpoint (config, tokenizer, safetensors) and print its path.
+    """Convert a quantized model to another W8A8 format or back to bfloat16, or a GGUF file to a checkpoint.
 
-    The weights are dequantized: what the GGUF's own quantization lost stays lost.
+    Between W8A8 formats the integers stay what they are. An input scale that the new format's runtime holds in the
+    model's dtype is rounded to it; by how much at most is said. bfloat16 is what the integers stand for: smoothing
+    stays folded in, and what quantization lost stays lost. So does what a GGUF's own quantization lost.
+
+    Examples:
+
+      qtool convert SmolLM2-w8a8-static --to golden-stick
+
+      qtool convert SmolLM2-w8a8 --to bfloat16 --output SmolLM2-dequantized
+
+      qtool convert SmolLM2-135M-Instruct.Q4_1.gguf --output SmolLM2
     """
-    from qtool import workers
-    from qtool.checkpoint.storage import PartialFolder, check_output, disk_errors
-    from qtool.environments.lookup import interpreter
-    from qtool.errors import InputError
+    path = Path(path_or_stdin(source)).expanduser()
+    if path.is_dir():
+        _checkpoint(path, to, output, dtype, overwrite=overwrite)
+    elif path.is_file() or path.suffix == ".gguf":
+        _gguf(path, to, output, dtype or "bfloat16", overwrite=overwrite)
+    else:
+        raise InputError("no such file or folder", where=str(path))
 
-    file = Path(path_or_stdin(source)).expanduser()
-    if not file.is_file():
-        what = "this is a folder, not a GGUF file" if file.is_dir() else "no such file"
-        raise InputError(what, where=str(file))
-    output = output.expanduser().absolute()
-    check_output(output, overwrite=overwrite, source=file)
-    python = interpreter("native")
-    partial = PartialFolder(output)
-    try:
-        job = {"source": str(file.absolute()), "folder": str(partial.path), "output": str(output), "dtype": dtype}
-        with console() as out:
-            result = workers.run("qtool.convert.gguf", job, python=python, on_event=out.event)
-        with disk_errors(output, result["nbytes"]):
-            partial.commit(overwrite=overwrite)
-    finally:
-        partial.discard()
-    out.info(f"{result['architecture']}, {result['parameters']:,} parameters in {dtype}, {result['nbytes']:,} bytes")
-    out.result({"output": str(output), "dtype": dtype, **result} if json else output)
+
+def _checkpoint(source: Path, to: str | None, output: Path | None, dtype: str | None, *, overwrite: bool) -> None:
+    from qtool import convert as service
+    from qtool.checkpoint.reader import Checkpoint
+
+    if to is None or to == "safetensors":
+        hint = "Say which: --to compressed-tensors, golden-stick, modelslim or bfloat16."
+        raise InputError("a folder can be converted to several formats", where="--to", hint=hint)
+    if dtype is not None:
+        raise InputError("goes with a GGUF file; a folder keeps its dtype", where="--dtype")
+    source = Checkpoint.open(source).path.absolute()  # whatever is wrong should show before torch is imported
+    target = (output or source.with_name(f"{source.name}-{to}")).expanduser().absolute()
+    with console() as out:
+        result = service.to_format(source, target, to, overwrite=overwrite, on_event=out.event)
+        layers = ", ".join(f"{count} {mode}" for mode, count in result["layers"].items() if count)
+        rounding = result["input_scale_rounding"]
+        scales = f"input scales rounded by up to {rounding:.2%}" if rounding else "scales unchanged"
+        integers = f"{result['integers']:,} integers" + (
+            " dequantized" if to == "bfloat16" else f" unchanged, {scales}"
+        )
+        out.info(f"{result['from']} to {to}: {layers} layers, {integers}, in {result['seconds']:.1f} s")
+        _print(out, result)
+
+
+def _gguf(source: Path, to: str | None, output: Path | None, dtype: str, *, overwrite: bool) -> None:
+    from qtool import convert as service
+
+    if not source.is_file():
+        raise InputError("no such file", where=str(source))
+    if to not in (None, "safetensors"):
+        hint = "Convert it to a folder first (--to safetensors), then: qtool quantize DIR"
+        raise InputError(f"a file is a GGUF file, and can't become {to} at once", where="--to", hint=hint)
+    target = (output or source.with_name(source.stem)).expanduser().absolute()
+    with console() as out:
+        result = service.from_gguf(source, target, dtype, overwrite=overwrite, on_event=out.event)
+        facts = f"{result['parameters']:,} parameters in {dtype}, {result['nbytes']:,} bytes"
+        out.info(f"{result['architecture']}, {facts}")
+        _print(out, result)
+
+
+def _print(out: Console, result: dict[str, object]) -> None:
+    out.result(result if out.json else Path(str(result["output"])))

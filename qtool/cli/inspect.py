@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,26 +13,45 @@ from qtool.cli.options import Debug, Json, Quiet, console, path_or_stdin
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
 
-_SCHEMES = {"static": "W8A8 static", "dynamic": "W8A8 dynamic"}
-
 
 def inspect(
     path: Annotated[str, typer.Argument(metavar="DIR", help="A model folder; - reads its path from standard input.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="Every tensor, with the range of its numbers.")] = False,
+    filter: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="With --tensors: only those whose name it is found in.")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Show what a checkpoint is: architecture, format, size, and the scheme of every group of layers.
 
-    Reads headers only, whatever the model's size. Examples:
+    Reads headers only, whatever the model's size; with --tensors every number, in constant memory. What --tensors
+    finds is a table on a terminal; into a pipe or with --json each tensor is one JSON line.
 
-        qtool inspect SmolLM2-135M-w8a8
+    Examples:
 
-        qtool quantize SmolLM2-135M | qtool inspect - --json
+      qtool inspect SmolLM2-135M-w8a8
+
+      qtool quantize SmolLM2-135M | qtool inspect - --json
+
+      qtool inspect SmolLM2-135M-w8a8 --tensors --filter 'layers\\.0\\..*scale'
     """
     from qtool.checkpoint.reader import Checkpoint
+    from qtool.checkpoint.summary import summarize
+    from qtool.errors import InputError
 
-    summary = summarize(Checkpoint.open(path_or_stdin(path)))
+    if filter is not None and not tensors:
+        raise InputError("goes with --tensors", where="--filter")
+    try:
+        pattern = re.compile(filter or "")
+    except re.error as error:
+        raise InputError(f"not a regular expression: {error}", where="--filter") from None
+    checkpoint = Checkpoint.open(path_or_stdin(path))
+    if tensors:
+        _tensors(checkpoint, pattern)
+        return
+    summary = summarize(checkpoint)
     out = console()
     if json or quiet or not sys.stdout.isatty():
         out.result(summary)
@@ -43,86 +61,62 @@ def inspect(
     out.table("Layers", ["layers", "count", "scheme", "shape"], groups)
 
 
-def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Everything `qtool inspect --json` prints, from headers and config alone.
+def _tensors(checkpoint: Checkpoint, pattern: re.Pattern[str]) -> None:
+    from qtool import workers
+    from qtool.environments.lookup import interpreter
 
-    Keys: path, architecture, model_type, format, dtype, parameters (None where weights are packed in a way qtool
-    doesn't know), tensors, files, bytes (of tensors), bytes_on_disk (of their files), bytes_bf16 (the same model in
-    bfloat16), and layers: one entry per group of matrices whose names differ in numbers only.
-    """
-    infos = [checkpoint.info(name) for name in checkpoint.names]
-    files = {info.file for info in infos}
-    schemes = _schemes(checkpoint)
-    parameters = _parameters(checkpoint, schemes)
-    architectures = checkpoint.config.get("architectures") or [None]
-    return {
-        "path": str(checkpoint.path.resolve()),
-        "architecture": architectures[0] if isinstance(architectures, list) else str(architectures),
-        "model_type": checkpoint.config.get("model_type"),
-        "format": checkpoint.format,
-        "dtype": _dtype(checkpoint, schemes),
-        "parameters": parameters,
-        "tensors": len(infos),
-        "files": len(files),
-        "bytes": checkpoint.nbytes,
-        "bytes_on_disk": sum(file.stat().st_size for file in files),
-        "bytes_bf16": None if parameters is None else 2 * parameters,
-        "layers": _groups(checkpoint, schemes),
-    }
+    python = interpreter("native")
+    with console() as out:
+        as_text = sys.stdout.isatty() and not out.json
+        wanted = [name for name in checkpoint.names if pattern.search(name)]
+        columns = _columns(checkpoint, wanted)
+        if as_text:
+            out.result(columns.format(*_TITLES).rstrip(), more=True)
+
+        def show(event: workers.Event) -> None:
+            if event["event"] == "item":
+                row = event["data"]
+                out.result(columns.format(*_cells(row)).rstrip() if as_text else row, more=True)
+            elif not as_text:  # the rows themselves show how far it is
+                out.event(event)
+
+        job = {"model": str(checkpoint.path.absolute()), "filter": pattern.pattern or None}
+        found = workers.run("qtool.checkpoint.ranges", job, python=python, on_event=show)
+        out.info(f"{found['tensors']} tensors, {_size(found['bytes'])}")
 
 
-def _schemes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Scheme of every matrix, by its layer's name: W8A8 static, W8A8 dynamic, or what its dtype is called."""
-    from qtool.checkpoint import formats
-
-    known = checkpoint.format in formats.NAMES
-    found = {}
-    for tensor in checkpoint.names:
-        info = checkpoint.info(tensor)
-        name = tensor.removesuffix(".weight")
-        if name == tensor or len(info.shape) != 2:
-            continue
-        mode = formats.get(checkpoint.format).mode(checkpoint, name) if known else "float"
-        found[name] = _SCHEMES.get(mode or "", info.dtype)
-    return found
+_TITLES = ("name", "dtype", "shape", "bytes", "min", "max", "scheme", "scales")
 
 
-def _parameters(checkpoint: Checkpoint, schemes: dict[str, str]) -> int | None:
-    """Numbers that the float model has: weights and biases, without what quantization added."""
-    from qtool.checkpoint import formats
-
-    if checkpoint.format not in ("float", *formats.NAMES):
-        return None
-    count = 0
-    for name in checkpoint.names:
-        owner, _, part = name.rpartition(".")
-        if schemes.get(owner) not in _SCHEMES.values() or part in ("weight", "bias"):
-            count += math.prod(checkpoint.info(name).shape)
-    return count
+def _columns(checkpoint: Checkpoint, names: list[str]) -> str:
+    """A line's format, wide enough for what the headers tell; so rows can be printed as they come."""
+    infos = [checkpoint.info(name) for name in names]
+    name = max((len(ascii(info.name)) - 2 for info in infos), default=4)
+    shape = max((len(_shape(info.shape)) for info in infos), default=5)
+    return f"{{:<{name}}}  {{:<5}}  {{:<{max(5, shape)}}}  {{:>13}}  {{:>10}}  {{:>10}}  {{:<12}}  {{}}"
 
 
-def _dtype(checkpoint: Checkpoint, schemes: dict[str, str]) -> str | None:
-    """The dtype of most float weights, as safetensors calls it."""
-    from qtool.checkpoint.dtypes import FLOATS
-
-    sizes: dict[str, int] = {}
-    for name in checkpoint.names:
-        info = checkpoint.info(name)
-        if info.dtype in FLOATS and schemes.get(name.rpartition(".")[0]) not in _SCHEMES.values():
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    return max(sizes, key=lambda code: sizes[code], default=None)
-
-
-def _groups(checkpoint: Checkpoint, schemes: dict[str, str]) -> list[dict[str, Any]]:
-    counts: dict[tuple[str, str, tuple[int, ...]], int] = {}
-    for name, scheme in schemes.items():
-        shape = checkpoint.info(f"{name}.weight").shape
-        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name), scheme, shape
-        counts[key] = counts.get(key, 0) + 1
+def _cells(row: dict[str, Any]) -> list[str]:
+    scales = f"{row['scale_min']:.4g} to {row['scale_max']:.4g}" if row.get("scale_min") is not None else ""
+    bad = f"{row['nonfinite']} not finite" if row["nonfinite"] else ""
     return [
-        {"layers": pattern, "count": count, "scheme": scheme, "shape": list(shape)}
-        for (pattern, scheme, shape), count in counts.items()
+        ascii(row["name"])[1:-1],  # no name can play tricks on a terminal
+        row["dtype"],
+        _shape(row["shape"]),
+        f"{row['bytes']:,}",
+        _number(row["min"]),
+        _number(row["max"]),
+        row.get("scheme", ""),
+        ", ".join(filter(None, [scales, bad])),
     ]
+
+
+def _shape(shape: list[int] | tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "1"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _facts(summary: dict[str, Any]) -> list[list[str]]:

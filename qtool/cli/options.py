@@ -18,6 +18,19 @@ if TYPE_CHECKING:
     from qtool.console import Console
 
 
+def size(text: str, option: str) -> int:
+    """Bytes of a size such as 4GB, 500MiB or 12345. Raises InputError."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        nbytes = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        nbytes = ByteSize(0)
+    if nbytes <= 0:
+        raise InputError(f"{text!r} is not a size", where=option, hint="write it as 4GB or 500MiB")
+    return int(nbytes)
+
+
 @dataclass
 class Common:
     """What --json, --quiet and --debug said in this process."""

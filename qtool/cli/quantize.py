@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
-from qtool.errors import InputError
+from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin, size
 
 if TYPE_CHECKING:
     from qtool.console import Console
@@ -39,6 +37,17 @@ def quantize(
     devices: Annotated[
         int | None, typer.Option(min=1, help="Cards, for golden-stick on Ascend. Default: the recipe's.")
     ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Most that a process may take, e.g. 4GB. Smaller is slower.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that quantize while the layers run. 0: all in one.")
+    ] = 0,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Quantize on a Ray cluster: its address, auto, or local.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of each process. Default: the cores.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run of this ended.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -55,10 +64,13 @@ def quantize(
       qtool quantize ./Qwen3-8B --scheme w8a8-dynamic --calibration texts.jsonl --samples 128
 
       qtool quantize ./Llama-3.1-8B --format golden-stick --dry-run
+
+      qtool quantize ./DeepSeek-R1 --recipe deepseek-r1-osl --memory 8GB --workers 8 --resume
     """
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.checkpoint.storage import check_output, tidy
-    from qtool.engines import choose, run
+    from qtool.checkpoint.storage import check_output
+    from qtool.engines import choose
+    from qtool.jobs.quantize import Resources, run, scheme_of
     from qtool.recipe.load import load, match
 
     folder = Path(path_or_stdin(model)).expanduser().absolute()
@@ -67,13 +79,7 @@ def quantize(
         chosen, reason = match(checkpoint.config)
     else:
         chosen, reason = load(recipe), "as asked for"
-    scheme = scheme or chosen.default_scheme
-    if scheme not in chosen.schemes:
-        raise InputError(
-            f"no scheme {scheme!r} in this recipe",
-            where=f"recipe {chosen.name}",
-            hint=f"it has {', '.join(chosen.schemes)}",
-        )
+    scheme = scheme_of(chosen, scheme)
     target = (output or folder.with_name(f"{folder.name}-{scheme}")).expanduser().absolute()
     chosen_engine, why = choose() if engine == "auto" else (engine, "as asked for")
     if not dry_run:
@@ -86,28 +92,23 @@ def quantize(
     }
     with console() as out:
         out.info(f"recipe {chosen.name} ({reason}), scheme {scheme}, engine {chosen_engine} ({why})")
-        if wanted["data"] == "self" and not dry_run:
-            wanted = _own_samples(folder, wanted, trust_remote_code, out)
-        elif wanted["data"] not in ("builtin", "self"):
-            wanted["data"] = str(Path(wanted["data"]).expanduser().absolute())
-        job = {
-            "model": str(folder),
-            "output": str(target),
-            "format": format or chosen.export.format,
-            "recipe": chosen.model_dump(mode="json"),
-            "scheme": scheme,
-            "calibration": wanted,
-            "device": device,
-            "devices": devices,
-            "overwrite": overwrite,
-            "trust_remote_code": trust_remote_code,
-            "dry_run": dry_run,
-        }
-        try:
-            result = run(chosen_engine, job, out.event)
-        finally:
-            if not dry_run:
-                tidy(target)  # what a killed worker could not remove
+        result = run(
+            folder,
+            target,
+            chosen,
+            scheme=scheme,
+            engine=chosen_engine,
+            calibration=wanted,
+            format=format,
+            device=device,
+            devices=devices,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            dry_run=dry_run,
+            resume=resume,
+            resources=Resources(None if memory is None else size(memory, "--memory"), workers, ray, threads),
+            on_event=out.event,
+        )
     if dry_run:
         _show_plan(result, chosen, out, json)
         return
@@ -117,25 +118,6 @@ def quantize(
         f"peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB"
     )
     out.result(result if json else Path(result["output"]))
-
-
-def _own_samples(folder: Path, wanted: dict[str, Any], trust_remote_code: bool, out: Console) -> dict[str, Any]:
-    """Calibration on what the model writes by itself, at temperature 1."""
-    from qtool.runtime import sample
-
-    ids = sample(
-        folder,
-        wanted["samples"],
-        wanted["seq_len"],
-        wanted["seed"],
-        trust_remote_code=trust_remote_code,
-        on_event=out.event,
-    )
-    digest = hashlib.sha256()
-    for row in ids:
-        for token in row:
-            digest.update(token.to_bytes(8, "little", signed=True))
-    return {**wanted, "ids": ids, "digest": digest.hexdigest(), "source": "self (the model's own samples)"}
 
 
 def _show_plan(result: dict[str, Any], recipe: Recipe, out: Console, json: bool) -> None:

@@ -1,28 +1,47 @@
-"""One decoder layer from float to W8A8: smoothing, folding, clipping, rounding, activation ranges."""
+"""One decoder layer from float to W8A8: smoothing, folding, clipping, rounding, activation ranges.
+
+Weights come a few rows at a time from a `Weights`, and the layer's groups one after the other, so that a layer of any
+size is quantized in the memory of one group's statistics and a few rows. (`exact` is Golden Stick's way instead.)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Protocol
 
 import torch
-from torch import nn
 
-from qtool.quant import observers, osl, rounding, smoothing
+from qtool.quant import observers, rounding, smoothing
 from qtool.quant.integer import asymmetric_scale_offset, fake_quantize_tensor, fake_quantize_tokens
-from qtool.quant.replay import Recording
 from qtool.quant.smoothing import Smoothing
 from qtool.quant.statistics import InputStatistics
-from qtool.quant.topology import Group, bias_of, fold, per_producer_channel, weight_of
+from qtool.quant.topology import Group, per_producer_channel
 from qtool.quant.types import QuantizedLinear
 from qtool.recipe.schema import Policy
 
-_FAST_CLIP_RATIOS = (1.0, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8)
-Run = Callable[[], torch.Tensor]
+_CLIP_RATIOS = (1.0, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8)
+# Weights that are in float32 at a time: what the cache takes; error compensation needs more rows to be worth its steps.
+_CHUNK, _COMPENSATED_CHUNK = 1 << 22, 1 << 24
+_MODEL_ROWS = 1 << 24  # elements of the rows that the search for a smoothing scale looks at
 _REPORT_TOKENS = 64  # that the reported error of a group is measured on
 _GPTQ_REMAINDER = 0.3  # of the rounding noise that error compensation leaves; measured 0.2 to 0.5 on SmolLM2
+
+
+class Weights(Protocol):
+    """The float parameters of a decoder layer, by their names inside it."""
+
+    def shape(self, linear: str) -> tuple[int, int]:
+        """(out, in) of a linear."""
+        ...
+
+    def rows(self, linear: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a linear's weight, float32 [stop - start, in]."""
+        ...
+
+    def vector(self, name: str) -> torch.Tensor | None:
+        """A norm's gain, or any bias, float32, by its name; None when there is none."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -57,222 +76,251 @@ class LayerResult:
     groups: list[GroupReport] = field(default_factory=list)
 
 
+class Folded:
+    """A layer's parameters with smoothing scales folded in, computed as they are read.
+
+    Attributes:
+        changed: new values of norm gains and biases, float32, by name.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._columns: dict[str, torch.Tensor] = {}
+        self._rows: dict[str, torch.Tensor] = {}
+        self.changed: dict[str, torch.Tensor] = {}
+
+    @property
+    def linears(self) -> set[str]:
+        """The linears whose weights differ from the original ones."""
+        return {*self._columns, *self._rows}
+
+    def shape(self, linear: str) -> tuple[int, int]:
+        return self._weights.shape(linear)
+
+    def rows(self, linear: str, start: int, stop: int) -> torch.Tensor:
+        weight = self._weights.rows(linear, start, stop)
+        if linear in self._columns:
+            weight = weight * self._columns[linear]
+        if linear in self._rows:
+            weight = weight * self._rows[linear][start:stop, None]
+        return weight
+
+    def vector(self, name: str) -> torch.Tensor | None:
+        return self.changed[name] if name in self.changed else self._weights.vector(name)
+
+    def columns(self, linear: str) -> torch.Tensor | None:
+        """The smoothing scale of a linear's input, float32 [in], if any."""
+        return self._columns.get(linear)
+
+    def fold(self, group: Group, s: torch.Tensor, dtype: torch.dtype) -> None:
+        """Multiply the group's weights by s [in] per input channel, and divide what produces its input by it.
+
+        Where that is a norm, its gain must survive storage in `dtype`: the weights take up what rounding it loses.
+        """
+        target = group.fold
+        if target is None:
+            raise ValueError(f"{group.linears} has no producer to fold into")
+        gain = self.vector(f"{target.producer}.weight") if self._is_norm(target.producer) else None
+        width = self.shape(target.producer)[0] if gain is None else len(gain)
+        if gain is not None:
+            old = (gain + target.gain_offset)[target.channel_map]
+            kept = (old / s - target.gain_offset).to(dtype).float() + target.gain_offset
+            s = torch.where((old == 0) | (kept == 0), s, old / kept)
+        inverse = torch.ones(width, device=s.device)
+        inverse[target.channel_map] = 1 / s
+        if gain is None:
+            self._rows[target.producer] = self._rows.get(target.producer, 1) * inverse
+        else:
+            folded = (gain + target.gain_offset) * inverse - target.gain_offset
+            self.changed[f"{target.producer}.weight"] = folded.to(dtype).float()
+        bias = self.vector(f"{target.producer}.bias")
+        if bias is not None:
+            self.changed[f"{target.producer}.bias"] = bias * inverse
+        for name in group.linears:
+            self._columns[name] = s
+
+    def _is_norm(self, producer: str) -> bool:
+        gain = self._weights.vector(f"{producer}.weight")
+        return gain is not None
+
+
 @torch.no_grad()
-def quantize_layer(
-    layer: nn.Module,
+def smooth(
+    weights: Weights,
     groups: Sequence[Group],
     policies: Mapping[str, Policy | None],
     statistics: Mapping[str, InputStatistics],
-    storage: Storage,
-    *,
-    search: Literal["fast", "exact"],
-    runs: Sequence[Run] = (),
-) -> LayerResult:
-    """Quantize a decoder layer; `layer` is left with the folded float weights.
+    dtype: torch.dtype,
+) -> tuple[Folded, dict[str, Smoothing]]:
+    """Find every group's smoothing scale on the untouched layer, then fold them all.
 
     Args:
-        layer: float32 weights.
+        weights: of the layer.
         groups: from `topology.find_groups`.
         policies: per linear, by its name inside the layer; None leaves it float.
         statistics: of each group's input, by the name of the group's first linear.
-        storage: what the output format keeps.
-        search: fast scores a smoothing scale by the group's own output, exact by the layer's, as Golden Stick does.
-        runs: for exact only: one per calibration sample; calls the layer on it and returns its output.
+        dtype: of the model's float tensors.
+
+    Returns:
+        The folded weights, and the scales found by the name of their group's first linear.
     """
-    quantized = [group for group in groups if any(policies[name] for name in group.linears)]
-    recordings = [Recording(layer, run) for run in runs]
-    found = {
-        group.linears: _smoothing(layer, group, _policy(group, policies), statistics[group.linears[0]], recordings)
-        for group in quantized
-    }
-    del recordings
-    for group in quantized:
-        chosen = found[group.linears]
-        if chosen is not None:
-            chosen.s.copy_(_fold_as_stored(layer, group, chosen.s, storage.dtype))
-    prepared = [
-        _clip(layer, group, policies, statistics[group.linears[0]], found[group.linears], storage, search)
-        for group in quantized
-    ]
-    if search == "exact":
-        _observe_clipped(layer, prepared, runs)
-    result = LayerResult()
-    for work in prepared:
-        _round(layer, work, storage, result)
-    return result
+    folded, found = Folded(weights), {}
+    for group in groups:
+        policy = policy_of(group, policies)
+        if policy is None or policy.smoothing == "none" or group.fold is None:
+            continue
+        found[group.linears[0]] = _search(weights, group, policy, statistics[group.linears[0]])
+    for group in groups:
+        if group.linears[0] in found:
+            folded.fold(group, found[group.linears[0]].s, dtype)
+    return folded, found
 
 
-@dataclass
-class _Work:
-    """One group between smoothing and rounding.
-
-    Attributes:
-        weight: float32 [sum of out, in], smoothed, the quantized members' rows one below the other.
-        sample: float32 [tokens, in], smoothed.
-        low, high: the input's extremes, smoothed, float32 [in].
-        gram: smoothed, for error compensation; None to round to nearest.
-    """
-
-    members: list[str]
-    policy: Policy
-    smoothing: Smoothing | None
-    weight: torch.Tensor
-    scales: torch.Tensor
-    bounds: torch.Tensor
-    sample: torch.Tensor
-    low: torch.Tensor
-    high: torch.Tensor
-    gram: torch.Tensor | None
-
-
-def _policy(group: Group, policies: Mapping[str, Policy | None]) -> Policy:
-    return next(policy for name in group.linears if (policy := policies[name]) is not None)
-
-
-def _smoothing(
-    layer: nn.Module,
-    group: Group,
-    policy: Policy,
-    statistics: InputStatistics,
-    recordings: Sequence[Recording],
-) -> Smoothing | None:
-    """The group's smoothing scale; with recordings by exact OSL."""
-    if policy.smoothing == "none" or group.fold is None:
-        return None
-    weight = torch.cat([weight_of(layer, name) for name in group.linears])
-    act_max = per_producer_channel(group.fold, statistics.amax)
-    w_max = per_producer_channel(group.fold, weight.abs().amax(dim=0))
-    static = policy.activations.mode == "static"
-    if policy.smoothing == "osl" and recordings:
-        return osl.search(recordings, group, act_max, w_max, static=static)
-    if policy.smoothing == "smoothquant":
-        alpha = policy.smoothquant_alpha
-        return Smoothing(smoothing.scale(act_max, w_max, alpha), alpha)
-    model = smoothing.NoiseModel(
-        statistics.sample.float(),
-        weight,
-        statistics.low,
-        statistics.high,
-        statistics.energy,
-        static=static,
-        compensation=_GPTQ_REMAINDER if policy.rounding == "gptq" else 1.0,
-    )
-    return smoothing.fit(model, act_max, w_max, group.fold.channel_map)
-
-
-def _fold_as_stored(layer: nn.Module, group: Group, s: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Fold s, but so that a norm's gain survives storage in `dtype`: the weights take up what rounding it loses."""
-    fold_into = group.fold
-    if fold_into is None or isinstance(layer.get_submodule(fold_into.producer), nn.Linear):
-        fold(layer, group, s)
-        return s
-    weight = weight_of(layer, fold_into.producer)
-    gain = (weight + fold_into.gain_offset)[fold_into.channel_map]
-    stored = (gain / s - fold_into.gain_offset).to(dtype).float() + fold_into.gain_offset
-    s = torch.where((gain == 0) | (stored == 0), s, gain / stored)
-    fold(layer, group, s)
-    weight.copy_(weight.to(dtype))
-    return s
-
-
-def _clip(
-    layer: nn.Module,
+@torch.no_grad()
+def quantize_group(
+    folded: Folded,
     group: Group,
     policies: Mapping[str, Policy | None],
     statistics: InputStatistics,
     chosen: Smoothing | None,
     storage: Storage,
-    search: Literal["fast", "exact"],
-) -> _Work:
-    """Carry the statistics over to the smoothed input, and choose each output channel's clipping ratio."""
-    policy = _policy(group, policies)
+) -> tuple[dict[str, QuantizedLinear], GroupReport]:
+    """Quantize the linears of one group whose policy says so.
+
+    Args:
+        folded, chosen: from `smooth`; chosen is None for a group without smoothing.
+        group, policies: as there.
+        statistics: of the group's input.
+        storage: what the output format keeps.
+    """
+    policy = policy_of(group, policies)
+    assert policy is not None
     members = [name for name in group.linears if policies[name] is not None]
-    weight = torch.cat([weight_of(layer, name) for name in members])
-    s = chosen.s if chosen is not None else torch.ones(weight.shape[1], device=weight.device)
-    sample = statistics.sample.float() / s
+    s = folded.columns(members[0])
     static = policy.activations.mode == "static"
-    if search == "exact":
-        row_error: rounding.RowError = rounding.ErrorOnTokens(sample[:: max(1, statistics.tokens // osl.CLIP_TOKENS)])
-        ratios: Sequence[float] = osl.CLIP_RATIOS
-    else:
-        row_error = rounding.ErrorByEnergy(statistics.energy / s.square())
-        ratios = _FAST_CLIP_RATIOS
-    scales, bounds = rounding.search_clip(
-        weight, row_error, ratios if policy.clip else (1.0,), lambda scale: storage.weight_scale(scale, static)
-    )
-    gram = None
-    if policy.rounding == "gptq" and search == "fast":
-        gram = statistics.gram / s / s[:, None]
-    low, high = statistics.low / s, statistics.high / s
-    return _Work(members, policy, chosen, weight, scales, bounds, sample, low, high, gram)
-
-
-def _observe_clipped(layer: nn.Module, prepared: Sequence[_Work], runs: Sequence[Run]) -> None:
-    """Ranges of the inputs as they are once the weights before them are clipped, for every group."""
-    seen = {work.members[0]: InputStatistics(stride=1, with_gram=False) for work in prepared}
-    with ExitStack() as stack:
-        for work in prepared:
-            start = 0
-            for name in work.members:
-                weight = weight_of(layer, name)
-                end = start + weight.shape[0]
-                weight.copy_(rounding.clamp_rows(work.weight[start:end], work.bounds[start:end]))
-                start = end
-            observed = seen[work.members[0]]
-            hook = layer.get_submodule(work.members[0]).register_forward_pre_hook(
-                lambda _m, args, observed=observed: observed.update(args[0])
-            )
-            stack.callback(hook.remove)
-        for run in runs:
-            run()
-    for work in prepared:
-        work.low, work.high = seen[work.members[0]].low, seen[work.members[0]].high
-
-
-def _round(layer: nn.Module, work: _Work, storage: Storage, result: LayerResult) -> None:
-    """Fix the activations' range where it is static, round the weights, and note the error."""
+    sample = statistics.sample.float() if s is None else statistics.sample.float() / s
     input_scale: float | None = None
     input_offset: int | None = None
-    if work.policy.activations.mode == "static":
-        low, high = observers.static_range(work.low, work.high, work.sample, work.policy.activations)
-        input_scale, input_offset = _static_parameters(low, high, storage)
-        noisy = fake_quantize_tensor(work.sample, torch.tensor(input_scale), torch.tensor(float(input_offset)))
-    else:
-        noisy = fake_quantize_tokens(work.sample)
-    if work.gram is not None:
-        noise = float((noisy - work.sample).square_().mean())
-        integers = rounding.gptq(work.weight, work.scales, work.gram, noise)
-    else:
-        integers = rounding.integers_within(work.weight, work.scales, work.bounds).to(torch.int8)
-    few = slice(None, None, max(1, len(noisy) // _REPORT_TOKENS))
-    reference = work.sample[few] @ work.weight.t()
-    error = (noisy[few] @ (integers * work.scales[:, None]).t()).sub_(reference).square_().sum()
-    result.groups.append(
-        GroupReport(
-            linears=work.members,
-            activations=work.policy.activations.mode,
-            smoothing=work.policy.smoothing if work.smoothing is not None else "none",
-            alpha=work.smoothing.alpha if work.smoothing is not None else None,
-            relative_error=float(error / reference.square_().sum().clamp(min=1e-30)),
+    if static:
+        low, high = (statistics.low, statistics.high) if s is None else (statistics.low / s, statistics.high / s)
+        input_scale, input_offset = static_parameters(
+            *observers.static_range(low, high, sample, policy.activations), storage
         )
-    )
-    start = 0
-    for name in work.members:
-        bias = bias_of(layer, name)
-        end = start + weight_of(layer, name).shape[0]
-        result.linears[name] = QuantizedLinear(
-            weight=integers[start:end],
-            weight_scale=work.scales[start:end],
-            bias=None if bias is None else bias.detach().clone(),
+        noisy = fake_quantize_tensor(sample, torch.tensor(input_scale), torch.tensor(float(input_offset)))
+    else:
+        noisy = fake_quantize_tokens(sample)
+    compensation = None
+    if policy.rounding == "gptq":
+        noise = float((noisy - sample).square_().mean())
+        gram = statistics.gram if s is None else statistics.gram / s / s[:, None]
+        compensation = rounding.Compensation(gram, noise)
+    row_error = None
+    if policy.clip:
+        row_error = rounding.ErrorByEnergy(statistics.energy if s is None else statistics.energy / s.square())
+
+    few = slice(None, None, max(1, len(sample) // _REPORT_TOKENS))
+    sample, noisy = sample[few], noisy[few]
+    error = signal = 0.0
+    integers = {name: torch.empty(folded.shape(name), dtype=torch.int8) for name in members}
+    scales = {name: torch.empty(folded.shape(name)[0]) for name in members}
+    shapes = [(name, *folded.shape(name)) for name in members]
+    for chunk in _chunks(shapes, _CHUNK if compensation is None else _COMPENSATED_CHUNK):
+        parts = [folded.rows(name, start, stop) for name, start, stop in chunk]
+        weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+        scale, bound = rounding.search_clip(
+            weight, row_error, _CLIP_RATIOS if row_error else (1.0,), lambda scale: storage.weight_scale(scale, static)
+        )
+        if compensation is not None:
+            rounded = compensation.round(weight, scale)
+        else:
+            rounded = rounding.integers_within(weight, scale, bound).to(torch.int8)
+        reference = sample @ weight.t()
+        error += float((noisy @ (rounded * scale[:, None]).t()).sub_(reference).square_().sum())
+        signal += float(reference.square_().sum())
+        first = 0
+        for name, start, stop in chunk:
+            last = first + stop - start
+            integers[name][start:stop] = rounded[first:last]
+            scales[name][start:stop] = scale[first:last]
+            first = last
+    linears = {
+        name: QuantizedLinear(
+            weight=integers[name],
+            weight_scale=scales[name],
+            bias=folded.vector(f"{name}.bias"),
             input_scale=input_scale,
             input_offset=input_offset,
         )
-        start = end
+        for name in members
+    }
+    report = GroupReport(
+        linears=members,
+        activations=policy.activations.mode,
+        smoothing=policy.smoothing if chosen is not None else "none",
+        alpha=chosen.alpha if chosen is not None else None,
+        relative_error=error / max(signal, 1e-30),
+    )
+    return linears, report
 
 
-def _static_parameters(low: float, high: float, storage: Storage) -> tuple[float, int]:
+def policy_of(group: Group, policies: Mapping[str, Policy | None]) -> Policy | None:
+    """The policy of a group's quantized members; None when there are none."""
+    return next((policy for name in group.linears if (policy := policies[name]) is not None), None)
+
+
+def static_parameters(low: float, high: float, storage: Storage) -> tuple[float, int]:
     """Scale as stored, and the zero point that belongs to that scale."""
     scale, _ = asymmetric_scale_offset(torch.tensor(low), torch.tensor(high))
     kept = storage.input_scale(float(scale))
     offset = round(-128 - min(low, 0.0) / kept)
     return kept, max(-128, min(127, offset))
+
+
+def _search(weights: Weights, group: Group, policy: Policy, statistics: InputStatistics) -> Smoothing:
+    """The group's smoothing scale."""
+    assert group.fold is not None
+    shapes = [(name, *weights.shape(name)) for name in group.linears]
+    stride = max(1, sum(out * width for _, out, width in shapes) // _MODEL_ROWS)
+    maximum = torch.zeros(shapes[0][2])
+    energy = torch.zeros(shapes[0][2])
+    some = []
+    for chunk in _chunks(shapes, _CHUNK):
+        for name, start, stop in chunk:
+            rows = weights.rows(name, start, stop)
+            some.append(rows[::stride].clone() if stride > 1 else rows)
+            maximum = torch.maximum(maximum, rows.abs().amax(dim=0))
+            energy += rows.square().sum(dim=0)
+    act_max = per_producer_channel(group.fold, statistics.amax)
+    w_max = per_producer_channel(group.fold, maximum)
+    if policy.smoothing == "smoothquant":
+        alpha = policy.smoothquant_alpha
+        return Smoothing(smoothing.scale(act_max, w_max, alpha), alpha)
+    model = smoothing.NoiseModel(
+        statistics.sample.float(),
+        torch.cat(some),
+        statistics.low,
+        statistics.high,
+        statistics.energy,
+        static=policy.activations.mode == "static",
+        compensation=stride * (_GPTQ_REMAINDER if policy.rounding == "gptq" else 1.0),
+        weight_energy=energy,
+    )
+    return smoothing.fit(model, act_max, w_max, group.fold.channel_map)
+
+
+def _chunks(shapes: Sequence[tuple[str, int, int]], elements: int) -> Iterator[list[tuple[str, int, int]]]:
+    """(linear, first row, last row) in lots of about so many elements; linears (name, out, in) share a width."""
+    chunk: list[tuple[str, int, int]] = []
+    room = capacity = max(1, elements // shapes[0][2])
+    for name, count, _ in shapes:
+        start = 0
+        while start < count:
+            stop = min(count, start + room)
+            chunk.append((name, start, stop))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield chunk
+                chunk, room = [], capacity
+    if chunk:
+        yield chunk

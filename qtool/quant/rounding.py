@@ -1,6 +1,6 @@
 """From float weights to int8: a clipping ratio per output channel, then rounding.
 
-`gptq` is the error compensation of Frantar et al., "GPTQ" (arXiv 2210.17323), columns in the order of
+`Compensation` is that of Frantar et al., "GPTQ" (arXiv 2210.17323), columns in the order of
 falling activation energy.
 """
 
@@ -55,7 +55,7 @@ class ErrorByEnergy:
 
 def search_clip(
     weight: torch.Tensor,
-    row_error: RowError,
+    row_error: RowError | None,
     ratios: Sequence[float],
     storable: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +63,7 @@ def search_clip(
 
     Args:
         weight: float32 [out, in].
-        row_error: what to minimise.
+        row_error: what to minimise; not looked at where there is only one ratio.
         ratios: fractions of max|row| to try, the widest first.
         storable: rounds a scale to what the checkpoint format keeps of it.
 
@@ -73,7 +73,7 @@ def search_clip(
     peak = weight.abs().amax(dim=1)
     bound = peak * ratios[0]
     scale = storable(symmetric_scale(bound))
-    if len(ratios) == 1:
+    if len(ratios) == 1 or row_error is None:
         return scale, bound
     least = torch.full_like(peak, float("inf"))
     for ratio in ratios:
@@ -109,47 +109,46 @@ def clamp_rows(weight: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
     return torch.minimum(torch.maximum(weight, -bound[:, None]), bound[:, None])
 
 
-def gptq(weight: torch.Tensor, scale: torch.Tensor, gram: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Round column by column, each time moving the error onto the columns still to come.
+class Compensation:
+    """Rounds column by column, each time moving the error onto the columns still to come.
 
     Args:
-        weight: float32 [out, in].
-        scale: float32 [out].
         gram: float32 [in, in], the mean of xᵀx; overwritten.
         ridge: added to its diagonal. The variance of the activations' own quantization noise belongs here:
             E|(x + noise)Ŵᵀ - xWᵀ|² is the weight error under gram + variance·I. At least 0.1 % of the mean
             diagonal is added to keep the factorization stable.
-
-    Returns:
-        int8 [out, in].
     """
-    width = weight.shape[1]
-    diagonal = gram.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    damping = max(ridge, 1e-3 * float(diagonal.mean()), 1e-12)
-    diagonal.add_(damping)
-    gram = gram[order][:, order]
-    inverse = _inverse_factor(gram)
-    # Rows are input channels, so that updates are contiguous, in units of each output channel's scale.
-    work = (weight / scale[:, None])[:, order].t().contiguous()
-    quantized = torch.empty(work.shape, dtype=torch.int8, device=weight.device)
-    for start in range(0, width, _BLOCK):
-        end = min(start + _BLOCK, width)
-        block, factor = work[start:end], inverse[start:end, start:end]
-        errors = torch.empty_like(block)
-        pivots = factor.diagonal().tolist()
-        with threads.single():
-            for i, pivot in enumerate(pivots):
-                q = block[i].round().clamp_(QMIN, QMAX)
-                quantized[start + i] = q
-                error = torch.sub(block[i], q, out=errors[i]).div_(pivot)
-                if i + 1 < len(pivots):
-                    block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
-        if end < width:
-            work[end:].addmm_(inverse[start:end, end:].t(), errors, alpha=-1)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(width, device=order.device)
-    return quantized[back].t().contiguous()
+
+    def __init__(self, gram: torch.Tensor, ridge: float) -> None:
+        diagonal = gram.diagonal()
+        self._order = torch.argsort(diagonal, descending=True, stable=True)
+        diagonal.add_(max(ridge, 1e-3 * float(diagonal.mean()), 1e-12))
+        self._inverse = _inverse_factor(gram[self._order][:, self._order])
+
+    def round(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Float32 weight [out, in] in steps of scale [out]: int8 [out, in]."""
+        width = weight.shape[1]
+        inverse = self._inverse
+        # Rows are input channels, so that updates are contiguous, in units of each output channel's scale.
+        work = (weight / scale[:, None])[:, self._order].t().contiguous()
+        quantized = torch.empty(work.shape, dtype=torch.int8, device=weight.device)
+        for start in range(0, width, _BLOCK):
+            end = min(start + _BLOCK, width)
+            block, factor = work[start:end], inverse[start:end, start:end]
+            errors = torch.empty_like(block)
+            pivots = factor.diagonal().tolist()
+            with threads.single():
+                for i, pivot in enumerate(pivots):
+                    q = block[i].round().clamp_(QMIN, QMAX)
+                    quantized[start + i] = q
+                    error = torch.sub(block[i], q, out=errors[i]).div_(pivot)
+                    if i + 1 < len(pivots):
+                        block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
+            if end < width:
+                work[end:].addmm_(inverse[start:end, end:].t(), errors, alpha=-1)
+        back = torch.empty_like(self._order)
+        back[self._order] = torch.arange(width, device=back.device)
+        return quantized[back].t().contiguous()
 
 
 def _inverse_factor(gram: torch.Tensor) -> torch.Tensor:

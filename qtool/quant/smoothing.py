@@ -52,7 +52,9 @@ class NoiseModel:
         low, high: per-channel extremes over all of calibration, float32 [in].
         energy: per-channel mean square over all of calibration, float32 [in].
         static: activations per tensor instead of per token.
-        compensation: what rounding leaves of the weights' noise: 1 to nearest, less with error compensation.
+        compensation: what rounding leaves of the weights' noise: 1 to nearest, less with error compensation. More
+            where `weight` is only some of the rows.
+        weight_energy: sum over all rows of W², float32 [in]; that of `weight` when not given.
     """
 
     def __init__(
@@ -65,13 +67,14 @@ class NoiseModel:
         *,
         static: bool,
         compensation: float,
+        weight_energy: torch.Tensor | None = None,
     ) -> None:
         # A static range is that of one token whose channels are at their extremes, both ways.
         self._tokens = torch.stack((low.clamp(max=0), high.clamp(min=0))).abs() if static else x.abs()
         self._rows = weight.abs()
         self._static = static
         self._energy = energy
-        self._weight_energy = weight.square().sum(dim=0)
+        self._weight_energy = weight.square().sum(dim=0) if weight_energy is None else weight_energy
         self._compensation = compensation
         self._near: tuple[_Peaks, _Peaks] | None = None
 

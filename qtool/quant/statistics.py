@@ -12,26 +12,35 @@ class InputStatistics:
 
     Attributes:
         low, high: float32 [in], per-channel minimum and maximum over all tokens.
-        gram: float32 [in, in], the mean of xᵀx over every other token, when asked for.
+        gram: float32 [in, in], the mean of xᵀx over every `gram_stride`-th token, when asked for.
         sample: [kept tokens, in], every `stride`-th token of each sample, in the input's dtype.
 
     Args:
         stride: keep every stride-th token; its phase moves from sample to sample, so that all positions count
             alike: the first token of a sample is often an outlier that must be neither lost nor over-weighted.
         with_gram: also accumulate the Gram matrix.
+        gram_stride: over every so many tokens.
     """
 
-    def __init__(self, *, stride: int, with_gram: bool) -> None:
+    def __init__(self, *, stride: int, with_gram: bool, gram_stride: int = _GRAM_STRIDE) -> None:
         self._low: torch.Tensor | None = None
         self._high: torch.Tensor | None = None
         self._squares: torch.Tensor | None = None
         self._gram: torch.Tensor | None = None
         self._stride = stride
         self._with_gram = with_gram
+        self._gram_stride = gram_stride
         self._tokens = 0
         self._gram_tokens = 0
         self._seen = 0
         self._kept: list[torch.Tensor] = []
+
+    @classmethod
+    def empty(cls, width: int) -> InputStatistics:
+        """Of an input of this width that no token has shown."""
+        observed = cls(stride=1, with_gram=False)
+        observed._kept.append(torch.empty(0, width))
+        return observed
 
     def update(self, x: torch.Tensor) -> None:
         """Add a batch of samples [batch, length, in], or of tokens [tokens, in]."""
@@ -42,7 +51,7 @@ class InputStatistics:
         self._high = high if self._high is None else torch.maximum(self._high, high)
         if self._with_gram:
             # The product runs in the input's dtype (bfloat16 doubles the speed), the sum over batches in float32.
-            some = x[self._seen % _GRAM_STRIDE :: _GRAM_STRIDE]
+            some = x[self._seen % self._gram_stride :: self._gram_stride]
             product = some.t() @ some
             self._gram = product.float() if self._gram is None else self._gram.add_(product)
             self._gram_tokens += some.shape[0]

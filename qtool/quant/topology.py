@@ -5,7 +5,7 @@ is multiplied by a distinct factor per channel; if every input channel of some l
 one of those factors, the inverse factor can be folded into that linear for free. This holds for
 input norm → q, k, v; v → o, whatever the grouping of heads; post-attention norm → gate, up; up → down;
 also for parallel blocks. Of a fused q-k-v or gate-up projection only the last rows produce, those of v
-or up, where it has them last (Phi-3, GLM); where heads interleave (GPT-NeoX) it is no producer.
+or up (Phi-3, GLM); where heads interleave (GPT-NeoX, DeepSeek's kv_b_proj) it is the last rows of each head.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ def linear_layers(layer: nn.Module) -> dict[str, nn.Linear]:
 
 
 @torch.no_grad()
-def find_groups(layer: nn.Module, run: Probe) -> list[Group]:
+def find_groups(layer: nn.Module, run: Probe, heads: int = 1) -> list[Group]:
     """Group the linears of `layer` by shared input and find the producer of each group.
 
     Args:
         layer: with float32 weights.
         run: calls the layer on a few tokens, always the same, and returns its output.
+        heads: attention heads, whose rows may interleave in a fused projection.
 
     Returns:
         Groups in call order; every linear that is called is in exactly one.
@@ -76,20 +77,24 @@ def find_groups(layer: nn.Module, run: Probe) -> list[Group]:
             shared.append([name])
 
     found = {tuple(names): Group(tuple(names)) for names in shared}
-    for producer, width, start in _producers(layer, {x.shape[-1] for x in base.values()}):
-        open_groups = [members for members in found if found[members].fold is None and producer not in members]
+    for producer, channels in _producers(layer, {x.shape[-1] for x in base.values()}, heads):
+        count = len(channels)
+        open_groups = [
+            members
+            for members in found
+            if found[members].fold is None and producer not in members and base[members[0]].shape[-1] % count == 0
+        ]
         if not open_groups:
             continue
-        count = width - start
-        grown = 1 + torch.arange(1, count + 1, dtype=torch.float64) / (count + 1)
-        factors = torch.cat((torch.ones(start, dtype=torch.float64), grown))
+        factors = torch.ones(weight_of(layer, producer).shape[0], dtype=torch.float64)
+        factors[channels] += torch.arange(1, count + 1, dtype=torch.float64) / (count + 1)
         with _scaled_output(layer.get_submodule(producer), factors):
             seen, _ = _linear_inputs(linears, run)
         for members in open_groups:
             position = _match(base[members[0]], seen[members[0]], count)
             if position is None:
                 continue
-            candidate = Group(members, Fold(producer, start + position, _gain_offset(layer, producer, run)))
+            candidate = Group(members, Fold(producer, channels[position], _gain_offset(layer, producer, run)))
             if _is_neutral(layer, candidate, factors, run, reference):
                 found[members] = candidate
     return list(found.values())
@@ -148,12 +153,12 @@ def _linear_inputs(linears: dict[str, nn.Linear], run: Probe) -> tuple[dict[str,
     return inputs, output
 
 
-def _producers(layer: nn.Module, consumer_widths: set[int]) -> list[tuple[str, int, int]]:
-    """What may end in a per-channel gain: norms with a 1-D weight, linears, last rows of a linear.
+def _producers(layer: nn.Module, consumer_widths: set[int], heads: int) -> list[tuple[str, torch.Tensor]]:
+    """What may end in a per-channel gain: norms with a 1-D weight, linears, last rows of a linear or of its heads.
 
     Returns:
-        (name, output width, first channel that counts); whole outputs first. For a consumer of width n the last rows
-        are those of up in a fused [gate, up], or of v in a fused [q, k, v] with n channels of q.
+        (name, the channels that count, int64); whole outputs first. For a consumer of width n the last rows are those
+        of up in a fused [gate, up], or of v in a fused [q, k, v] with n channels of q; or n / heads of each head.
     """
     widths: dict[str, int] = {}
     for name, module in layer.named_modules():
@@ -162,15 +167,19 @@ def _producers(layer: nn.Module, consumer_widths: set[int]) -> list[tuple[str, i
             continue
         if isinstance(module, nn.Linear) or weight.dim() == 1:
             widths[name] = weight.shape[0]
-    tails = [
-        (name, width, width - tail)
-        for name, width in widths.items()
-        if isinstance(layer.get_submodule(name), nn.Linear)
-        for n in sorted(consumer_widths)
-        for tail in sorted({n, (width - n) // 2})
-        if 0 < tail < width
-    ]
-    return [*((name, width, 0) for name, width in widths.items()), *tails]
+    whole = [(name, torch.arange(width)) for name, width in widths.items()]
+    tails = []
+    for name, width in widths.items():
+        if not isinstance(layer.get_submodule(name), nn.Linear):
+            continue
+        for n in sorted(consumer_widths):
+            parts = [(1, n), (1, (width - n) // 2)]
+            if heads > 1 and width % heads == 0 and n % heads == 0:
+                parts.append((heads, n // heads))
+            for blocks, tail in dict.fromkeys(parts):
+                if 0 < tail < width // blocks:
+                    tails.append((name, torch.arange(width).reshape(blocks, -1)[:, -tail:].flatten()))
+    return [*whole, *tails]
 
 
 def _scaled_output(module: nn.Module, factors: torch.Tensor) -> ExitStack:
@@ -213,16 +222,16 @@ def _gain_offset(layer: nn.Module, producer: str, run: Probe) -> float:
 
 
 def _is_neutral(layer: nn.Module, group: Group, factors: torch.Tensor, run: Probe, reference: torch.Tensor) -> bool:
-    """Fold, compare the layer's output, unfold: catches producers that something else reads as well."""
+    """Compare the layer's output as if the factors were folded: catches producers that something else reads too."""
     assert group.fold is not None
     s = factors.to(reference)[group.fold.channel_map]
-    names = (*group.linears, group.fold.producer)
-    saved = {n: {k: p.detach().clone() for k, p in layer.get_submodule(n).named_parameters()} for n in names}
-    try:
-        fold(layer, group, s)
+    weight = weight_of(layer, group.fold.producer)
+    inverse = torch.ones_like(weight[:, 0] if weight.dim() == 2 else weight)
+    inverse[group.fold.channel_map] = 1 / s
+    with ExitStack() as stack:
+        stack.enter_context(_scaled_output(layer.get_submodule(group.fold.producer), inverse))
+        for name in group.linears:
+            hook = layer.get_submodule(name).register_forward_pre_hook(lambda _m, args: (args[0] * s,))
+            stack.callback(hook.remove)
         changed = run()
-    finally:
-        for n in names:
-            for key, parameter in layer.get_submodule(n).named_parameters():
-                parameter.copy_(saved[n][key])
     return torch.allclose(changed, reference, rtol=1e-3, atol=1e-3 * float(reference.abs().max()))

@@ -61,16 +61,39 @@ class Calibration(Strict):
     samples: int = Field(default=32, gt=0)
     seq_len: int = Field(default=512, gt=1)
     seed: int = 0
+    expert_tokens: int = Field(
+        default=128,
+        ge=1,
+        description="tokens that a routed expert's statistics need; the router's next choices fill up to it",
+    )
 
 
 class Export(Strict):
     format: Literal["compressed-tensors", "golden-stick", "modelslim"] = "compressed-tensors"
+    also: list[Literal["compressed-tensors", "golden-stick", "modelslim", "bfloat16"]] = Field(
+        default_factory=list, description="further formats that `qtool run` converts the result to"
+    )
     max_shard_gb: float = Field(default=4.0, gt=0, le=4.0)
+
+    @model_validator(mode="after")
+    def _also_others(self) -> Export:
+        if self.format in self.also or len(set(self.also)) < len(self.also):
+            raise ValueError(f"also: each format once, and not {self.format}, which is the format itself")
+        return self
+
+
+class Evaluation(Strict):
+    """What `qtool run` compares the quantized model with its original on."""
+
+    text: str = Field(default="builtin", description="builtin, or a .txt, .jsonl or .parquet file")
+    windows: int = Field(default=24, ge=0, description="0 leaves the comparison out")
+    length: int = Field(default=512, gt=1, description="tokens per window")
 
 
 class Generate(Strict):
     """Defaults for `qtool generate`; names are vLLM's."""
 
+    prompts: list[str] = Field(default_factory=list, description="what `qtool run` has the quantized model continue")
     max_tokens: int = Field(default=64, gt=0)
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -106,6 +129,7 @@ class Recipe(Strict):
     calibration: Calibration = Calibration()
     launch: Launch = Launch()
     export: Export = Export()
+    eval: Evaluation = Evaluation()
     generate: Generate = Generate()
 
     @model_validator(mode="after")

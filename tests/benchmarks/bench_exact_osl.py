@@ -43,6 +43,11 @@ def main(model: Path, reference: Path) -> None:
             "overwrite": False,
             "trust_remote_code": False,
             "dry_run": False,
+            "resume": False,
+            "memory": None,
+            "workers": 0,
+            "ray": None,
+            "threads": None,
         }
         report = workers.run(
             "qtool.engines.native.worker",

@@ -93,6 +93,11 @@ def main() -> None:
                 "overwrite": False,
                 "trust_remote_code": False,
                 "dry_run": False,
+                "resume": False,
+                "memory": None,
+                "workers": 0,
+                "ray": None,
+                "threads": None,
             }  # fmt: skip
             clocks[engine] = Clock()
             reports[engine] = engines.run(engine, job, clocks[engine].event)

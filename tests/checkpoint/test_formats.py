@@ -18,6 +18,7 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import InputError, QtoolError
 from qtool.quant.types import QuantizedLinear
+from tests.fake_quantized import FakeQuantized
 
 Layers = dict[str, QuantizedLinear]
 
@@ -387,24 +388,6 @@ def test_compressed_tensors_own_reader_takes_the_config(
     assert len(static.targets) == 4
     assert len(dynamic.targets) == 3
     assert set(parsed.ignore) == {"lm_head", "model.embed_tokens"}
-
-
-class FakeQuantized(torch.nn.Module):
-    """A W8A8 layer in float arithmetic, as compressed-tensors runs it: its dynamic scale is max|x| / 127.5."""
-
-    def __init__(self, layer: QuantizedLinear) -> None:
-        super().__init__()
-        self.layer = layer
-        self.weight = layer.weight.float() * layer.weight_scale[:, None]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.layer.input_scale is not None and self.layer.input_offset is not None:
-            scale, offset = torch.tensor(self.layer.input_scale), self.layer.input_offset
-        else:
-            scale, offset = x.abs().amax(-1, keepdim=True) / 127.5, 0
-        x = ((x / scale + offset).round().clamp(-128, 127) - offset) * scale
-        bias = None if self.layer.bias is None else self.layer.bias.float()
-        return torch.nn.functional.linear(x, self.weight, bias)
 
 
 @pytest.mark.parametrize(("model_type", "mode"), [("llama", "mixed"), ("qwen2", "static"), ("llama", "dynamic")])

@@ -206,7 +206,7 @@ def test_damaged_files(run_qtool: Any, gguf_file: Path, tiny_llama: Path, tmp_pa
 
 
 def test_missing_file_folder_and_option(run_qtool: Any, tmp_path: Path) -> None:
-    for source, message in ((tmp_path / "no.gguf", "no such file"), (tmp_path, "this is a folder")):
+    for source, message in ((tmp_path / "no.gguf", "no such file"), (tmp_path / "no", "no such file or folder")):
         done = run_qtool("convert", source, "--output", tmp_path / "model")
         assert (done.code, done.stdout) == (2, "")
         assert message in done.stderr

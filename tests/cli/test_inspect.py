@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.summary import summarize
 from qtool.checkpoint.writer import CheckpointWriter
-from qtool.cli.inspect import summarize
 from qtool.quant.types import QuantizedLinear
 
 

@@ -59,6 +59,11 @@ def quantize() -> Any:
             "overwrite": False,
             "trust_remote_code": False,
             "dry_run": False,
+            "resume": False,
+            "memory": None,
+            "workers": 0,
+            "ray": None,
+            "threads": None,
         }
         return engine.quantize(job, Quiet())  # type: ignore[arg-type]
 

@@ -195,29 +195,24 @@ def test_a_bfloat16_model_stays_one(pairs: Callable[[str], Pair]) -> None:
 def test_its_result_converts_to_another_format(
     pairs: Callable[[str], Pair], run_qtool: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """golden-stick and compressed-tensors hold the same layers."""
-    from qtool.checkpoint.reader import Checkpoint
-
+    """And back again: exactly what mindspore-gs wrote, every tensor and its description."""
     pair = pairs("llama with grouped queries")
-    checkpoint = Checkpoint.open(pair.golden)
-    from qtool.checkpoint import formats
-    from qtool.checkpoint.writer import CheckpointWriter
-
-    with CheckpointWriter(tmp_path / "out", formats.get("compressed-tensors")) as writer:
-        for name in checkpoint.names:
-            owner, _, part = name.rpartition(".")
-            linear = checkpoint.linear(owner) if f"{owner}.weight" in checkpoint else None
-            if linear is None:
-                writer.add(name, checkpoint.tensor(name))
-            elif part == "weight":
-                writer.add_linear(owner, linear, torch.float32)
-        writer.finish(checkpoint, checkpoint.config, {})
-    inspected = json.loads(run_qtool("inspect", tmp_path / "out", "--json").stdout)
-    theirs = json.loads(run_qtool("inspect", pair.golden, "--json").stdout)
+    for source, target in ((pair.golden, "compressed-tensors"), (tmp_path / "compressed-tensors", "golden-stick")):
+        done = run_qtool("convert", source, "--to", target, "--output", tmp_path / target)
+        assert (done.code, done.stdout) == (0, f"{tmp_path / target}\n"), done.stderr
+    back, theirs = tensors(tmp_path / "golden-stick"), tensors(pair.golden)
+    assert back.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert back[name].dtype == tensor.dtype, name
+        assert torch.equal(back[name], tensor), name
+    file = "quantization_description.json"
+    assert json.loads((tmp_path / "golden-stick" / file).read_text()) == json.loads((pair.golden / file).read_text())
+    inspected, original = (
+        json.loads(run_qtool("inspect", folder, "--json").stdout)
+        for folder in (tmp_path / "compressed-tensors", pair.golden)
+    )
     assert inspected["format"] == "compressed-tensors"
-    assert inspected["layers"] == theirs["layers"]
-    name = "model.layers.1.self_attn.o_proj"
-    assert torch.equal(tensors(tmp_path / "out")[f"{name}.weight"], tensors(pair.golden)[f"{name}.weight"])
+    assert inspected["layers"] == original["layers"]
 
 
 def test_it_says_what_it_does_differently(pairs: Callable[[str], Pair], run_qtool: Callable[..., Any]) -> None:
@@ -254,16 +249,24 @@ def test_another_format_can_be_asked_for(
 
 @pytest.mark.parametrize("name", FLOAT32)
 def test_mindspore_gs_runs_what_the_native_engine_made(
-    pairs: Callable[[str], Pair], golden_stick: dict[str, str], tmp_path: Path, name: str
+    pairs: Callable[[str], Pair],
+    run_qtool: Callable[..., Any],
+    golden_stick: dict[str, str],
+    tmp_path: Path,
+    name: str,
 ) -> None:
     """In mindspore-gs's own fake-quantized network, which keeps a static layer's input scale and offset as one number
-    and derives deq_scale and quant_bias: so what deployment repeats or adds is taken off, nothing else."""
+    and derives deq_scale and quant_bias: so what deployment repeats or adds is taken off, nothing else.
+
+    On the way there it was a compressed-tensors checkpoint, so that this is what `qtool convert` makes, too."""
     from qtool.checkpoint.reader import Checkpoint
     from qtool.engines.golden_stick import view
     from qtool.engines.native.stream import DecoderStream
 
     pair = pairs(name)
-    deployed, given = tensors(pair.native), {}
+    for source, target in ((pair.native, "compressed-tensors"), (tmp_path / "compressed-tensors", "golden-stick")):
+        assert run_qtool("convert", source, "--to", target, "--output", tmp_path / target).code == 0
+    deployed, given = tensors(tmp_path / "golden-stick"), {}
     for key, tensor in deployed.items():
         if key.endswith((".input_scale", ".input_offset")):
             assert (tensor == tensor[0]).all()

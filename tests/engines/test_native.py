@@ -189,7 +189,7 @@ def test_untouched_tensors_are_bit_identical(made: Made) -> None:
 def test_report_is_complete(made: Made) -> None:
     written = json.loads((made.output / "qtool.json").read_text())
     assert written == {key: value for key, value in made.report.items() if key in written}
-    for key in ("qtool", "versions", "engine", "device", "source", "format", "recipe", "scheme", "layers", "seconds"):
+    for key in ("qtool", "versions", "engine", "device", "source", "format", "recipe", "scheme", "layers", "threads"):
         assert key in written
     assert written["versions"].keys() == {"python", "torch", "transformers"}
     assert written["calibration"]["samples"] == 8

@@ -49,7 +49,7 @@ def test_gptq_is_optimal_brain_quantization(width: int, ridge: float) -> None:
     weight, scale, gram = problem(12, width, 4 * width)
     damped = gram.double().numpy() + max(ridge, 1e-3 * float(gram.diagonal().mean())) * np.eye(width)
     expected = optimal_brain(weight.double().numpy(), scale.double().numpy(), damped)
-    found = rounding.gptq(weight.clone(), scale, gram.clone(), ridge)
+    found = rounding.Compensation(gram.clone(), ridge).round(weight, scale)
     assert found.dtype == torch.int8
     # where float32 meets a tie it may round the other way, and what follows in that row differs with it
     assert (found.numpy() == expected).mean() >= 0.98
@@ -62,20 +62,20 @@ def test_gptq_is_optimal_brain_quantization(width: int, ridge: float) -> None:
 def test_gptq_errs_less_than_rounding_to_nearest(seed: int) -> None:
     weight, scale, gram = problem(16, 96, 200, seed)
     nearest = quantize_rows(weight, scale) * scale[:, None] - weight
-    compensated = rounding.gptq(weight.clone(), scale, gram.clone(), 0.0) * scale[:, None] - weight
+    compensated = rounding.Compensation(gram.clone(), 0.0).round(weight, scale) * scale[:, None] - weight
     assert error_under(gram, compensated) < 0.8 * error_under(gram, nearest)
 
 
 def test_gptq_on_uncorrelated_inputs_rounds_to_nearest() -> None:
     weight, scale, _ = problem(8, 70, 100)
     gram = torch.diag(torch.logspace(-2, 2, 70))
-    assert torch.equal(rounding.gptq(weight.clone(), scale, gram, 0.0), quantize_rows(weight, scale))
+    assert torch.equal(rounding.Compensation(gram, 0.0).round(weight, scale), quantize_rows(weight, scale))
 
 
 def test_gptq_with_fewer_tokens_than_channels() -> None:
     weight, scale, gram = problem(8, 64, 10)
     gram[:, 7] = gram[7] = 0  # a channel that never fires
-    found = rounding.gptq(weight.clone(), scale, gram.clone(), 0.0) * scale[:, None]
+    found = rounding.Compensation(gram.clone(), 0.0).round(weight, scale) * scale[:, None]
     nearest = quantize_rows(weight, scale) * scale[:, None]
     assert torch.equal(found[:, 7], nearest[:, 7])
     assert error_under(gram, found - weight) < error_under(gram, nearest - weight)
@@ -83,7 +83,8 @@ def test_gptq_with_fewer_tokens_than_channels() -> None:
 
 def test_gptq_with_an_all_zero_gram_matrix() -> None:
     weight, scale, _ = problem(8, 20, 30)
-    assert torch.equal(rounding.gptq(weight.clone(), scale, torch.zeros(20, 20), 0.0), quantize_rows(weight, scale))
+    found = rounding.Compensation(torch.zeros(20, 20), 0.0).round(weight, scale)
+    assert torch.equal(found, quantize_rows(weight, scale))
 
 
 @pytest.mark.parametrize("kind", ["tokens", "energy"])

@@ -24,6 +24,8 @@ _FUSED = {
     "v_proj": "qkv_proj",
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
+    "q_a_proj": "fused_qkv_a_proj",
+    "kv_a_proj_with_mqa": "fused_qkv_a_proj",
 }
 
 
@@ -81,6 +83,10 @@ class Format(ABC):
     @abstractmethod
     def read(self, stored: Stored, mode: Mode) -> QuantizedLinear:
         """The inverse of `tensors`, for a layer of a known mode."""
+
+    @abstractmethod
+    def inputs(self, stored: Stored) -> tuple[float, int]:
+        """Input scale and offset of a static layer, without reading its weight."""
 
     def read_linear(self, checkpoint: Checkpoint, name: str) -> QuantizedLinear | None:
         """A layer by its name without ".weight", exactly as it was given to `tensors`; None for a float layer.
@@ -169,12 +175,18 @@ class Stored:
     def has(self, part: str) -> bool:
         return f"{self.name}.{part}" in self.checkpoint
 
-    def weight(self) -> torch.Tensor:
-        """int8 [out, in]."""
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the int8 weight, from its header. Raises InputError when it is something else."""
         info = self.checkpoint.info(f"{self.name}.weight")
         if info.dtype != "I8" or len(info.shape) != 2:
             raise self.error(f"weight is {info.dtype} {list(info.shape)}, expected int8 [out, in]")
-        return self.checkpoint.tensor(info.name)
+        return info.shape[0], info.shape[1]
+
+    def weight(self) -> torch.Tensor:
+        """int8 [out, in]."""
+        out_size, in_size = self.shape
+        return self.checkpoint.tensor(f"{self.name}.weight").view(out_size, in_size)
 
     def bias(self) -> torch.Tensor | None:
         return self.checkpoint.tensor(f"{self.name}.bias") if self.has("bias") else None

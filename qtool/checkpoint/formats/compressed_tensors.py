@@ -96,8 +96,11 @@ class CompressedTensors(HuggingFaceFiles):
         scale, bias = stored.scale("weight_scale", weight.shape[0]), stored.bias()
         if mode == "dynamic":
             return QuantizedLinear(weight, scale, bias)
+        return QuantizedLinear(weight, scale, bias, *self.inputs(stored))
+
+    def inputs(self, stored: Stored) -> tuple[float, int]:
         offset = stored.offset("input_zero_point", 1) if stored.has("input_zero_point") else 0
-        return QuantizedLinear(weight, scale, bias, stored.input_scale(1), offset)
+        return stored.input_scale(1), offset
 
 
 def _scale_dtype(dtype: torch.dtype | None) -> torch.dtype:

@@ -12,6 +12,7 @@ deq_scale is made from that one, and `storable_scale` gives it to whoever choose
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,11 @@ class GoldenStick(Format):
         return described_mode(checkpoint, name)
 
     def read(self, stored: Stored, mode: Mode) -> QuantizedLinear:
-        return read_described(stored, mode)
+        linear = read_described(stored, mode)
+        return with_hidden_bias(stored, linear, known=None) if linear.is_static else linear
+
+    def inputs(self, stored: Stored) -> tuple[float, int]:
+        return described_inputs(stored)
 
 
 def offset_correction(linear: QuantizedLinear) -> torch.Tensor:
@@ -103,11 +108,11 @@ def read_described(stored: Stored, mode: Mode) -> QuantizedLinear:
     import torch
 
     weight, bias = stored.weight(), stored.bias()
-    out_size, in_size = weight.shape
+    out_size, _ = stored.shape
     stored.zero("weight_offset", out_size)
     if mode == "dynamic":
         return QuantizedLinear(weight, stored.scale("weight_scale", out_size), bias)
-    input_scale = stored.input_scale(in_size)
+    input_scale, input_offset = described_inputs(stored)
     if stored.has("weight_scale"):
         weight_scale = stored.scale("weight_scale", out_size)
     else:
@@ -115,4 +120,33 @@ def read_described(stored: Stored, mode: Mode) -> QuantizedLinear:
         if deq_scale.dtype == torch.int64:  # the bits of a float32, as the float16 kernels want them
             deq_scale = deq_scale.to(torch.int32).view(torch.float32)
         weight_scale = deq_scale / input_scale
-    return QuantizedLinear(weight, weight_scale, bias, input_scale, stored.offset("input_offset", in_size))
+    return QuantizedLinear(weight, weight_scale, bias, input_scale, input_offset)
+
+
+def described_inputs(stored: Stored) -> tuple[float, int]:
+    _, in_size = stored.shape
+    return stored.input_scale(in_size), stored.offset("input_offset", in_size)
+
+
+def with_hidden_bias(stored: Stored, linear: QuantizedLinear, known: torch.Tensor | None) -> QuantizedLinear:
+    """A static layer with the bias that its quant_bias may hold beyond the correction of the input offset.
+
+    `known` is the bias [out] that quant_bias is expected to hold, in the model's units. Without one, a layer that has
+    no `bias` of its own gets what is there. Raises InputError when quant_bias and the rest contradict each other.
+
+    msmodelslim computes quant_bias in float32, so it may be off by a rounding of the correction.
+    """
+    import torch
+
+    if not stored.has("quant_bias"):
+        return linear
+    assert linear.input_scale is not None
+    correction = offset_correction(linear).double()
+    deq_scale = linear.weight_scale.double() * linear.input_scale
+    held = stored.vector("quant_bias", len(correction)).double() - correction
+    expected = torch.zeros_like(held) if known is None else known.double() / deq_scale
+    if bool(((held - expected).abs() <= 1 + correction.abs() * 2**-22 + expected.abs() * 2**-22).all()):
+        return linear
+    if linear.bias is not None:
+        raise stored.error("quant_bias does not fit the weight, the input offset and the bias")
+    return dataclasses.replace(linear, bias=(held * deq_scale).float())

@@ -15,7 +15,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint.formats.common import Description, Format, Mode, Stored, check_scales
-from qtool.checkpoint.formats.golden_stick import TYPES, described_mode, offset_correction, read_described
+from qtool.checkpoint.formats.golden_stick import (
+    TYPES,
+    described_inputs,
+    described_mode,
+    offset_correction,
+    read_described,
+    with_hidden_bias,
+)
 from qtool.checkpoint.reader import MODELSLIM_DESCRIPTION
 
 if TYPE_CHECKING:
@@ -86,4 +93,8 @@ class ModelSlim(Format):
         return described_mode(checkpoint, name)
 
     def read(self, stored: Stored, mode: Mode) -> QuantizedLinear:
-        return read_described(stored, mode)
+        linear = read_described(stored, mode)
+        return with_hidden_bias(stored, linear, known=linear.bias) if linear.is_static else linear
+
+    def inputs(self, stored: Stored) -> tuple[float, int]:
+        return described_inputs(stored)

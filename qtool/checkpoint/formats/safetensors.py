@@ -38,3 +38,6 @@ class Safetensors(HuggingFaceFiles):
 
     def read(self, stored: Stored, mode: Mode) -> QuantizedLinear:
         raise TypeError(f"{stored.name}: a float model holds no quantized layers")
+
+    def inputs(self, stored: Stored) -> tuple[float, int]:
+        raise TypeError(f"{stored.name}: a float model holds no quantized layers")

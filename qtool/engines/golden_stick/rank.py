@@ -26,7 +26,7 @@ def _bootstrap() -> Any:
 def main() -> int:
     sys.path.pop(0)  # this folder: its modules have names that others have too
     workers = _bootstrap()
-    workers._end_with_parent(os.getppid())  # msrun puts every process into a session of its own
+    workers.end_with_parent(os.getppid())  # msrun puts every process into a session of its own
     from qtool.engines.golden_stick import worker
     from qtool.errors import InputError, QtoolError, in_one_line
 

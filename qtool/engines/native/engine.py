@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import platform
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 import qtool
 from qtool.calibration.text import Calibration, load, load_tokenizer
 from qtool.checkpoint import formats
-from qtool.checkpoint.formats import Format
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import CheckpointWriter, check_free_space
-from qtool.engines.native import memory, plan
+from qtool.engines.native import executor, memory, plan
+from qtool.engines.native.layers import Layers, add_unchanged
 from qtool.engines.native.stream import DecoderStream
+from qtool.engines.native.units import Source
 from qtool.errors import InputError
-from qtool.quant.layer import LayerResult, Storage, quantize_layer
-from qtool.quant.statistics import InputStatistics
-from qtool.quant.topology import Group, find_groups, linear_layers, signature
-from qtool.recipe.schema import Policy, Recipe
+from qtool.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from qtool.workers import Report
 
-_PROBE_TOKENS = 8
-_SAMPLE_TOKENS = 512
 _BATCH_TOKENS = 2048
 
 
@@ -51,6 +46,7 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
     plan.refuse_quantized(checkpoint)
     exact = recipe.osl == "exact"
     torch.manual_seed(job["calibration"]["seed"])
+    torch.set_num_threads(job["threads"] or torch.get_num_threads())
     device = _device(job["device"])
     stream = DecoderStream(
         checkpoint,
@@ -58,10 +54,13 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
         device=device,
         trust_remote_code=job["trust_remote_code"],
     )
-    names = [
-        f"{stream.layer_name(i)}.{n}" for i in range(stream.depth) for n in linear_layers(stream.skeleton_layer(i))
-    ]
-    planned = plan.make(checkpoint, recipe, scheme, job["format"], names)
+    planned = plan.make(checkpoint, recipe, scheme, job["format"], stream.linears())
+    if exact and any(stream.routed(i) for i in range(stream.depth)):
+        raise InputError(
+            "osl: exact compares the output of whole layers, which takes all experts at once",
+            where=f"recipe {recipe.name}",
+            hint="use osl: fast for mixtures of experts",
+        )
     for warning in planned.warnings:
         report.warning(warning)
     size = plan.output_bytes(checkpoint, planned.modes)
@@ -70,26 +69,47 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
     check_free_space(Path(job["output"]), size)
 
     calibration = _calibration(job, checkpoint)
-    output_format = formats.get(job["format"])
+    source = Source(
+        model=str(checkpoint.path),
+        dtype=stream.dtype,
+        device=device,
+        trust_remote_code=job["trust_remote_code"],
+        format=job["format"],
+        threads=torch.get_num_threads(),
+    )
     writer = CheckpointWriter(
         Path(job["output"]),
-        output_format,
+        formats.get(job["format"]),
         overwrite=job["overwrite"],
         max_shard_bytes=int(recipe.export.max_shard_gb * 1e9),
         expected_tensors=6 * len(checkpoint.names),
+        key=_key(checkpoint, source, recipe, scheme, calibration),
+        resume=job["resume"],
     )
-    with writer:
+    with writer, executor.make(job["workers"], job["ray"]) as units:
+        layers = Layers(
+            stream,
+            source,
+            planned.policies,
+            writer,
+            units,
+            report,
+            exact=exact,
+            batch_tokens=_BATCH_TOKENS,
+            expert_tokens=recipe.calibration.expert_tokens,
+        )
         # What stays as it is comes first, so that damage in it shows at once.
-        inside = {name for i in range(stream.depth) for name in _layer_tensors(checkpoint, stream.layer_name(i))}
+        prefixes = tuple(stream.layer_name(i) + "." for i in range(stream.depth))
         for name in checkpoint.names:
-            if name not in inside:
-                writer.add(name, stream.stored(name))
-        groups, error = _quantize(stream, planned, calibration, recipe, output_format, writer, report)
+            if not name.startswith(prefixes) and name not in writer:
+                add_unchanged(stream.floats, name, writer)
+        layers.quantize(calibration.ids)
         result = {
             "qtool": qtool.__version__,
             "versions": _versions(),
             "engine": "native",
             "device": str(stream.device),
+            "threads": source.threads,
             "source": Path(job["model"]).name,
             "origin": checkpoint.origin,
             "format": job["format"],
@@ -101,117 +121,36 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
                 "samples": calibration.ids.shape[0],
                 "seq_len": calibration.ids.shape[1],
             },
-            "mean_relative_error": error,
-            "seconds": round(time.perf_counter() - started, 2),
-            "peak_memory_bytes": memory.peak(),
-            "layers": groups,
+            "mean_relative_error": sum(row["relative_error"] for row in layers.rows) / max(1, len(layers.rows)),
+            "layers": layers.rows,
+            **({"experts": layers.experts} if layers.experts else {}),
         }
         path = writer.finish(checkpoint, checkpoint.config, result)
-    return {**result, "output": str(path), "output_bytes": size, "input_bytes": checkpoint.nbytes}
+    return {
+        **result,
+        "seconds": round(time.perf_counter() - started, 2),
+        "peak_memory_bytes": memory.peak(),
+        "output": str(path),
+        "output_bytes": size,
+        "input_bytes": checkpoint.nbytes,
+    }
 
 
-def _quantize(
-    stream: DecoderStream,
-    planned: plan.Plan,
-    calibration: Calibration,
-    recipe: Recipe,
-    output_format: Format,
-    writer: CheckpointWriter,
-    report: Report,
-) -> tuple[list[dict[str, Any]], float]:
-    """All decoder layers; returns the report of every group and their mean relative output error."""
-    hidden = stream.prologue(calibration.ids)
-    topology: dict[Any, list[Group]] = {}
-    rows: list[dict[str, Any]] = []
-    for index in range(stream.depth):
-        report.progress("quantize", index, stream.depth, "layers")
-        prefix = stream.layer_name(index) + "."
-        with stream.layer(index) as layer:
-            key = signature(layer)
-            if key not in topology:
-                topology[key] = _probe(stream, index, layer, hidden)
-            policies = {name: planned.policies[prefix + name] for name in linear_layers(layer)}
-            results = _quantize_one(
-                stream, index, layer, topology[key], policies, hidden, recipe.osl == "exact", output_format
-            )
-            _write(stream, index, layer, results, writer)
-        rows += [{"layer": stream.layer_name(index), **dataclasses.asdict(group)} for group in results.groups]
-        del results  # its weights would be in memory with the next layer's
-    report.progress("quantize", stream.depth, stream.depth, "layers")
-    return rows, sum(row["relative_error"] for row in rows) / len(rows)
-
-
-def _write(stream: DecoderStream, index: int, layer: nn.Module, results: LayerResult, writer: CheckpointWriter) -> None:
-    """Every tensor of a layer: quantized, as `layer` now has it, or as it was."""
-    prefix = stream.layer_name(index) + "."
-    state = layer.state_dict()
-    for full_name in _layer_tensors(stream.checkpoint, stream.layer_name(index)):
-        name = full_name.removeprefix(prefix)
-        module, _, kind = name.rpartition(".")
-        if module in results.linears:
-            if kind == "weight":
-                writer.add_linear(prefix + module, results.linears[module], _dtype(stream.checkpoint, full_name))
-        elif name in state:
-            writer.add(full_name, state[name].to(_dtype(stream.checkpoint, full_name)))
-        else:
-            writer.add(full_name, stream.checkpoint.tensor(full_name))
-
-
-def _quantize_one(
-    stream: DecoderStream,
-    index: int,
-    layer: nn.Module,
-    groups: Sequence[Group],
-    policies: dict[str, Policy | None],
-    hidden: torch.Tensor,
-    exact: bool,
-    output_format: Format,
-) -> LayerResult:
-    """Observe the float layer on all samples, moving `hidden` on to its output in place; then quantize it."""
-    tokens = hidden.shape[0] * hidden.shape[1]
-    stride = 1 if exact else max(1, tokens // _SAMPLE_TOKENS)
-    statistics: dict[str, InputStatistics] = {}
-    handles = []
-    for group in groups:
-        wanted = [policy for name in group.linears if (policy := policies[name]) is not None]
-        if not wanted:
-            continue
-        first = group.linears[0]
-        with_gram = not exact and wanted[0].rounding == "gptq"
-        statistics[first] = observed = InputStatistics(stride=stride, with_gram=with_gram)
-        handles.append(
-            layer.get_submodule(first).register_forward_pre_hook(lambda _m, args, seen=observed: seen.update(args[0]))
-        )
-    inputs = hidden.clone() if exact else hidden
-    batch = max(1, _BATCH_TOKENS // hidden.shape[1])
-    for row in range(0, hidden.shape[0], batch):
-        hidden[row : row + batch] = stream.run(index, layer, inputs[row : row + batch])
-    for handle in handles:
-        handle.remove()
-    dtype = _dtype(stream.checkpoint, stream.layer_name(index) + "." + groups[0].linears[0] + ".weight")
-    layer.float()
-    runs: list[Callable[[], torch.Tensor]] = []
-    if exact:
-        runs = [partial(stream.run, index, layer, inputs[row : row + 1]) for row in range(inputs.shape[0])]
-    storage = Storage(
-        dtype=dtype,
-        weight_scale=lambda scale, static: output_format.storable_weight_scale(
-            scale, "static" if static else "dynamic", dtype
-        ),
-        input_scale=lambda scale: output_format.storable_scale(scale, dtype),
-    )
-    return quantize_layer(layer, groups, policies, statistics, storage, search="exact" if exact else "fast", runs=runs)
-
-
-def _probe(stream: DecoderStream, index: int, layer: nn.Module, hidden: torch.Tensor) -> list[Group]:
-    """Topology of a layer, from a few tokens of random hidden states in float32."""
-    generator = torch.Generator().manual_seed(0)
-    few = torch.randn(1, _PROBE_TOKENS, hidden.shape[2], generator=generator).to(stream.device)
-    with stream.precision(torch.float32, _PROBE_TOKENS):
-        layer.float()
-        groups = find_groups(layer, lambda: stream.run(index, layer, few))
-    layer.to(stream.dtype)
-    return groups
+def _key(checkpoint: Checkpoint, source: Source, recipe: Recipe, scheme: str, calibration: Calibration) -> str:
+    """Equal for two jobs only when one can go on where the other ended."""
+    files = sorted({checkpoint.info(name).file for name in checkpoint.names})
+    parts = {
+        "qtool": qtool.__version__,
+        "versions": _versions(),
+        "source": dataclasses.asdict(source) | {"dtype": str(source.dtype), "model": ""},
+        "config": checkpoint.config,
+        "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        "recipe": recipe.model_dump(mode="json"),
+        "scheme": scheme,
+        "calibration": calibration.digest,
+        "tokens": list(calibration.ids.shape),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _calibration(job: dict[str, Any], checkpoint: Checkpoint) -> Calibration:
@@ -233,23 +172,6 @@ def _dry_run(
         "output_bytes": size,
         **memory.estimate(stream, wanted["samples"], wanted["seq_len"], exact=recipe.osl == "exact"),
     }
-
-
-def _layer_tensors(checkpoint: Checkpoint, layer_name: str) -> list[str]:
-    return [name for name in checkpoint.names if name.startswith(layer_name + ".")]
-
-
-def _dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
-    from qtool.checkpoint import dtypes
-
-    dtype = dtypes.to_torch(checkpoint.info(name).dtype)
-    if dtype is None or not dtype.is_floating_point:
-        raise InputError(
-            f"tensor {name} has dtype {checkpoint.info(name).dtype}, expected a float type",
-            where=str(checkpoint.info(name).file),
-            hint="quantize the original float model",
-        )
-    return dtype
 
 
 def _compute_dtype(device: str) -> torch.dtype:

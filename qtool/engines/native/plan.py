@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtool.checkpoint import formats
+from qtool.checkpoint.floats import FORMATS
 from qtool.checkpoint.formats import Mode
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
@@ -59,7 +60,7 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    if checkpoint.format != "float":
+    if checkpoint.format not in FORMATS:
         raise InputError(
             f"this checkpoint is quantized already ({checkpoint.format})",
             where=str(checkpoint.path),
@@ -68,10 +69,10 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 
 
 def summary(plan: Plan) -> list[dict[str, Any]]:
-    """One row per kind of layer: the name with its number replaced by *, how many, and its policy."""
+    """One row per kind of layer: the name with its numbers replaced by *, how many, and its policy."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for name, policy in plan.policies.items():
-        pattern = re.sub(r"\.\d+\.", ".*.", name, count=1)
+        pattern = re.sub(r"\.\d+\.", ".*.", name)
         key = (pattern, policy.model_dump_json() if policy else "")
         row = rows.setdefault(key, {"layers": pattern, "count": 0, "policy": describe(policy)})
         row["count"] += 1

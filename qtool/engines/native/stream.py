@@ -1,4 +1,4 @@
-"""A decoder model run one layer at a time, with at most one layer's weights in memory.
+"""A decoder model run one layer at a time, with at most one layer's weights in memory, and of its experts one.
 
 A quantized checkpoint runs as its runtimes would, in float: weights are dequantized as a layer is loaded, and
 what enters a quantized linear goes through the integers of its static or per-token scale.
@@ -15,16 +15,20 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from qtool.checkpoint.dtypes import FLOATS
+from qtool.checkpoint.floats import FORMATS, FloatReader
 from qtool.checkpoint.reader import Checkpoint
+from qtool.engines.native import experts
+from qtool.engines.native.experts import Expert, RoutedExperts, Routing
+from qtool.engines.native.names import ExpertNames, Names
 from qtool.errors import InputError, in_one_line
 from qtool.quant.integer import fake_quantize_tensor, fake_quantize_tokens
+from qtool.quant.topology import linear_layers
 from qtool.quant.types import QuantizedLinear
 
 
@@ -47,6 +51,7 @@ class DecoderStream:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = torch.device(device)
+        self.floats = FloatReader(checkpoint)
         self._model = _skeleton(checkpoint, dtype, trust_remote_code)
         self._base = self._model.base_model
         self._layers_name, self._layers = _decoder_layers(self._model, checkpoint)
@@ -55,6 +60,8 @@ class DecoderStream:
         if getattr(self._embedding, "padding_idx", None) is not None:
             self._embedding.padding_idx = None  # matters to gradients only, and `embed` renumbers the rows
         self._norm = self._final_norm()
+        self._kept_in_float32 = getattr(self._model, "_keep_in_fp32_modules_strict", None) or ()
+        self._take_out_experts()
         for module in self._base.modules():
             self._initialize_buffers(module)
         self._template_kwargs: dict[int, list[dict[str, Any]]] = {}
@@ -74,11 +81,12 @@ class DecoderStream:
         state, hooks = {}, []
         for name, parameter in layer.state_dict().items():
             owner, _, part = name.rpartition(".")
-            linear = self._quantized(prefix + owner) if part == "weight" else None
+            stored = self.stored_name(prefix + name)
+            linear = self._quantized(stored.removesuffix(".weight")) if part == "weight" else None
             if linear is None:
-                state[name] = self._load(prefix + name, parameter.shape)
+                state[name] = self._load(stored, parameter.shape)
             else:
-                state[name] = self._dequantized(prefix + name, linear, parameter.shape)
+                state[name] = self._dequantized(stored, linear, parameter.shape)
                 quantize = _input_quantizer(linear)
                 module = layer.get_submodule(owner)
                 hooks.append(module.register_forward_pre_hook(lambda _m, args, quantize=quantize: quantize(args[0])))
@@ -221,16 +229,93 @@ class DecoderStream:
             self._check_shape(f"{self._head_name}.weight", self._model.get_output_embeddings().weight.shape)
         return linear
 
-    def stored(self, name: str) -> torch.Tensor:
-        """Any tensor of the checkpoint as it is stored.
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's name of a parameter of the model."""
+        return name if name in self.checkpoint else self._names.stored(name)
+
+    def routed(self, index: int) -> RoutedExperts | None:
+        """The routed experts of a layer; None where it has none."""
+        return next((module for module in self._layers[index].modules() if isinstance(module, RoutedExperts)), None)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads, whose rows interleave in some fused projections."""
+        return getattr(self._model.config.get_text_config(), "num_attention_heads", None) or 1
+
+    def is_kept_in_float32(self, name: str) -> bool:
+        """Whether the architecture wants this parameter or buffer in float32 whatever the rest is in."""
+        return any(part in name for part in self._kept_in_float32)
+
+    def linears(self) -> list[str]:
+        """The linears of all decoder layers and their experts, by the checkpoint's names without ".weight"."""
+        found = []
+        for index, layer in enumerate(self._layers):
+            for name in linear_layers(layer):
+                found.append(self.stored_name(f"{self.layer_name(index)}.{name}.weight").removesuffix(".weight"))
+            routed = self.routed(index)
+            if routed is not None:
+                found += [linear for expert in routed.names for linear in expert]
+        return found
+
+    def expert(self, module: RoutedExperts, number: int) -> Expert:
+        """An expert with its weights loaded.
 
         Raises:
-            InputError: it holds NaN or infinite values, or is a weight and no float tensor.
+            InputError: a tensor is missing, of another shape, or holds NaN.
         """
-        tensor = self.checkpoint.tensor(name)
-        if not tensor.is_floating_point() and not name.endswith(".weight"):
-            return tensor  # a buffer: a mask, positions
-        return self._finite(name, tensor)
+        names = module.names[number]
+        shape = self.checkpoint.info(f"{names.gate}.weight").shape
+        shapes = {names.gate: shape, names.up: shape, names.down: shape[::-1]}
+        loaded = {}
+        quantizers: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = {}
+        for name in names:
+            linear = self._quantized(name)
+            size = torch.Size(shapes[name])
+            if linear is None:
+                loaded[name] = self._load(f"{name}.weight", size)
+            else:
+                loaded[name] = self._dequantized(f"{name}.weight", linear, size)
+            quantizers[name] = None if linear is None else _input_quantizer(linear)
+        return Expert(
+            loaded[names.gate],
+            loaded[names.up],
+            loaded[names.down],
+            module.apply_gate,
+            quantizers[names.gate],
+            quantizers[names.down],
+        )
+
+    def _take_out_experts(self) -> None:
+        """Put a RoutedExperts in place of every fused module, so that a layer's parameters are those of the rest."""
+        for index, layer in enumerate(self._layers):
+            for name, module in [*layer.named_modules()]:
+                if not experts.is_fused(module):
+                    continue
+                full_name, where = f"{self.layer_name(index)}.{name}", str(self.checkpoint.path)
+                experts.refuse_unusual(module, full_name, where)
+                count, width = module.get_parameter("down_proj").shape[:2]
+                names = self._names.experts(full_name, count, where)
+                self._check_experts(names, tuple(module.get_parameter("down_proj").shape[1:]))
+                routed = RoutedExperts(module, names, experts.router_of(layer, name, count, width))
+                routed.handler = partial(self._run_experts, routed)
+                layer.set_submodule(name, routed)
+
+    def _check_experts(self, names: list[ExpertNames], down: tuple[int, ...]) -> None:
+        for expert in names:
+            for name, shape in zip(expert, (down[::-1], down[::-1], down), strict=True):
+                self._check_shape(f"{name}.weight", torch.Size(shape))
+
+    def _run_experts(
+        self, module: RoutedExperts, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        count = len(module.names)
+        routing = Routing(chosen, weights, count)
+        busy = (number for number, tokens in enumerate(routing.counts(count)) if tokens)
+        return experts.run_all(((number, self.expert(module, number)) for number in busy), routing, hidden)
+
+    @cached_property
+    def _names(self) -> Names:
+        return Names(self._model, self.checkpoint.names)
 
     def skeleton_layer(self, index: int) -> nn.Module:
         """The layer without weights (meta device), for planning."""
@@ -238,11 +323,12 @@ class DecoderStream:
 
     def _load(self, name: str, shape: torch.Size) -> torch.Tensor:
         self._check_shape(name, shape)
-        return self._checked(name, self.checkpoint.tensor(name))
+        tensor = self.floats.tensor(name).to(self.device)
+        return tensor.float() if self.is_kept_in_float32(name) else tensor.to(self.dtype)
 
     def _quantized(self, name: str) -> QuantizedLinear | None:
         """A quantized linear by its name without ".weight"; None when it is float."""
-        return None if self.checkpoint.format == "float" else self.checkpoint.linear(name)
+        return None if self.checkpoint.format in FORMATS else self.checkpoint.linear(name)
 
     def _dequantized(self, name: str, linear: QuantizedLinear, shape: torch.Size) -> torch.Tensor:
         self._check_shape(name, shape)
@@ -264,23 +350,8 @@ class DecoderStream:
 
     def _checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A float tensor in the compute type, on the device."""
-        return self._finite(name, tensor).to(device=self.device, dtype=self.dtype)
-
-    def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if self.checkpoint.info(name).dtype not in FLOATS:
-            raise InputError(
-                f"tensor {name} has dtype {self.checkpoint.info(name).dtype}, expected a float type",
-                where=str(self.checkpoint.info(name).file),
-                hint="if the model is quantized, its config.json or description file doesn't say how",
-            )
-        # NaN is both its minimum and its maximum; one pass, no copy, a twentieth of isfinite's time
-        if tensor.numel() and not all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor)):
-            raise InputError(
-                f"tensor {name} holds NaN or infinite values",
-                where=str(self.checkpoint.info(name).file),
-                hint="download the model again or repair the tensor; quantizing it would spread the damage",
-            )
-        return tensor
+        self.floats.dtype(name)
+        return self.floats.finite(name, tensor).to(device=self.device, dtype=self.dtype)
 
     def _name_of(self, wanted: nn.Module) -> str:
         return next(name for name, module in self._model.named_modules() if module is wanted)

@@ -1,0 +1,142 @@
+"""A float model's tensors as numbers to compute with, however they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from qtool.checkpoint import dtypes, fp8
+from qtool.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from qtool.checkpoint.reader import Checkpoint
+
+FORMATS = ("float", fp8.METHOD)
+
+
+class FloatReader:
+    """Reads float tensors, whole or row by row, in float32, float16, bfloat16 or block-scaled FP8.
+
+    Every number that it hands out is finite.
+
+    Args:
+        checkpoint: of a format in FORMATS.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._block = (
+            fp8.block_shape(checkpoint.config, str(checkpoint.path / "config.json"))
+            if checkpoint.format == fp8.METHOD
+            else None
+        )
+        self._held: dict[str, torch.Tensor] = {}
+
+    @contextmanager
+    def holding(self, names: Iterable[str]) -> Iterator[None]:
+        """Within the block these tensors are kept in memory as they are stored, so that no file is read twice."""
+        self._held = {name: self.checkpoint.tensor(name) for name in names}
+        try:
+            yield
+        finally:
+            self._held = {}
+
+    def is_part_of_another(self, name: str) -> bool:
+        """Whether this tensor only says how to read another one: the scales of an FP8 weight."""
+        return name.endswith(fp8.SCALE_SUFFIX) and name.removesuffix(fp8.SCALE_SUFFIX) in self.checkpoint
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a tensor in the float model: as stored, or bfloat16 where it is FP8.
+
+        Raises InputError unless it is a float.
+        """
+        import torch
+
+        info = self.checkpoint.info(name)
+        if info.dtype == "F8_E4M3" and self._block is not None:
+            return torch.bfloat16
+        dtype = dtypes.to_torch(info.dtype)
+        if dtype is None or info.dtype not in dtypes.FLOATS:
+            raise InputError(
+                f"tensor {name} has dtype {info.dtype}, expected a float type",
+                where=str(info.file),
+                hint="if the model is quantized, its config.json or description file doesn't say how",
+            )
+        return dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole tensor in its type of the float model.
+
+        Raises:
+            InputError: no such tensor, no float, NaN or infinite values, FP8 scales that are missing or don't fit.
+        """
+        import torch
+
+        dtype = self.dtype(name)
+        info = self.checkpoint.info(name)
+        if info.dtype != "F8_E4M3":
+            stored = self._range(name, 0, info.shape[0]) if info.shape else self.checkpoint.tensor(name)
+            return self.finite(name, stored)
+        whole = torch.empty(info.shape, dtype=dtype)
+        step = self.row_step(name)
+        for start in range(0, info.shape[0], step):
+            whole[start : start + step] = self.rows(name, start, min(start + step, info.shape[0]))
+        return whole
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [stop - start, in] of a matrix in float32. Raises InputError as `tensor`."""
+        self.dtype(name)
+        info = self.checkpoint.info(name)
+        if info.dtype != "F8_E4M3":
+            return self.finite(name, self._range(name, start, stop)).float()
+        assert self._block is not None
+        height = self._block[0]
+        first = start - start % height  # of the block that `start` lies in
+        scale_name = name + fp8.SCALE_SUFFIX
+        self._check_scales(name, scale_name)
+        scales = self.finite(scale_name, self.checkpoint.row_range(scale_name, first // height, -(-stop // height)))
+        codes = self._range(name, first, stop)
+        return self.finite(name, fp8.dequantize(codes, scales, self._block)[start - first :])
+
+    def row_step(self, name: str, elements: int = 1 << 22) -> int:
+        """How many rows to read at a time for about so many elements, in whole blocks."""
+        height = self._block[0] if self._block else 1
+        return max(height, elements // max(1, self.checkpoint.info(name).shape[-1]) // height * height)
+
+    def finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` itself. Raises InputError when it holds NaN or infinite values."""
+        import torch
+
+        # NaN is both its minimum and its maximum; one pass, no copy, a twentieth of isfinite's time
+        if tensor.numel() and not all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor)):
+            raise InputError(
+                f"tensor {name} holds NaN or infinite values",
+                where=str(self.checkpoint.info(name).file),
+                hint="download the model again or repair the tensor; quantizing it would spread the damage",
+            )
+        return tensor
+
+    def _range(self, name: str, start: int, stop: int) -> torch.Tensor:
+        held = self._held.get(name)
+        return self.checkpoint.row_range(name, start, stop) if held is None else held[start:stop]
+
+    def _check_scales(self, name: str, scale_name: str) -> None:
+        assert self._block is not None
+        info = self.checkpoint.info(name)
+        if scale_name not in self.checkpoint:
+            raise InputError(
+                f"tensor {scale_name} is missing",
+                where=str(self.checkpoint.path),
+                hint=f"the FP8 weight {name} can't be read without its scales; download the model again",
+            )
+        wanted = tuple(-(-size // block) for size, block in zip(info.shape, self._block, strict=True))
+        found = self.checkpoint.info(scale_name)
+        if tuple(found.shape) != wanted or found.dtype not in dtypes.FLOATS:
+            raise InputError(
+                f"tensor {scale_name} is {found.dtype} {list(found.shape)}, expected float {list(wanted)}",
+                where=str(found.file),
+                hint=f"config.json says that blocks of {list(self._block)} share a scale",
+            )

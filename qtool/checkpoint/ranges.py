@@ -1,0 +1,99 @@
+"""Worker: every tensor of a checkpoint with the range of its numbers, in constant memory."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from qtool.checkpoint import dtypes, formats
+from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.summary import schemes
+
+if TYPE_CHECKING:
+    import torch
+
+    from qtool.workers import Report
+
+_CHUNK = 1 << 25  # bytes read at a time
+
+
+def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Describe the tensors of the folder job["model"] whose names job["filter"] (a regex, or None) is found in.
+
+    Each is an item, in the order in which the bytes lie in the files: name, dtype, shape, bytes, file, min and max (of
+    the finite numbers; None where there are none, or where the dtype can't be read), nonfinite (how many are NaN or
+    infinite); for the weight of a quantized layer also scheme ("W8A8 static" or "W8A8 dynamic"), scale_min and
+    scale_max (of its weight scales).
+
+    Returns:
+        tensors, bytes: how many there were.
+
+    Raises:
+        InputError: a damaged file, or a quantized layer without scales.
+    """
+    checkpoint = Checkpoint.open(job["model"])
+    wanted = [name for name in checkpoint.names if job["filter"] is None or re.search(job["filter"], name)]
+    total = sum(checkpoint.info(name).nbytes for name in wanted)
+    known = schemes(checkpoint) if checkpoint.format in formats.NAMES else {}
+    done = 0
+    for name in wanted:
+        report.progress("reading", done, total, "bytes")
+        report.item(_describe(checkpoint, name, known))
+        done += checkpoint.info(name).nbytes
+    report.progress("reading", total, total, "bytes")
+    return {"tensors": len(wanted), "bytes": total}
+
+
+def _describe(checkpoint: Checkpoint, name: str, known: dict[str, str]) -> dict[str, Any]:
+    info = checkpoint.info(name)
+    row = {
+        "name": name,
+        "dtype": info.dtype,
+        "shape": list(info.shape),
+        "bytes": info.nbytes,
+        "file": info.file.name,
+        **measure(checkpoint, name),
+    }
+    owner = name.removesuffix(".weight")
+    scheme = known.get(owner, "")
+    if owner != name and scheme.startswith("W8A8"):
+        # golden-stick checkpoints by older versions keep deq_scale alone
+        part = next((p for p in ("weight_scale", "deq_scale") if f"{owner}.{p}" in checkpoint), "weight_scale")
+        scales = measure(checkpoint, f"{owner}.{part}")
+        row |= {"scheme": scheme, "scale_min": scales["min"], "scale_max": scales["max"]}
+    return row
+
+
+def measure(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """min, max and nonfinite of one tensor."""
+    lowest: float | None = None
+    highest: float | None = None
+    nonfinite = 0
+    dtype = dtypes.to_torch(checkpoint.info(name).dtype)
+    if dtype is None or dtype.is_complex:
+        return {"min": None, "max": None, "nonfinite": 0}
+    for chunk in checkpoint.chunks(name, _CHUNK):
+        numbers, bad = _finite(chunk)
+        nonfinite += bad
+        if numbers.numel():
+            low, high = (extreme.item() for extreme in numbers.aminmax())
+            lowest = low if lowest is None else min(lowest, low)
+            highest = high if highest is None else max(highest, high)
+    return {"min": lowest, "max": highest, "nonfinite": nonfinite}
+
+
+def _finite(chunk: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Numbers that torch can compare, and how many were left out for being NaN or infinite."""
+    import torch
+
+    if chunk.dtype == torch.bool:
+        return chunk.to(torch.uint8), 0
+    if chunk.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch has few operations for them
+        return chunk.to(torch.float64) if chunk.dtype == torch.uint64 else chunk.to(torch.int64), 0
+    if not chunk.is_floating_point():
+        return chunk, 0
+    numbers = chunk if chunk.dtype == torch.float64 else chunk.float()
+    if all(bool(extreme.isfinite()) for extreme in numbers.aminmax()):
+        return numbers, 0
+    finite = numbers[numbers.isfinite()]
+    return finite, numbers.numel() - finite.numel()

@@ -1,0 +1,98 @@
+"""`qtool run`: a whole recipe, from the hub to generated text, as one job that can be resumed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
+from qtool.errors import InputError
+
+if TYPE_CHECKING:
+    from qtool.console import Console
+    from qtool.recipe.schema import Recipe
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name or file.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="A model folder or a GGUF file; - reads it from stdin. Default: the recipe's model."
+        ),
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option("--work", "-w", help="The folder for everything. Default: MODEL-RECIPE, here.")
+    ] = None,
+    engine: Annotated[Literal["auto", "native", "golden-stick"], typer.Option(help="Who quantizes.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda", "npu"], typer.Option(help="Where to compute.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Download, quantize, evaluate, convert and generate as a recipe says, and print the folder with the results.
+
+    Run it again after an interruption, or with a changed recipe: what is done already is recognised by the content of
+    its inputs and outputs (SHA-256, read again each time) and kept; the rest is done. summary.md has the results.
+
+    A recipe's keys for this: `model` (hub and repo), `export.also` (further formats), `eval` (text, windows, length)
+    and `generate.prompts`.
+
+    Examples:
+
+      qtool run mine.yaml
+
+      qtool run smollm2 ./SmolLM2-135M-Instruct --work ./job --json
+    """
+    from qtool.jobs import recipe as service
+    from qtool.jobs import stages, summary
+    from qtool.recipe.load import load
+
+    chosen = load(recipe)
+    given = None if model is None else Path(path_or_stdin(model)).expanduser()
+    folder = (work or Path(_default(chosen, given))).expanduser().absolute()
+    _check(chosen, given, folder)
+    with console() as out:
+        settings = service.Settings(engine, device, trust_remote_code)
+        with stages.opened(
+            folder, out.info, lambda stage, done, total: out.progress(stage, done, total, "bytes")
+        ) as job:
+            outcome = service.run(job, chosen, given, settings, out.event)
+            found = summary.collect(chosen, folder, outcome)
+            stages.write(folder / summary.PAGE, summary.page(found))
+        _show(out, found, folder / summary.PAGE)
+
+
+def _default(recipe: Recipe, given: Path | None) -> str:
+    model = given.absolute().stem if given else recipe.model.repo.rpartition("/")[2] if recipe.model else "model"
+    return f"{model}-{recipe.name}"
+
+
+def _check(recipe: Recipe, given: Path | None, folder: Path) -> None:
+    """Refuse what could only fail, before anything is made."""
+    if given is None and recipe.model is None:
+        hint = "Give a model folder after the recipe, or a recipe with `model: {hub: ..., repo: ORG/NAME}`."
+        raise InputError("this recipe names no model", where=f"recipe {recipe.name}", hint=hint)
+    if given is not None and not given.exists():
+        raise InputError("no such file or folder", where=str(given), hint="Check the path.")
+    if given is not None and given.is_dir() and folder.resolve().is_relative_to(given.resolve()):
+        raise InputError("lies in the model's folder", where=str(folder), hint="Choose another --work.")
+
+
+def _show(out: Console, found: dict[str, Any], page: Path) -> None:
+    from qtool.jobs import summary
+
+    if out.json:
+        out.result(found)
+    elif not sys.stdout.isatty():
+        out.result(found["work"])
+    else:
+        out.table("Stages", ["stage", "", "seconds", "output"], summary.stage_rows(found), result=True)
+        out.table("Size", ["format", "size", "of the original", "folder"], summary.size_rows(found), result=True)
+        if rows := summary.figure_rows(found):
+            out.table("What quantization cost", ["", "mean", "95 % interval"], rows, result=True)
+        out.info(f"all of it: {page}")

@@ -1,0 +1,95 @@
+"""Activations of all calibration tokens, on disk, read and written a few rows at a time.
+
+Plain reads and writes, no mapping: what lies in the kernel's page cache is not this process's memory.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+
+class Activations:
+    """A matrix [rows, width] in a file.
+
+    Args:
+        path: of the file.
+        rows, width: its shape.
+        dtype: of its elements.
+        keep: what an existing file holds; else it begins as zeros.
+    """
+
+    def __init__(self, path: Path, rows: int, width: int, dtype: torch.dtype, *, keep: bool = False) -> None:
+        self.path = path
+        self.rows, self.width, self.dtype = rows, width, dtype
+        self._row_bytes = width * dtype.itemsize
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o600)
+        os.ftruncate(self._file, rows * self._row_bytes)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start to stop."""
+        return self._fill([(start, stop - start)], stop - start)
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows by their numbers, int64 [n]; fastest when ascending."""
+        return self._fill(_runs(rows), len(rows))
+
+    def write(self, start: int, tensor: torch.Tensor) -> None:
+        """Replace the rows from start on by tensor [n, width]."""
+        self._pour([(start, len(tensor))], tensor)
+
+    def scatter(self, rows: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Replace the rows of these numbers, int64 [n], by tensor [n, width]."""
+        self._pour(_runs(rows), tensor)
+
+    def remove(self) -> None:
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> Activations:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _fill(self, runs: list[tuple[int, int]], count: int) -> torch.Tensor:
+        out = torch.empty(count * self._row_bytes, dtype=torch.uint8)
+        buffer = out.numpy().data
+        for first, length in runs:
+            place, end = first * self._row_bytes, (first + length) * self._row_bytes
+            while place < end:
+                got = os.preadv(self._file, [buffer[: end - place]], place)
+                if not got:
+                    raise OSError(f"{self.path} has become shorter")
+                buffer, place = buffer[got:], place + got
+        return out.view(self.dtype).reshape(count, self.width)
+
+    def _pour(self, runs: list[tuple[int, int]], tensor: torch.Tensor) -> None:
+        content = tensor.detach().cpu().to(self.dtype).contiguous().view(torch.uint8).reshape(-1).numpy().data
+        for first, length in runs:
+            place, end = first * self._row_bytes, (first + length) * self._row_bytes
+            while place < end:
+                put = os.pwritev(self._file, [content[: end - place]], place)
+                content, place = content[put:], place + put
+
+
+def _runs(rows: torch.Tensor) -> list[tuple[int, int]]:
+    """Consecutive numbers as (first, how many)."""
+    numbers = rows.tolist()
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][0] + runs[-1][1]:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((number, 1))
+    return runs

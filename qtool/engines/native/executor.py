@@ -1,0 +1,179 @@
+"""Who runs the units: this process, several on this machine, or those of a Ray cluster.
+
+Whoever it is computes the same, so a unit whose process is lost is simply begun again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import qtool
+from qtool.engines.native.units import Piece
+from qtool.errors import InputError, QtoolError
+from qtool.workers import end_with_parent
+
+Unit = Callable[[Any], Iterator[Piece]]
+
+_TRIES = 3
+_LOST = "the processes that run it were killed {} times, most likely because memory ran out"
+_HINT = "use fewer --workers or a smaller --memory; what is finished is kept"
+
+
+class Executor(Protocol):
+    """Runs units.
+
+    Attributes:
+        ahead: how many to have under way before waiting for the first.
+    """
+
+    ahead: int
+
+    def submit(self, unit: Unit, task: Any) -> Callable[[], Iterable[Piece]]:
+        """Begin a unit; calling what this returns waits for its pieces."""
+        ...
+
+
+@contextmanager
+def make(workers: int, ray: str | None) -> Iterator[Executor]:
+    """The executor for these options.
+
+    Args:
+        workers: processes on this machine; 0 for this one.
+        ray: address of a Ray cluster, "local" for one of this machine's own, None for no Ray.
+
+    Raises:
+        InputError: both are asked for, or Ray isn't installed.
+        QtoolError: the cluster can't be reached.
+    """
+    if workers and ray:
+        raise InputError("--workers and --ray exclude each other", where="command line", hint="give one of them")
+    if ray:
+        with _ray(ray) as executor:
+            yield executor
+    elif workers:
+        with Processes(workers) as executor:
+            yield executor
+    else:
+        yield Here()
+
+
+class Here:
+    """This process, one unit after the other, its pieces as they come."""
+
+    ahead = 0
+
+    def submit(self, unit: Unit, task: Any) -> Callable[[], Iterable[Piece]]:
+        return lambda: unit(task)
+
+
+class Processes:
+    """Processes on this machine, which end with this one."""
+
+    def __init__(self, count: int) -> None:
+        self.ahead = 2 * count
+        self._count = count
+        self._pool = self._new_pool()
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def submit(self, unit: Unit, task: Any) -> Callable[[], Iterable[Piece]]:
+        # Bytes, not tensors: what shares memory with a process that was killed can't be read any more.
+        content = pickle.dumps((unit, task))
+        first = self._begin(content)
+
+        def wait() -> Iterable[Piece]:
+            begun = first
+            for _ in range(_TRIES):
+                pool, future = begun
+                try:
+                    pieces: list[Piece] = pickle.loads(future.result())
+                    return pieces
+                except BrokenProcessPool:
+                    if pool is self._pool:
+                        self._pool = self._new_pool()
+                    begun = self._begin(content)
+            raise QtoolError(_LOST.format(_TRIES), where=unit.__name__, hint=_HINT)
+
+        return wait
+
+    def _begin(self, content: bytes) -> tuple[ProcessPoolExecutor, Future[bytes]]:
+        try:
+            return self._pool, self._pool.submit(_run, content)
+        except BrokenProcessPool:  # noticed only now
+            self._pool = self._new_pool()
+            return self._pool, self._pool.submit(_run, content)
+
+    def _new_pool(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            self._count,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=end_with_parent,
+            initargs=(os.getpid(),),
+        )
+
+
+@contextmanager
+def _ray(address: str) -> Iterator[Executor]:
+    try:
+        import ray
+    except ImportError:
+        raise InputError(
+            "Ray is not installed where the native engine runs", where="--ray", hint="pip install ray"
+        ) from None
+    try:
+        ray.init(
+            address=None if address == "local" else address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": str(Path(qtool.__file__).parent.parent)}},
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise QtoolError(f"no Ray cluster: {error}", where=address, hint="start one: ray start --head") from None
+    try:
+        yield Ray(ray)
+    finally:
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+
+
+class Ray:
+    """The workers of a Ray cluster whose machines see the model under the same path and have the same qtool."""
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+        self._remote = ray.remote(max_retries=_TRIES)(_run)
+        self.ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+    def submit(self, unit: Unit, task: Any) -> Callable[[], Iterable[Piece]]:
+        reference = self._remote.remote(pickle.dumps((unit, task)))
+
+        def wait() -> Iterable[Piece]:
+            try:
+                pieces: list[Piece] = pickle.loads(self._ray.get(reference))
+                return pieces
+            except self._ray.exceptions.RayTaskError as error:
+                raise error.cause from error
+            except self._ray.exceptions.RayError as error:
+                raise QtoolError(f"lost on the Ray cluster: {error}", where=unit.__name__, hint=_HINT) from None
+
+        return wait
+
+
+def _run(content: bytes) -> bytes:
+    """In the process that does the work."""
+    unit, task = pickle.loads(content)
+    return pickle.dumps(list(unit(task)))

@@ -1,0 +1,402 @@
+"""Quantizes all decoder layers, float activations in hand: observe a layer, hand out its units, write what comes back.
+
+The activations that enter a layer are those of the float model, so they are all that one layer needs of another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qtool.checkpoint.dtypes import FLOATS
+from qtool.checkpoint.floats import FloatReader
+from qtool.checkpoint.writer import CheckpointWriter
+from qtool.engines.native import units
+from qtool.engines.native.activations import Activations
+from qtool.engines.native.executor import Executor
+from qtool.engines.native.experts import Handler, RoutedExperts
+from qtool.engines.native.recorder import Recorder
+from qtool.engines.native.stream import DecoderStream
+from qtool.engines.native.units import DenseTask, Float, Linear, Output, Piece, Row, Source
+from qtool.errors import InputError
+from qtool.quant import exact
+from qtool.quant.layer import GroupReport, policy_of
+from qtool.quant.statistics import InputStatistics
+from qtool.quant.topology import Group, find_groups, linear_layers, signature
+from qtool.recipe.schema import Policy
+
+if TYPE_CHECKING:
+    from qtool.workers import Report
+
+_PROBE_TOKENS = 8
+_LOT_ELEMENTS = 1 << 26  # weights of the experts that make one task
+_LAYER, _DENSE = "layer", "dense"
+
+
+class Layers:
+    """The decoder layers of one job.
+
+    Args:
+        stream: the float model.
+        source: what the units need to know of it.
+        policies: per linear, by the checkpoint's name without ".weight"; None leaves it float.
+        writer: takes the result, and has the records of the run that this one resumes.
+        executor: runs the units.
+        report: hears of the progress.
+        exact: follow Golden Stick step for step.
+        batch_tokens: how many go through a layer at a time.
+        expert_tokens: how many an expert's statistics need.
+    """
+
+    def __init__(
+        self,
+        stream: DecoderStream,
+        source: Source,
+        policies: dict[str, Policy | None],
+        writer: CheckpointWriter,
+        executor: Executor,
+        report: Report,
+        *,
+        exact: bool,
+        batch_tokens: int,
+        expert_tokens: int,
+    ) -> None:
+        self._stream, self._source, self._policies = stream, source, policies
+        self._writer, self._executor, self._report = writer, executor, report
+        self._exact, self._batch_tokens, self._expert_tokens = exact, batch_tokens, expert_tokens
+        self._topology: dict[Any, list[Group]] = {}
+        self._shape = (0, 0)
+        self._finished: dict[str, dict[str, Any]] = {}
+        self.rows: list[dict[str, Any]] = []
+        self.experts: list[dict[str, Any]] = []
+
+    def quantize(self, ids: torch.Tensor) -> None:
+        """Write every layer; `rows` and `experts` then hold how it went.
+
+        Args:
+            ids: calibration tokens [samples, length].
+        """
+        self._shape = (ids.shape[0], ids.shape[1])
+        done = self._take_over()
+        hidden = self._hidden(done)
+        entering = self._stream.prologue(ids)  # it teaches the stream the layers' arguments as well
+        if done == 0:
+            hidden.write(0, entering.reshape(-1, entering.shape[-1]))
+        del entering
+        for index in range(done, self._stream.depth):
+            self._report.progress("quantize", index, self._stream.depth, "layers")
+            leaving = self._hidden(index + 1)
+            rows, experts = self._layer(index, hidden, leaving)
+            self.rows += [{"layer": self._stream.layer_name(index), **row} for row in rows]
+            self.experts += experts
+            hidden.close()
+            self._writer.mark(
+                {"unit": _LAYER, "layer": index, "rows": self.rows[-len(rows) :], "experts": experts},
+                needs=[leaving.path],
+                obsolete=[hidden.path],
+            )
+            self._finished = {}
+            hidden = leaving
+        hidden.close()
+        self._report.progress("quantize", self._stream.depth, self._stream.depth, "layers")
+
+    def _take_over(self) -> int:
+        """The records of the run that this one resumes; returns how many layers are finished."""
+        done = 0
+        for record in self._writer.records:
+            if record["unit"] == _LAYER:
+                self.rows += record["rows"]
+                self.experts += record["experts"]
+                self._finished, done = {}, record["layer"] + 1
+            else:
+                self._finished[record["unit"]] = record
+        return done
+
+    def _finish(self, unit: str, **record: Any) -> None:
+        """A unit of the current layer is written."""
+        self._finished[unit] = record
+        self._writer.mark({"unit": unit, **record})
+
+    def _hidden(self, index: int) -> Activations:
+        """What enters a layer, or leaves the one before it."""
+        tokens = self._shape[0] * self._shape[1]
+        path = self._writer.folder / f"hidden-{index}"
+        return Activations(path, tokens, self._stream.hidden_size, self._stream.dtype, keep=True)
+
+    def _layer(
+        self, index: int, hidden: Activations, leaving: Activations
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Quantize one layer and run it, from `hidden` to `leaving`; the reports of its groups and of its experts."""
+        stream = self._stream
+        prefix = stream.layer_name(index) + "."
+        routed = stream.routed(index)
+        with ExitStack() as stack:
+            with stream.layer(index) as layer:
+                stored = {name: stream.stored_name(prefix + name) for name, _ in layer.named_parameters()}
+                policies = {
+                    name: self._policies[stored[f"{name}.weight"].removesuffix(".weight")]
+                    for name in linear_layers(layer)
+                }
+                key = signature(layer)
+                if key not in self._topology:
+                    self._topology[key] = self._probe(index, layer)
+                groups = self._topology[key]
+                if self._exact:
+                    return self._quantize_exactly(index, layer, groups, policies, stored, hidden, leaving), []
+                recorder = stack.enter_context(Recorder(self._writer.folder, hidden)) if routed else None
+                statistics = self._observe(index, layer, groups, policies, hidden, leaving, recorder)
+                router = layer.get_parameter(routed.router).float() if routed and routed.router else None
+            # The layer's weights are gone: a unit reads what it needs of them.
+            pieces = None
+            if _DENSE not in self._finished:
+                task = DenseTask(self._source, groups, policies, statistics, stored)
+                pieces = self._executor.submit(units.quantize_dense, task)
+                del task
+            del statistics
+            if pieces is not None:
+                reports, _ = self._write(pieces())
+                self._finish(_DENSE, rows=[dataclasses.asdict(report) for report in reports])
+            rows = [*self._finished[_DENSE]["rows"]]
+            experts: list[dict[str, Any]] = []
+            if routed is not None and recorder is not None:
+                more, seen = self._routed(index, routed, recorder, router, leaving)
+                rows += more
+                experts = [{"layer": stream.layer_name(index), **seen}]
+        self._write_rest(index)
+        return rows, experts
+
+    def _probe(self, index: int, layer: nn.Module) -> list[Group]:
+        """Topology of a layer, from a few tokens of random hidden states in float32.
+
+        Raises InputError when what the routed experts give is not simply added to the layer's output.
+        """
+        stream = self._stream
+        generator = torch.Generator().manual_seed(0)
+        few = torch.randn(1, _PROBE_TOKENS, stream.hidden_size, generator=generator).to(stream.device)
+        routed = stream.routed(index)
+        with stream.precision(torch.float32, _PROBE_TOKENS):
+            layer.float()
+            if routed is None:
+                groups = find_groups(layer, lambda: stream.run(index, layer, few), stream.heads)
+            else:
+                # Stands for experts: their output depends on their input and on the routing, so nothing before them
+                # may change.
+                with _handled(routed, lambda x, _chosen, weights: x * (1 + weights.sum(dim=-1, keepdim=True))):
+                    groups = find_groups(layer, lambda: stream.run(index, layer, few), stream.heads)
+                self._check_added(routed, lambda: stream.run(index, layer, few))
+        layer.to(stream.dtype)
+        return groups
+
+    def _check_added(self, module: RoutedExperts, run: Callable[[], torch.Tensor]) -> None:
+        with _handled(module, lambda x, _chosen, _weights: torch.zeros_like(x)):
+            without = run()
+        with _handled(module, lambda x, _chosen, _weights: torch.ones_like(x)):
+            added = run() - without
+        if not torch.allclose(added, torch.ones_like(added), rtol=1e-3, atol=1e-3):
+            raise InputError(
+                "the output of this architecture's experts goes through something else in the same layer",
+                where=str(self._stream.checkpoint.path),
+                hint="qtool quantizes mixtures of experts whose output is added to the residual stream",
+            )
+
+    def _observe(
+        self,
+        index: int,
+        layer: nn.Module,
+        groups: list[Group],
+        policies: dict[str, Policy | None],
+        hidden: Activations,
+        leaving: Activations,
+        recorder: Recorder | None,
+    ) -> dict[str, InputStatistics]:
+        """Run the float layer on all samples, from `hidden` to `leaving`; statistics of each group's input."""
+        samples, length = self._shape
+        stride = max(1, samples * length // units.SAMPLE_TOKENS)
+        statistics = {
+            group.linears[0]: InputStatistics(stride=stride, with_gram=policy.rounding == "gptq")
+            for group in groups
+            if (policy := policy_of(group, policies)) is not None
+        }
+        routed = self._stream.routed(index)
+        with _observing(layer, statistics):
+            if routed is None or recorder is None:
+                self._run(index, layer, hidden, leaving)
+            else:
+                with _handled(routed, recorder):
+                    self._run(index, layer, hidden, leaving)
+        return statistics
+
+    def _run(self, index: int, layer: nn.Module, hidden: Activations, leaving: Activations) -> None:
+        samples, length = self._shape
+        batch = max(1, self._batch_tokens // length)
+        for sample in range(0, samples, batch):
+            start, stop = sample * length, min(sample + batch, samples) * length
+            x = hidden.read(start, stop).reshape(-1, length, hidden.width).to(self._stream.device)
+            leaving.write(start, self._stream.run(index, layer, x).reshape(-1, hidden.width))
+
+    def _quantize_exactly(
+        self,
+        index: int,
+        layer: nn.Module,
+        groups: list[Group],
+        policies: dict[str, Policy | None],
+        stored: dict[str, str],
+        hidden: Activations,
+        leaving: Activations,
+    ) -> list[dict[str, Any]]:
+        samples, length = self._shape
+        statistics = {
+            group.linears[0]: InputStatistics(stride=1, with_gram=False)
+            for group in groups
+            if policy_of(group, policies) is not None
+        }
+        with _observing(layer, statistics):
+            self._run(index, layer, hidden, leaving)
+        layer.float()
+        inputs = hidden.read(0, hidden.rows).reshape(samples, length, -1)
+        runs = [partial(self._stream.run, index, layer, inputs[row : row + 1]) for row in range(samples)]
+        dtype = self._stream.floats.dtype(stored[groups[0].linears[0] + ".weight"])
+        result = exact.quantize_layer(layer, groups, policies, statistics, self._source.storage(dtype), runs)
+        quantized = {f"{name}.{part}" for name in result.linears for part in ("weight", "bias")}
+        pieces: list[Piece] = [
+            Linear(stored[f"{name}.weight"].removesuffix(".weight"), linear) for name, linear in result.linears.items()
+        ]
+        pieces += [Float(stored[name], p.detach()) for name, p in layer.named_parameters() if name not in quantized]
+        self._write(pieces)
+        self._write_rest(index)
+        return [dataclasses.asdict(report) for report in result.groups]
+
+    def _routed(
+        self,
+        index: int,
+        module: RoutedExperts,
+        recorder: Recorder,
+        router: torch.Tensor | None,
+        leaving: Activations,
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The routed experts: write them, and add what they give to `leaving`."""
+        count = len(module.names)
+        routing = recorder.routing(count)
+        counts = routing.counts(count)
+        policies = [self._expert_policies(module, expert) for expert in range(count)]
+        needy = [any(map(units.needs_statistics, wanted.values())) for wanted in policies]
+        short = [e for e in range(count) if needy[e] and counts[e] < self._expert_tokens]
+        extra = recorder.likely(short, counts, routing, router, self._expert_tokens)
+        shape = self._stream.checkpoint.info(f"{module.names[0].gate}.weight").shape
+        size = max(1, _LOT_ELEMENTS // (3 * shape[0] * shape[1]))
+        pending: deque[tuple[str, torch.Tensor, Callable[[], Iterable[Piece]]]] = deque()
+
+        def finish() -> None:
+            unit, rows, pieces = pending.popleft()
+            reports, output = self._write(pieces())
+            if output is not None:
+                sums.scatter(rows, sums.gather(rows) + output)
+            if unit not in self._finished:
+                self._finish(unit, rows=[dataclasses.asdict(report) for report in reports])
+
+        with Activations(self._writer.folder / "experts", leaving.rows, leaving.width, torch.float32) as sums:
+            for start in range(0, count, size):
+                lot = [*range(start, min(start + size, count))]
+                unit = f"experts {lot[0]} to {lot[-1]}"
+                wanted = [policies[expert] for expert in lot]
+                todo = unit not in self._finished
+                task, rows = recorder.task(self._source, index, lot, wanted, routing, extra, quantize=todo)
+                pending.append((unit, rows, self._executor.submit(units.quantize_experts, task)))
+                if len(pending) > self._executor.ahead:
+                    finish()
+            while pending:
+                finish()
+            for start in range(0, leaving.rows, self._batch_tokens):
+                stop = min(start + self._batch_tokens, leaving.rows)
+                leaving.write(start, leaving.read(start, stop).float() + sums.read(start, stop))
+        found = [row for unit, record in self._finished.items() if unit != _DENSE for row in record["rows"]]
+        return _summarized(found), {"tokens": counts, "topped_up": {str(e): len(extra[e]) for e in short}}
+
+    def _expert_policies(self, module: RoutedExperts, expert: int) -> dict[str, Policy | None]:
+        names = module.names[expert]
+        return {part: self._policies[name] for part, name in zip(units.PARTS, names, strict=True)}
+
+    # ------------------------------------------------------------------ writing
+
+    def _write(self, pieces: Iterable[Piece]) -> tuple[list[GroupReport], torch.Tensor | None]:
+        """Write what a unit gives; returns its reports, and what its experts give."""
+        reports: list[GroupReport] = []
+        output = None
+        floats = self._stream.floats
+        for piece in pieces:
+            match piece:
+                case Linear(name, linear):
+                    self._writer.add_linear(name, linear, floats.dtype(f"{name}.weight"))
+                case Float(name, tensor):
+                    self._writer.add(name, tensor.to(floats.dtype(name)))
+                case Row(report):
+                    reports.append(report)
+                case Output(tensor):
+                    output = tensor
+        return reports, output
+
+    def _write_rest(self, index: int) -> None:
+        """Every tensor of a layer that is not written yet, as it is."""
+        prefix = self._stream.layer_name(index) + "."
+        for name in self._stream.checkpoint.names:
+            linear, _, part = name.rpartition(".")
+            quantized = part in ("weight", "bias") and self._policies.get(linear) is not None
+            if name.startswith(prefix) and name not in self._writer and not quantized:
+                add_unchanged(self._stream.floats, name, self._writer)
+
+
+def add_unchanged(floats: FloatReader, name: str, writer: CheckpointWriter) -> None:
+    """Write a tensor as the float model has it.
+
+    Raises:
+        InputError: it holds NaN or infinite values, or is a weight and no float.
+    """
+    if floats.is_part_of_another(name):
+        return
+    if floats.checkpoint.info(name).dtype in FLOATS or name.endswith(".weight"):
+        writer.add(name, floats.tensor(name))
+    else:
+        writer.add(name, floats.checkpoint.tensor(name))  # a buffer: a mask, positions
+
+
+def _summarized(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for the same group of all experts, with the mean of their errors."""
+    by_group: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        by_group.setdefault(tuple(row["linears"]), []).append(row)
+    return [
+        {
+            **same[0],
+            "linears": [f"experts.*.{linear}" for linear in linears],
+            "alpha": None,
+            "relative_error": sum(row["relative_error"] for row in same) / len(same),
+        }
+        for linears, same in by_group.items()
+    ]
+
+
+@contextmanager
+def _observing(layer: nn.Module, statistics: dict[str, InputStatistics]) -> Iterator[None]:
+    """Within the block, what enters the linears of these names is counted."""
+    with ExitStack() as stack:
+        for name, seen in statistics.items():
+            hook = layer.get_submodule(name).register_forward_pre_hook(lambda _m, args, seen=seen: seen.update(args[0]))
+            stack.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def _handled(module: RoutedExperts, handler: Handler) -> Iterator[None]:
+    """Within the block a call of the experts does this."""
+    saved, module.handler = module.handler, handler
+    try:
+        yield
+    finally:
+        module.handler = saved

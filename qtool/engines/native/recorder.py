@@ -1,0 +1,110 @@
+"""What goes into a layer's routed experts, kept until the experts come one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from qtool.engines.native.activations import Activations
+from qtool.engines.native.experts import Routing
+from qtool.engines.native.units import ExpertTask, Source
+from qtool.recipe.schema import Policy
+
+_STEP = 4096  # tokens that are scored at a time
+
+
+class Recorder:
+    """Takes the place of the experts while their layer runs: remembers every token's input and routing, adds nothing.
+
+    Args:
+        folder: where the inputs go.
+        like: activations of as many tokens, as wide, of the same type.
+    """
+
+    def __init__(self, folder: Path, like: Activations) -> None:
+        self._inputs = Activations(folder / "experts-input", like.rows, like.width, like.dtype)
+        self._tokens = 0
+        self._chosen: list[torch.Tensor] = []
+        self._weights: list[torch.Tensor] = []
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._inputs.remove()
+
+    def __call__(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        self._inputs.write(self._tokens, hidden)
+        self._tokens += len(hidden)
+        self._chosen.append(chosen.cpu())
+        self._weights.append(weights.cpu())
+        return torch.zeros_like(hidden)
+
+    def routing(self, count: int) -> Routing:
+        """Of all tokens, to `count` experts."""
+        return Routing(torch.cat(self._chosen), torch.cat(self._weights), count)
+
+    def likely(
+        self, experts: list[int], counts: list[int], routing: Routing, router: torch.Tensor | None, enough: int
+    ) -> dict[int, torch.Tensor]:
+        """For experts that saw less than `enough` tokens, those that fill up to it: the ones that the router scores
+        highest for the expert among the tokens that it sent elsewhere; without a router, evenly spaced ones.
+
+        Args:
+            experts: their numbers.
+            counts: tokens that each expert of the layer saw.
+            router: float32 [all experts, hidden].
+
+        Returns:
+            Per expert the tokens' numbers, ascending, int64.
+        """
+        if not experts:
+            return {}
+        if router is None:
+            scores = torch.zeros(self._tokens, len(experts))
+            order = torch.arange(self._tokens)
+            scores -= (order * 0.6180339887 % 1)[:, None]  # spreads evenly, however many are taken
+        else:
+            rows = router[experts].t()
+            steps = range(0, self._tokens, _STEP)
+            scores = torch.cat([self._inputs.read(s, min(s + _STEP, self._tokens)).float() @ rows for s in steps])
+        found = {}
+        for column, expert in enumerate(experts):
+            own = routing.tokens(expert)[0]
+            scores[own, column] = -torch.inf
+            missing = min(enough - counts[expert], self._tokens - len(own))
+            found[expert] = scores[:, column].topk(missing).indices.sort().values
+        return found
+
+    def task(
+        self,
+        source: Source,
+        index: int,
+        experts: list[int],
+        policies: list[dict[str, Policy | None]],
+        routing: Routing,
+        extra: dict[int, torch.Tensor],
+        *,
+        quantize: bool,
+    ) -> tuple[ExpertTask, torch.Tensor]:
+        """The unit of some experts of layer `index`, and the numbers of the tokens that its output is for."""
+        none = torch.empty(0, dtype=torch.int64)
+        routed = [routing.tokens(expert) for expert in experts]
+        more = [extra.get(expert, none) if quantize else none for expert in experts]
+        rows = torch.cat([*(tokens for tokens, _ in routed), *more]).unique()
+        task = ExpertTask(
+            source=source,
+            index=index,
+            experts=experts,
+            policies=policies,
+            x=self._inputs.gather(rows),
+            tokens=[torch.searchsorted(rows, tokens) for tokens, _ in routed],
+            weights=[weights for _, weights in routed],
+            extra=[torch.searchsorted(rows, tokens) for tokens in more],
+            quantize=quantize,
+        )
+        return task, rows

@@ -1,0 +1,265 @@
+"""`qtool run`: a recipe from the hub to generated text, as stages of one job."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtool import convert, engines, runtime, workers
+from qtool.checkpoint.reader import Checkpoint
+from qtool.environments.lookup import interpreter
+from qtool.errors import InputError
+from qtool.jobs import contents, download, quantize, stages
+from qtool.jobs.stages import Done, Job
+from qtool.recipe.schema import Recipe
+
+OnEvent = Callable[[workers.Event], None]
+
+EVALUATION, ANSWERS = "eval.json", "answers.jsonl"
+_ANSWER = ("prompt", "text", "finish_reason", "prompt_tokens", "completion_tokens")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line adds to a recipe: where to compute, and whether the model's own code may run."""
+
+    engine: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where everything is.
+
+    Attributes:
+        model: the float model, or the quantized one where the recipe's model is quantized already.
+        checkpoints: the quantized model by format, the recipe's own format first.
+        evaluation, answers: files, where the recipe asks for them.
+        stages: all of them, in order.
+    """
+
+    model: Path
+    checkpoints: dict[str, Path]
+    evaluation: Path | None
+    answers: Path | None
+    stages: list[Done]
+
+
+def run(job: Job, recipe: Recipe, model: Path | None, settings: Settings, on_event: OnEvent) -> Outcome:
+    """Do all stages of `recipe` that are not done: download, convert from GGUF, quantize, eval, convert, generate.
+
+    Args:
+        model: a folder or a GGUF file; None for the one that the recipe names.
+
+    Raises:
+        InputError, QtoolError: as the stages do; what is done stays done.
+    """
+    return _Run(job, recipe, settings, on_event).all(model)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A checkpoint, and the digest of what it holds."""
+
+    path: Path
+    digest: str
+
+
+class _Run:
+    def __init__(self, job: Job, recipe: Recipe, settings: Settings, on_event: OnEvent) -> None:
+        self.job, self.recipe, self.settings, self.on_event = job, recipe, settings, on_event
+
+    def all(self, given: Path | None) -> Outcome:
+        model = self._model(given)
+        evaluation = None
+        quantized = model
+        if (found := Checkpoint.open(model.path).format) == "float":
+            quantized = self._quantize(model)
+            if self.recipe.eval.windows:
+                evaluation = self._eval(model, quantized)
+        else:
+            self.job.say(f"quantize, eval: left out, the model is {found} already")
+        checkpoints = {Checkpoint.open(quantized.path).format: quantized}
+        for target in self.recipe.export.also:
+            if target not in checkpoints:
+                checkpoints[target] = self._convert(quantized, target)
+        answers = self._generate(checkpoints) if self.recipe.generate.prompts else None
+        paths = {name: made.path for name, made in checkpoints.items()}
+        return Outcome(model.path, paths, evaluation, answers, self.job.done)
+
+    # -------------------------------------------------------------- the model
+
+    def _model(self, given: Path | None) -> _Made:
+        """The model as a folder of safetensors, wherever it comes from."""
+        if given is None:
+            downloaded = self._download()
+            file = _gguf(downloaded.path)
+            return self._from_gguf(file) if file else downloaded
+        path = given.absolute()
+        file = _gguf(path)
+        return self._from_gguf(file) if file else _Made(path, contents.together(contents.of_model(path, self._hashing)))
+
+    def _download(self) -> _Made:
+        model = self.recipe.model
+        if model is None:
+            raise InputError("this recipe names no model", where=f"recipe {self.recipe.name}", hint="Give one.")
+        done = self.job.stage(
+            "download",
+            model.repo.rpartition("/")[2],
+            {"model": model.model_dump()},
+            lambda target: download.run(model, target, on_event=self.on_event),
+            repair=True,
+        )
+        return _Made(done.output, done.digest)
+
+    def _from_gguf(self, file: Path) -> _Made:
+        found = contents.of_files(file.parent, [file.name], self._hashing)
+        done = self.job.stage(
+            "convert from GGUF",
+            file.stem,
+            {"file": found[file.name]},
+            lambda target: convert.from_gguf(file, target, "bfloat16", overwrite=True, on_event=self.on_event),
+        )
+        return _Made(done.output, done.digest)
+
+    # -------------------------------------------------------------- quantize, eval, convert
+
+    def _quantize(self, model: _Made) -> _Made:
+        recipe, settings = self.recipe, self.settings
+        scheme = quantize.scheme_of(recipe, None)
+        engine = engines.choose()[0] if settings.engine == "auto" else settings.engine
+        inputs = {
+            "model": model.digest,
+            "scheme": [policy.model_dump(mode="json") for policy in recipe.schemes[scheme]],
+            "calibration": recipe.calibration.model_dump() | {"data": self._text(recipe.calibration.data)},
+            "osl": recipe.osl,
+            "format": recipe.export.format,
+            "max_shard_gb": recipe.export.max_shard_gb,
+            "launch": recipe.launch.model_dump(),
+            "engine": engine,
+            "device": settings.device,
+        }
+
+        def make(target: Path) -> None:
+            quantize.run(
+                model.path,
+                target,
+                recipe,
+                scheme=scheme,
+                engine=engine,
+                calibration=recipe.calibration.model_dump(),
+                device=settings.device,
+                trust_remote_code=settings.trust_remote_code,
+                on_event=self.on_event,
+            )
+
+        done = self.job.stage("quantize", f"{model.path.name}-{scheme}", inputs, make)
+        return _Made(done.output, done.digest)
+
+    def _eval(self, model: _Made, quantized: _Made) -> Path:
+        wanted = self.recipe.eval
+        inputs = {
+            "base": model.digest,
+            "quantized": quantized.digest,
+            **wanted.model_dump(),
+            "text": self._text(wanted.text),
+        }
+
+        def make(target: Path) -> None:
+            job = {
+                "base": str(model.path),
+                "quantized": str(quantized.path),
+                "text": wanted.text if wanted.text == "builtin" else str(Path(wanted.text).expanduser().absolute()),
+                "windows": wanted.windows,
+                "length": wanted.length,
+                "trust_remote_code": self.settings.trust_remote_code,
+            }
+            python = interpreter("native")
+            result = workers.run("qtool.evaluate.worker", job, python=python, on_event=self.on_event)
+            stages.write(target, json.dumps(result, indent=2) + "\n")
+
+        return self.job.stage("eval", EVALUATION, inputs, make).output
+
+    def _convert(self, source: _Made, target: str) -> _Made:
+        done = self.job.stage(
+            f"convert to {target}",
+            f"{source.path.name}-{target}",
+            {"source": source.digest, "to": target},
+            lambda output: convert.to_format(source.path, output, target, overwrite=True, on_event=self.on_event),
+        )
+        return _Made(done.output, done.digest)
+
+    # -------------------------------------------------------------- generate
+
+    def _generate(self, checkpoints: dict[str, _Made]) -> Path:
+        format_, name = _runnable(list(checkpoints))
+        model, wanted = checkpoints[format_], self.recipe.generate
+        inputs = {"model": model.digest, "runtime": name, **wanted.model_dump()}
+
+        def make(target: Path) -> None:
+            answers = runtime.generate(
+                model.path,
+                wanted.prompts,
+                max_tokens=wanted.max_tokens,
+                temperature=wanted.temperature,
+                top_p=wanted.top_p,
+                trust_remote_code=self.settings.trust_remote_code,
+                on_event=self._without_items,
+            )
+            lines = [json.dumps({key: answer[key] for key in _ANSWER}, ensure_ascii=False) for answer in answers]
+            stages.write(target, "".join(f"{line}\n" for line in lines))
+
+        return self.job.stage("generate", ANSWERS, inputs, make).output
+
+    def _without_items(self, event: workers.Event) -> None:
+        if event["event"] != "item":
+            self.on_event(event)
+
+    # -------------------------------------------------------------- what counts as content
+
+    def _hashing(self, done: int, total: int) -> None:
+        self.job.progress("checking the model", done, total)
+
+    def _text(self, data: str) -> str:
+        """What stands for a text among a stage's inputs: the SHA-256 of the file that it is in."""
+        if data == "self":
+            return data
+        path = Path(data).expanduser()
+        if data == "builtin":
+            found = importlib.util.find_spec("pydoc_data.topics")
+            assert found is not None
+            assert found.origin is not None
+            path = Path(found.origin)
+        if not path.is_file():
+            raise InputError("no such file", where=data)
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _gguf(model: Path) -> Path | None:
+    """The GGUF file that a model is, or that is all a folder holds of one."""
+    if not model.is_dir():
+        return model
+    found = sorted(model.glob("*.gguf"))
+    if (model / "config.json").exists() or not found:
+        return None
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found[:4])
+        raise InputError(f"several GGUF files: {names}", where=str(model), hint="Give one of them after the recipe.")
+    return found[0]
+
+
+def _runnable(formats: list[str]) -> tuple[str, str]:
+    """The first format that this machine has a runtime for, and the runtime's name. Raises InputError."""
+    reasons = []
+    for format_ in formats:
+        try:
+            return format_, runtime.choose("auto", "float" if format_ == "bfloat16" else format_).name
+        except InputError as error:
+            reasons.append(error)
+    raise reasons[0]

@@ -1,0 +1,170 @@
+"""A job of several stages in one folder, of which only what is not done yet is done.
+
+A stage is known by what decides its output: its inputs (parameters, and digests of the files it reads) and qtool's
+version. What it made is known by the SHA-256 of each file. A stage is done when both are as recorded; times count for
+nothing. `qtool-run.json` in the folder has the records; each is written before its stage begins, without files, and
+again when it has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import qtool
+from qtool.checkpoint.reader import read_json
+from qtool.checkpoint.storage import disk_errors, sync, tidy
+from qtool.errors import InputError, QtoolError
+from qtool.jobs import contents
+from qtool.jobs.contents import Files
+
+STATE = "qtool-run.json"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished stage.
+
+    Attributes:
+        name, output: as given.
+        kept: whether it was done before.
+        seconds: how long it took when it was done; None where that run was killed just then.
+        digest: of the output's content.
+    """
+
+    name: str
+    output: Path
+    kept: bool
+    seconds: float | None
+    digest: str
+
+
+@dataclass
+class Job:
+    """The stages in `folder`, in the order in which they are asked for. Use it inside `opened`.
+
+    Args:
+        say: told about every stage, in a line.
+        progress: gets stage, bytes done and bytes in all while files are hashed.
+    """
+
+    folder: Path
+    say: Callable[[str], None]
+    progress: Callable[[str, int, int], None]
+    done: list[Done] = field(default_factory=list)
+    _records: dict[str, Any] = field(default_factory=dict)
+
+    def stage(
+        self, name: str, output: str, inputs: dict[str, Any], make: Callable[[Path], object], *, repair: bool = False
+    ) -> Done:
+        """Have `make(path)` make the file or folder `output` in the job's folder, unless that is done.
+
+        `make` must make it complete or not at all. What is there of an earlier run is removed first; with `repair`
+        only the files that are not as they were.
+
+        Raises:
+            QtoolError: what `make` raises; the stages before stay done.
+        """
+        path = self.folder / output
+        key = contents.digest({"stage": name, "output": output, "qtool": qtool.__version__, **inputs})
+        record = self._records.get(name) or {}
+        known = record.get("key") == key
+        files = self._measure(name, path) if known else {}
+        if not known or not path.exists():
+            self.say(f"{name}: inputs have changed" if record and not known else f"{name}: begins")
+        elif "files" not in record:  # killed just after it was done: what is at the path is complete
+            return self._finish(name, output, key, files, None, kept=True)
+        elif wrong := _wrong(record["files"], files):
+            self.say(
+                f"{name}: done again, because {wrong[0]} is not what it was"
+                + f" (and {len(wrong) - 1} more)" * (len(wrong) > 1)
+            )
+            if repair:
+                for file in wrong:
+                    (path / file).unlink(missing_ok=True)
+        else:
+            self.say(f"{name}: done already")
+            return self._finish(name, output, key, record["files"], record.get("seconds"), kept=True)
+        if not (repair and known):
+            self._remove(record.get("output", output))
+            self._remove(output)
+        self._records[name] = {"key": key, "output": output}
+        self._save()
+        started = time.monotonic()
+        make(path)
+        seconds = round(time.monotonic() - started, 2)
+        return self._finish(name, output, key, self._measure(name, path), seconds, kept=False)
+
+    def _measure(self, name: str, path: Path) -> Files:
+        return contents.of_output(path, lambda done, total: self.progress(f"{name}: checking", done, total))
+
+    def _finish(self, name: str, output: str, key: str, files: Files, seconds: float | None, *, kept: bool) -> Done:
+        record = {"key": key, "output": output, "seconds": seconds, "files": files}
+        if self._records.get(name) != record:
+            self._records[name] = record
+            self._save()
+        self.done.append(Done(name, self.folder / output, kept, seconds, contents.together(files)))
+        return self.done[-1]
+
+    def _remove(self, output: str) -> None:
+        path = self.folder / Path(output).name  # whatever the file says, nothing outside this folder
+        tidy(path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def _save(self) -> None:
+        write(self.folder / STATE, json.dumps({"qtool": qtool.__version__, "stages": self._records}, indent=1) + "\n")
+
+
+def _wrong(recorded: Files, found: Files) -> list[str]:
+    """Files that are missing or have other bytes; what somebody put beside them is nobody's business."""
+    return [path for path, sha256 in recorded.items() if found.get(path) != sha256]
+
+
+@contextlib.contextmanager
+def opened(folder: Path, say: Callable[[str], None], progress: Callable[[str, int, int], None]) -> Iterator[Job]:
+    """The job in `folder`, which is made if need be and belongs to this process alone for so long.
+
+    Raises:
+        InputError: the folder holds something else. QtoolError: another process is at work in it.
+    """
+    with disk_errors(folder, 0):
+        state = folder / STATE
+        if folder.exists() and not state.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError("is not empty and no job's folder", where=str(folder), hint="Choose another --work.")
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise QtoolError("another qtool run is at work here", where=str(folder)) from None
+        job = Job(folder, say, progress)
+        if state.exists():
+            stages = read_json(state).get("stages")
+            job._records = {k: v for k, v in stages.items() if isinstance(v, dict)} if isinstance(stages, dict) else {}
+        else:
+            job._save()
+        yield job
+    finally:
+        os.close(handle)
+
+
+def write(file: Path, text: str) -> None:
+    """A text file, complete or not at all. Raises QtoolError when the disk is full."""
+    new = file.with_name(f".{file.name}.new")
+    with disk_errors(file, len(text)):
+        new.write_text(text, encoding="utf-8")
+        sync(new)
+        new.replace(file)
+        sync(file.parent)
