@@ -22,15 +22,26 @@ from tests import families
 
 # A static input's step and zero point, or None: each token has a step of its own.
 Fixed = tuple[float, float] | None
+# What a router gives: (scores [tokens, experts], weights [tokens, k], the experts' numbers [tokens, k]), by layer.
+Route = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Routes = dict[int, Route]
 
 _ATTENTION = r".*\.self_attn\.(q_a|q_b|q|k|v|o|kv_a)_proj(_with_mqa)?"
 _FEED_FORWARD = r".*\.(mlp|block_sparse_moe)\.(.*\.)?(gate_proj|up_proj|down_proj|w1|w2|w3)"
 
 
-def rounded_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(int8 [out, in], float32 [out]): every row in 255 steps over twice its largest magnitude."""
+def rounded_rows(weight: np.ndarray, stored: torch.dtype = torch.float32) -> tuple[np.ndarray, np.ndarray]:
+    """Each row in 255 steps over twice its largest magnitude.
+
+    Args:
+        weight: float32 [out, in].
+        stored: the type that a step is rounded to.
+
+    Returns:
+        (int8 [out, in], float32 [out]).
+    """
     scale = (2 * np.abs(weight).max(axis=1).astype(np.float64) / 255).astype(np.float32)
-    scale = np.where(scale == 0, np.float32(1), scale)
+    scale = torch.from_numpy(np.where(scale == 0, np.float32(1), scale)).to(stored).float().numpy()
     return np.clip(np.rint(weight / scale[:, None]), -128, 127).astype(np.int8), scale
 
 
@@ -56,7 +67,7 @@ def nearest(source: Path, target: Path, calibration: torch.Tensor | None = None)
         if linear == name or not is_quantized(linear, depth):
             tensors[name] = tensor
             continue
-        integers, scale = rounded_rows(tensor.float().numpy())
+        integers, scale = rounded_rows(tensor.float().numpy(), tensor.dtype)
         tensors[name] = torch.from_numpy(integers)
         tensors[f"{name}_scale"] = torch.from_numpy(scale)[:, None].to(tensor.dtype)
         if linear in ranges:
@@ -95,8 +106,14 @@ def nearest(source: Path, target: Path, calibration: torch.Tensor | None = None)
 def load_float(folder: Path) -> Any:
     """A float checkpoint in transformers, float32."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of the layer that predicts one token further, which it doesn't load
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    finally:
+        logging.set_verbosity(said)
 
 
 def load(folder: Path) -> Any:
@@ -127,37 +144,55 @@ def load(folder: Path) -> Any:
 
 
 @torch.no_grad()
-def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """float32 [samples, tokens, vocabulary]."""
-    return model(ids, use_cache=False).logits.float()
+def logits(model: Any, ids: torch.Tensor, routes: Routes | None = None) -> torch.Tensor:
+    """float32 [samples, tokens, vocabulary]; with `routes` every token goes where they say."""
+    handles = []
+    for number, layer in enumerate(model.model.layers):
+        if routes is not None and number in routes:
+            forced = routes[number]
+            handles.append(layer.mlp.gate.register_forward_hook(lambda _m, _a, _o, forced=forced: forced))
+    try:
+        return model(ids, use_cache=False).logits.float()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def routes(model: Any, ids: torch.Tensor) -> Routes:
+    """Where transformers' own forward pass sends each token of `ids`.
+
+    A rounding error that makes a token change its expert costs more than all others, and at random: to compare
+    roundings, let every model send the tokens where the float model does.
+    """
+    found: Routes = {}
+    handles = []
+    for number, layer in enumerate(model.model.layers):
+        if hasattr(layer.mlp, "gate"):
+
+            def keep(_: nn.Module, _args: Any, output: Route, number: int = number) -> None:
+                found[number] = output
+
+            handles.append(layer.mlp.gate.register_forward_hook(keep))
+    logits(model, ids)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def choices(model: Any, ids: torch.Tensor) -> dict[str, list[int]]:
+    """How many tokens of `ids` go to each expert, per layer with experts."""
+    return {
+        f"model.layers.{number}": torch.bincount(
+            chosen.flatten(), minlength=model.model.layers[number].mlp.experts.gate_up_proj.shape[0]
+        ).tolist()
+        for number, (_, _, chosen) in routes(model, ids).items()
+    }
 
 
 def divergence(found: torch.Tensor, reference: torch.Tensor) -> float:
     """Mean Kullback-Leibler divergence of logits from reference logits, in nats per token."""
     p, q = reference.log_softmax(-1), found.log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def choices(model: Any, ids: torch.Tensor) -> dict[str, list[int]]:
-    """How many tokens of `ids` go to each expert, per layer with experts, in transformers' own forward pass."""
-    found: dict[str, list[int]] = {}
-    handles = []
-    for number, layer in enumerate(model.model.layers):
-        experts: Any = getattr(layer.mlp, "experts", None)
-        if experts is None:
-            continue
-        name = f"model.layers.{number}"
-
-        def count(module: Any, args: tuple[torch.Tensor, ...], name: str = name) -> None:
-            numbers = torch.bincount(args[1].flatten(), minlength=module.gate_up_proj.shape[0])
-            found[name] = (torch.tensor(found.get(name, 0)) + numbers).tolist()
-
-        handles.append(experts.register_forward_pre_hook(count))
-    for row in ids:
-        logits(model, row[None])
-    for handle in handles:
-        handle.remove()
-    return found
 
 
 def _fake(x: torch.Tensor, fixed: Fixed) -> torch.Tensor:
