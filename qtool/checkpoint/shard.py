@@ -51,7 +51,7 @@ class Shard:
         self._tail: list[_Entry] = []
         self._body_bytes = 0
         self._tail_bytes = 0
-        self._tail_path = path.with_suffix(".tail")
+        self.tail_path = path.with_suffix(".tail")
         self._file: BinaryIO = path.open("rb+" if room else "wb", buffering=0)
         self._tail_file: BinaryIO | None = None
         self._file.seek(8 + self._room)
@@ -75,16 +75,16 @@ class Shard:
             shard.close()
             return shard
         end = 8 + shard._room + shard._body_bytes
-        if path.stat().st_size < end:
+        if shard._body and path.stat().st_size < end:
             raise OSError(f"{path} has become shorter")
         os.ftruncate(shard._file.fileno(), end)
         shard._file.seek(end)
         if shard._tail:
-            shard._tail_file = shard._tail_path.open("rb+", buffering=0)
+            shard._tail_file = shard.tail_path.open("rb+", buffering=0)
             os.ftruncate(shard._tail_file.fileno(), shard._tail_bytes)
             shard._tail_file.seek(shard._tail_bytes)
         else:
-            shard._tail_path.unlink(missing_ok=True)
+            shard.tail_path.unlink(missing_ok=True)
         return shard
 
     def state(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Shard:
             self._body_bytes += entry.nbytes
         else:
             if self._tail_file is None:
-                self._tail_file = self._tail_path.open("wb+", buffering=0)
+                self._tail_file = self.tail_path.open("wb+", buffering=0)
             entry.offset = self._tail_bytes
             _write(self._tail_file, content)
             self._tail.append(entry)
@@ -174,7 +174,7 @@ class Shard:
 
     def remove_tail(self) -> None:
         """Once nothing will be restored from before `finish`."""
-        self._tail_path.unlink(missing_ok=True)
+        self.tail_path.unlink(missing_ok=True)
 
     def close(self) -> None:
         self._file.close()

@@ -180,9 +180,10 @@ class CheckpointWriter:
                 named.rename(path)
             self._shards.append(Shard.restore(path, of_shard))
         self._first_open = next((i for i, s in enumerate(self._shards, 1) if not s.finished), len(self._shards) + 1)
-        for stale in self._folder.path.glob("shard-*"):
-            if stale.suffix != ".tail" and stale not in [shard.path for shard in self._shards]:
-                stale.unlink()
+        known = {path for shard in self._shards for path in (shard.path, shard.tail_path)}
+        for path in self._folder.path.glob("shard-*"):
+            if path not in known:
+                path.unlink()
         self.records = [entry["record"] for entry in entries]
         self._marked = bool(entries)
 

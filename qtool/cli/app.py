@@ -32,6 +32,8 @@ COMMANDS = {
     "quantize": ("qtool.cli.quantize:quantize", "Quantize a model to W8A8."),
     "generate": ("qtool.cli.generate:generate", "Generate text with a model, quantized or not."),
     "eval": ("qtool.cli.eval:evaluate", "Compare a quantized model with its original."),
+    "analyze": ("qtool.cli.analyze:analyze", "Rank a model's linear layers by what quantizing them costs."),
+    "tune": ("qtool.cli.tune:tune", "Make a recipe for one model: which layers stay float, which go per token."),
     "inspect": ("qtool.cli.inspect:inspect", "Show what a checkpoint is: architecture, format, size, schemes."),
     "convert": ("qtool.cli.convert:convert", "Convert between W8A8 formats, or from a GGUF file."),
     "run": ("qtool.cli.run:run", "Do a whole recipe, from download to text, as one job."),

@@ -133,7 +133,11 @@ def _show_plan(result: dict[str, Any], recipe: Recipe, out: Console, json: bool)
     ]
     if "estimated_seconds" in result:
         seconds, peak = result["estimated_seconds"], result["estimated_peak_bytes"]
-        lines.append(f"estimated: {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB")
+        scratch = result["scratch_bytes"]
+        lines.append(
+            f"estimated: {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB, "
+            f"{scratch / 1e6:,.0f} MB of disk besides the output while it works"
+        )
     if "msrun" in result:
         lines += ["", result["yaml"], result["msrun"]]
     out.result("\n".join(lines))

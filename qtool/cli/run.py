@@ -29,6 +29,7 @@ def run(
     ] = None,
     engine: Annotated[Literal["auto", "native", "golden-stick"], typer.Option(help="Who quantizes.")] = "auto",
     device: Annotated[Literal["auto", "cpu", "cuda", "npu"], typer.Option(help="Where to compute.")] = "auto",
+    runtime: Annotated[str, typer.Option(help="Who generates: as for `qtool generate`.")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -37,7 +38,8 @@ def run(
     """Download, quantize, evaluate, convert and generate as a recipe says, and print the folder with the results.
 
     Run it again after an interruption, or with a changed recipe: what is done already is recognised by the content of
-    its inputs and outputs (SHA-256, read again each time) and kept; the rest is done. summary.md has the results.
+    its inputs and outputs (SHA-256, read again each time) and kept; the rest is done. summary.md has the results. The
+    folder is the job's own: what it made there is replaced when it has to be made again.
 
     A recipe's keys for this: `model` (hub and repo), `export.also` (further formats), `eval` (text, windows, length)
     and `generate.prompts`.
@@ -57,7 +59,7 @@ def run(
     folder = (work or Path(_default(chosen, given))).expanduser().absolute()
     _check(chosen, given, folder)
     with console() as out:
-        settings = service.Settings(engine, device, trust_remote_code)
+        settings = service.Settings(engine, device, runtime, trust_remote_code)
         with stages.opened(
             folder, out.info, lambda stage, done, total: out.progress(stage, done, total, "bytes")
         ) as job:
@@ -68,7 +70,10 @@ def run(
 
 
 def _default(recipe: Recipe, given: Path | None) -> str:
-    model = given.absolute().stem if given else recipe.model.repo.rpartition("/")[2] if recipe.model else "model"
+    if given is None:
+        model = recipe.model.repo.rpartition("/")[2] if recipe.model else "model"
+    else:
+        model = given.absolute().name.removesuffix(".gguf")
     return f"{model}-{recipe.name}"
 
 

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import torch
 
+TOP = 5
+
 
 class _Distribution:
-    """One model's side, per token: the largest logit and where it is, Σ exp(z - largest), and the target's logit."""
+    """One model's side, per token: the TOP largest logits and where they are, Σ exp(z - largest), the target's logit.
+
+    The first of `best` is the first entry of a tie; among the others a tie may fall either way.
+    """
 
     def __init__(self, targets: torch.Tensor) -> None:
         self.targets = targets
-        self.largest = torch.full(targets.shape, -torch.inf)
+        self.top = torch.full((*targets.shape, TOP), -torch.inf)
         self.sum = torch.zeros(targets.shape, dtype=torch.float64)
-        self.best = torch.zeros_like(targets)
+        self.best = torch.full((*targets.shape, TOP), -1)
         self.target = torch.zeros(targets.shape)
 
     def add(self, tokens: slice, first: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns exp(logits - largest) and the factor that brings older sums onto the new largest."""
-        largest, best = logits.max(dim=-1)
-        old = self.largest[tokens]
-        self.best[tokens] = torch.where(largest > old, best + first, self.best[tokens])
-        new = torch.maximum(old, largest)
+        old = self.top[tokens, 0].clone()
+        self._keep_best(tokens, first, logits)
+        new = self.top[tokens, 0]
         factor = (old - new).double().exp()
-        self.largest[tokens] = new
         powers = (logits - new[:, None]).exp_()
         self.sum[tokens] = self.sum[tokens] * factor + powers.sum(dim=-1).double()
         place = self.targets[tokens] - first
@@ -35,9 +38,23 @@ class _Distribution:
         self.target[tokens] = torch.where(inside, found, self.target[tokens])
         return powers, factor
 
+    def _keep_best(self, tokens: slice, first: int, logits: torch.Tensor) -> None:
+        largest, best = logits.max(dim=-1)  # of tied logits topk may name any
+        found, places = logits.topk(min(TOP, logits.shape[1]), dim=-1)
+        values = torch.cat((self.top[tokens], found), dim=1)
+        names = torch.cat((self.best[tokens], places + first), dim=1)
+        new = largest > values[:, 0]
+        values, order = values.sort(dim=1, descending=True, stable=True)
+        names = names.gather(1, order)
+        self.top[tokens] = values[:, :TOP]
+        # ...so where this slice has the largest, its first one is put in front, in the place of the one topk named
+        swapped = torch.where(names == best[:, None] + first, names[:, :1], names)
+        swapped[:, 0] = best + first
+        self.best[tokens] = torch.where(new[:, None], swapped, names)[:, :TOP]
+
     def normalizer(self) -> torch.Tensor:
         """logsumexp of the logits, float64 [tokens]."""
-        return self.largest.double() + self.sum.log()
+        return self.top[:, 0].double() + self.sum.log()
 
     def surprise(self) -> torch.Tensor:
         """-log p(target), float64 [tokens]."""
@@ -68,4 +85,9 @@ class Divergence:
 
     def agreement(self) -> torch.Tensor:
         """Whether both put the same token first, bool [tokens]; of tied tokens the first counts."""
-        return self.base.best == self.other.best
+        return self.base.best[:, 0] == self.other.best[:, 0]
+
+    def overlap(self) -> torch.Tensor:
+        """How much of the base's TOP likeliest tokens are among the other's, 0 to 1, float64 [tokens]."""
+        same = self.base.best[:, :, None] == self.other.best[:, None, :]
+        return same.any(dim=2).double().mean(dim=1)

@@ -39,10 +39,37 @@ def card(name: str, report: Mapping[str, Any], base_readme: str) -> str:
     ]
     if isinstance(error := report.get("mean_relative_error"), int | float):
         rows.append(("measured", f"mean relative error of the quantized layers on the calibration text: {error:.2e}"))
+    if isinstance(evaluation := report.get("evaluation"), Mapping):
+        rows += _evaluation(evaluation)
     rows.append(("made with", f"qtool {report.get('qtool', '')}".strip()))
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
     front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n# {name}\n\n| | |\n| --- | --- |\n{table}\n\n`qtool.json` has all the settings.\n"
+
+
+def _evaluation(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What `qtool eval` measured, each figure with its 95 % interval."""
+    names = {
+        "quantized_perplexity": ("perplexity", ".2f"),
+        "base_perplexity": ("perplexity of the base model", ".2f"),
+        "kl_divergence": ("KL divergence from the base model, nats per token", ".4f"),
+        "top1_agreement": ("same likeliest token as the base model", ".1%"),
+    }
+    rows = []
+    for key, (name, form) in names.items():
+        figure = found.get(key)
+        if isinstance(figure, Mapping) and isinstance(value := figure.get("value"), int | float):
+            low, high = figure.get("low"), figure.get("high")
+            known = isinstance(low, int | float) and isinstance(high, int | float)
+            rows.append((name, f"{value:{form}}" + (f" ({low:{form}} to {high:{form}})" if known else "")))
+    text = found.get("text")
+    if rows and isinstance(text, Mapping):
+        runtime = found.get("runtime")
+        by = runtime.get("name") if isinstance(runtime, Mapping) else None
+        where = f", in {by}" if by not in (None, "qtool") else ""
+        what = f"{text.get('windows')} x {text.get('length')} tokens of {text.get('source')}{where}"
+        rows.append(("evaluated on", what))
+    return rows
 
 
 def front_matter(readme: str) -> dict[str, Any]:

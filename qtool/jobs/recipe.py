@@ -25,10 +25,11 @@ _ANSWER = ("prompt", "text", "finish_reason", "prompt_tokens", "completion_token
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line adds to a recipe: where to compute, and whether the model's own code may run."""
+    """What the command line adds to a recipe: who computes and where, and whether the model's own code may run."""
 
     engine: str = "auto"
     device: str = "auto"
+    runtime: str = "auto"
     trust_remote_code: bool = False
 
 
@@ -197,7 +198,7 @@ class _Run:
     # -------------------------------------------------------------- generate
 
     def _generate(self, checkpoints: dict[str, _Made]) -> Path:
-        format_, name = _runnable(list(checkpoints))
+        format_, name = _runnable(list(checkpoints), self.settings.runtime)
         model, wanted = checkpoints[format_], self.recipe.generate
         inputs = {"model": model.digest, "runtime": name, **wanted.model_dump()}
 
@@ -205,6 +206,7 @@ class _Run:
             answers = runtime.generate(
                 model.path,
                 wanted.prompts,
+                runtime=self.settings.runtime,
                 max_tokens=wanted.max_tokens,
                 temperature=wanted.temperature,
                 top_p=wanted.top_p,
@@ -254,12 +256,12 @@ def _gguf(model: Path) -> Path | None:
     return found[0]
 
 
-def _runnable(formats: list[str]) -> tuple[str, str]:
+def _runnable(formats: list[str], wanted: str) -> tuple[str, str]:
     """The first format that this machine has a runtime for, and the runtime's name. Raises InputError."""
     reasons = []
     for format_ in formats:
         try:
-            return format_, runtime.choose("auto", "float" if format_ == "bfloat16" else format_).name
+            return format_, runtime.choose(wanted, "float" if format_ == "bfloat16" else format_).name
         except InputError as error:
             reasons.append(error)
     raise reasons[0]

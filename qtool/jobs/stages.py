@@ -78,22 +78,24 @@ class Job:
         record = self._records.get(name) or {}
         known = record.get("key") == key
         files = self._measure(name, path) if known else {}
-        if not known or not path.exists():
-            self.say(f"{name}: inputs have changed" if record and not known else f"{name}: begins")
-        elif "files" not in record:  # killed just after it was done: what is at the path is complete
-            return self._finish(name, output, key, files, None, kept=True)
-        elif wrong := _wrong(record["files"], files):
-            self.say(
-                f"{name}: done again, because {wrong[0]} is not what it was"
-                + f" (and {len(wrong) - 1} more)" * (len(wrong) > 1)
-            )
-            if repair:
-                for file in wrong:
-                    (path / file).unlink(missing_ok=True)
-        else:
+        # The record of an unfinished stage has no files; but its output, if there, came into being complete.
+        recorded: Files | None = record.get("files", None if repair else files)
+        wrong = _wrong(recorded or {}, files)
+        if known and path.exists() and recorded is not None and not wrong:
             self.say(f"{name}: done already")
-            return self._finish(name, output, key, record["files"], record.get("seconds"), kept=True)
-        if not (repair and known):
+            return self._finish(name, output, key, files=recorded, seconds=record.get("seconds"), kept=True)
+        if not record:
+            self.say(f"{name}: begins")
+        elif not known:
+            self.say(f"{name}: done again, its inputs have changed")
+        elif wrong:
+            self.say(f"{name}: done again, {wrong[0]} is not what it was")
+        else:
+            self.say(f"{name}: goes on")
+        if repair and known:
+            for file in wrong:
+                (path / file).unlink(missing_ok=True)
+        else:
             self._remove(record.get("output", output))
             self._remove(output)
         self._records[name] = {"key": key, "output": output}
@@ -115,7 +117,9 @@ class Job:
         return self.done[-1]
 
     def _remove(self, output: str) -> None:
-        path = self.folder / Path(output).name  # whatever the file says, nothing outside this folder
+        if Path(output).name != output or output in ("", ".."):
+            return  # whatever the file says, nothing outside this folder
+        path = self.folder / output
         tidy(path)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -73,10 +73,12 @@ def stage_rows(summary: dict[str, Any]) -> list[list[str]]:
 def size_rows(summary: dict[str, Any]) -> list[list[str]]:
     """format, size, of the original, folder"""
     whole = summary["checkpoints"].get("float", {}).get("bytes")
-    return [
-        [name, amount(found["bytes"], "bytes"), f"{found['bytes'] / whole:.0%}" if whole else "", found["path"]]
-        for name, found in summary["checkpoints"].items()
-    ]
+    rows = []
+    for name, found in summary["checkpoints"].items():
+        path, share = Path(found["path"]), f"{found['bytes'] / whole:.0%}" if whole else ""
+        shown = path.relative_to(summary["work"]) if path.is_relative_to(summary["work"]) else path
+        rows.append([name, amount(found["bytes"], "bytes"), share, str(shown)])
+    return rows
 
 
 def figure_rows(summary: dict[str, Any]) -> list[list[str]]:

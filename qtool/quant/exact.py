@@ -15,7 +15,7 @@ from torch import nn
 
 from qtool.quant import observers, osl, rounding, smoothing
 from qtool.quant.integer import fake_quantize_tensor, fake_quantize_tokens
-from qtool.quant.layer import GroupReport, LayerResult, Storage, policy_of, static_parameters
+from qtool.quant.layer import GroupReport, LayerResult, Storage, extent, policy_of, static_parameters
 from qtool.quant.replay import Recording
 from qtool.quant.smoothing import Smoothing
 from qtool.quant.statistics import InputStatistics
@@ -172,6 +172,7 @@ def _round(layer: nn.Module, work: _Work, storage: Storage, result: LayerResult)
     else:
         noisy = fake_quantize_tokens(work.sample)
     integers = rounding.integers_within(work.weight, work.scales, work.bounds).to(torch.int8)
+    s = work.smoothing.s if work.smoothing is not None else torch.ones_like(work.low)
     few = slice(None, None, max(1, len(noisy) // _REPORT_TOKENS))
     reference = work.sample[few] @ work.weight.t()
     error = (noisy[few] @ (integers * work.scales[:, None]).t()).sub_(reference).square_().sum()
@@ -182,6 +183,8 @@ def _round(layer: nn.Module, work: _Work, storage: Storage, result: LayerResult)
             smoothing=work.policy.smoothing if work.smoothing is not None else "none",
             alpha=work.smoothing.alpha if work.smoothing is not None else None,
             relative_error=float(error / reference.square_().sum().clamp(min=1e-30)),
+            input=extent(work.low * s, work.high * s),
+            smoothed=extent(work.low, work.high),
         )
     )
     start = 0

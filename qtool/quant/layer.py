@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from qtool.quant import observers, rounding, smoothing
 from qtool.quant.integer import asymmetric_scale_offset, fake_quantize_tensor, fake_quantize_tokens
@@ -24,7 +25,7 @@ _CLIP_RATIOS = (1.0, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8)
 # Weights that are in float32 at a time: what the cache takes; error compensation needs more rows to be worth its steps.
 _CHUNK, _COMPENSATED_CHUNK = 1 << 22, 1 << 24
 _MODEL_ROWS = 1 << 24  # elements of the rows that the search for a smoothing scale looks at
-_REPORT_TOKENS = 64  # that the reported error of a group is measured on
+_REPORT_TOKENS = 32  # that the reported error of a group is measured on
 _GPTQ_REMAINDER = 0.3  # of the rounding noise that error compensation leaves; measured 0.2 to 0.5 on SmolLM2
 
 
@@ -61,13 +62,20 @@ class Storage:
 
 @dataclass
 class GroupReport:
-    """How one group of linears came out; goes into qtool.json."""
+    """How one group of linears came out; goes into qtool.json.
+
+    Attributes:
+        input, smoothed: the input's range on the calibration text before and after smoothing, as "low", "high" and
+            "typical", the median over channels of the largest magnitude.
+    """
 
     linears: list[str]
     activations: str
     smoothing: str
     alpha: float | None
     relative_error: float
+    input: dict[str, float]
+    smoothed: dict[str, float]
 
 
 @dataclass
@@ -199,10 +207,13 @@ def quantize_group(
     s = folded.columns(members[0])
     static = policy.activations.mode == "static"
     sample = statistics.sample.float() if s is None else statistics.sample.float() / s
+    low, high = statistics.low, statistics.high
+    before = extent(low, high)
+    if s is not None:
+        low, high = low / s, high / s
     input_scale: float | None = None
     input_offset: int | None = None
     if static:
-        low, high = (statistics.low, statistics.high) if s is None else (statistics.low / s, statistics.high / s)
         input_scale, input_offset = static_parameters(
             *observers.static_range(low, high, sample, policy.activations), storage
         )
@@ -259,6 +270,8 @@ def quantize_group(
         smoothing=policy.smoothing if chosen is not None else "none",
         alpha=chosen.alpha if chosen is not None else None,
         relative_error=error / max(signal, 1e-30),
+        input=before,
+        smoothed=extent(low, high),
     )
     return linears, report
 
@@ -266,6 +279,12 @@ def quantize_group(
 def policy_of(group: Group, policies: Mapping[str, Policy | None]) -> Policy | None:
     """The policy of a group's quantized members; None when there are none."""
     return next((policy for name in group.linears if (policy := policies[name]) is not None), None)
+
+
+def extent(low: torch.Tensor, high: torch.Tensor) -> dict[str, float]:
+    """Per-channel extremes [in] in three numbers, for a report."""
+    typical = torch.maximum(low.abs(), high.abs()).median()
+    return {"low": float(low.min()), "high": float(high.max()), "typical": float(typical)}
 
 
 def static_parameters(low: float, high: float, storage: Storage) -> tuple[float, int]:
@@ -324,3 +343,50 @@ def _chunks(shapes: Sequence[tuple[str, int, int]], elements: int) -> Iterator[l
                 chunk, room = [], capacity
     if chunk:
         yield chunk
+
+
+class ModuleWeights:
+    """The parameters of a decoder layer that is in memory in float32."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._parameters = dict(layer.named_parameters())
+
+    def shape(self, linear: str) -> tuple[int, int]:
+        out, width = self._parameters[f"{linear}.weight"].shape
+        return out, width
+
+    def rows(self, linear: str, start: int, stop: int) -> torch.Tensor:
+        return self._parameters[f"{linear}.weight"][start:stop].detach()
+
+    def vector(self, name: str) -> torch.Tensor | None:
+        parameter = self._parameters.get(name)
+        return None if parameter is None or parameter.dim() != 1 else parameter.detach()
+
+
+@torch.no_grad()
+def quantize_layer(
+    layer: nn.Module,
+    groups: Sequence[Group],
+    policies: Mapping[str, Policy | None],
+    statistics: Mapping[str, InputStatistics],
+    storage: Storage,
+) -> LayerResult:
+    """Quantize a decoder layer in memory, and leave it with the folded float weights.
+
+    Args:
+        layer: float32 weights.
+        groups, policies, statistics: as for `smooth`.
+        storage: what the output format keeps.
+    """
+    folded, found = smooth(ModuleWeights(layer), groups, policies, statistics, storage.dtype)
+    result = LayerResult()
+    for group in groups:
+        first = group.linears[0]
+        if policy_of(group, policies) is not None:
+            linears, report = quantize_group(folded, group, policies, statistics[first], found.get(first), storage)
+            result.linears |= linears
+            result.groups.append(report)
+    changed = {f"{name}.weight": folded.rows(name, 0, folded.shape(name)[0]) for name in folded.linears}
+    for name, tensor in (changed | folded.changed).items():
+        layer.get_parameter(name).copy_(tensor)
+    return result

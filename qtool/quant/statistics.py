@@ -39,6 +39,7 @@ class InputStatistics:
     def empty(cls, width: int) -> InputStatistics:
         """Of an input of this width that no token has shown."""
         observed = cls(stride=1, with_gram=False)
+        observed._low = observed._high = observed._squares = torch.zeros(width)
         observed._kept.append(torch.empty(0, width))
         return observed
 

@@ -179,6 +179,7 @@ def _producers(layer: nn.Module, consumer_widths: set[int], heads: int) -> list[
             for blocks, tail in dict.fromkeys(parts):
                 if 0 < tail < width // blocks:
                     tails.append((name, torch.arange(width).reshape(blocks, -1)[:, -tail:].flatten()))
+    tails.sort(key=lambda tail: len(tail[1]) not in consumer_widths)  # the likely ones first
     return [*whole, *tails]
 
 

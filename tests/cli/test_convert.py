@@ -1,4 +1,4 @@
-"""`qtool convert`: a GGUF file written by the gguf library itself becomes the model it was made from."""
+"""`qtool convert`: between W8A8 formats; and a GGUF file by the gguf library becomes the model it was made from."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from tests.checkpoint.conftest import quantize_folder
+
+__all__ = ["quantize_folder"]
 
 LAYERS = {
     "attn_q": "self_attn.q_proj",
@@ -229,3 +233,101 @@ def test_an_interruption_leaves_nothing(
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (code, "", "interrupted\n")
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------ between W8A8 formats
+
+
+@pytest.fixture
+def quantized(tiny_llama: Path, tmp_path: Path, quantize_folder: Any) -> Path:
+    quantize_folder(tiny_llama, tmp_path / "model", "compressed-tensors", "static")
+    return tmp_path / "model"
+
+
+def test_a_folder_to_another_format(run_qtool: Any, quantized: Path) -> None:
+    from safetensors.torch import load_file
+
+    done = run_qtool("convert", "-", "--to", "golden-stick", stdin=f"{quantized}\n")
+    output = quantized.with_name("model-golden-stick")
+    assert (done.code, done.stdout) == (0, f"{output}\n"), done.stderr
+    assert "compressed-tensors to golden-stick: 14 static layers" in done.stderr
+    assert "scales unchanged" in done.stderr
+    name = "model.layers.1.mlp.up_proj.weight"
+    ours = load_file(output / "quant-model-00001-of-00001.safetensors")[name]
+    assert ours.equal(load_file(quantized / "model.safetensors")[name])
+
+    done = run_qtool("convert", output, "--to", "bfloat16", "--json", "--quiet")
+    assert (done.code, done.stderr) == (0, "")
+    result = json.loads(done.stdout)
+    assert result["output"] == f"{output}-bfloat16"
+    assert result["layers"] == {"static": 14, "dynamic": 0}
+    summary = json.loads(run_qtool("inspect", result["output"], "--json").stdout)
+    assert (summary["format"], summary["dtype"]) == ("float", "BF16")
+
+
+def test_wrong_usage_with_a_folder(run_qtool: Any, quantized: Path, tiny_llama: Path, gguf_file: Path) -> None:
+    (quantized.parent / "there").mkdir()
+    (quantized.parent / "empty").mkdir()
+    for arguments, message in (
+        ((quantized,), "a folder can be converted to several formats"),
+        ((quantized, "--to", "safetensors"), "a folder can be converted to several formats"),
+        ((quantized, "--to", "modelslim", "--dtype", "float16"), "a folder keeps its dtype"),
+        ((quantized, "--to", "modelslim", "--output", quantized.parent / "there"), "exists already"),
+        ((quantized, "--to", "modelslim", "--output", quantized / "inside"), "output and input overlap"),
+        ((quantized, "--to", "compressed-tensors"), "is compressed-tensors already"),
+        ((quantized.parent / "empty", "--to", "modelslim"), "no config.json"),
+        ((tiny_llama, "--to", "modelslim", "--output", quantized.parent / "out"), "not quantized"),
+        ((gguf_file, "--to", "golden-stick", "--output", quantized.parent / "out"), "a GGUF file, and can't become"),
+    ):
+        done = run_qtool("convert", *arguments)
+        assert (done.code, done.stdout) == (2, ""), arguments
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) <= 3
+    assert sorted(path.name for path in quantized.parent.iterdir()) == ["empty", "model", "there"]
+
+
+def test_hostile_names_stay_names(run_qtool: Any, quantized: Path) -> None:
+    """In a checkpoint a name is a key and never a path, and a terminal isn't told to do anything."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(quantized / "model.safetensors")
+    hostile = {"../../../tmp/evil.weight": torch.ones(3), "\x1b]0;evil\x07\n.weight": torch.ones(3), "": torch.ones(1)}
+    save_file(tensors | hostile, quantized / "model.safetensors", metadata={"format": "pt"})
+    done = run_qtool("convert", quantized, "--to", "golden-stick")
+    assert done.code == 0, done.stderr
+    output = quantized.with_name("model-golden-stick")
+    written = load_file(output / "quant-model-00001-of-00001.safetensors")
+    assert hostile.keys() <= written.keys()
+    assert sorted(path.name for path in quantized.parent.iterdir()) == ["model", "model-golden-stick"]
+    assert "\x1b" not in done.stderr
+
+
+def test_a_disk_that_is_too_small(qtool_environment: dict[str, str], quantized: Path) -> None:
+    """A limit on the size of files stands in for it: the system refuses to write in the middle."""
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "from qtool.__main__ import main\nmain()"
+    )
+    command = [sys.executable, "-c", code, "convert", str(quantized), "--to", "golden-stick", "--quiet"]
+    done = subprocess.run(command, env=qtool_environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no space left" in done.stderr
+    assert [path.name for path in quantized.parent.iterdir()] == ["model"]
+
+
+def test_a_killed_conversion_leaves_all_or_nothing(qtool_environment: dict[str, str], quantized: Path) -> None:
+    command = [sys.executable, "-m", "qtool", "convert", str(quantized), "--to", "golden-stick"]
+    process = subprocess.Popen(
+        command, env=qtool_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("converting")
+    process.kill()
+    process.communicate(timeout=60)
+    output = quantized.with_name("model-golden-stick")
+    there = {path.name for path in output.iterdir()} if output.exists() else None
+    done = subprocess.run([*command, "--overwrite"], env=qtool_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert there in (None, {path.name for path in output.iterdir()})
+    assert sorted(path.name for path in quantized.parent.iterdir()) == ["model", "model-golden-stick"]

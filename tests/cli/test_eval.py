@@ -55,7 +55,15 @@ def test_a_table_on_a_terminal(tiny_llama: Path, qtool_environment: dict[str, st
     os.close(master)
     assert done.returncode == 0, done.stderr
     text = shown.decode()
-    for expected in ("perplexity, base", "KL divergence", "0.00000 to 0.00000", "100.00%", "95 % interval"):
+    for expected in (
+        "perplexity, base",
+        "KL divergence",
+        "0.00000 to 0.00000",
+        "100.00%",
+        "95 % interval",
+        "99th percentile",
+        "top-5 agreement",
+    ):
         assert expected in text
 
 

@@ -107,3 +107,152 @@ def test_bad_input(tmp_path: Path, run_qtool: Callable[..., Any], content: bytes
     assert message in done.stderr
     assert str(folder) in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------ --tensors
+
+
+def rows(done: Any) -> dict[str, dict[str, Any]]:
+    assert done.code == 0, done.stderr
+    return {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
+
+
+def test_every_tensor_with_its_range(tiny_llama: Path, run_qtool: Callable[..., Any]) -> None:
+    found = rows(run_qtool("inspect", tiny_llama, "--tensors"))
+    tensors = load_file(tiny_llama / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        low, high = tensor.float().min().item(), tensor.float().max().item()
+        assert found[name] == {
+            "name": name,
+            "dtype": "BF16",
+            "shape": list(tensor.shape),
+            "bytes": tensor.nbytes,
+            "file": "model.safetensors",
+            "min": low,
+            "max": high,
+            "nonfinite": 0,
+        }
+
+
+def test_a_filter_and_what_quantization_adds(tmp_path: Path, tiny_llama: Path, run_qtool: Callable[..., Any]) -> None:
+    quantize(tiny_llama, tmp_path / "m", "golden-stick")
+    done = run_qtool(
+        "inspect", "-", "--tensors", "--filter", r"\.0\..*(q|up)_proj", "--json", stdin=f"{tmp_path / 'm'}\n"
+    )
+    found = rows(done)
+    prefix = "model.layers.0.self_attn.q_proj"
+    parts = {name.removeprefix(f"{prefix}.") for name in found if name.startswith(prefix)}
+    assert parts == {
+        "weight",
+        "weight_scale",
+        "weight_offset",
+        "input_scale",
+        "input_offset",
+        "deq_scale",
+        "quant_bias",
+    }
+    weight = found[f"{prefix}.weight"]
+    assert (weight["dtype"], weight["min"], weight["max"], weight["scheme"]) == ("I8", 1, 1, "W8A8 static")
+    assert (weight["scale_min"], weight["scale_max"]) == (1, 1)
+    assert found[f"{prefix}.quant_bias"]["min"] == -3 * 64
+    assert found["model.layers.0.mlp.up_proj.weight"]["scheme"] == "W8A8 dynamic"
+    assert all("q_proj" in name or "up_proj" in name for name in found)
+    assert not any(".1." in name for name in found)
+
+
+def test_numbers_of_every_kind(tmp_path: Path, run_qtool: Callable[..., Any], monkeypatch: Any) -> None:
+    tensors = {
+        "nan": torch.tensor([1.0, float("nan"), -2.0, float("inf"), float("-inf")]),
+        "nothing": torch.tensor([float("nan")]),
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(7, dtype=torch.int64),
+        "large": torch.tensor([2**62, -(2**62)]),
+        "bool": torch.tensor([True, False]),
+        "unsigned": torch.tensor([0, 65535], dtype=torch.uint16),
+        "eight": torch.tensor([448.0, -0.5]).to(torch.float8_e4m3fn),
+        "half": torch.tensor([65504.0, -1.0]).half(),
+        "double": torch.tensor([1e300, -1e-300], dtype=torch.float64),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    found = rows(run_qtool("inspect", tmp_path, "--tensors"))
+    ranges = {name: (row["min"], row["max"], row["nonfinite"]) for name, row in found.items()}
+    assert ranges == {
+        "nan": (-2.0, 1.0, 3),
+        "nothing": (None, None, 1),
+        "empty": (None, None, 0),
+        "scalar": (7, 7, 0),
+        "large": (-(2**62), 2**62, 0),
+        "bool": (0, 1, 0),
+        "unsigned": (0, 65535, 0),
+        "eight": (-0.5, 448.0, 0),
+        "half": (-1.0, 65504.0, 0),
+        "double": (-1e-300, 1e300, 0),
+    }
+    from qtool.checkpoint import ranges as module
+
+    monkeypatch.setattr(module, "_CHUNK", 16)  # a tensor in several pieces
+    checkpoint = Checkpoint.open(tmp_path)
+    for name, (low, high, nonfinite) in ranges.items():
+        assert module.measure(checkpoint, name) == {"min": low, "max": high, "nonfinite": nonfinite}
+
+
+def test_a_terminal_gets_a_line_for_each(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    from qtool.cli.inspect import inspect
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    inspect(str(tiny_llama), tensors=True, filter="lm_head|final|model.norm")
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.split() == ["name", "dtype", "shape", "bytes", "min", "max", "scheme", "scales"]
+    assert [line.split()[:2] for line in lines] == [["lm_head.weight", "BF16"], ["model.norm.weight", "BF16"]]
+    assert "512 x 64" in lines[0]
+
+
+def test_names_cannot_play_tricks_on_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    from qtool.cli.inspect import inspect
+
+    save_file({"\x1b]0;evil\x07": torch.ones(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    inspect(str(tmp_path), tensors=True)
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_wrong_usage_of_tensors(tiny_llama: Path, run_qtool: Callable[..., Any]) -> None:
+    for options, message in (
+        (["--filter", "x"], "goes with --tensors"),
+        (["--tensors", "--filter", "("], "not a regular expression"),
+    ):
+        done = run_qtool("inspect", tiny_llama, *options)
+        assert (done.code, done.stdout) == (2, "")
+        assert message in done.stderr
+
+
+def test_a_checkpoint_larger_than_memory_may_be(tmp_path: Path, qtool_environment: dict[str, str]) -> None:
+    """The worker never holds a tensor: a sparse one of 8 GB takes no more than the chunks that are read."""
+    import subprocess
+    import sys
+
+    size = 8 << 30
+    header = json.dumps({"big": {"dtype": "I8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    (tmp_path / "config.json").write_text("{}")
+    code = (
+        "import sys; from qtool.checkpoint import ranges; from qtool.checkpoint.reader import Checkpoint\n"
+        "import resource, itertools\n"
+        "chunks = Checkpoint.open(sys.argv[1]).chunks('big', ranges._CHUNK)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for chunk in itertools.islice(chunks, 12): ranges._finite(chunk)[0].aminmax()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=qtool_environment, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 600_000  # kilobytes, torch's first use included

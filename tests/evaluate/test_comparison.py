@@ -40,6 +40,8 @@ def job(text_file: Path) -> Callable[..., dict[str, Any]]:
             "text": str(text_file),
             "windows": WINDOWS,
             "length": LENGTH,
+            "runtime": None,
+            "engine": {},
             "trust_remote_code": False,
         } | changes
 
@@ -60,7 +62,7 @@ def quantize(tmp_path_factory: pytest.TempPathFactory, run_qtool: Callable[..., 
 
 
 def figures(base: Path, quantized: Path, text: Path) -> dict[str, float]:
-    """The four figures, from transformers' whole models in float32."""
+    """The figures, from transformers' whole models in float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokens = AutoTokenizer.from_pretrained(base)(text.read_text(encoding="utf-8"))["input_ids"]
@@ -72,10 +74,16 @@ def figures(base: Path, quantized: Path, text: Path) -> dict[str, float]:
             logs.append(model(ids).logits[:, :-1].double().log_softmax(-1))
     p, q = logs
     perplexities = [math.exp(-log.gather(2, ids[:, 1:, None]).mean().item()) for log in logs]
+    kl = (p.exp() * (p - q)).sum(-1)
+    five = [log.topk(5).indices for log in logs]
     return {
         "base_perplexity": perplexities[0],
         "quantized_perplexity": perplexities[1],
-        "kl_divergence": (p.exp() * (p - q)).sum(-1).mean().item(),
+        "kl_divergence": kl.mean().item(),
+        "kl_median": kl.median().item(),
+        "kl_p99": float(kl.flatten().quantile(0.99)),
+        "kl_max": kl.max().item(),
+        "top5_agreement": (five[0][..., None] == five[1][..., None, :]).any(-1).double().mean().item(),
         "top1_agreement": (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
     }
 
@@ -99,7 +107,12 @@ def assert_agrees(found: dict[str, Any], expected: dict[str, float], kl: float =
     """Within float error; a few activations round the other way when the order of a sum differs."""
     for name in ("base_perplexity", "quantized_perplexity"):
         assert found[name]["value"] == pytest.approx(expected[name], rel=1e-4)
-    assert found["kl_divergence"]["value"] == pytest.approx(expected["kl_divergence"], rel=kl, abs=1e-6)
+    for name in ("kl_divergence", "kl_median", "kl_p99", "kl_max"):
+        more = 1 if name == "kl_divergence" else 5  # a mean over all tokens differs least
+        assert found[name]["value"] == pytest.approx(expected[name], rel=more * kl, abs=more * 1e-6)
+    parts = found["kl_along_text"]["values"]
+    assert sum(parts) / len(parts) == pytest.approx(found["kl_divergence"]["value"])  # parts are of one token here
+    assert found["top5_agreement"]["value"] == pytest.approx(expected["top5_agreement"], abs=0.002)
     assert found["top1_agreement"]["value"] == pytest.approx(
         expected["top1_agreement"], abs=1.01 / (WINDOWS * (LENGTH - 1))
     )

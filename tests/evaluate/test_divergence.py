@@ -25,6 +25,10 @@ def test_it_equals_the_whole_softmax(rows: int, scale: float) -> None:
     for side, expected in ((divergence.base, p), (divergence.other, q)):
         torch.testing.assert_close(side.surprise(), -expected.gather(1, targets[:, None])[:, 0], rtol=1e-6, atol=1e-6)
     assert torch.equal(divergence.agreement(), base.argmax(-1) == other.argmax(-1))
+    likeliest = [[set(row.tolist()) for row in logits.topk(5).indices] for logits in (base, other)]
+    overlap = [len(a & b) / 5 for a, b in zip(*likeliest, strict=True)]
+    assert divergence.overlap().tolist() == pytest.approx(overlap)
+    assert 0 < sum(overlap) < 30
 
 
 def test_ties_go_to_the_first_token() -> None:

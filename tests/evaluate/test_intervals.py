@@ -1,12 +1,13 @@
-"""Confidence intervals against torch-free textbook values."""
+"""Confidence intervals against textbook values, and against the truth of simulated texts."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
+import torch
 
-from qtool.evaluate.intervals import estimate
+from qtool.evaluate.intervals import estimate, estimate_quantile
 
 
 def test_students_interval() -> None:
@@ -30,3 +31,22 @@ def test_transform() -> None:
     plain, transformed = estimate([1.0, 2.0, 3.0]), estimate([1.0, 2.0, 3.0], math.exp)
     for key in ("value", "low", "high"):
         assert transformed[key] == math.exp(plain[key])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("q", "normal"), [(0.5, 0.0), (0.99, 2.3263)])
+def test_a_quantiles_interval_holds_the_true_one(q: float, normal: float) -> None:
+    """Log-normal tokens, a sixth of whose variance is their window's: the true quantile is known."""
+    generator = torch.Generator().manual_seed(0)
+    truth, rounds, hits = math.exp(normal), 60, 0
+    for _ in range(rounds):
+        windows, tokens = (torch.randn(shape, generator=generator) for shape in ((24, 1), (24, 100)))
+        found = estimate_quantile(((windows + math.sqrt(5) * tokens) / math.sqrt(6)).exp(), q)
+        assert found["low"] is not None
+        assert found["high"] is not None
+        hits += found["low"] <= truth <= found["high"]
+    assert 0.85 * rounds <= hits
+
+
+def test_a_quantile_of_nothing_and_of_one_window() -> None:
+    assert estimate_quantile(torch.zeros(3, 4), 0.5) == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert estimate_quantile(torch.tensor([[1.0, 2.0, 3.0]]), 0.5) == {"value": 2.0, "low": None, "high": None}

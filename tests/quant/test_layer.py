@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qtool.quant.layer import LayerResult, Storage, policy_of, quantize_group, smooth
+from qtool.quant.layer import LayerResult, Storage, quantize_layer
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups, linear_layers
 from qtool.recipe.schema import Activations, Policy
@@ -31,44 +31,11 @@ def observe(layer: Any, groups: list[Group]) -> dict[str, InputStatistics]:
     return statistics
 
 
-class ModuleWeights:
-    """The parameters of a layer that is in memory."""
-
-    def __init__(self, layer: Any) -> None:
-        self._parameters = dict(layer.named_parameters())
-
-    def shape(self, linear: str) -> tuple[int, int]:
-        out, width = self._parameters[f"{linear}.weight"].shape
-        return out, width
-
-    def rows(self, linear: str, start: int, stop: int) -> torch.Tensor:
-        return self._parameters[f"{linear}.weight"][start:stop].clone()
-
-    def vector(self, name: str) -> torch.Tensor | None:
-        parameter = self._parameters.get(name)
-        return None if parameter is None or parameter.dim() != 1 else parameter.clone()
-
-
-@torch.no_grad()
 def quantize(layer: Any, policy: Policy | dict[str, Policy | None], storage: Storage = EXACT) -> LayerResult:
-    """Quantize a layer, and leave it with the folded float weights."""
     groups = find_groups(layer.module, layer.run, HEADS)
     names = linear_layers(layer.module)
     policies = policy if isinstance(policy, dict) else dict.fromkeys(names, policy)
-    statistics = observe(layer, groups)
-    folded, found = smooth(ModuleWeights(layer.module), groups, policies, statistics, storage.dtype)
-    result = LayerResult()
-    for group in groups:
-        first = group.linears[0]
-        if policy_of(group, policies) is not None:
-            linears, report = quantize_group(folded, group, policies, statistics[first], found.get(first), storage)
-            result.linears |= linears
-            result.groups.append(report)
-    changed = {name: tensor.clone() for name, tensor in folded.changed.items()}
-    changed |= {f"{name}.weight": folded.rows(name, 0, folded.shape(name)[0]) for name in folded.linears}
-    for name, tensor in changed.items():
-        layer.module.get_parameter(name).copy_(tensor)
-    return result
+    return quantize_layer(layer.module, groups, policies, observe(layer, groups), storage)
 
 
 def fake(x: torch.Tensor, scale: float | None, offset: int | None) -> torch.Tensor:

@@ -27,14 +27,13 @@ from qtool.recipe.schema import Recipe
 if TYPE_CHECKING:
     from qtool.workers import Report
 
-_BATCH_TOKENS = 2048
-
 
 def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
     """Quantize a checkpoint.
 
     Job keys: model, output, format, recipe (the validated recipe as a dict), scheme, calibration ({"ids": [[int]]}
-    or {"data", "samples", "seq_len", "seed"}), device, overwrite, trust_remote_code, dry_run.
+    or {"data", "samples", "seq_len", "seed"}), device, overwrite, trust_remote_code, dry_run, resume, memory (bytes or
+    None), workers, ray, threads.
 
     Returns:
         The report that also goes into qtool.json; for a dry run the plan.
@@ -64,9 +63,19 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
     for warning in planned.warnings:
         report.warning(warning)
     size = plan.output_bytes(checkpoint, planned.modes)
+    wanted = job["calibration"]
+    estimate = memory.plan(
+        stream, planned.policies, wanted["samples"], wanted["seq_len"], exact=exact, limit=job["memory"]
+    )
     if job["dry_run"]:
-        return _dry_run(job, stream, planned, size, recipe)
-    check_free_space(Path(job["output"]), size)
+        return {
+            "layers": plan.summary(planned),
+            "calibration": {key: wanted[key] for key in ("data", "samples", "seq_len") if key in wanted},
+            "input_bytes": checkpoint.nbytes,
+            "output_bytes": size,
+            **memory.describe(estimate, memory.seconds(stream, planned.policies, wanted["samples"], wanted["seq_len"])),
+        }
+    check_free_space(Path(job["output"]), size + estimate.scratch_bytes)
 
     calibration = _calibration(job, checkpoint)
     source = Source(
@@ -95,7 +104,7 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
             units,
             report,
             exact=exact,
-            batch_tokens=_BATCH_TOKENS,
+            batch_tokens=estimate.batch_tokens,
             expert_tokens=recipe.calibration.expert_tokens,
         )
         # What stays as it is comes first, so that damage in it shows at once.
@@ -159,19 +168,6 @@ def _calibration(job: dict[str, Any], checkpoint: Checkpoint) -> Calibration:
         return Calibration(torch.tensor(wanted["ids"]), wanted["digest"], wanted["source"])
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=job["trust_remote_code"])
     return load(wanted["data"], tokenizer, samples=wanted["samples"], seq_len=wanted["seq_len"], seed=wanted["seed"])
-
-
-def _dry_run(
-    job: dict[str, Any], stream: DecoderStream, planned: plan.Plan, size: int, recipe: Recipe
-) -> dict[str, Any]:
-    wanted = job["calibration"]
-    return {
-        "layers": plan.summary(planned),
-        "calibration": {key: wanted[key] for key in ("data", "samples", "seq_len") if key in wanted},
-        "input_bytes": stream.checkpoint.nbytes,
-        "output_bytes": size,
-        **memory.estimate(stream, wanted["samples"], wanted["seq_len"], exact=recipe.osl == "exact"),
-    }
 
 
 def _compute_dtype(device: str) -> torch.dtype:

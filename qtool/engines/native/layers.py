@@ -367,7 +367,7 @@ def add_unchanged(floats: FloatReader, name: str, writer: CheckpointWriter) -> N
 
 
 def _summarized(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for the same group of all experts, with the mean of their errors."""
+    """One row for the same group of all experts, with the mean of their errors and the widest of their ranges."""
     by_group: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         by_group.setdefault(tuple(row["linears"]), []).append(row)
@@ -377,9 +377,18 @@ def _summarized(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "linears": [f"experts.*.{linear}" for linear in linears],
             "alpha": None,
             "relative_error": sum(row["relative_error"] for row in same) / len(same),
+            **{when: _combined([row[when] for row in same]) for when in ("input", "smoothed")},
         }
         for linears, same in by_group.items()
     ]
+
+
+def _combined(ranges: list[dict[str, float]]) -> dict[str, float]:
+    return {
+        "low": min(range_["low"] for range_ in ranges),
+        "high": max(range_["high"] for range_ in ranges),
+        "typical": sum(range_["typical"] for range_ in ranges) / len(ranges),
+    }
 
 
 @contextmanager

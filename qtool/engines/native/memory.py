@@ -1,18 +1,32 @@
-"""Memory: what was used, and what a job will need."""
+"""Memory, time and disk: what was used, and what a job will need."""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qtool.errors import InputError
+from qtool.quant.topology import linear_layers
+from qtool.recipe.schema import Policy
+
 if TYPE_CHECKING:
     from qtool.engines.native.stream import DecoderStream
 
-_BASE_BYTES = 520 * 10**6  # this process with torch, transformers and a tokenizer loaded (measured 0.51 GB)
+BATCH_TOKENS = 2048  # that go through a layer at a time, when memory allows
+_BASE_BYTES = 500 * 10**6  # this process with torch, transformers and a tokenizer loaded (measured 0.48 to 0.51 GB)
+_TENSOR_BYTES = 1500  # what is kept of every tensor of the checkpoint: header, names, policy
+_BASE_SECONDS = 8.0
+_CHUNK_BYTES = 5 * 16 * 2**20  # float32 copies of the weights that are quantized at a time
+_COMPENSATED_CHUNK_BYTES = 4 * 64 * 2**20
+# What an element of a weight costs beside matrix products, on one thread: to read, round and write it, to search its
+# clipping ratio, to search its smoothing scale. From bench_quantize.py and bench_giant.py, AMD Zen 4.
+_ROUND_SECONDS, _CLIP_SECONDS, _SMOOTH_SECONDS = 12e-9, 30e-9, 40e-9
 
 
 def peak() -> int:
@@ -21,30 +35,139 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def estimate(stream: DecoderStream, samples: int, seq_len: int, *, exact: bool) -> dict[str, Any]:
-    """Time and peak memory of quantizing, from the sizes of the model and a short timing of this machine.
+@dataclass(frozen=True)
+class Estimate:
+    """What a job will need.
 
-    Work per layer: one forward pass over the calibration tokens, the Gram matrices of its inputs (about as much
-    again), and the search over weights. Memory: hidden states, one layer as bfloat16 and float32 with copies. Exact
-    OSL searches on all tokens, not on a sample of them, and keeps what every linear takes and gives.
+    Attributes:
+        batch_tokens: how many tokens should go through a layer at a time.
+        memory_bytes: peak resident set of the process that runs the layers.
+        scratch_bytes: on the output's disk while it works, beside the output.
+    """
+
+    batch_tokens: int
+    memory_bytes: int
+    scratch_bytes: int
+
+
+def plan(
+    stream: DecoderStream,
+    policies: Mapping[str, Policy | None],
+    samples: int,
+    seq_len: int,
+    *,
+    exact: bool,
+    limit: int | None,
+) -> Estimate:
+    """The largest batch that keeps within `limit` bytes.
+
+    Raises InputError when even one sample at a time does not.
     """
     tokens = samples * seq_len
-    parameters = [sum(p.numel() for p in stream.skeleton_layer(i).parameters()) for i in range(stream.depth)]
-    widths = [max(p.shape[-1] for p in stream.skeleton_layer(i).parameters()) for i in range(stream.depth)]
-    hidden = stream.hidden_size
+    layers = [_Layer(stream, i, policies) for i in range(stream.depth)]
+    item = stream.dtype.itemsize
+    has_experts = any(layer.experts for layer in layers)
+    scratch = tokens * stream.hidden_size * (2 * item + has_experts * (item + 4))
+    batch = max(BATCH_TOKENS, seq_len)
+    while True:
+        needed = _BASE_BYTES + _TENSOR_BYTES * len(stream.checkpoint.names)
+        needed += max(layer.bytes(tokens, min(batch, tokens), item, exact=exact) for layer in layers)
+        if limit is None or needed <= limit:
+            return Estimate(batch, needed, scratch)
+        if batch <= seq_len:
+            raise InputError(
+                f"this model needs {needed / 1e9:.2f} GB, {limit / 1e9:.2f} GB are allowed",
+                where="--memory",
+                hint="allow more, or make the samples shorter (--seq-len)",
+            )
+        batch = max(seq_len, batch // 2)
+
+
+def seconds(stream: DecoderStream, policies: Mapping[str, Policy | None], samples: int, seq_len: int) -> float:
+    """Estimated time of a job on this machine, from the sizes of the model and a short timing.
+
+    Work per layer: one forward pass over the calibration tokens, the Gram matrices of the inputs that want them
+    (about as much again), error compensation, and work on every element of the weights.
+    """
+    tokens = samples * seq_len
     rate = _flops(stream.dtype, stream.device)
-    forward = sum(2 * count * tokens for count in parameters)
-    gram = sum(2 * tokens * (width**2 + 3 * hidden**2) for width in widths)
-    search = sum(2 * 20 * (tokens if exact else 512) * count for count in parameters)
-    item = torch.finfo(stream.dtype).bits // 8
-    working = max(count * (item + 4 * 3) + 4 * 4 * width**2 for count, width in zip(parameters, widths, strict=True))
-    if exact:
-        layer = stream.skeleton_layer(0)
-        linears = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
-        working += 2 * 4 * tokens * sum(linear.in_features + linear.out_features for linear in linears)
+    products = elements = 0.0
+    for index in range(stream.depth):
+        layer = _Layer(stream, index, policies)
+        products += layer.products(tokens)
+        elements += layer.element_seconds()
+    return round(_BASE_SECONDS + 1.3 * products / rate + elements / torch.get_num_threads(), 1)
+
+
+class _Layer:
+    """The sizes of one decoder layer, from its skeleton."""
+
+    def __init__(self, stream: DecoderStream, index: int, policies: Mapping[str, Policy | None]) -> None:
+        layer = stream.skeleton_layer(index)
+        prefix = f"{stream.layer_name(index)}."
+        self.linears: list[tuple[int, int, Policy | None]] = []
+        for name, linear in linear_layers(layer).items():
+            stored = stream.stored_name(f"{prefix}{name}.weight").removesuffix(".weight")
+            self.linears.append((linear.out_features, linear.in_features, policies.get(stored)))
+        self.parameters = sum(p.numel() for p in layer.parameters())
+        self.experts: list[tuple[int, int, Policy | None]] = []
+        self.share = 0.0
+        routed = stream.routed(index)
+        if routed is not None:
+            for expert in routed.names:
+                for name in expert:
+                    out, width = stream.checkpoint.info(f"{name}.weight").shape
+                    self.experts.append((out, width, policies.get(name)))
+            self.share = stream.experts_per_token / len(routed.names)
+
+    def bytes(self, tokens: int, batch: int, item: int, *, exact: bool) -> int:
+        """Peak memory on top of what the process has anyway."""
+        everything = [*self.linears, *self.experts]
+        widest = max((width for _, width, _ in everything), default=0)
+        longest = max((out for out, _, _ in everything), default=0)
+        compensated = [width for _, width, policy in everything if policy and policy.rounding == "gptq"]
+        statistics = 4 * sum({width: width**2 for width in compensated}.values()) + 4 * 512 * widest * 6
+        running = self.parameters * item + batch * item * (3 * longest + 4 * widest) + statistics
+        probing = 4 * self.parameters
+        chunk = _COMPENSATED_CHUNK_BYTES if compensated else _CHUNK_BYTES
+        group = max((out * width for out, width, _ in everything), default=0)
+        chunk = min(chunk, 5 * 4 * 3 * group)
+        quantizing = statistics + chunk + 4 * 4 * max(compensated, default=0) ** 2 + 2 * group
+        quantizing += 2 * 4 * min(group, 1 << 24)  # rows that the search for a smoothing scale looks at
+        loading = 3 * (1 + item) * max((out * width for out, width, _ in self.experts), default=0)
+        if exact:
+            both = sum(out + width for out, width, _ in self.linears)
+            running += 12 * self.parameters + 2 * 4 * tokens * both
+        return max(running, probing, quantizing + loading)
+
+    def products(self, tokens: int) -> float:
+        """Multiplications and additions of matrix products."""
+        total = 0.0
+        for linears, share in ((self.linears, 1.0), (self.experts, self.share)):
+            for out, width, policy in linears:
+                total += 2 * out * width * tokens * share
+                if policy is not None and policy.rounding == "gptq":
+                    # the Gram matrix (of about every third linear: the others share an input), and compensation,
+                    # in float32 and in small steps
+                    total += (2 * width**2 * min(tokens, 4 * 512) + 4 * width**3) / 3 + 4 * 2 * out * width**2
+        return total
+
+    def element_seconds(self) -> float:
+        total = 0.0
+        for out, width, policy in (*self.linears, *self.experts):
+            if policy is not None:
+                each = _ROUND_SECONDS + _CLIP_SECONDS * policy.clip + _SMOOTH_SECONDS * (policy.smoothing == "osl")
+                total += out * width * each
+        return total
+
+
+def describe(estimate: Estimate, time_needed: float) -> dict[str, Any]:
+    """For a dry run's result."""
     return {
-        "estimated_seconds": round(8 + (forward + gram + search) / rate * 1.5, 1),
-        "estimated_peak_bytes": _BASE_BYTES + tokens * hidden * item + working,
+        "estimated_seconds": time_needed,
+        "estimated_peak_bytes": estimate.memory_bytes,
+        "scratch_bytes": estimate.scratch_bytes,
+        "batch_tokens": estimate.batch_tokens,
     }
 
 

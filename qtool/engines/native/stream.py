@@ -172,7 +172,6 @@ class DecoderStream:
         output = layer(hidden, **self._template_kwargs[hidden.shape[1]][index])
         return output[0] if isinstance(output, tuple) else output
 
-    @torch.no_grad()
     def normalize(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm on hidden states [..., hidden]."""
         if self._norm is None:
@@ -200,7 +199,6 @@ class DecoderStream:
         weight = self.checkpoint.rows(f"{name}.weight", torch.arange(start, stop))
         return Head(self._checked(f"{name}.weight", weight), bias, None)
 
-    @torch.no_grad()
     def logits(self, hidden: torch.Tensor, head: Head) -> torch.Tensor:
         """Logits [tokens, rows] float32 of normalized hidden states [tokens, hidden], by the model's own code.
 
@@ -241,6 +239,11 @@ class DecoderStream:
     def heads(self) -> int:
         """Attention heads, whose rows interleave in some fused projections."""
         return getattr(self._model.config.get_text_config(), "num_attention_heads", None) or 1
+
+    @property
+    def experts_per_token(self) -> int:
+        """How many routed experts a token goes to."""
+        return getattr(self._model.config.get_text_config(), "num_experts_per_tok", None) or 1
 
     def is_kept_in_float32(self, name: str) -> bool:
         """Whether the architecture wants this parameter or buffer in float32 whatever the rest is in."""

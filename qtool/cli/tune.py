@@ -1,0 +1,129 @@
+"""`qtool tune`: a recipe for one model, by what each of its linear layers costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
+from qtool.errors import InputError, QtoolError
+
+if TYPE_CHECKING:
+    from qtool.console import Console
+
+
+def tune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A float model's folder; - reads its path from stdin.")],
+    max_kl: Annotated[
+        float | None, typer.Option("--max-kl", min=0, help="As small as can be with at most this KL divergence (nats).")
+    ] = None,
+    max_size: Annotated[
+        str | None,
+        typer.Option("--max-size", metavar="SIZE", help="As good as can be in 165MB, or 102% of the untuned scheme."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The recipe's file. Default: stdout.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="The recipe to start from. Default: the one that matches the model.")
+    ] = None,
+    scheme: Annotated[str | None, typer.Option(help="One of its schemes. Default: the recipe's own.")] = None,
+    text: Annotated[
+        str, typer.Option("--text", metavar="FILE|builtin", help="To measure on: .txt, .jsonl, .parquet or built-in.")
+    ] = "builtin",
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text to evaluate on.")] = 24,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="FILE|builtin", help="Calibration text. Default: the recipe's.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples.")] = None,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens per calibration sample.")] = None,
+    budget: Annotated[int, typer.Option(min=2, help="How often to quantize and evaluate, the untuned scheme too.")] = 3,
+    scratch: Annotated[
+        Path | None, typer.Option(help="Where quantized models lie meanwhile. Default: the system's temporary folder.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe's file if it exists.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make a recipe: which layers stay float, which quantize per token and which per tensor.
+
+    What each layer costs is estimated for all of them at once (see qtool analyze); bytes go where they help most. Then
+    the model is quantized by the recipe and evaluated, and with --max-kl corrected, --budget times in all.
+
+    Examples:
+
+      qtool tune ./SmolLM2-135M --max-size 102% --output smollm2-tuned.yaml
+
+      qtool quantize ./SmolLM2-135M --recipe smollm2-tuned.yaml
+    """
+    from qtool.checkpoint.reader import Checkpoint
+    from qtool.cli.analyze import recipe_for
+    from qtool.tuning.tune import Goal, Job
+    from qtool.tuning.tune import tune as find
+
+    if (max_kl is None) == (max_size is None):
+        raise InputError(
+            "say either how much quality may go, or how large the model may be", hint="--max-kl X, or --max-size SIZE"
+        )
+    if output is not None and output.exists() and not overwrite:
+        raise InputError("exists already", where=str(output), hint="Choose another --output, or pass --overwrite.")
+    folder = Path(path_or_stdin(model)).expanduser().absolute()
+    checkpoint = Checkpoint.open(folder)
+    chosen, scheme, extends = recipe_for(checkpoint, recipe, scheme)
+    wanted = {
+        "data": _text(calibration or chosen.calibration.data, "--calibration"),
+        "samples": samples or chosen.calibration.samples,
+        "seq_len": seq_len or chosen.calibration.seq_len,
+        "seed": chosen.calibration.seed,
+    }
+    with console() as out:
+        out.info(f"recipe {chosen.name}, scheme {scheme}")
+        job = Job(
+            model=folder,
+            recipe=chosen,
+            scheme=scheme,
+            extends=extends,
+            format=chosen.export.format,
+            goal=Goal(max_kl, max_size),
+            text=_text(text, "--text"),
+            calibration=wanted,
+            windows=windows,
+            length=length,
+            probe_length=min(length, Job.probe_length),
+            budget=budget,
+            scratch=scratch,
+            trust_remote_code=trust_remote_code,
+            on_event=out.event,
+        )
+        result = find(job)
+        _summary(result, out)
+        if output is not None:
+            output.write_text(result["recipe"], encoding="utf-8")
+        if json:
+            out.result(result)
+        else:
+            out.result(result["recipe"].rstrip("\n") if output is None else output.absolute())
+    if not result["reached"]:
+        raise QtoolError(
+            f"a KL divergence of {max_kl:g} was not reached: {result['tuned']['kl_divergence']['value']:.5f}",
+            hint="the recipe is the best found; a larger --budget corrects it further, or allow more",
+        )
+
+
+def _text(value: str, option: str) -> str:
+    if value == "self":
+        raise InputError("the model's own samples can't be used here", where=option, hint="use builtin, or a file")
+    return value if value == "builtin" else str(Path(value).expanduser().absolute())
+
+
+def _summary(result: dict[str, Any], out: Console) -> None:
+    rows = []
+    for name in ("reference", "tuned"):
+        kl, size = result[name]["kl_divergence"], result[name]["bytes"]
+        interval = "" if kl["low"] is None else f"{kl['low']:.5f} to {kl['high']:.5f}"
+        rows.append([name, f"{kl['value']:.5f}", interval, f"{size / 1e6:,.1f} MB"])
+    title = f"{result['evaluations']} evaluations, {len(result['changed'])} groups of linears changed"
+    out.table(title, ["", "KL divergence", "95 % interval", "size"], rows)

@@ -1,0 +1,35 @@
+"""What a report says about a quantized model besides the comparison: its groups of linears, and where its bytes are."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from qtool.checkpoint.reader import REPORT, Checkpoint, read_json
+
+_OUTSIDE = re.compile(r"embed|wte|lm_head|output")
+_NUMBERED = re.compile(r"\.\d+\.")
+
+
+def groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The rows "layers" of qtool.json: how each group of linears came out. Empty for a model without it."""
+    file = checkpoint.path / REPORT
+    rows = read_json(file).get("layers") if file.is_file() else None
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
+def sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes of the checkpoint's tensors, by what they are."""
+    found = {"embeddings, output": 0, "float weights": 0, "int8 weights": 0, "scales, norms, biases": 0}
+    for name in checkpoint.names:
+        info = checkpoint.info(name)
+        if not _NUMBERED.search(name) and _OUTSIDE.search(name):
+            kind = "embeddings, output"
+        elif not name.endswith(".weight") or len(info.shape) < 2:
+            kind = "scales, norms, biases"
+        elif info.dtype == "I8":
+            kind = "int8 weights"
+        else:
+            kind = "float weights"
+        found[kind] += info.nbytes
+    return found

@@ -1,0 +1,140 @@
+"""A job that ended in any way goes on where its journal says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from qtool.checkpoint import formats, journal
+from qtool.checkpoint.journal import FILE, Journal
+from qtool.checkpoint.writer import CheckpointWriter
+from qtool.errors import InputError, QtoolError
+
+TENSORS = 12
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+class Ended(Exception):
+    pass
+
+
+def write(output: Path, *, end_after: int = TENSORS + 1, unfinished: int = 0, resume: bool = False) -> list[int]:
+    """Write tensors of odd and even sizes, one record each; returns the records that were there already."""
+    with CheckpointWriter(
+        output, formats.get("safetensors"), max_shard_bytes=12_000, expected_tensors=16, key="a", resume=resume
+    ) as writer:
+        done = [record["number"] for record in writer.records]
+        for number in range(len(done), TENSORS):
+            generator = torch.Generator().manual_seed(number)
+            size = 1000 + number % 3
+            writer.add(f"t{number}", torch.randint(-128, 128, (size,), dtype=torch.int8, generator=generator))
+            writer.add(f"u{number}", torch.randn(400, generator=generator))
+            writer.mark({"number": number})
+            if number + 1 == end_after:
+                for i in range(unfinished):
+                    writer.add(f"lost{i}", torch.ones(1001, dtype=torch.int8))
+                raise Ended
+        writer.finish(None, {}, {})
+    return done
+
+
+def write_one(output: Path, error: Exception) -> None:
+    with CheckpointWriter(output, formats.get("safetensors"), key="a") as writer:
+        writer.add("t", torch.ones(3))
+        writer.mark({"number": 0})
+        raise error
+
+
+@pytest.mark.parametrize("end_after", range(1, TENSORS))
+@pytest.mark.parametrize("unfinished", [0, 1, 15])
+def test_going_on_gives_the_same_bytes(tmp_path: Path, end_after: int, unfinished: int) -> None:
+    write(tmp_path / "whole")
+    with pytest.raises(Ended):
+        write(tmp_path / "m", end_after=end_after, unfinished=unfinished)
+    assert not (tmp_path / "m").exists()
+    assert write(tmp_path / "m", resume=True) == list(range(end_after))
+    assert files(tmp_path / "m") == files(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "whole"]
+
+
+def test_without_resume_it_starts_over(tmp_path: Path) -> None:
+    with pytest.raises(Ended):
+        write(tmp_path / "m", end_after=5)
+    assert write(tmp_path / "m") == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
+def test_nothing_to_resume_is_a_fresh_start(tmp_path: Path) -> None:
+    assert write(tmp_path / "m", resume=True) == []
+
+
+def test_another_job_is_not_taken_over(tmp_path: Path) -> None:
+    with pytest.raises(Ended):
+        write(tmp_path / "m", end_after=5)
+    with pytest.raises(InputError, match="begun with another"):
+        CheckpointWriter(tmp_path / "m", formats.get("safetensors"), key="b", resume=True)
+    assert write(tmp_path / "m", resume=True) == list(range(5))
+
+
+def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        write_one(tmp_path / "m", InputError("damaged"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_what_is_finished(tmp_path: Path) -> None:
+    with pytest.raises(QtoolError):
+        write_one(tmp_path / "m", QtoolError("no space left"))
+    resumed = CheckpointWriter(tmp_path / "m", formats.get("safetensors"), key="a", resume=True)
+    with resumed as writer:
+        assert writer.records == [{"number": 0}]
+        assert "t" in writer
+
+
+def test_a_torn_line_does_not_count(tmp_path: Path) -> None:
+    with pytest.raises(Ended):
+        write(tmp_path / "m", end_after=4)
+    (folder,) = tmp_path.iterdir()
+    with (folder / FILE).open("ab") as file:
+        file.write(b'{"entry": {"record"')
+    assert write(tmp_path / "m", resume=True) == list(range(4))
+
+
+def test_after_a_reboot_only_what_was_synced_counts(tmp_path: Path) -> None:
+    log = Journal(tmp_path, "a", [])
+    log.append({"n": 1})
+    log.synced()
+    log.append({"n": 2})
+    log.close()
+    assert journal.read(tmp_path) == ("a", [{"n": 1}, {"n": 2}])
+    lines = (tmp_path / FILE).read_text().splitlines()
+    first = json.loads(lines[0]) | {"boot": "before"}
+    (tmp_path / FILE).write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+    assert journal.read(tmp_path) == ("a", [{"n": 1}])
+
+
+def test_a_process_that_ended_in_finish(tmp_path: Path) -> None:
+    """Every state of the folder that `finish` goes through can be resumed."""
+    write(tmp_path / "whole")
+    with pytest.raises(Ended):
+        write(tmp_path / "m", end_after=TENSORS)
+    (left,) = tmp_path.glob(".m.partial-*")
+    shards = sorted((path for path in left.glob("shard-*") if not path.suffix), key=lambda path: int(path.name[6:]))
+    assert len(shards) > 2
+    for renamed in range(len(shards) + 1):
+        copy = tmp_path / "case" / left.name
+        shutil.copytree(left, copy)
+        for number, shard in enumerate(shards[:renamed], 1):
+            (copy / shard.name).rename(copy / formats.get("safetensors").shard_name(number, len(shards)))
+        (copy / "config.json").write_text("{")
+        write(tmp_path / "case" / "m", resume=True)
+        assert files(tmp_path / "case" / "m") == files(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "case")

@@ -1,0 +1,88 @@
+"""qtool tune, run as a user would: its recipes are quantized by and evaluated as anybody's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CALIBRATION = ("--samples", "4", "--seq-len", "64")
+TEXT = ("--windows", "8", "--length", "64")
+
+
+def size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def divergence(run_qtool: Callable[..., Any], model: Path, quantized: Path) -> float:
+    done = run_qtool("eval", model, quantized, *TEXT, "--json")
+    assert done.code == 0, done.stderr
+    return float(json.loads(done.stdout)["kl_divergence"]["value"])
+
+
+def test_a_larger_model_that_is_better(tiny_llama: Path, run_qtool: Callable[..., Any], tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    done = run_qtool("tune", tiny_llama, "--max-size", "110%", "--budget", "2", *TEXT, *CALIBRATION, "--output", recipe)
+    assert done.code == 0, done.stderr
+    assert done.stdout.strip() == str(recipe)
+    assert "2 evaluations" in done.stderr
+    assert run_qtool("recipes", "validate", recipe).code == 0
+    for name, options in (("untuned", ()), ("tuned", ("--recipe", recipe))):
+        made = run_qtool("quantize", tiny_llama, "--output", tmp_path / name, *options, *CALIBRATION)
+        assert made.code == 0, made.stderr
+    untuned, tuned = (divergence(run_qtool, tiny_llama, tmp_path / name) for name in ("untuned", "tuned"))
+    assert f"{untuned:.5f}" in done.stderr  # the table's figures are those that anybody gets
+    assert f"{tuned:.5f}" in done.stderr
+    assert tuned < untuned
+    assert size(tmp_path / "untuned") < size(tmp_path / "tuned") < 1.11 * size(tmp_path / "untuned")
+
+
+def test_as_good_as_asked_for(tiny_llama: Path, run_qtool: Callable[..., Any]) -> None:
+    both = ("tune", tiny_llama, *TEXT, *CALIBRATION, "--json")
+    everything = run_qtool(*both, "--max-kl", "10")
+    assert everything.code == 0, everything.stderr
+    loose = json.loads(everything.stdout)
+    assert loose["reached"] is True
+    assert loose["tuned"]["bytes"] == loose["reference"]["bytes"]  # nothing need be float
+    half = loose["tuned"]["kl_divergence"]["value"] / 2
+    done = run_qtool(*both, "--max-kl", str(half), "--budget", "4")
+    assert done.code == 0, done.stderr
+    strict = json.loads(done.stdout)
+    assert strict["tuned"]["kl_divergence"]["value"] <= half
+    assert strict["tuned"]["bytes"] > loose["tuned"]["bytes"]
+    assert any(row["to"] == "float" for row in strict["changed"])
+
+
+def test_a_goal_out_of_reach(tiny_llama: Path, run_qtool: Callable[..., Any]) -> None:
+    done = run_qtool("tune", tiny_llama, *TEXT, *CALIBRATION, "--max-kl", "1e-12")
+    assert done.code == 2
+    assert "every linear would have to stay float" in done.stderr
+    assert "--max-kl" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--max-kl X, or --max-size SIZE"),
+        (("--max-kl", "1", "--max-size", "1GB"), "--max-kl X, or --max-size SIZE"),
+        (("--max-size", "small"), "is no size"),
+        (("--max-size", "100", *TEXT, *CALIBRATION), "bytes at least"),
+        (("--max-kl", "1", "--budget", "1"), "--budget"),
+        (("--max-kl", "1", "--calibration", "self"), "--calibration"),
+        (("--max-kl", "1", "--scheme", "w4a4"), "no scheme 'w4a4'"),
+        (("--max-kl", "1", "--output", "{there}"), "exists already"),
+    ],
+)
+def test_bad_input(
+    tiny_llama: Path, run_qtool: Callable[..., Any], tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    there = tmp_path / "there.yaml"
+    there.write_text("mine")
+    done = run_qtool("tune", tiny_llama, *(each.format(there=there) for each in arguments))
+    assert done.code == 2
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert there.read_text() == "mine"

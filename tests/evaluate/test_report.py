@@ -1,0 +1,169 @@
+"""The report's page: its figures are those of --json, it needs nothing but itself, and a real browser shows it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtool.evaluate.report import FIGURES
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+class Tables(HTMLParser):
+    """The text of every cell of tables with an id; every attribute that names a resource; the tags."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.sources: list[str] = []
+        self.tags: set[str] = set()
+        self._rows: list[list[str]] = []
+        self._in_cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        given = dict(attrs)
+        self.sources += [str(value) for key, value in given.items() if key in ("src", "href", "srcset")]
+        if tag == "table":
+            self._rows = self.tables.setdefault(str(given["id"]), [])
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("td", "th"):
+            self._rows[-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._in_cell = False
+
+    def handle_data(self, data: str) -> None:
+        if self._in_cell:
+            self._rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def made(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, run_qtool: Callable[..., Any]
+) -> tuple[Path, dict[str, Any]]:
+    """(the page, what --json printed)."""
+    folder = tmp_path_factory.mktemp("report")
+    done = run_qtool("quantize", tiny_llama, "--output", folder / "<b>&w8a8", "--samples", "4", "--seq-len", "64")
+    assert done.code == 0, done.stderr
+    page = folder / "report.html"
+    small = ("--windows", "3", "--length", "64")
+    done = run_qtool("eval", tiny_llama, folder / "<b>&w8a8", *small, "--report", page, "--json")
+    assert done.code == 0, done.stderr
+    return page, json.loads(done.stdout)
+
+
+def test_its_figures_are_those_of_json(made: tuple[Path, dict[str, Any]]) -> None:
+    page, result = made
+    shown = Tables(page.read_text(encoding="utf-8")).tables["figures"]
+    assert len(shown) == len(FIGURES)
+    for row, (key, (name, _)) in zip(shown, FIGURES.items(), strict=True):
+        scale = 100 if row[1].endswith("%") else 1
+        numbers = [float(text) / scale for text in re.findall(r"\d+(?:\.\d+)?", " ".join(row[1:]))]
+        expected = [result[key][part] for part in ("value", "low", "high") if result[key].get(part) is not None]
+        assert row[0] == name
+        assert numbers == pytest.approx(expected, abs=6e-4 if "perplexity" in key else 6e-5)
+
+
+def test_so_are_the_numbers_behind_the_plots(made: tuple[Path, dict[str, Any]]) -> None:
+    page, result = made
+    tables = Tables(page.read_text(encoding="utf-8")).tables
+    along = [float(row[1]) for row in tables["along"][1:]]
+    assert along == pytest.approx(result["kl_along_text"]["values"], abs=1e-6)
+    sizes = {row[0]: [float(cell) for cell in row[1:]] for row in tables["sizes"][1:]}
+    for part, (base, quantized) in sizes.items():
+        expected = [result["sizes"][model][part] / 1e6 for model in ("base", "quantized")]
+        assert [base, quantized] == pytest.approx(expected, abs=0.06)
+    assert len(tables["groups"]) == 1 + 8  # two layers of four groups
+    for row, group in zip(tables["groups"][1:], result["groups"], strict=True):
+        assert row[:3] == [group["layer"], ", ".join(group["linears"]), group["activations"]]
+        assert float(row[3]) == pytest.approx(group["alpha"], abs=0.01)
+        assert float(row[4]) == pytest.approx(group["relative_error"], rel=1e-3)
+        for cell, key in ((row[5], "input"), (row[6], "smoothed")):
+            assert [float(n) for n in cell.split(" to ")] == pytest.approx(
+                [group[key]["low"], group[key]["high"]], rel=1e-3
+            )
+
+
+def test_it_is_one_file_without_scripts(made: tuple[Path, dict[str, Any]]) -> None:
+    text = made[0].read_text(encoding="utf-8")
+    found = Tables(text)
+    assert "script" not in found.tags
+    assert "link" not in found.tags
+    assert len(found.sources) == 5  # one per plot
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in found.sources)
+    assert "url(" not in text
+    assert "<b>&w8a8" not in text  # a name is text, whatever it holds
+    assert "&lt;b&gt;&amp;w8a8" in text
+    assert len(text) < 1_000_000
+
+
+def test_sizes_add_up(made: tuple[Path, dict[str, Any]], tiny_llama: Path) -> None:
+    _, result = made
+    for key, folder in (("base", tiny_llama), ("quantized", Path(result["quantized"]))):
+        files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        tensors = sum(result["sizes"][key].values())
+        assert 0 < files - tensors < 20_000  # the header
+    assert result["sizes"]["base"]["int8 weights"] == 0
+    assert result["sizes"]["quantized"]["int8 weights"] == 2 * (2 * 64 * 128 + 2 * 64 * 64 + 3 * 64 * 160)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_it_without_scrolling_sideways(
+    made: tuple[Path, dict[str, Any]], tmp_path: Path, width: int
+) -> None:
+    """The page in a frame of a phone's width, and of a screen's, in a real browser that then says how wide it is."""
+    browser = os.environ.get("QTOOL_TEST_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        # nothing to drive: what the browser would measure is still pinned by the page's own rules
+        assert "width=device-width" in made[0].read_text(encoding="utf-8")
+        return
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<iframe id="f" src="{made[0].as_uri()}" style="width:{width}px;height:3000px;border:0"></iframe>'
+        "<script>onload = () => { const d = f.contentDocument.documentElement;"
+        "const ok = [...f.contentDocument.images].every(i => i.complete && i.naturalWidth > 0);"
+        "document.title = `${d.scrollWidth} ${ok} ${f.contentDocument.images.length}`; }</script>"
+    )
+    done = subprocess.run(
+        [
+            *(browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+            *("--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"),
+            *("--dump-dom", frame.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    found = re.search(r"<title>(\d+) (\w+) (\d+)</title>", done.stdout)
+    assert found, done.stderr[-2000:]
+    assert int(found[1]) <= width
+    assert found[2] == "true"
+    assert found[3] == "5"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("there.html", "exists already"), ("no/folder/r.html", "no such folder")]
+)
+def test_a_page_that_cant_be_made_is_refused_at_once(
+    tiny_llama: Path, run_qtool: Callable[..., Any], tmp_path: Path, name: str, message: str
+) -> None:
+    (tmp_path / "there.html").write_text("mine")
+    done = run_qtool("eval", tiny_llama, tiny_llama, "--report", tmp_path / name)
+    assert done.code == 2
+    assert message in done.stderr
+    assert (tmp_path / "there.html").read_text() == "mine"

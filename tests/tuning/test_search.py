@@ -1,0 +1,107 @@
+"""Choosing under a limit, against every combination there is; and the recipe that says it."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qtool.errors import InputError
+from qtool.recipe.schema import Activations, Policy, Recipe
+from qtool.tuning.search import (
+    FLOAT,
+    Choice,
+    Option,
+    Unit,
+    pattern,
+    policies,
+    total_bytes,
+    total_kl,
+    within_bytes,
+    within_kl,
+)
+from qtool.tuning.tune import Goal
+
+
+def unit(name: str, static: float, dynamic: float, size: int) -> Unit:
+    ways = (Option("static", static, size), Option("dynamic", dynamic, size), Option(FLOAT, 0.0, 2 * size))
+    return Unit((name,), ways)
+
+
+def every_choice(units: list[Unit]) -> list[Choice]:
+    return [dict(zip(units, options, strict=True)) for options in itertools.product(*(each.options for each in units))]
+
+
+kl = st.floats(min_value=1e-6, max_value=1.0)
+
+
+@given(st.lists(st.tuples(kl, kl), min_size=1, max_size=6), st.integers(min_value=0, max_value=12))
+def test_the_best_of_all_choices_where_sizes_are_equal(pairs: list[tuple[float, float]], more: int) -> None:
+    units = [unit(f"l{i}", static, dynamic, 10) for i, (static, dynamic) in enumerate(pairs)]
+    most = 10 * (len(units) + more)
+    allowed = [choice for choice in every_choice(units) if total_bytes(choice) <= most]
+    found = within_bytes(units, most)
+    assert total_bytes(found) <= most
+    assert total_kl(found) == pytest.approx(min(map(total_kl, allowed)))
+
+
+@given(st.lists(st.tuples(kl, kl, st.integers(1, 50)), min_size=1, max_size=5), st.floats(min_value=0.0, max_value=1.0))
+def test_limits_hold(facts: list[tuple[float, float, int]], share: float) -> None:
+    units = [unit(f"l{i}", static, dynamic, size) for i, (static, dynamic, size) in enumerate(facts)]
+    least, most = (sum(size for *_, size in facts) * factor for factor in (1, 2))
+    limit = round(least + share * (most - least))
+    assert total_bytes(within_bytes(units, limit)) <= limit
+    worst = sum(min(static, dynamic) for static, dynamic, _ in facts)
+    found = within_kl(units, share * worst)
+    assert total_kl(found) <= share * worst * (1 + 1e-9)
+    for each, option in found.items():  # no step could have been left out
+        if option.way == FLOAT:
+            assert total_kl(found) + each.smallest.kl > share * worst
+
+
+def test_each_unit_takes_the_better_kind_of_activations() -> None:
+    units = [unit("a", 0.2, 0.1, 10), unit("b", 0.1, 0.2, 10)]
+    assert [option.way for option in within_bytes(units, 20).values()] == ["dynamic", "static"]
+
+
+names = [f"model.layers.{i}.{part}" for i in range(12) for part in ("self_attn.q_proj", "mlp.w1", "mlp.w1x")]
+
+
+@given(st.sets(st.sampled_from(names), min_size=1))
+def test_a_pattern_matches_its_names_and_no_others(chosen: set[str]) -> None:
+    ordered = [name for name in names if name in chosen]
+    regex = re.compile(pattern(ordered, names))
+    assert [name for name in names if regex.fullmatch(name)] == ordered
+
+
+def test_a_name_without_numbers() -> None:
+    assert pattern(["head.out"], ["head.out", "headxout"]) == r"head\.out"
+
+
+def test_policies_say_the_choice() -> None:
+    units = [unit(f"m.{i}.o", 0.1, 0.2, 10) for i in range(3)]
+    base = {f"m.{i}.o": Policy(layers="x", clip=False) for i in range(3)}
+    static = {n: p.model_copy(update={"activations": Activations(mode="static")}) for n, p in base.items()}
+    chosen = dict(zip(units, (each.options[i] for i, each in enumerate(units)), strict=True))
+    made = policies(chosen, {"static": static, "dynamic": base})
+    recipe = Recipe(name="r", description="", default_scheme="s", schemes={"s": [Policy(**each) for each in made]})
+    found = [recipe.policy("s", f"m.{i}.o") for i in range(3)]
+    assert [policy and policy.activations.mode for policy in found] == ["static", "dynamic", None]
+    assert [policy and policy.clip for policy in found] == [False, False, None]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("165MB", 165_000_000), ("1.5 GB", 1_500_000_000), ("123", 123), ("123B", 123), ("102%", 1020), ("2kB", 2000)],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert Goal(max_size=text).bytes(1000) == expected
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1", "1PB", "1 0", "%"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(InputError, match="is no size"):
+        Goal(max_size=text).bytes(1000)
