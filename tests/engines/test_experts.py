@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from qtool.errors import InputError
 from tests import families, simulate
 
 Run = Callable[..., Any]
@@ -179,12 +180,10 @@ def test_experts_saw_the_tokens_that_transformers_sends_them(
     ],
 )
 def test_rounding_to_nearest_gives_the_integers_of_numpy(
-    sources: Callable[..., Source], plain: Path, run_qtool: Run, tmp_path: Path, model_type: str, kind: str, format: str
+    sources: Callable[..., Source], plain: Path, quantize: Run, tmp_path: Path, model_type: str, kind: str, format: str
 ) -> None:
     source, output = sources(model_type, kind), tmp_path / "out"
-    options = ("--recipe", plain, "--format", format)
-    done = run_qtool("quantize", source.folder, "-o", output, *options, *SMALL)
-    assert done.code == 0, done.stderr
+    quantize(source.folder, output, "w8a8", format, str(plain))
     config = json.loads((source.folder / "config.json").read_text())
     # Only bfloat16 models keep their scales in bfloat16, and Golden Stick's format none.
     stored = torch.bfloat16 if source.stored == torch.bfloat16 and format != "golden-stick" else torch.float32
@@ -300,22 +299,29 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor], dict[str, Any]], Any
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_models_are_bad_input(
-    sources: Callable[..., Source], run_qtool: Run, tmp_path: Path, damage: str
+    sources: Callable[..., Source], quantize: Run, tmp_path: Path, damage: str
 ) -> None:
     change, message = DAMAGES[damage]
     folder = _damaged(sources("deepseek_v3", "fp8").folder, tmp_path / "damaged", change)
+    with pytest.raises(InputError, match=message) as caught:
+        quantize(folder, tmp_path / "out", recipe="deepseek-v3")
+    assert caught.value.where
+    assert "model.layers." in f"{caught.value} {caught.value.where} {caught.value.hint}"
+    assert {path.name for path in tmp_path.iterdir()} == {"damaged"}
+
+
+def test_the_command_line_says_what_is_damaged(sources: Callable[..., Source], run_qtool: Run, tmp_path: Path) -> None:
+    folder = _damaged(sources("deepseek_v3", "fp8").folder, tmp_path / "damaged", _nan)
     done = run_qtool("quantize", folder, "-o", tmp_path / "out", "--scheme", "w8a8-dynamic", *SMALL)
     assert (done.code, done.stdout) == (2, ""), done.stderr
-    error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert re.search(message, error), done.stderr
-    assert "model.layers." in done.stderr
+    assert EXPERT in next(line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"damaged"}
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float32"])
 def test_infinite_weights_of_an_expert_are_bad_input(
-    sources: Callable[..., Source], run_qtool: Run, tmp_path: Path, kind: str
+    sources: Callable[..., Source], quantize: Run, tmp_path: Path, kind: str
 ) -> None:
     name = "model.layers.1.block_sparse_moe.experts.1.w2.weight"  # of the expert that sees no token
 
@@ -323,7 +329,6 @@ def test_infinite_weights_of_an_expert_are_bad_input(
         tensors[name][-1, -1] = float("inf")
 
     folder = _damaged(sources("mixtral", kind).folder, tmp_path / "damaged", change)
-    done = run_qtool("quantize", folder, "-o", tmp_path / "out", "--scheme", "w8a8-dynamic", *SMALL)
-    assert done.code == 2, done.stderr
-    assert name in done.stderr
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=re.escape(name)):
+        quantize(folder, tmp_path / "out", recipe="mixtral")
+    assert {path.name for path in tmp_path.iterdir()} == {"damaged"}
