@@ -330,7 +330,8 @@ class _Filler:
         if name.endswith("norm.weight"):  # also q_norm, k_norm, enorm, hnorm and those of the low-rank projections
             gain = 0.6 + 0.8 * torch.rand(shape)
             if "layernorm" in name and "_a_" not in name:
-                gain[self._loud[1::2]] *= 0.1  # as trained norms do to some of them
+                gain[self._loud] *= 0.3  # as trained norms do
+                gain[self._loud[1::2]] *= 0.3
                 gain *= 3
             return gain
         if name.endswith("e_score_correction_bias"):
@@ -353,5 +354,5 @@ class _Filler:
         router = 2 * torch.randn(shape) / shape[1] ** 0.5
         router[:, self._loud] *= 0.1
         if not self._corrected:
-            router[STARVED, self._steady], router[RARE, self._steady] = -4, -0.35
+            router[STARVED, self._steady], router[RARE, self._steady] = -8, -1
         return router
