@@ -190,7 +190,7 @@ def main() -> None:
         model = make_model(folder / "model", options.layers)
         normal = undisturbed(model, folder / "undisturbed", *more)
         print(
-            f"undisturbed: {normal.seconds:.1f} s, {normal.start:.1f} s of them before the journal; {normal.units} units"
+            f"undisturbed: {normal.seconds:.1f} s, {normal.start:.1f} s till the journal, {normal.units} units"
         )
         for number in range(options.runs):
             strikes, outcome = strike(model, folder / str(number), normal, rng, more)
