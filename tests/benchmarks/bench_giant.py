@@ -1,8 +1,8 @@
 """Cost of `qtool quantize` on layers of DeepSeek-R1, in real size or small; and on a small mixture against a peer.
 
-    bench_giant.py                        one dense and one mixture-of-experts layer in real size (12.2 GB of disk, twice)
-    bench_giant.py --size small --layers 1 2 4 8       cost against depth, extrapolated to all layers
-    bench_giant.py --peer                 a small Qwen3 mixture through qtool and llm-compressor, taking turns
+    bench_giant.py                                small layers: cost against depth, extrapolated to all of R1's layers
+    bench_giant.py --size r1 --dense 1 --layers 1 one dense layer and one with experts in real size: 25 GB of disk
+    bench_giant.py --peer                         a small Qwen3 mixture through qtool and llm-compressor, taking turns
 
 Read and written bytes are what the whole process tree passed to read and write calls (rchar and wchar of
 /proc/PID/io, which the kernel adds up over ended children); weights that are mapped into memory don't show there.
@@ -22,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -81,7 +80,17 @@ COLUMNS = [
 def cost(source: Path, folder: Path, options: Sequence[str]) -> Cost:
     """Quantize `source` into `folder` and throw the result away."""
     folder.mkdir()
-    command = [sys.executable, "-m", "qtool", "quantize", source, "-o", folder / "out", "--quiet", *options]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "qtool",
+        "quantize",
+        source,
+        "-o",
+        folder / "out",
+        "--quiet",
+        *options,
+    ]
     used, before = resource.getrusage(resource.RUSAGE_CHILDREN), _io()
     with _largest(folder) as largest:
         run = measure(command, PYTHONPATH=str(REPOSITORY))
@@ -183,8 +192,9 @@ def extrapolate(costs: dict[int, Cost], dense: int) -> None:
 
 def peer(options: argparse.Namespace, folder: Path) -> None:
     """The same small mixture through qtool and llm-compressor, and how far each is from the float model."""
-    import torch
     from pydoc_data.topics import topics
+
+    import torch
 
     from tests import families, simulate
 
@@ -243,9 +253,11 @@ def peer(options: argparse.Namespace, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=giant.SIZES, default="r1")
-    parser.add_argument("--dense", type=int, default=1)
-    parser.add_argument("--layers", type=int, nargs="+", default=[1], help="layers with experts, a run for each number")
+    parser.add_argument("--size", choices=giant.SIZES, default="small")
+    parser.add_argument("--dense", type=int, default=0)
+    parser.add_argument(
+        "--layers", type=int, nargs="+", default=[1, 2, 4, 8], help="layers with experts, a run for each number"
+    )
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=512)
