@@ -17,6 +17,7 @@ def main(model_folder: str, text: str, samples: int, seq_len: int, output: str) 
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
+    from llmcompressor.modeling.moe.linearize import load_quantizable_moe
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,14 +27,15 @@ def main(model_folder: str, text: str, samples: int, seq_len: int, output: str) 
     if len(ids) < samples * seq_len:
         sys.exit(f"{text} has {len(ids)} tokens, {samples * seq_len} are needed")
     rows = [ids[start : start + seq_len] for start in range(0, len(ids), seq_len)]
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    with load_quantizable_moe():  # experts as linears of their own; changes nothing in dense models
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
     oneshot(
         model=model,
         tokenizer=tokenizer,
         dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * seq_len for _ in rows]}),
         recipe=[
             SmoothQuantModifier(smoothing_strength=0.5),
-            QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
+            QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head", "re:.*mlp.gate$"]),
         ],
         max_seq_length=seq_len,
         num_calibration_samples=samples,

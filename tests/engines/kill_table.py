@@ -189,9 +189,7 @@ def main() -> None:
         folder = Path(name)
         model = make_model(folder / "model", options.layers)
         normal = undisturbed(model, folder / "undisturbed", *more)
-        print(
-            f"undisturbed: {normal.seconds:.1f} s, {normal.start:.1f} s till the journal, {normal.units} units"
-        )
+        print(f"undisturbed: {normal.seconds:.1f} s, {normal.start:.1f} s of it to the journal; {normal.units} units")
         for number in range(options.runs):
             strikes, outcome = strike(model, folder / str(number), normal, rng, more)
             outcomes[outcome] += 1
