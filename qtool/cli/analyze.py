@@ -130,7 +130,8 @@ def _show(result: dict[str, Any], top: int, out: Console) -> None:
         f"{Path(result['model']).name}, {result['scheme']}: KL divergence with one linear quantized "
         f"({result['kl_of_all']:.5f} for all, on {result['text']['source']})"
     )
-    common = os.path.commonprefix([each["name"] for each in linears]).rpartition(".")[0]
+    parents = [each["name"].rpartition(".")[0].replace(".", "/") for each in linears]
+    common = os.path.commonpath(parents).replace("/", ".")
     rows = [
         [
             each["name"].removeprefix(f"{common}."),
