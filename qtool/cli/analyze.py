@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -129,9 +130,11 @@ def _show(result: dict[str, Any], top: int, out: Console) -> None:
         f"{Path(result['model']).name}, {result['scheme']}: KL divergence with one linear quantized "
         f"({result['kl_of_all']:.5f} for all, on {result['text']['source']})"
     )
+    parents = [each["name"].rpartition(".")[0].replace(".", "/") for each in linears]
+    common = os.path.commonpath(parents).replace("/", ".")
     rows = [
         [
-            each["name"],
+            each["name"].removeprefix(f"{common}."),
             each["activations"],
             f"{each['relative_error']:.1e}",
             f"{each['kl']:.1e}",
@@ -140,6 +143,7 @@ def _show(result: dict[str, Any], top: int, out: Console) -> None:
         ]
         for each in shown
     ]
-    out.table(title, ["linear", "activations", "relative error", "KL, nats", "share", "MB saved"], rows, result=True)
+    first = f"linear in {common}" if common else "linear"
+    out.table(title, [first, "kind", "error", "KL, nats", "share", "MB saved"], rows, result=True)
     if len(shown) < len(linears):
         out.info(f"{len(linears) - len(shown)} more: --top 0 shows all")
