@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool import workers
+from qtool.engines import native
 from qtool.environments.lookup import interpreter
 
 OnEvent = Callable[[workers.Event], None]
@@ -48,6 +49,8 @@ def to_format(source: Path, output: Path, to: str, *, overwrite: bool, on_event:
     check_output(output, overwrite=overwrite, source=source)
     job = {"source": str(source.absolute()), "output": str(output), "to": to, "overwrite": overwrite}
     try:
-        return workers.run("qtool.convert.checkpoint", job, python=interpreter("native"), on_event=on_event)
+        return workers.run(
+            "qtool.convert.checkpoint", job, python=interpreter("native"), on_event=on_event, env=native.environment()
+        )
     finally:
         tidy(output)  # what a killed worker could not remove

@@ -42,6 +42,7 @@ _PARTS = {"weight", "weight_scale", "weight_offset", "weight_zero_point", "bias"
 }
 _MAX_ROUNDING = 2**-8  # relative; more than that and the dtype's range is too short for the scale
 _CHUNK = 1 << 24  # numbers that are dequantized at a time
+_SHOWN = 1 << 24  # bytes between two reports of progress: there can be 100,000 tensors, most of them small
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
         InputError: a source that is not W8A8 or damaged, or something that the new format can't express.
         QtoolError: the disk is full.
     """
+    import torch  # noqa: F401 (so that its import is no part of the conversion's time)
+
     started = time.perf_counter()
     source = Checkpoint.open(job["source"])
     planned = plan(source, job["to"])
@@ -246,7 +249,7 @@ def output_bytes(source: Checkpoint, planned: Plan) -> int:
 
 def _write(source: Checkpoint, planned: Plan, job: dict[str, Any], report: Report) -> int:
     """Write the new checkpoint; how many integers it took over."""
-    reader, integers, done = formats.get(source.format), 0, 0
+    reader, integers, done, shown = formats.get(source.format), 0, 0, 0
     dtype = dtypes.to_torch(planned.dtype)
     assert dtype is not None
     form = formats.get("safetensors" if planned.target == FLOAT else planned.target)
@@ -257,7 +260,9 @@ def _write(source: Checkpoint, planned: Plan, job: dict[str, Any], report: Repor
     expected = 2 * len(source.names) + 8 * len(planned.modes)
     with CheckpointWriter(job["output"], form, overwrite=job["overwrite"], expected_tensors=expected) as writer:
         for tensor in source.names:
-            report.progress("converting", done, source.nbytes, "bytes")
+            if done >= shown + _SHOWN or not done:
+                report.progress("converting", done, source.nbytes, "bytes")
+                shown = done
             done += source.info(tensor).nbytes
             owner, _, part = tensor.rpartition(".")
             mode = planned.modes.get(owner)

@@ -122,6 +122,47 @@ def test_many_shards_and_every_byte_of_progress(tmp_path: Path, tiny_llama: Path
         assert (tmp_path / "out" / file).read_bytes() == (tiny_llama / file).read_bytes()
 
 
+def test_experts_and_latent_attention_go_through_as_names(tmp_path: Path) -> None:
+    """The layers of a DeepSeek-V3: attention static but for kv_b_proj, experts dynamic, router and its bias float."""
+    from qtool.checkpoint.writer import CheckpointWriter
+    from tests.checkpoint.conftest import round_layer
+
+    generator = torch.Generator().manual_seed(0)
+
+    def weight(out: int, in_: int) -> torch.Tensor:
+        return torch.randn(out, in_, generator=generator) * 0.05
+
+    made: Layers = {}
+    kept = {"model.embed_tokens.weight": weight(32, 16).bfloat16(), "lm_head.weight": weight(32, 16).bfloat16()}
+    for i in range(2):
+        layer = f"model.layers.{i}"
+        for name in ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "o_proj"):
+            made[f"{layer}.self_attn.{name}"] = round_layer(weight(24, 16), inputs=(0.015625, -9))
+        experts = [f"experts.{e}." for e in range(12)] + ["shared_experts."]
+        for expert in [""] if i == 0 else experts:  # the first layer is dense
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                made[f"{layer}.mlp.{expert}{name}"] = round_layer(weight(24, 16))
+        kept[f"{layer}.self_attn.kv_b_proj.weight"] = weight(40, 8).bfloat16()
+        kept[f"{layer}.mlp.gate.weight"] = weight(12, 16).bfloat16()
+        kept[f"{layer}.mlp.gate.e_score_correction_bias"] = torch.randn(12, generator=generator)
+    config = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "dtype": "bfloat16"}
+    with CheckpointWriter(tmp_path / "0", formats.get("golden-stick"), max_shard_bytes=15_000) as writer:
+        for name, tensor in kept.items():
+            writer.add(name, tensor)
+        for name, linear in made.items():
+            writer.add_linear(name, linear, torch.bfloat16)
+        writer.finish(None, config, {})
+    for step, target in enumerate(["modelslim", "compressed-tensors", "golden-stick"]):
+        convert(tmp_path / str(step), tmp_path / str(step + 1), target)
+        found = tensors(tmp_path / str(step + 1))
+        for name, linear in made.items():
+            assert torch.equal(found[f"{name}.weight"], linear.weight)
+        for name, tensor in kept.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor)
+    assert_equal(tensors(tmp_path / "3"), tensors(tmp_path / "0"))
+
+
 # ------------------------------------------------------------------ what the peers make of it
 
 
