@@ -10,6 +10,7 @@ from typing import Any
 
 from qtool import engines, workers
 from qtool.checkpoint.storage import tidy
+from qtool.engines.job import Job
 from qtool.errors import InputError
 from qtool.recipe.schema import Recipe
 
@@ -76,21 +77,23 @@ def run(
         calibration = _own_samples(model, calibration, trust_remote_code, on_event)
     elif calibration["data"] not in ("builtin", "self"):
         calibration = {**calibration, "data": str(Path(calibration["data"]).expanduser().absolute())}
-    job = {
-        "model": str(model),
-        "output": str(output),
-        "format": format or recipe.export.format,
-        "recipe": recipe.model_dump(mode="json"),
-        "scheme": scheme,
-        "calibration": calibration,
-        "device": device,
-        "devices": devices,
-        "overwrite": overwrite,
-        "trust_remote_code": trust_remote_code,
-        "dry_run": dry_run,
-        "resume": resume,
-        **asdict(resources or Resources()),
-    }
+    job = asdict(
+        Job(
+            model=str(model),
+            output=str(output),
+            format=format or recipe.export.format,
+            recipe=recipe.model_dump(mode="json"),
+            scheme=scheme,
+            calibration=calibration,
+            device=device,
+            devices=devices,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            dry_run=dry_run,
+            resume=resume,
+            **asdict(resources or Resources()),
+        )
+    )
     if dry_run:
         return engines.run(engine, job, on_event)
     try:

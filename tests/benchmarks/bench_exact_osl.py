@@ -13,12 +13,14 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from qtool import workers
 from qtool.engines import native
+from qtool.engines.job import Job
 from qtool.recipe.load import load
 
 
@@ -32,23 +34,16 @@ def main(model: Path, reference: Path) -> None:
     ids = json.loads((reference / "calibration_ids.json").read_text())
     laps: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        job = {
-            "model": str(model),
-            "output": f"{folder}/out",
-            "format": "golden-stick",
-            "recipe": load("golden-stick-osl").model_dump(mode="json"),
-            "scheme": "w8a8",
-            "calibration": {"ids": ids, "digest": "", "source": "", "samples": len(ids), "seq_len": 0, "seed": 0},
-            "device": "cpu",
-            "overwrite": False,
-            "trust_remote_code": False,
-            "dry_run": False,
-            "resume": False,
-            "memory": None,
-            "workers": 0,
-            "ray": None,
-            "threads": None,
-        }
+        job = asdict(
+            Job(
+                model=str(model),
+                output=f"{folder}/out",
+                format="golden-stick",
+                recipe=load("golden-stick-osl").model_dump(mode="json"),
+                scheme="w8a8",
+                calibration={"ids": ids, "digest": "", "source": "", "samples": len(ids), "seq_len": 0, "seed": 0},
+            )
+        )
         report = workers.run(
             "qtool.engines.native.worker",
             job,

@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=128)
     arguments = parser.parse_args()
     from qtool import engines
+    from qtool.engines.job import Job
     from qtool.environments.lookup import interpreter
     from qtool.errors import InputError
     from qtool.recipe.load import load
@@ -79,26 +81,21 @@ def main() -> None:
         model = cut(model_or_exit(arguments.model), arguments.layers, Path(folder) / "model")
         in_float32(model)
         for engine in ("native", "golden-stick"):
-            job = {
-                "model": str(model),
-                "output": f"{folder}/{engine}",
-                "format": "golden-stick",
-                "recipe": load("golden-stick-osl").model_dump(mode="json"),
-                "scheme": "w8a8",
-                "calibration": {
-                    "data": "builtin", "samples": arguments.samples, "seq_len": arguments.seq_len, "seed": 0
-                },
-                "device": "cpu",
-                "devices": None,
-                "overwrite": False,
-                "trust_remote_code": False,
-                "dry_run": False,
-                "resume": False,
-                "memory": None,
-                "workers": 0,
-                "ray": None,
-                "threads": None,
-            }  # fmt: skip
+            job = asdict(
+                Job(
+                    model=str(model),
+                    output=f"{folder}/{engine}",
+                    format="golden-stick",
+                    recipe=load("golden-stick-osl").model_dump(mode="json"),
+                    scheme="w8a8",
+                    calibration={
+                        "data": "builtin",
+                        "samples": arguments.samples,
+                        "seq_len": arguments.seq_len,
+                        "seed": 0,
+                    },
+                )
+            )
             clocks[engine] = Clock()
             reports[engine] = engines.run(engine, job, clocks[engine].event)
             results[engine] = tensors(Path(folder) / engine)

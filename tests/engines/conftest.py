@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,26 +46,20 @@ def quantize() -> Any:
         recipe: str = "default",
         **changes: Any,
     ) -> dict[str, Any]:
+        from qtool.engines.job import Job
         from qtool.engines.native import engine
         from qtool.recipe.load import load
 
-        job = {
-            "model": str(model),
-            "output": str(output),
-            "format": format,
-            "recipe": load(recipe).model_dump(mode="json") | changes,
-            "scheme": scheme,
-            "calibration": {"data": "builtin", "samples": SAMPLES, "seq_len": LENGTH, "seed": 0},
-            "device": "cpu",
-            "overwrite": False,
-            "trust_remote_code": False,
-            "dry_run": False,
-            "resume": False,
-            "memory": None,
-            "workers": 0,
-            "ray": None,
-            "threads": None,
-        }
+        job = asdict(
+            Job(
+                model=str(model),
+                output=str(output),
+                format=format,
+                recipe=load(recipe).model_dump(mode="json") | changes,
+                scheme=scheme,
+                calibration={"data": "builtin", "samples": SAMPLES, "seq_len": LENGTH, "seed": 0},
+            )
+        )
         return engine.quantize(job, Quiet())  # type: ignore[arg-type]
 
     return run

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from qtool.engines.job import Job
 from qtool.engines.native.engine import quantize
 from qtool.evaluate.comparison import compare
 from qtool.recipe.load import load
@@ -45,25 +47,16 @@ def only(linears: list[str], mode: str) -> Recipe:
 
 
 def measured(model: Path, output: Path, recipe: Recipe) -> float:
-    job = {
-        "model": str(model),
-        "output": str(output),
-        "format": "compressed-tensors",
-        "recipe": recipe.model_dump(mode="json"),
-        "scheme": recipe.default_scheme,
-        "calibration": CALIBRATION,
-        "device": "cpu",
-        "overwrite": False,
-        "trust_remote_code": False,
-        "dry_run": False,
-        "resume": False,
-        "memory": None,
-        "workers": 0,
-        "ray": None,
-        "threads": None,
-    }
+    job = Job(
+        model=str(model),
+        output=str(output),
+        format="compressed-tensors",
+        recipe=recipe.model_dump(mode="json"),
+        scheme=recipe.default_scheme,
+        calibration=CALIBRATION,
+    )
     silent: Any = Silent()
-    quantize(job, silent)
+    quantize(asdict(job), silent)
     pair: dict[str, Any] = {"base": str(model), "quantized": str(output), "runtime": None, "engine": {}}
     return float(compare({**pair, **TEXT}, silent)["kl_divergence"]["value"])
 

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
     """Quantize a checkpoint.
 
-    Job keys: model, output, format, recipe (the validated recipe as a dict), scheme, calibration ({"ids": [[int]]}
-    or {"data", "samples", "seq_len", "seed"}), device, overwrite, trust_remote_code, dry_run, resume, memory (bytes or
-    None), workers, ray, threads.
+    Args:
+        job: a `qtool.engines.job.Job` as a dict.
+        report: hears of progress and warnings.
 
     Returns:
         The report that also goes into qtool.json; for a dry run the plan.
