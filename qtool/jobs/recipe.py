@@ -178,6 +178,8 @@ class _Run:
                 "text": wanted.text if wanted.text == "builtin" else str(Path(wanted.text).expanduser().absolute()),
                 "windows": wanted.windows,
                 "length": wanted.length,
+                "runtime": None,  # qtool's own, which runs every format
+                "engine": {},
                 "trust_remote_code": self.settings.trust_remote_code,
             }
             python = interpreter("native")
