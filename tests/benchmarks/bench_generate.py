@@ -69,7 +69,17 @@ def prompt_file(folder: Path, count: int) -> Path:
 
 
 def ours(model: Path, prompts: Path, tokens: int, output: Path, *options: str) -> list[str | Path]:
-    run = [*QTOOL, model, "-p", f"@{prompts}", "--max-tokens", str(tokens), "--temperature", "0", "--ignore-eos"]
+    run: list[str | Path] = [
+        *QTOOL,
+        model,
+        "-p",
+        f"@{prompts}",
+        "--max-tokens",
+        str(tokens),
+        "--temperature",
+        "0",
+        "--ignore-eos",
+    ]
     return [*run, "--input-format", "text", "--output", output, "--overwrite", *options]
 
 
