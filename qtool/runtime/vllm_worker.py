@@ -242,6 +242,8 @@ def _parameters(front: Front, prepared: Prepared) -> Any:
     sampling = dict(prepared.sampling)
     if structured := sampling.pop("structured_outputs", None):
         sampling["structured_outputs"] = StructuredOutputsParams(**structured)
+    if biases := sampling.get("logit_bias"):
+        sampling["logit_bias"] = {int(token): bias for token, bias in biases.items()}  # JSON's keys are texts
     if front.job["gaps"]:
         sampling["logprobs"] = max(2, sampling.get("logprobs") or 0)
     if front.job["reasoning_parser"] and prepared.chat:
@@ -262,7 +264,10 @@ def reasoning(front: Front) -> Callable[[str], tuple[str | None, str]]:
     Raises:
         InputError: vLLM has no parser of this name, or the tokenizer lacks the parser's marks.
     """
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    try:
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    except ImportError:  # an older vLLM, as Ascend has
+        from vllm.entrypoints.openai.protocol import ChatCompletionRequest
     from vllm.reasoning import ReasoningParserManager
 
     name = front.job["reasoning_parser"]

@@ -52,7 +52,7 @@ def test_a_request_is_answered(qtool_environment: dict[str, str], tiny_llama: Pa
 
 
 def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
-    for _ in range(1800):
+    for _ in range(4800):
         assert process.poll() is None
         try:
             request(port, "/health")
