@@ -33,7 +33,7 @@ COMMANDS = {
     "generate": ("qtool.cli.generate:generate", "Generate text with a model, quantized or not."),
     "eval": ("qtool.cli.eval:evaluate", "Compare a quantized model with its original."),
     "analyze": ("qtool.cli.analyze:analyze", "Rank a model's linear layers by what quantizing them costs."),
-    "tune": ("qtool.cli.tune:tune", "Make a recipe for one model: which layers stay float, which go per token."),
+    "tune": ("qtool.cli.tune:tune", "Make a recipe: which layers stay float, which go per token."),
     "inspect": ("qtool.cli.inspect:inspect", "Show what a checkpoint is: architecture, format, size, schemes."),
     "convert": ("qtool.cli.convert:convert", "Convert a GGUF file to a Hugging Face checkpoint."),
     "upload": ("qtool.cli.upload:upload", "Upload a model to a hub, with a model card."),
