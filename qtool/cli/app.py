@@ -35,7 +35,7 @@ COMMANDS = {
     "serve": ("qtool.cli.serve:serve", "Serve a model with vLLM's OpenAI server."),
     "eval": ("qtool.cli.eval:evaluate", "Compare a quantized model with its original."),
     "analyze": ("qtool.cli.analyze:analyze", "Rank a model's linear layers by what quantizing them costs."),
-    "tune": ("qtool.cli.tune:tune", "Make a recipe for one model: which layers stay float, which go per token."),
+    "tune": ("qtool.cli.tune:tune", "Make a recipe: which layers stay float, which go per token."),
     "inspect": ("qtool.cli.inspect:inspect", "Show what a checkpoint is: architecture, format, size, schemes."),
     "convert": ("qtool.cli.convert:convert", "Convert between W8A8 formats, or from a GGUF file."),
     "run": ("qtool.cli.run:run", "Do a whole recipe, from download to text, as one job."),

@@ -86,6 +86,8 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
 
 def _name_vllm() -> None:
     """The harness asks for the version of a distribution "vllm"; builds for other hardware go by other names."""
+    platforms = importlib.import_module("vllm.platforms")
+    assert platforms.current_platform  # vLLM looks at that version too, once, to tell what it was built for
     original = importlib.metadata.version
 
     def version(distribution_name: str) -> str:
