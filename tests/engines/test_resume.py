@@ -37,8 +37,6 @@ def test_killed_runs_are_resumed_to_the_same_files(model: Path, normal: Undistur
 def test_however_it_runs_it_makes_the_same_files(
     model: Path, normal: Undisturbed, run_qtool: Callable[..., Any], tmp_path: Path, options: tuple[str, str]
 ) -> None:
-    if options[0] == "--ray":
-        pytest.importorskip("ray")
     done = run_qtool("quantize", model, "-o", tmp_path / "out", *kill_table.SIZE, *options)
     assert done.code == 0, done.stderr
     assert kill_table.digests(tmp_path / "out") == normal.files
