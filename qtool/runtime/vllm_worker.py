@@ -15,8 +15,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import pydantic
-
 from qtool.errors import InputError, QtoolError, in_one_line
 from qtool.runtime import mindspore
 from qtool.runtime.common import Front, Meter, Prepared, failure
@@ -317,6 +315,8 @@ def check_settings(given: Mapping[str, Any], engine_args: type) -> None:
 def _check_type(name: str, value: Any, kind: Any) -> None:
     if isinstance(kind, str) or isinstance(value, dict):  # vLLM will look at it itself
         return
+    import pydantic
+
     try:
         pydantic.TypeAdapter(kind).validate_python(value)
     except pydantic.PydanticUserError:  # a type that pydantic knows nothing of
