@@ -42,7 +42,17 @@ def zentorch() -> str:
     if not folder.exists():
         unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
         packages = ["zentorch==2.13.0.2", "deprecated>=1.2,<2", "wrapt"]
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", unfinished, *packages]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(unfinished),
+            *packages,
+        ]
         subprocess.run(command, check=True)
         unfinished.replace(folder)
     return str(folder)

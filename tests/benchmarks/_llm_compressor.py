@@ -17,7 +17,7 @@ def main(model_folder: str, text: str, samples: int, seq_len: int, output: str) 
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modeling.moe.linearize import load_quantizable_moe
+    from llmcompressor.modeling.moe.linearize import linearize_moe
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,8 +27,9 @@ def main(model_folder: str, text: str, samples: int, seq_len: int, output: str) 
     if len(ids) < samples * seq_len:
         sys.exit(f"{text} has {len(ids)} tokens, {samples * seq_len} are needed")
     rows = [ids[start : start + seq_len] for start in range(0, len(ids), seq_len)]
-    with load_quantizable_moe():  # experts as linears of their own; changes nothing in dense models
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    # Experts become linears of their own. (Its load_quantizable_moe, which loads them so, needs torchvision.)
+    linearize_moe(model)
     oneshot(
         model=model,
         tokenizer=tokenizer,

