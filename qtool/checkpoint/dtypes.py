@@ -56,6 +56,7 @@ _TORCH = {
     "I64": "int64",
     "U64": "uint64",
 }
+_CODES = {name: code for code, name in _TORCH.items()}
 
 
 def to_torch(code: str) -> torch.dtype | None:
@@ -67,4 +68,4 @@ def to_torch(code: str) -> torch.dtype | None:
 
 def from_torch(dtype: torch.dtype) -> str:
     """The safetensors code of a torch dtype. Raises KeyError for dtypes that the format lacks."""
-    return {torch_name: code for code, torch_name in _TORCH.items()}[str(dtype).removeprefix("torch.")]
+    return _CODES[str(dtype).removeprefix("torch.")]

@@ -191,7 +191,9 @@ class Layers:
                 with _handled(routed, lambda x, _chosen, weights: x * (1 + weights.sum(dim=-1, keepdim=True))):
                     groups = find_groups(layer, lambda: stream.run(index, layer, few), stream.heads)
                 self._check_added(routed, lambda: stream.run(index, layer, few))
-        layer.to(stream.dtype)
+        for name, tensor in layer.state_dict(keep_vars=True).items():
+            if tensor.is_floating_point() and not stream.is_kept_in_float32(name):
+                tensor.data = tensor.data.to(stream.dtype)
         return groups
 
     def _check_added(self, module: RoutedExperts, run: Callable[[], torch.Tensor]) -> None:
