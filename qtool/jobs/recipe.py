@@ -156,6 +156,7 @@ class _Run:
                 calibration=recipe.calibration.model_dump(),
                 device=settings.device,
                 trust_remote_code=settings.trust_remote_code,
+                resume=True,
                 on_event=self.on_event,
             )
 

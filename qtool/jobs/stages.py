@@ -96,8 +96,8 @@ class Job:
             for file in wrong:
                 (path / file).unlink(missing_ok=True)
         else:
-            self._remove(record.get("output", output))
-            self._remove(output)
+            self._remove(record.get("output", output), keep_resumable=known)
+            self._remove(output, keep_resumable=known)
         self._records[name] = {"key": key, "output": output}
         self._save()
         started = time.monotonic()
@@ -116,11 +116,11 @@ class Job:
         self.done.append(Done(name, self.folder / output, kept, seconds, contents.together(files)))
         return self.done[-1]
 
-    def _remove(self, output: str) -> None:
+    def _remove(self, output: str, *, keep_resumable: bool) -> None:
         if Path(output).name != output or output in ("", ".."):
             return  # whatever the file says, nothing outside this folder
         path = self.folder / output
-        tidy(path)
+        tidy(path, keep_resumable=keep_resumable)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
