@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 2048  # that go through a layer at a time, when memory allows
 _BASE_BYTES = 500 * 10**6  # this process with torch, transformers and a tokenizer loaded (measured 0.48 to 0.51 GB)
 _TENSOR_BYTES = 1500  # what is kept of every tensor of the checkpoint: header, names, policy
+_SCORES_BYTES = 1 << 28
 _BASE_SECONDS = 8.0
 _CHUNK_BYTES = 5 * 16 * 2**20  # float32 copies of the weights that are quantized at a time
 _COMPENSATED_CHUNK_BYTES = 4 * 64 * 2**20
@@ -68,10 +69,14 @@ def plan(
     item = stream.dtype.itemsize
     has_experts = any(layer.experts for layer in layers)
     scratch = tokens * stream.hidden_size * (2 * item + has_experts * (item + 4))
-    batch = max(BATCH_TOKENS, seq_len)
+    # Where query and value heads differ in size, as in DeepSeek's, torch computes attention with all scores at once, in
+    # float32 and twice.
+    scores = stream.heads * seq_len * 8
+    batch = max(seq_len, min(BATCH_TOKENS, _SCORES_BYTES // scores))
     while True:
         needed = _BASE_BYTES + _TENSOR_BYTES * len(stream.checkpoint.names)
-        needed += max(layer.bytes(tokens, min(batch, tokens), item, exact=exact) for layer in layers)
+        together = min(batch, tokens)
+        needed += max(layer.bytes(tokens, together, item, scores, exact=exact) for layer in layers)
         if limit is None or needed <= limit:
             return Estimate(batch, needed, scratch)
         if batch <= seq_len:
@@ -120,14 +125,14 @@ class _Layer:
                     self.experts.append((out, width, policies.get(name)))
             self.share = stream.experts_per_token / len(routed.names)
 
-    def bytes(self, tokens: int, batch: int, item: int, *, exact: bool) -> int:
-        """Peak memory on top of what the process has anyway."""
+    def bytes(self, tokens: int, batch: int, item: int, scores: int, *, exact: bool) -> int:
+        """Peak memory on top of what the process has anyway; `scores` is what attention takes for a token."""
         everything = [*self.linears, *self.experts]
         widest = max((width for _, width, _ in everything), default=0)
         longest = max((out for out, _, _ in everything), default=0)
         compensated = [width for _, width, policy in everything if policy and policy.rounding == "gptq"]
         statistics = 4 * sum({width: width**2 for width in compensated}.values()) + 4 * 512 * widest * 6
-        running = self.parameters * item + batch * item * (3 * longest + 4 * widest) + statistics
+        running = self.parameters * item + batch * (item * (3 * longest + 4 * widest) + scores) + statistics
         probing = 4 * self.parameters
         chunk = _COMPENSATED_CHUNK_BYTES if compensated else _CHUNK_BYTES
         group = max((out * width for out, width, _ in everything), default=0)
