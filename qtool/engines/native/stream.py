@@ -91,6 +91,7 @@ class DecoderStream:
                 module = layer.get_submodule(owner)
                 hooks.append(module.register_forward_pre_hook(lambda _m, args, quantize=quantize: quantize(args[0])))
         layer.load_state_dict(state, strict=True, assign=True)
+        state.clear()  # or a change of the layer's type would leave the old tensors in memory
         try:
             yield layer.requires_grad_(False)
         finally:
