@@ -75,6 +75,8 @@ class Activations:
         return out.view(self.dtype).reshape(count, self.width)
 
     def _pour(self, runs: list[tuple[int, int]], tensor: torch.Tensor) -> None:
+        if tensor.shape != (sum(length for _, length in runs), self.width):
+            raise ValueError(f"{tuple(tensor.shape)} can't go into rows of {self.width}")
         content = tensor.detach().cpu().to(self.dtype).contiguous().view(torch.uint8).reshape(-1).numpy().data
         for first, length in runs:
             place, end = first * self._row_bytes, (first + length) * self._row_bytes

@@ -122,6 +122,7 @@ class DecoderStream:
         """Token embeddings [batch, length, hidden] of ids [batch, length], reading only the rows in use."""
         unique, compact = torch.unique(ids, return_inverse=True)
         name = f"{self._embedding_name}.weight"
+        self._check_shape(name, self._embedding.get_parameter("weight").shape)
         rows = self._checked(name, self.checkpoint.rows(name, unique))
         return torch.func.functional_call(self._embedding, {"weight": rows}, (compact.to(self.device),))
 
