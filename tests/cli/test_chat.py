@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
+import select
 import subprocess
 import sys
 import time
@@ -15,6 +17,8 @@ from typing import Any
 import pytest
 
 from qtool.runtime.conversation import Conversation, Refused
+
+_QUIET = 5.0  # seconds
 
 
 class Terminal:
@@ -31,11 +35,15 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.leader, text.encode())
 
-    def until(self, pattern: str, seconds: float = 120) -> str:
-        """What is seen up to the pattern; it is taken away."""
+    def until(self, pattern: str, seconds: float = 120, again: str = "") -> str:
+        """What is seen up to the pattern; it is taken away. `again` is typed whenever nothing happens for a while: a
+        terminal throws away what is typed just as Ctrl-C arrives."""
         end = time.monotonic() + seconds
         while not (found := re.search(pattern, self.seen)):
             assert time.monotonic() < end, self.seen
+            if not select.select([self.leader], [], [], _QUIET)[0]:
+                self.type(again)
+                continue
             try:
                 self.seen += os.read(self.leader, 1 << 12).decode(errors="replace").replace("\r", "")
             except OSError:
@@ -43,8 +51,14 @@ class Terminal:
         before, self.seen = self.seen[: found.end()], self.seen[found.end() :]
         return before
 
-    def close(self) -> int:
-        code = self.process.wait(60)
+    def close(self, again: str = "") -> int:
+        end = time.monotonic() + 60
+        while (code := self.process.poll()) is None:
+            assert time.monotonic() < end, self.seen
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_QUIET)
+            with contextlib.suppress(OSError):
+                self.type(again)
         os.close(self.leader)
         return code
 
@@ -60,15 +74,13 @@ def terminal(qtool_environment: dict[str, str], tiny_llama: Path) -> Iterator[Te
 def test_a_conversation(terminal: Terminal) -> None:
     terminal.until("> ")
     terminal.type("hi\n")
-    terminal.until(r"hi\n.+", 120)  # the tiny model doesn't end by itself
-    terminal.type("\x03")
-    terminal.until(r"\n> $")
+    terminal.until(r"hi\n(.|\n)+\n> $")
     terminal.type("/reset\n")
-    terminal.until("> ")
+    terminal.until("/reset\n> ", again="/reset\n")
     terminal.type("half a line\x03")
-    terminal.until("\n> ")
+    terminal.until("\n> ", again="\x03")
     terminal.type("/exit\n")
-    assert terminal.close() == 0
+    assert terminal.close(again="/exit\n") == 0
 
 
 def test_ctrl_d_ends_it(terminal: Terminal) -> None:
