@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import qtool
-from qtool.checkpoint.reader import read_json
-from qtool.checkpoint.reader import REPORT
+from qtool.checkpoint.reader import REPORT, read_json
 from qtool.checkpoint.storage import disk_errors, sync, tidy
 from qtool.errors import InputError, QtoolError
 from qtool.jobs import contents
