@@ -164,7 +164,8 @@ def test_both_engines_leave_the_same_files(pairs: Callable[[str], Pair], name: s
     assert native["calibration"] == golden["calibration"]
     assert golden["engine"] == "golden-stick"
     assert golden["versions"]["mindspore_gs"] == "1.4.1"
-    assert golden.keys() == native.keys() - {"mean_relative_error"}
+    # A native report is the same however often its run was killed, so it holds no times; its numbers know their threads.
+    assert golden.keys() - {"seconds", "peak_memory_bytes"} == native.keys() - {"mean_relative_error", "threads"}
 
 
 def test_the_first_policy_that_matches_counts(pairs: Callable[[str], Pair]) -> None:
