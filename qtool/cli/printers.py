@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from qtool.runtime.results import Answers
 
 
-class Printer:
+class Printer(ABC):
     """Keeps the lines that are under way, and counts those that fail.
 
     Attributes:
@@ -41,8 +42,9 @@ class Printer:
         self.failed += "error" in item
         self.show(self._lines.pop(item["index"]), item)
 
+    @abstractmethod
     def show(self, line: Line, item: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Put one answer where it belongs."""
 
     def event(self, event: dict[str, Any]) -> None:
         self.out.event(event)

@@ -26,7 +26,7 @@ _BASE_SECONDS = 8.0
 _CHUNK_BYTES = 5 * 16 * 2**20  # float32 copies of the weights that are quantized at a time
 _COMPENSATED_CHUNK_BYTES = 4 * 64 * 2**20
 # What an element of a weight costs beside matrix products, on one thread: to read, round and write it, to search its
-# clipping ratio, to search its smoothing scale. From bench_quantize.py and bench_giant.py, AMD Zen 4.
+# clipping ratio, to search its smoothing scale. Rough guesses, not fitted to measurements.
 _ROUND_SECONDS, _CLIP_SECONDS, _SMOOTH_SECONDS = 12e-9, 30e-9, 40e-9
 
 
