@@ -77,7 +77,9 @@ def test_killed_at_random_moments(hub: Hub, tmp_path: Path) -> None:
         time.sleep(rng.uniform(0.3, 1.2))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        kept.append(sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()))
+        places = (tmp_path / "model", *(tmp_path / ".model.partial" / name for name in ("complete", "incomplete")))
+        came = (file for place in places for file in place.rglob("*") if file.is_file())
+        kept.append(sum(file.stat().st_size for file in came))
         if (tmp_path / "model").exists():
             assert contents(tmp_path / "model") == wanted(files)
     assert kept == sorted(kept)  # nothing that came is lost
