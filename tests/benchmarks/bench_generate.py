@@ -8,6 +8,7 @@ formats  bfloat16 against W8A8: tokens/s once the model is loaded
 memory   100,000 prompts to one token each, with a random model of two layers: peak memory
 kills    2,000 prompts, the process or its worker killed ten times at random, resumed: the answers
 llama    tokens/s of llama.cpp (llama-cpp-python, Q8_0 of the same weights): one prompt at a time, and so qtool
+kl       KL divergence from the float32 model on text, of llama.cpp's Q8_0 and of W8A8 as vLLM runs it
 """
 
 from __future__ import annotations
@@ -51,6 +52,17 @@ for prompt in prompts:
     done = model(prompt, max_tokens=int(sys.argv[3]), temperature=0, logit_bias={model.token_eos(): -1e9})
     tokens += done["usage"]["completion_tokens"]
 print(tokens / (time.perf_counter() - begin))
+"""
+LLAMA_LOGITS = """
+import json, sys
+import numpy as np
+from llama_cpp import Llama
+windows = json.load(open(sys.argv[2]))
+model = Llama(sys.argv[1], n_ctx=len(windows[0]), n_batch=len(windows[0]), logits_all=True, verbose=False)
+for number, window in enumerate(windows):
+    model.reset()
+    model.eval(window)
+    np.save(f"{sys.argv[3]}/{number}.npy", model.scores[: len(window)].astype(np.float32))
 """
 QTOOL = (sys.executable, "-m", "qtool", "generate")
 ENVIRONMENT = {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
@@ -163,6 +175,49 @@ def llama(args: argparse.Namespace, folder: Path) -> None:
     print(table(["", "tokens/s"], [[name, spread(values)] for name, values in rates.items()]))
 
 
+def kl(args: argparse.Namespace, folder: Path) -> None:
+    """The same windows of CPython's help texts for all; qtool's own evaluation, and transformers for llama.cpp."""
+    if args.llama_python is None or args.gguf is None:
+        print("\nkl: skipped; name llama.cpp's interpreter (--llama-python) and a GGUF (--gguf)")
+        return
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    windows, length = 8, 512
+    text, script, tokens = folder / "text.txt", folder / "logits.py", folder / "windows.json"
+    text.write_text(" ".join(prompt_file(folder, 2_000).read_text().split("\n")))
+    ids = torch.tensor(AutoTokenizer.from_pretrained(args.model)(text.read_text())["input_ids"][: windows * length])
+    ids = ids.view(windows, length)
+    rows = []
+    for runtime in ([], ["--runtime", "vllm"]):
+        for name, model in (("bfloat16", args.model), ("W8A8", args.quantized)):
+            if model == args.model and not runtime:
+                continue  # nothing between a model and itself
+            command = [sys.executable, "-m", "qtool", "eval", args.model, model, "--text", text, "--json", *runtime]
+            command += ["--windows", str(windows), "--length", str(length)]
+            done = subprocess.run(
+                list(map(str, command)), env=os.environ | ENVIRONMENT, check=True, capture_output=True, text=True
+            )
+            found = json.loads(done.stdout)
+            figures = (found[key]["value"] for key in ("kl_divergence", "top1_agreement"))
+            rows.append([f"{name}, {'vLLM' if runtime else 'float32 imitation'}", *(f"{f:.5f}" for f in figures)])
+    script.write_text(LLAMA_LOGITS)
+    tokens.write_text(json.dumps(ids.tolist()))
+    subprocess.run([args.llama_python, script, args.gguf, tokens, folder], check=True, capture_output=True)
+    reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    divergences, agreements = [], []
+    with torch.no_grad():
+        for number, window in enumerate(ids):
+            ours = reference(window[None]).logits[0, :-1].log_softmax(-1)
+            theirs = torch.from_numpy(np.load(folder / f"{number}.npy"))[:-1].log_softmax(-1)
+            divergences.append((ours.exp() * (ours - theirs)).sum(-1).mean().item())
+            agreements.append((ours.argmax(-1) == theirs.argmax(-1)).float().mean().item())
+    rows.append(["Q8_0, llama.cpp", f"{np.mean(divergences):.5f}", f"{np.mean(agreements):.5f}"])
+    print(f"\nKL divergence from float32: {windows} x {length} tokens\n")
+    print(table(["", "nats per token", "top-1 agreement"], rows))
+
+
 def random_model(source: Path, target: Path) -> Path:
     """A Llama of two layers and width 64, with random weights and the source's tokenizer."""
     import torch
@@ -231,7 +286,7 @@ def kills(args: argparse.Namespace, folder: Path) -> None:
 
 
 def main() -> None:
-    parts = {"cold": cold, "long": long, "formats": formats, "memory": memory, "kills": kills, "llama": llama}
+    parts = {"cold": cold, "long": long, "formats": formats, "memory": memory, "kills": kills, "llama": llama, "kl": kl}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; all without")
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
