@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -71,7 +73,7 @@ def chat(
             model,
             system=system,
             on_event=lambda event: None if event.get("stage") == "generate" else out.event(event),
-            sampling=sampling.merged(sampling.of_model(checkpoint), words, asked),
+            sampling=settings.possible(chosen.name, sampling.merged(sampling.of_model(checkpoint), words, asked)),
             runtime=runtime,
             arguments=arguments,
             chat_template_kwargs=options.template_kwargs(enable_thinking, chat_template_kwargs),
@@ -108,15 +110,30 @@ def _talk(conversation: Conversation, out: Console) -> None:
 def _answer(conversation: Conversation, said: str, out: Console) -> None:
     from qtool.runtime.conversation import Refused
 
-    conversation.ask(said)
-    while True:
+    with _interrupting(conversation.stop):
+        conversation.ask(said)
         try:
-            piece = conversation.listen()
-            out.piece("\n" if piece is None else piece)
-            if piece is None:
-                return
-        except KeyboardInterrupt:  # of the answer, not of the conversation
-            conversation.stop()
+            while (piece := conversation.listen()) is not None:
+                out.piece(piece)
+            out.piece("\n")
         except Refused as error:
             out.error(error)
-            return
+
+
+@contextlib.contextmanager
+def _interrupting(stop: Callable[[], None]) -> Iterator[None]:
+    """Within the block the first Ctrl-C calls `stop`; only a second one raises KeyboardInterrupt.
+
+    An exception could strike between an answer's last piece and its end, and leave the conversation waiting for both.
+    """
+
+    def handle(*_: object) -> None:
+        signal.signal(signal.SIGINT, usual)
+        stop()
+
+    usual = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)

@@ -120,17 +120,16 @@ def generate(
     chosen = runtimes.choose(runtime, checkpoint.format)  # whatever is wrong should show before anybody types prompts
     arguments = settings.parse(set_ or ())
     runtimes.check(chosen, asked, arguments, reasoning_parser)
+    parser = reasoning_parser or recipe.reasoning_parser
     as_text = sys.stdout.isatty() and not json and output is None
     job: dict[str, Any] = {
-        "sampling": sampling.merged(words, recipe.given(), asked),
+        "sampling": settings.possible(chosen.name, sampling.merged(words, recipe.given(), asked)),
         "runtime": runtime,
         "arguments": arguments,
         "chat": chat or system is not None,
         "chat_template_kwargs": options.template_kwargs(enable_thinking, chat_template_kwargs),
-        "reasoning_parser": None if as_text else reasoning_parser or recipe.reasoning_parser,
+        "reasoning_parser": None if as_text or chosen.name == "transformers" else parser,
     }
-    if chosen.name == "transformers":
-        _without_what_it_cant(job)
     lines = _prompts(prompt, Chat(bool(job["chat"]), system), input_format)
     with console() as out, contextlib.ExitStack() as stack:
         printer: Printer
@@ -178,11 +177,3 @@ def _prompts(prompt: list[str] | None, chat: Chat, input_format: str) -> Iterato
         hint = "Give --prompt TEXT, or one prompt per line on stdin."
         raise InputError("no prompts", where=None if prompt else "stdin", hint=hint)
     return itertools.chain([first], lines)
-
-
-def _without_what_it_cant(job: dict[str, Any]) -> None:
-    """What the recipe or the model asks for, not the user: transformers leaves it out."""
-    from qtool.runtime.settings import TRANSFORMERS_SAMPLING
-
-    job["reasoning_parser"] = None
-    job["sampling"] = {name: value for name, value in job["sampling"].items() if name in TRANSFORMERS_SAMPLING}

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qtool import convert, engines, runtime, workers
 from qtool.checkpoint.reader import Checkpoint
@@ -16,11 +17,14 @@ from qtool.errors import InputError
 from qtool.jobs import contents, download, quantize, stages
 from qtool.jobs.stages import Done, Job
 from qtool.recipe.schema import Recipe
+from qtool.runtime import sampling
+from qtool.runtime.requests import Line
+from qtool.runtime.results import encode, record
+from qtool.runtime.settings import possible
 
 OnEvent = Callable[[workers.Event], None]
 
 EVALUATION, ANSWERS = "eval.json", "answers.jsonl"
-_ANSWER = ("prompt", "text", "finish_reason", "prompt_tokens", "completion_tokens")
 
 
 @dataclass(frozen=True)
@@ -206,18 +210,25 @@ class _Run:
         inputs = {"model": model.digest, "runtime": name, **wanted.model_dump()}
 
         def make(target: Path) -> None:
-            answers = runtime.generate(
+            words = sampling.merged(sampling.of_model(Checkpoint.open(model.path)), wanted.given())
+            lines = [Line({"prompt": text}, {"prompt": text}) for text in wanted.prompts]
+            answers: list[str] = []
+
+            def collect(item: dict[str, Any]) -> None:
+                if "error" in item:
+                    raise InputError(item["error"], where=f"prompt {item['index'] + 1} of the recipe")
+                answers.append(encode(record(lines[item["index"]], item)).decode())
+
+            runtime.stream(
                 model.path,
-                wanted.prompts,
+                ({"index": i, **line.request} for i, line in enumerate(lines)),
+                collect,
+                sampling=possible(name, words),
                 runtime=self.settings.runtime,
-                max_tokens=wanted.max_tokens,
-                temperature=wanted.temperature,
-                top_p=wanted.top_p,
                 trust_remote_code=self.settings.trust_remote_code,
                 on_event=self._without_items,
             )
-            lines = [json.dumps({key: answer[key] for key in _ANSWER}, ensure_ascii=False) for answer in answers]
-            stages.write(target, "".join(f"{line}\n" for line in lines))
+            stages.write(target, "".join(answers))
 
         return self.job.stage("generate", ANSWERS, inputs, make).output
 

@@ -121,7 +121,8 @@ def _plain(text: str) -> str:
 
 def _quoted(answer: dict[str, Any]) -> str:
     """An answer as a code block: whatever the model wrote, it can't be read as Markdown."""
-    text = answer["prompt"] + answer["text"]
+    choices = answer.get("choices", [answer])  # several where the recipe asks for `n`
+    text = "\n\n".join(answer["prompt"] + choice["text"] for choice in choices)
     fence = "```"
     while fence in text:
         fence += "`"

@@ -31,8 +31,9 @@ class Conversation:
     ) -> None:
         self._system = system
         self._on_event = on_event
-        self._asked: queue.Queue[dict[str, Any]] = queue.Queue()
-        self._heard: queue.Queue[_Message] = queue.Queue()
+        # Simple queues: `stop` may be called by a signal's handler, in the middle of another call.
+        self._asked: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._heard: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._index = -1
         self.reset()
         self._thread = threading.Thread(target=self._run, args=(model,), kwargs=options, daemon=True)
@@ -72,7 +73,7 @@ class Conversation:
                 return None
 
     def stop(self) -> None:
-        """Have the answer end where it is."""
+        """Have the answer end where it is, if it has not ended yet. A signal's handler may call it."""
         self._asked.put({"index": self._index, "abort": True})
 
     def close(self) -> None:

@@ -29,6 +29,13 @@ TRANSFORMERS_SAMPLING = frozenset(
 )
 
 
+def possible(runtime: str, wishes: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the sampling that a recipe or a model wishes for this runtime can do; the rest is left out."""
+    if runtime != "transformers":
+        return dict(wishes)
+    return {name: value for name, value in wishes.items() if name in TRANSFORMERS_SAMPLING}
+
+
 def settings(hardware: str) -> dict[str, Any]:
     """What configs/runtime-*.yaml says for cpu, cuda or ascend; that file explains its keys."""
     import yaml

@@ -54,7 +54,7 @@ def measure(command: Sequence[str | Path], **environment: str) -> Measured:
         try:
             while process.poll() is None:
                 now = 0
-                for pid in _tree(process.pid):
+                for pid in tree(process.pid):
                     peak, resident = _memory(pid)
                     peaks[pid] = max(peaks.get(pid, 0), peak)
                     now += resident
@@ -72,7 +72,7 @@ def measure(command: Sequence[str | Path], **environment: str) -> Measured:
     return Measured(seconds, parent, max(peaks.values(), default=0), together)
 
 
-def _tree(pid: int) -> list[int]:
+def tree(pid: int) -> list[int]:
     """A process and all its descendants."""
     found, todo = [], [pid]
     while todo:

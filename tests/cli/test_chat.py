@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import random
 import re
 import select
 import subprocess
@@ -83,6 +84,26 @@ def test_a_conversation(terminal: Terminal) -> None:
     assert terminal.close(again="/exit\n") == 0
 
 
+def test_ctrl_c_at_any_moment_of_an_answer_leads_back_to_the_prompt(terminal: Terminal) -> None:
+    rng = random.Random(4)
+    terminal.until("> ")
+    terminal.type("hi\n")
+    terminal.until("hi\n(.|\n)")  # the model is loaded
+    begin = time.monotonic()
+    terminal.until("\n> $")
+    whole = time.monotonic() - begin
+    for _ in range(12):
+        terminal.type("hi\n")
+        terminal.until("hi\n")
+        time.sleep(rng.uniform(0, 1.2 * whole))
+        terminal.type("\x03")
+        time.sleep(0.2)  # what is typed together with Ctrl-C is thrown away
+        terminal.type("/reset\n")
+        terminal.until("/reset\n> $", again="/reset\n")
+    terminal.type("/exit\n")
+    assert terminal.close(again="/exit\n") == 0
+
+
 def test_ctrl_d_ends_it(terminal: Terminal) -> None:
     terminal.until("> ")
     terminal.type("\x04")
@@ -120,6 +141,7 @@ def test_what_was_said_is_remembered_and_forgotten(tiny_llama: Path, tiny_tokeni
         pieces = list(iter(made.listen, None))
         assert "".join(pieces) == said[-1]["content"]
         assert made.messages == said
+        made.stop()  # too late: it says nothing to the next question
     made.ask("word " * 600)
     with pytest.raises(Refused, match="the model takes 512"):
         made.listen()

@@ -29,7 +29,7 @@ default_scheme: w8a8-static
 calibration: {{data: text.txt, samples: {samples}, seq_len: 16}}
 export: {{also: {also}}}
 eval: {{text: text.txt, windows: 2, length: 32}}
-generate: {{max_tokens: {max_tokens}, prompts: [I am, Today is]}}
+generate: {{max_tokens: {max_tokens}, prompts: [I am, Today is], temperature: 0.8, top_k: 20, seed: 5}}
 """
 ON_A_HUB = "model: {hub: huggingface, repo: org/tiny}"
 STAGES = ["quantize", "eval", "convert to golden-stick", "convert to bfloat16", "generate"]
@@ -120,7 +120,9 @@ def test_everything_is_there_and_agrees(finished: Path, run_qtool: Callable[...,
     for figure in ("base_perplexity", "quantized_perplexity", "kl_divergence", "top1_agreement"):
         assert by_hand[figure] == evaluated[figure]
     prompts = ("--prompt", "I am", "--prompt", "Today is", "--max-tokens", "3", "--runtime", "transformers")
-    assert run_qtool("generate", job / "tiny-w8a8-static", *prompts).stdout == (job / "answers.jsonl").read_text()
+    drawn = ("--temperature", "0.8", "--top-k", "20", "--seed", "5")
+    answered = run_qtool("generate", job / "tiny-w8a8-static", *prompts, *drawn).stdout
+    assert answered == (job / "answers.jsonl").read_text()
 
 
 def test_the_page_has_the_figures(finished: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.benchmarks._common import tree
 from tests.engines import kill_table
 from tests.engines.kill_table import Undisturbed
 
@@ -41,3 +46,20 @@ def test_however_it_runs_it_makes_the_same_files(
     assert done.code == 0, done.stderr
     assert kill_table.digests(tmp_path / "out") == normal.files
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_killed_ray_worker_changes_nothing(model: Path, normal: Undisturbed, tmp_path: Path) -> None:
+    process = kill_table.start(model, tmp_path / "out", "--ray", "local")
+    killed = False
+    while process.poll() is None and not killed:
+        for pid in tree(process.pid):
+            with suppress(OSError):
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::_run"):  # named by what it is doing
+                    os.kill(pid, signal.SIGKILL)
+                    killed = True
+                    break
+        time.sleep(0.005)
+    _, said = process.communicate()
+    assert killed
+    assert process.returncode == 0, said
+    assert kill_table.digests(tmp_path / "out") == normal.files
