@@ -67,6 +67,14 @@ class FloatReader:
             )
         return dtype
 
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor in the float model; none for what is only part of another."""
+        info = self.checkpoint.info(name)
+        if self.is_part_of_another(name):
+            return 0
+        is_fp8 = info.dtype == "F8_E4M3" and self._block is not None
+        return info.nbytes * (2 if is_fp8 else 1)  # a byte becomes a bfloat16
+
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor in its type of the float model.
 

@@ -47,7 +47,9 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     names = [
         f"{stream.layer_name(i)}.{n}" for i in range(stream.depth) for n in linear_layers(stream.skeleton_layer(i))
     ]
-    planned = plan.make(checkpoint, recipe, job["scheme"], job["format"], names)
+    planned = plan.make(checkpoint, recipe, job["scheme"], job["format"], stream.linears())
+    if any(stream.routed(i) for i in range(stream.depth)):
+        report.warning("routed experts are not measured: they stay as the scheme has them")
     modes: list[str] = job["modes"]
     ways = {mode: with_mode(planned.policies, mode) for mode in modes} or {job["scheme"]: planned.policies}
     text = windows_of(job, checkpoint)
@@ -59,11 +61,11 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     first = next(name for name, policy in planned.policies.items() if policy)
     dtype = dtypes.to_torch(checkpoint.info(f"{first}.weight").dtype) or torch.bfloat16
     groups, linears = measure(stream, text.ids, calibration.ids, ways, formats.get(job["format"]), dtype, report)
-    quantized = plan.output_bytes(checkpoint, planned.modes)
+    quantized = plan.output_bytes(stream.floats, planned.modes)
     sizes = {}
     for name in names:
         info = checkpoint.info(f"{name}.weight")
-        sizes[name] = [info.nbytes, info.shape[0] * info.shape[1] + 4 * info.shape[0]]
+        sizes[name] = [stream.floats.nbytes(f"{name}.weight"), info.shape[0] * info.shape[1] + 4 * info.shape[0]]
     return {
         "groups": [asdict(group) for group in groups],
         "linears": [asdict(linear) for linear in linears],

@@ -28,12 +28,14 @@ class Measured:
         parent: peak resident set of the process itself, bytes.
         worker: the same of its largest descendant; 0 when it has none.
         together: the largest sum over the whole process tree at one moment (shared pages count in each).
+        said: the end of what it wrote to stdout and stderr.
     """
 
     seconds: float
     parent: int
     worker: int
     together: int
+    said: str
 
 
 def measure(command: Sequence[str | Path], **environment: str) -> Measured:
@@ -64,12 +66,12 @@ def measure(command: Sequence[str | Path], **environment: str) -> Measured:
             process.kill()  # only if this one is interrupted
             process.wait()
         seconds = time.perf_counter() - begin
+        output.seek(0)
+        said = output.read()[-3000:]
         if process.returncode:
-            output.seek(0)
-            said = output.read()[-3000:]
             sys.exit(f"{' '.join(map(str, command))}\nfailed with exit code {process.returncode}:\n{said}")
     parent = peaks.pop(process.pid, 0)
-    return Measured(seconds, parent, max(peaks.values(), default=0), together)
+    return Measured(seconds, parent, max(peaks.values(), default=0), together, said)
 
 
 def tree(pid: int) -> list[int]:

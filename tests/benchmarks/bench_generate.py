@@ -26,19 +26,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from qtool.runtime import settings
 from tests.benchmarks._common import DEFAULT_MODEL, REPOSITORY, measure, model_or_exit, spread, table
 
 BARE = """
-import json, sys
+import json, sys, time
 from vllm import LLM, SamplingParams
 def main():
     model, prompts, tokens, arguments = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
     llm = LLM(model, **arguments)
     sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
-    with open(prompts) as lines:
-        outputs = llm.generate([line.rstrip("\\n") for line in lines], sampling)
+    with open(prompts) as file:
+        lines = [line.rstrip("\\n") for line in file]
+    begin = time.perf_counter()
+    outputs = llm.generate(lines, sampling)
+    seconds = time.perf_counter() - begin
     for output in outputs:
         print(json.dumps({"prompt": output.prompt, "text": output.outputs[0].text}))
+    sys.stdout.flush()
+    count = sum(len(output.outputs[0].token_ids) for output in outputs)
+    print(count / seconds, "tokens/s", file=sys.stderr, flush=True)
 if __name__ == "__main__":
     main()
 """
@@ -96,27 +103,35 @@ def ours(model: Path, prompts: Path, tokens: int, output: Path, *options: str) -
 
 
 def compare(args: argparse.Namespace, folder: Path, count: int, tokens: int, title: str) -> None:
-    """Whole processes: bare vLLM with its defaults, bare vLLM eager, and qtool."""
+    """Whole processes: bare vLLM with its defaults, the same without compiling, with qtool's settings, and qtool."""
     prompts = prompt_file(folder, count)
     script = folder / "bare.py"
     script.write_text(BARE)
     bare: list[str | Path] = [sys.executable, script, args.model, prompts, str(tokens)]
     given = json.loads(args.bare)
+    hardware = settings.hardware("vllm", ())
+    alike = settings.engine(hardware) | {"kv_cache_memory_bytes": 1_500_000_000, "max_model_len": 256}
+    environment = settings.environment(hardware) | settings.preload(hardware, sys.executable)
     runs: dict[str, list[str | Path]] = {
         "bare vLLM": [*bare, json.dumps(given)],
         "bare vLLM, enforce_eager": [*bare, json.dumps(given | {"enforce_eager": True})],
+        "bare vLLM, qtool's settings": [*bare, json.dumps(alike)],
         "qtool generate": ours(args.model, prompts, tokens, folder / "answers.jsonl"),
     }
+    runs = {name: command for name, command in runs.items() if not args.only or name in args.only}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    rates: dict[str, list[float]] = {name: [] for name in runs}
     memory: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(args.rounds):
         for name, command in runs.items():
-            measured = measure(command, **ENVIRONMENT)
+            more = environment if command[-1] == json.dumps(alike) else {}
+            measured = measure(command, **(ENVIRONMENT | more))
             seconds[name].append(measured.seconds)
+            rates[name].append(_rate(measured.said))
             memory[name].append(measured.together / 1e9)
-    rows = [[name, spread(seconds[name]), spread(memory[name], 2)] for name in runs]
+    rows = [[name, spread(seconds[name]), spread(rates[name]), spread(memory[name], 2)] for name in runs]
     print(f"\n{title}: {count} prompts to {tokens} tokens, {args.rounds} rounds\n")
-    print(table(["", "seconds", "memory of all processes, GB"], rows))
+    print(table(["", "seconds", "tokens/s once loaded", "memory of all processes, GB"], rows))
 
 
 def cold(args: argparse.Namespace, folder: Path) -> None:
@@ -133,7 +148,11 @@ def rate(model: Path, prompts: Path, tokens: int, output: Path, *options: str) -
     done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
-    return float(done.stderr.split(" tokens/s")[0].split()[-1])
+    return _rate(done.stderr)
+
+
+def _rate(said: str) -> float:
+    return float(said.rpartition(" tokens/s")[0].split()[-1])
 
 
 def formats(args: argparse.Namespace, folder: Path) -> None:
@@ -297,6 +316,7 @@ def main() -> None:
     parser.add_argument("--many", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bare", default="{}", help="arguments of the bare script's LLM, as JSON")
+    parser.add_argument("--only", nargs="+", help="of cold and long: these rows alone")
     parser.add_argument("--llama-python", help="an interpreter with llama-cpp-python")
     parser.add_argument("--gguf", help="the model as Q8_0")
     args = parser.parse_args()

@@ -214,6 +214,15 @@ def test_rounding_to_nearest_gives_the_integers_of_numpy(
     assert {key: written[key] for key in config} == config
 
 
+def test_dry_run_foresees_the_size_of_what_was_fp8(sources: Callable[..., Source], made: Run, run_qtool: Run) -> None:
+    """What stays float takes two bytes in place of one, and loses its scales."""
+    source, output = made("deepseek_v3", "fp8")
+    done = run_qtool("quantize", source.folder, "-o", output.with_name("none"), "--dry-run", "--json")
+    assert done.code == 0, done.stderr
+    size = sum(tensor.nbytes for tensor in families.load(output).values())
+    assert json.loads(done.stdout)["output_bytes"] == pytest.approx(size, rel=0.02)
+
+
 def _description(folder: Path) -> dict[str, str]:
     return json.loads(next(folder.glob("quant*_description.json")).read_text())
 

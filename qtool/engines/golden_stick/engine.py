@@ -16,6 +16,7 @@ from typing import Any
 
 import qtool
 from qtool import workers
+from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import PartialFolder, check_free_space
 from qtool.engines import native
@@ -49,7 +50,7 @@ def quantize(job: dict[str, Any], on_event: OnEvent) -> dict[str, Any]:
     config.patterns(policies)
     for warning in (*planned.warnings, *config.differences(policies)):
         on_event({"event": "warning", "message": warning})
-    size = plan.output_bytes(checkpoint, planned.modes)
+    size = plan.output_bytes(FloatReader(checkpoint), planned.modes)
     if job["dry_run"]:
         return _dry_run(job, checkpoint, planned, size, None if through_mindone else devices)
     python, torch_python = interpreter("golden-stick"), interpreter("native")

@@ -62,7 +62,7 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
         )
     for warning in planned.warnings:
         report.warning(warning)
-    size = plan.output_bytes(checkpoint, planned.modes)
+    size = plan.output_bytes(stream.floats, planned.modes)
     wanted = job["calibration"]
     estimate = memory.plan(
         stream, planned.policies, wanted["samples"], wanted["seq_len"], exact=exact, limit=job["memory"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtool.checkpoint import formats
-from qtool.checkpoint.floats import FORMATS
+from qtool.checkpoint.floats import FORMATS, FloatReader
 from qtool.checkpoint.formats import Mode
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
@@ -88,11 +88,11 @@ def describe(policy: Policy | None) -> str:
     return f"W8A8 {range_}, {', '.join(e for e in extras if e and e != 'none')}"
 
 
-def output_bytes(checkpoint: Checkpoint, modes: Mapping[str, Mode]) -> int:
-    """Size of the output's tensors: a byte per quantized weight, scales, and the rest as it is."""
+def output_bytes(floats: FloatReader, modes: Mapping[str, Mode]) -> int:
+    """Size of the output's tensors: a byte per quantized weight, scales, and the rest in the model's float type."""
     total = 0
-    for name in checkpoint.names:
-        info = checkpoint.info(name)
+    for name in floats.checkpoint.names:
+        info = floats.checkpoint.info(name)
         mode = modes.get(name.removesuffix(".weight"), "float") if name.endswith(".weight") else "float"
-        total += info.nbytes if mode == "float" else info.shape[0] * info.shape[1] + 4 * info.shape[0]
+        total += floats.nbytes(name) if mode == "float" else info.shape[0] * info.shape[1] + 4 * info.shape[0]
     return total
