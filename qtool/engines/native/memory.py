@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 2048  # that go through a layer at a time, when memory allows
 _BASE_BYTES = 500 * 10**6  # this process with torch, transformers and a tokenizer loaded (measured 0.48 to 0.51 GB)
+_HEAP_BYTES = 400 * 10**6  # freed, but kept for what comes next (up to 0.43 GB seen)
 _TENSOR_BYTES = 1500  # what is kept of every tensor of the checkpoint: header, names, policy
 _SCORES_BYTES = 1 << 28
-_BASE_SECONDS = 8.0
+# Estimated and measured, on 2 cores: SmolLM2-135M at 32 x 512 tokens 32 and 35 s, at 128 x 512 90 and 94 s; a dense and
+# an expert layer of DeepSeek-R1 at 16 x 512 195 and 193 s; small mixtures 8 and 7, 14 and 17 s.
+_BASE_SECONDS = 5.0
+_SLOWER = 2.3  # than a plain product of the same number of operations: attention, norms, reads and writes come besides
 _CHUNK_BYTES = 5 * 16 * 2**20  # float32 copies of the weights that are quantized at a time
 _COMPENSATED_CHUNK_BYTES = 4 * 64 * 2**20
 # What an element of a weight costs beside matrix products, on one thread: to read, round and write it, to search its
-# clipping ratio, to search its smoothing scale. Rough guesses, not fitted to measurements.
+# clipping ratio, to search its smoothing scale.
 _ROUND_SECONDS, _CLIP_SECONDS, _SMOOTH_SECONDS = 12e-9, 30e-9, 40e-9
 
 
@@ -74,7 +78,7 @@ def plan(
     scores = stream.heads * seq_len * 8
     batch = max(seq_len, min(BATCH_TOKENS, _SCORES_BYTES // scores))
     while True:
-        needed = _BASE_BYTES + _TENSOR_BYTES * len(stream.checkpoint.names)
+        needed = _BASE_BYTES + _HEAP_BYTES + _TENSOR_BYTES * len(stream.checkpoint.names)
         together = min(batch, tokens)
         needed += max(layer.bytes(tokens, together, item, scores, exact=exact) for layer in layers)
         if limit is None or needed <= limit:
@@ -101,7 +105,7 @@ def seconds(stream: DecoderStream, policies: Mapping[str, Policy | None], sample
         layer = _Layer(stream, index, policies)
         products += layer.products(tokens)
         elements += layer.element_seconds()
-    return round(_BASE_SECONDS + 1.3 * products / rate + elements / torch.get_num_threads(), 1)
+    return round(_BASE_SECONDS + _SLOWER * products / rate + elements / torch.get_num_threads(), 1)
 
 
 class _Layer:
