@@ -63,3 +63,11 @@ def test_a_killed_ray_worker_changes_nothing(model: Path, normal: Undisturbed, t
     assert killed
     assert process.returncode == 0, said
     assert kill_table.digests(tmp_path / "out") == normal.files
+
+
+def test_layers_without_experts_go_on_while_those_before_them_are_quantized(tiny_llama: Path, tmp_path: Path) -> None:
+    normal = kill_table.undisturbed(tiny_llama, tmp_path / "normal")
+    found = kill_table.undisturbed(tiny_llama, tmp_path / "workers", "--workers", "2")
+    assert found.files == normal.files
+    struck, outcome = kill_table.strike(tiny_llama, tmp_path / "killed", normal, random.Random(1), ("--workers", "2"))
+    assert outcome == "identical", struck

@@ -27,6 +27,8 @@ from qtool.recipe.schema import Recipe
 if TYPE_CHECKING:
     from qtool.workers import Report
 
+_CLUSTER = 64  # processes that a cluster may have; how many is known only once it is reached
+
 
 def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
     """Quantize a checkpoint.
@@ -65,7 +67,13 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
     size = plan.output_bytes(stream.floats, planned.modes)
     wanted = job["calibration"]
     estimate = memory.plan(
-        stream, planned.policies, wanted["samples"], wanted["seq_len"], exact=exact, limit=job["memory"]
+        stream,
+        planned.policies,
+        wanted["samples"],
+        wanted["seq_len"],
+        exact=exact,
+        limit=job["memory"],
+        processes=job["workers"] or (_CLUSTER if job["ray"] else 0),
     )
     if job["dry_run"]:
         return {
@@ -105,6 +113,7 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
             report,
             exact=exact,
             batch_tokens=estimate.batch_tokens,
+            layers_ahead=estimate.layers_ahead,
             expert_tokens=recipe.calibration.expert_tokens,
         )
         # What stays as it is comes first, so that damage in it shows at once.

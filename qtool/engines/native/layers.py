@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +53,7 @@ class Layers:
         report: hears of the progress.
         exact: follow Golden Stick step for step.
         batch_tokens: how many go through a layer at a time.
+        layers_ahead: how many layers may have run while their units are not written yet.
         expert_tokens: how many an expert's statistics need.
     """
 
@@ -66,11 +68,15 @@ class Layers:
         *,
         exact: bool,
         batch_tokens: int,
+        layers_ahead: int,
         expert_tokens: int,
     ) -> None:
         self._stream, self._source, self._policies = stream, source, policies
         self._writer, self._executor, self._report = writer, executor, report
         self._exact, self._batch_tokens, self._expert_tokens = exact, batch_tokens, expert_tokens
+        self._layers_ahead = layers_ahead
+        # What to do with results, in the order in which units were submitted: tensors lie in the files in that order.
+        self._waiting: deque[Callable[[], None]] = deque()
         self._topology: dict[Any, list[Group]] = {}
         self._shape = (0, 0)
         self._finished: dict[str, dict[str, Any]] = {}
@@ -90,22 +96,34 @@ class Layers:
         if done == 0:
             hidden.write(0, entering.reshape(-1, entering.shape[-1]))
         del entering
+        self._report.progress("quantize", done, self._stream.depth, "layers")
         for index in range(done, self._stream.depth):
-            self._report.progress("quantize", index, self._stream.depth, "layers")
             leaving = self._hidden(index + 1)
-            rows, experts = self._layer(index, hidden, leaving)
-            self.rows += [{"layer": self._stream.layer_name(index), **row} for row in rows]
-            self.experts += experts
+            self._layer(index, hidden, leaving, self._finished if index == done else {})
             hidden.close()
-            self._writer.mark(
-                {"unit": _LAYER, "layer": index, "rows": self.rows[-len(rows) :], "experts": experts},
-                needs=[leaving.path],
-                obsolete=[hidden.path],
-            )
-            self._finished = {}
+            self._settle(2 * self._layers_ahead)  # each layer waits twice: for its linears, and to be finished
             hidden = leaving
+        self._settle(0)
         hidden.close()
-        self._report.progress("quantize", self._stream.depth, self._stream.depth, "layers")
+
+    def _settle(self, most: int) -> None:
+        """Deal with results until no more than so many wait."""
+        while len(self._waiting) > most:
+            self._waiting.popleft()()
+
+    def _finish_layer(
+        self, index: int, hidden: Path, leaving: Path, more: list[dict[str, Any]], experts: list[dict[str, Any]]
+    ) -> None:
+        """All units of a layer are written; `more` are the reports of all but its own linears."""
+        self._write_rest(index)
+        name, rows = self._stream.layer_name(index), [*self._finished[_DENSE]["rows"], *more]
+        rows = [{"layer": name, **row} for row in rows]
+        self.rows += rows
+        self.experts += experts
+        record = {"unit": _LAYER, "layer": index, "rows": rows, "experts": experts}
+        self._writer.mark(record, needs=[leaving], obsolete=[hidden])
+        self._finished = {}
+        self._report.progress("quantize", index + 1, self._stream.depth, "layers")
 
     def _take_over(self) -> int:
         """The records of the run that this one resumes; returns how many layers are finished."""
@@ -130,10 +148,8 @@ class Layers:
         path = self._writer.folder / f"hidden-{index}"
         return Activations(path, tokens, self._stream.hidden_size, self._stream.dtype, keep=True)
 
-    def _layer(
-        self, index: int, hidden: Activations, leaving: Activations
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Quantize one layer and run it, from `hidden` to `leaving`; the reports of its groups and of its experts."""
+    def _layer(self, index: int, hidden: Activations, leaving: Activations, done: Mapping[str, Any]) -> None:
+        """Run one layer, from `hidden` to `leaving`, and submit its units but those that are `done`."""
         stream = self._stream
         prefix = stream.layer_name(index) + "."
         routed = stream.routed(index)
@@ -149,28 +165,31 @@ class Layers:
                     self._topology[key] = self._probe(index, layer)
                 groups = self._topology[key]
                 if self._exact:
-                    return self._quantize_exactly(index, layer, groups, policies, stored, hidden, leaving), []
+                    rows = self._quantize_exactly(index, layer, groups, policies, stored, hidden, leaving)
+                    self._finished[_DENSE] = {"rows": rows}
+                    self._finish_layer(index, hidden.path, leaving.path, [], [])
+                    return
                 recorder = stack.enter_context(Recorder(self._writer.folder, hidden)) if routed else None
                 statistics = self._observe(index, layer, groups, policies, hidden, leaving, recorder)
                 router = layer.get_parameter(routed.router).float() if routed and routed.router else None
             # The layer's weights are gone: a unit reads what it needs of them.
-            pieces = None
-            if _DENSE not in self._finished:
+            if _DENSE not in done:
                 task = DenseTask(self._source, groups, policies, statistics, stored)
-                pieces = self._executor.submit(units.quantize_dense, task)
+                self._waiting.append(partial(self._finish_dense, self._executor.submit(units.quantize_dense, task)))
                 del task
             del statistics
-            if pieces is not None:
-                reports, _ = self._write(pieces())
-                self._finish(_DENSE, rows=[dataclasses.asdict(report) for report in reports])
-            rows = [*self._finished[_DENSE]["rows"]]
+            if not self._layers_ahead:
+                self._settle(0)
+            more: list[dict[str, Any]] = []
             experts: list[dict[str, Any]] = []
             if routed is not None and recorder is not None:
-                more, seen = self._routed(index, routed, recorder, router, leaving)
-                rows += more
+                more, seen = self._routed(index, routed, recorder, router, leaving, done)
                 experts = [{"layer": stream.layer_name(index), **seen}]
-        self._write_rest(index)
-        return rows, experts
+        self._waiting.append(partial(self._finish_layer, index, hidden.path, leaving.path, more, experts))
+
+    def _finish_dense(self, pieces: Callable[[], Iterable[Piece]]) -> None:
+        reports, _ = self._write(pieces())
+        self._finish(_DENSE, rows=[dataclasses.asdict(report) for report in reports])
 
     def _probe(self, index: int, layer: nn.Module) -> list[Group]:
         """Topology of a layer, from a few tokens of random hidden states in float32.
@@ -282,8 +301,9 @@ class Layers:
         recorder: Recorder,
         router: torch.Tensor | None,
         leaving: Activations,
+        done: Mapping[str, Any],
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """The routed experts: write them, and add what they give to `leaving`."""
+        """The routed experts: write them but those that are `done`, and add what all give to `leaving`."""
         count = len(module.names)
         routing = recorder.routing(count)
         counts = routing.counts(count)
@@ -293,14 +313,12 @@ class Layers:
         extra = recorder.likely(short, counts, routing, router, self._expert_tokens)
         shape = self._stream.checkpoint.info(f"{module.names[0].gate}.weight").shape
         size = max(1, _LOT_ELEMENTS // (3 * shape[0] * shape[1]))
-        pending: deque[tuple[str, torch.Tensor, Callable[[], Iterable[Piece]]]] = deque()
 
-        def finish() -> None:
-            unit, rows, pieces = pending.popleft()
+        def finish(unit: str, rows: torch.Tensor, pieces: Callable[[], Iterable[Piece]]) -> None:
             reports, output = self._write(pieces())
             if output is not None:
                 sums.scatter(rows, sums.gather(rows) + output)
-            if unit not in self._finished:
+            if unit not in done:
                 self._finish(unit, rows=[dataclasses.asdict(report) for report in reports])
 
         with Activations(self._writer.folder / "experts", leaving.rows, leaving.width, torch.float32) as sums:
@@ -308,13 +326,12 @@ class Layers:
                 lot = [*range(start, min(start + size, count))]
                 unit = f"experts {lot[0]} to {lot[-1]}"
                 wanted = [policies[expert] for expert in lot]
-                todo = unit not in self._finished
+                todo = unit not in done
                 task, rows = recorder.task(self._source, index, lot, wanted, routing, extra, quantize=todo)
-                pending.append((unit, rows, self._executor.submit(units.quantize_experts, task)))
-                if len(pending) > self._executor.ahead:
-                    finish()
-            while pending:
-                finish()
+                self._waiting.append(partial(finish, unit, rows, self._executor.submit(units.quantize_experts, task)))
+                del task
+                self._settle(self._executor.ahead)
+            self._settle(0)
             for start in range(0, leaving.rows, self._batch_tokens):
                 stop = min(start + self._batch_tokens, leaving.rows)
                 leaving.write(start, leaving.read(start, stop).float() + sums.read(start, stop))

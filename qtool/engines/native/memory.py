@@ -23,6 +23,7 @@ _BASE_BYTES = 500 * 10**6  # this process with torch, transformers and a tokeniz
 _HEAP_BYTES = 400 * 10**6  # freed, but kept for what comes next (up to 0.43 GB seen)
 _TENSOR_BYTES = 1500  # what is kept of every tensor of the checkpoint: header, names, policy
 _SCORES_BYTES = 1 << 28
+_AHEAD_BYTES = 2 * 10**9  # of statistics that wait for other processes, when memory is not limited
 # Estimated and measured, on 2 cores: SmolLM2-135M at 32 x 512 tokens 32 and 35 s, at 128 x 512 90 and 94 s; a dense and
 # an expert layer of DeepSeek-R1 at 16 x 512 195 and 193 s; small mixtures 8 and 7, 14 and 17 s.
 _BASE_SECONDS = 5.0
@@ -46,11 +47,13 @@ class Estimate:
 
     Attributes:
         batch_tokens: how many tokens should go through a layer at a time.
+        layers_ahead: how many layers may run while the units of those before them are under way.
         memory_bytes: peak resident set of the process that runs the layers.
         scratch_bytes: on the output's disk while it works, beside the output.
     """
 
     batch_tokens: int
+    layers_ahead: int
     memory_bytes: int
     scratch_bytes: int
 
@@ -63,8 +66,12 @@ def plan(
     *,
     exact: bool,
     limit: int | None,
+    processes: int = 0,
 ) -> Estimate:
-    """The largest batch that keeps within `limit` bytes.
+    """The largest batch that keeps within `limit` bytes, and then the most layers ahead.
+
+    Args:
+        processes: that work on units, besides the one that runs the layers.
 
     Raises InputError when even one sample at a time does not.
     """
@@ -82,7 +89,10 @@ def plan(
         together = min(batch, tokens)
         needed += max(layer.bytes(tokens, together, item, scores, exact=exact) for layer in layers)
         if limit is None or needed <= limit:
-            return Estimate(batch, needed, scratch)
+            spare = _AHEAD_BYTES if limit is None else limit - needed
+            each = max(layer.statistics_bytes for layer in layers)
+            ahead = min(processes, len(layers), spare // max(1, each))
+            return Estimate(batch, ahead, needed + ahead * each, scratch + ahead * tokens * stream.hidden_size * item)
         if batch <= seq_len:
             raise InputError(
                 f"this model needs {needed / 1e9:.2f} GB, {limit / 1e9:.2f} GB are allowed",
@@ -128,6 +138,12 @@ class _Layer:
                     out, width = stream.checkpoint.info(f"{name}.weight").shape
                     self.experts.append((out, width, policies.get(name)))
             self.share = stream.experts_per_token / len(routed.names)
+
+    @property
+    def statistics_bytes(self) -> int:
+        """What is known of the inputs of all linears that are not experts'."""
+        compensated = {width for _, width, policy in self.linears if policy and policy.rounding == "gptq"}
+        return 4 * sum(width**2 for width in compensated) + 4 * 512 * sum({width for _, width, _ in self.linears})
 
     def bytes(self, tokens: int, batch: int, item: int, scores: int, *, exact: bool) -> int:
         """Peak memory on top of what the process has anyway; `scores` is what attention takes for a token."""
