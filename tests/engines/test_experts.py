@@ -341,3 +341,19 @@ def test_infinite_weights_of_an_expert_are_bad_input(
     with pytest.raises(InputError, match=re.escape(name)):
         quantize(folder, tmp_path / "out", recipe="mixtral")
     assert {path.name for path in tmp_path.iterdir()} == {"damaged"}
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_evaluation_says_what_the_imitation_says(
+    made: Run, run_qtool: Run, text: Path, tiny_tokenizer: Any, model_type: str
+) -> None:
+    source, output = made(model_type)
+    size = ("--text", text, "--windows", "2", "--length", "48", "--json")
+    done = run_qtool("eval", source.folder, output, *size)
+    assert done.code == 0, done.stderr
+    ids = torch.tensor(tiny_tokenizer(text.read_text())["input_ids"][: 2 * 48]).view(2, 48)
+    logits = [
+        simulate.logits(model, ids)[:, :-1] for model in (simulate.load_float(source.floats), simulate.load(output))
+    ]
+    expected = simulate.divergence(logits[1], logits[0])
+    assert json.loads(done.stdout)["kl_divergence"]["value"] == pytest.approx(expected, rel=0.05)

@@ -206,10 +206,11 @@ class DecoderStream:
 
         Only its base model and output projection are replaced, so scaled and capped logits come out as it makes them.
         """
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from transformers.modeling_outputs import MoeModelOutputWithPast
 
         output = self._model.get_output_embeddings()
-        self._base.forward = lambda *_a, **_k: BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        made = MoeModelOutputWithPast(last_hidden_state=hidden[None])  # what any architecture looks for is in it
+        self._base.forward = lambda *_a, **_k: made
         output.forward = head.project
         try:
             return self._model(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
