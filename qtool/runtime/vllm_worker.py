@@ -326,7 +326,15 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
         raise InputError(f"{name}: {what[:1].lower()}{what[1:]}, not {value!r}", where="--set") from None
 
 
-THREADS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "OMP_PLACES", "KMP_BLOCKTIME", "LD_PRELOAD")
+THREADS = (
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "OMP_PROC_BIND",
+    "OMP_PLACES",
+    "GOMP_SPINCOUNT",
+    "KMP_BLOCKTIME",
+    "LD_PRELOAD",
+)
 
 
 def _arguments(
