@@ -102,7 +102,7 @@ def _load(source: Path, dtype: str) -> tuple[Any, Any]:
             **where, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True
         )
         tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         what = " ".join(str(error).split())[:300]
         raise InputError(f"transformers can't load this GGUF file: {what}", where=str(source)) from error
     # transformers fills what is missing with random numbers

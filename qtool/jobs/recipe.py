@@ -210,7 +210,8 @@ class _Run:
         inputs = {"model": model.digest, "runtime": name, **wanted.model_dump()}
 
         def make(target: Path) -> None:
-            words = sampling.merged(sampling.of_model(Checkpoint.open(model.path)), wanted.given())
+            # With a seed, as on the command line: the same job gives the same answers.
+            words = sampling.merged({"seed": 0}, sampling.of_model(Checkpoint.open(model.path)), wanted.given())
             lines = [Line({"prompt": text}, {"prompt": text}) for text in wanted.prompts]
             answers: list[str] = []
 

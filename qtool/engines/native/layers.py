@@ -99,7 +99,7 @@ class Layers:
         self._report.progress("quantize", done, self._stream.depth, "layers")
         for index in range(done, self._stream.depth):
             leaving = self._hidden(index + 1)
-            self._layer(index, hidden, leaving, self._finished if index == done else {})
+            self._layer(index, hidden, leaving, dict(self._finished) if index == done else {})
             hidden.close()
             self._settle(2 * self._layers_ahead)  # each layer waits twice: for its linears, and to be finished
             hidden = leaving
