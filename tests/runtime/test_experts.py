@@ -27,7 +27,7 @@ def test_vllm_says_what_the_imitation_says(
     output = tmp_path / "out"
     done = run_qtool("quantize", model, "-o", output, "--samples", "8", "--seq-len", "64")
     assert done.code == 0, done.stderr
-    env = {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), zentorch()])}
+    env = {"PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, zentorch())))}
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
     done = run_qtool("generate", output, "--runtime", "vllm", "--max-tokens", "1", "--logprobs", "1", *prompts, env=env)
     assert done.code == 0, done.stderr

@@ -7,18 +7,17 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from platformdirs import user_cache_path
 
 from qtool import runtime as runtimes
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
 from qtool.runtime import mindspore
+from tests.managed import unpacked
 
 PLUGIN = "vllm-mindspore==0.5.1"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -28,14 +27,7 @@ VARIABLE = "VLLM_MS_MODEL_BACKEND"
 @pytest.fixture(scope="session")
 def plugin() -> Path:
     """A folder with the real plugin and nothing that it depends on."""
-    folder = user_cache_path("qtool") / PLUGIN.replace("==", "-")
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-            options = ("--quiet", "--no-deps", "--python-version", "3.11", "--target", Path(made) / "site", PLUGIN)
-            subprocess.run([sys.executable, "-m", "pip", "install", *options], check=True)
-            (Path(made) / "site").rename(folder)
-    return folder
+    return unpacked(PLUGIN)
 
 
 @pytest.fixture(scope="module")

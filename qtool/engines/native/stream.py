@@ -329,8 +329,8 @@ class DecoderStream:
 
     def _load(self, name: str, shape: torch.Size) -> torch.Tensor:
         self._check_shape(name, shape)
-        tensor = self.floats.tensor(name).to(self.device)
-        return tensor.float() if self.is_kept_in_float32(name) else tensor.to(self.dtype)
+        dtype = torch.float32 if self.is_kept_in_float32(name) else self.dtype
+        return self.floats.tensor(name, dtype).to(self.device)
 
     def _quantized(self, name: str) -> QuantizedLinear | None:
         """A quantized linear by its name without ".weight"; None when it is float."""

@@ -1,0 +1,132 @@
+"""Runs a modelslim checkpoint as vllm-ascend 0.18 would, but on this CPU: python vllm_ascend_on_cpu.py MODEL IDS OUTPUT
+
+vLLM is the real one, and so is everything of vllm-ascend's that reads the checkpoint: its description file, which
+layer is of which type, the parameters that the loader fills, what is made of them, and what the kernels get. Only what
+needs Ascend is replaced: three kernels, computed here by their documentation in float64, and modules that a linear
+layer on one card never uses. IDS are token ids as JSON; OUTPUT becomes their logits [len(IDS) - 1, vocabulary], by
+torch.save.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any
+from unittest.mock import MagicMock
+
+UNUSED = (
+    "torch_npu",
+    "vllm_ascend.ascend_config",
+    "vllm_ascend.ascend_forward_context",
+    "vllm_ascend.distributed",
+    "vllm_ascend.flash_common3_context",
+    "vllm_ascend.ops",
+)
+
+
+class Replaced(types.ModuleType):
+    """A module that has whatever is asked of it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        setattr(self, name, MagicMock(name=f"{self.__name__}.{name}"))
+        return self.__dict__[name]
+
+
+class Replacer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        unused = any(fullname == name or fullname.startswith(f"{name}.") for name in UNUSED)
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True) if unused else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return Replaced(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__path__ = []
+
+
+sys.meta_path.insert(0, Replacer())
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_PLUGINS": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+from qtool.workers import hide_media_packages  # noqa: E402
+
+hide_media_packages()
+
+import torch  # noqa: E402
+import torch_npu  # type: ignore[import-not-found]  # noqa: E402
+import vllm.model_executor.layers.fused_moe as fused_moe  # noqa: E402
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
+
+fused_moe.FusedMoE = getattr(fused_moe, "FusedMoE", type("FusedMoE", (), {}))  # vLLM 0.32 has renamed it
+
+import vllm_ascend.ops.linear  # type: ignore[import-not-found]  # noqa: E402
+import vllm_ascend.quantization.method_adapters as adapters  # type: ignore[import-not-found]  # noqa: E402
+import vllm_ascend.quantization.modelslim_config as modelslim  # type: ignore[import-not-found]  # noqa: E402
+import vllm_ascend.utils  # type: ignore[import-not-found]  # noqa: E402
+
+
+def npu_quant_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    pertoken_scale: torch.Tensor | None = None,
+    output_dtype: torch.dtype,
+) -> torch.Tensor:
+    """int8 x [n, in] times int8 weight [in, out]: an int32 bias is added to the integers, a float one to the result."""
+    assert x.dtype == weight.dtype == torch.int8
+    result = x.double() @ weight.double()
+    if bias is not None and bias.dtype == torch.int32:
+        result += bias
+    result *= scale.double()
+    if pertoken_scale is not None:
+        result *= pertoken_scale.double()[..., None]
+    if bias is not None and bias.dtype != torch.int32:
+        result += bias.double()
+    return result.to(output_dtype)
+
+
+def npu_dynamic_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric, a scale per token."""
+    scale = x.float().abs().amax(-1).clamp(min=1e-12) / 127
+    return (x.float() / scale[..., None]).round().to(torch.int8), scale
+
+
+def quantize(x: torch.Tensor, scale: torch.Tensor, reciprocal: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    return (x.float() * reciprocal.float() + offset.float()).round().clamp(-128, 127).to(torch.int8)
+
+
+torch_npu.npu_quant_matmul = npu_quant_matmul
+torch_npu.npu_dynamic_quant = npu_dynamic_quant
+library = torch.library.Library("vllm", "FRAGMENT")
+library.define("quantize(Tensor x, Tensor scale, Tensor reciprocal, Tensor offset) -> Tensor")
+library.impl("quantize", quantize, "CPU")
+
+# One card, no special layout of weights, nothing fetched ahead.
+for switch in ("oproj_tp_enable", "mlp_tp_enable", "flashcomm2_enable", "enable_dsa_cp_with_layer_shard"):
+    setattr(adapters, switch, lambda: False)
+vllm_ascend.utils._should_trans_nz = lambda weight: False
+vllm_ascend.utils._WEIGHT_PREFETCH_METHOD = MagicMock()
+vllm_ascend.ops.linear.AscendUnquantizedLinearMethod = UnquantizedLinearMethod
+# vLLM 0.32 tells it more than 0.18 asks for
+read_description = modelslim.AscendModelSlimConfig.maybe_update_config
+modelslim.AscendModelSlimConfig.maybe_update_config = lambda self, model, **_: read_description(self, model)
+type(current_platform).supported_quantization = ["ascend"]
+
+from qtool.evaluate.vllm_logits import VllmLogits  # noqa: E402
+
+model, ids, output = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+with open(f"{model}/config.json") as file:
+    config = json.load(file)
+engine = {"quantization": "ascend", "dtype": "bfloat16", "enforce_eager": True}
+torch.save(VllmLogits(model, config, len(ids), engine, trust_remote_code=False)(ids), output)
