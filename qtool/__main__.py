@@ -13,6 +13,9 @@ def main() -> None:
         code = run()
     except KeyboardInterrupt:
         code = 130
+    # A Ctrl-C that struck inside exec(), as when a dataclass is being defined, makes `python -m` end by SIGINT whatever
+    # the code (CPython 3.11, pymain_exit_err_print), unless another exec() comes after it.
+    exec("")
     sys.exit(code)
 
 
