@@ -14,6 +14,7 @@ from typing import Any
 from qtool.recipe.schema import Policy
 
 FLOAT = "float"
+_ANY = "<any>"  # no name of a tensor has it, and re.escape leaves it alone
 
 
 def with_mode(policies: Mapping[str, Policy | None], mode: str) -> dict[str, Policy | None]:
@@ -115,7 +116,10 @@ def policies(chosen: Choice, ways: Mapping[str, Mapping[str, Policy | None]]) ->
 
 
 def pattern(names: Iterable[str], everything: Iterable[str]) -> str:
-    """A regular expression for just these of all linears: numbers of layers put together, `\\d+` where it is all."""
+    """A regular expression for just these of all linears: numbers of layers put together, `\\d+` where it is all.
+
+    All experts of a layer are alike, so their numbers are `\\d+` always.
+    """
     all_numbers = _numbers(everything)
     alike: dict[tuple[str, str], list[str]] = {}
     for (before, after), numbers in _numbers(names).items():
@@ -125,7 +129,7 @@ def pattern(names: Iterable[str], everything: Iterable[str]) -> str:
             middle = r"\d+"
         else:
             middle = f"({'|'.join(numbers)})"
-        alike.setdefault((re.escape(before), middle), []).append(re.escape(after))
+        alike.setdefault((re.escape(before), middle), []).append(re.escape(after).replace(_ANY, r"\d+"))
     return "|".join(
         before + middle + (f"({'|'.join(afters)})" if len(afters) > 1 else afters[0])
         for (before, middle), afters in alike.items()
@@ -133,10 +137,11 @@ def pattern(names: Iterable[str], everything: Iterable[str]) -> str:
 
 
 def _numbers(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
-    """Names cut at their first number: by what is before and after it, the numbers that occur."""
-    kinds: dict[tuple[str, str], list[str]] = {}
+    """Names cut at their first number: by what is before and after it (further numbers are _ANY), those that occur."""
+    kinds: dict[tuple[str, str], dict[str, None]] = {}
     for name in names:
         found = re.match(r"(.*?\.)(\d+)(\..*)", name)
         before, number, after = found.groups() if found else (name, "", "")
-        kinds.setdefault((before, after), []).extend([number] if number else [])
-    return kinds
+        after = re.sub(r"(?<=\.)\d+(?=\.)", _ANY, after)
+        kinds.setdefault((before, after), {}).update({number: None} if number else {})
+    return {kind: list(numbers) for kind, numbers in kinds.items()}

@@ -12,22 +12,29 @@ layers: (1 + draws) · depth · tokens · hidden float32.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from qtool.checkpoint.formats import Format
-from qtool.engines.native.stream import DecoderStream
+from qtool.engines.native.activations import Activations
+from qtool.engines.native.experts import handled
+from qtool.engines.native.probe import probe
+from qtool.engines.native.recorder import Recorder
+from qtool.engines.native.stream import DecoderStream, input_quantizer
+from qtool.engines.native.units import Source
 from qtool.errors import QtoolError
-from qtool.quant.integer import fake_quantize_tensor, fake_quantize_tokens
-from qtool.quant.layer import Storage, quantize_layer
+from qtool.quant.layer import quantize_layer
 from qtool.quant.statistics import InputStatistics
-from qtool.quant.topology import Group, bias_of, find_groups, linear_layers, signature
+from qtool.quant.topology import Group, bias_of, linear_layers, signature
 from qtool.quant.types import QuantizedLinear
 from qtool.recipe.schema import Policy
+from qtool.tuning.experts import ExpertNoise, gradients, replaced
+from qtool.tuning.noise import Sensitivity, Tally
 
 if TYPE_CHECKING:
     from qtool.workers import Report
@@ -36,31 +43,9 @@ _DRAWS = 2  # tokens drawn per position; each costs a backward pass and steadies
 _ROWS = 4096  # of the output projection, at a time
 _BATCH_TOKENS = 2048
 _SAMPLE_TOKENS = 512
-_PROBE_TOKENS = 8
 _HEAD_TOKENS = 1024  # through the output projection, at a time
 
 Policies = Mapping[str, Policy | None]
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """What quantizing one linear, or one group of linears that share their input, does when all else is float.
-
-    Attributes:
-        linears: full names.
-        way: the key of the policies that it was quantized by.
-        activations: static or dynamic.
-        alpha: the smoothing's exponent; None without smoothing.
-        relative_error: squared error of the output over its square.
-        kl: the estimated KL divergence of the model's output from the float model's, nats per token.
-    """
-
-    linears: list[str]
-    way: str
-    activations: str
-    alpha: float | None
-    relative_error: float
-    kl: float
 
 
 @torch.no_grad()
@@ -69,8 +54,9 @@ def measure(
     text: torch.Tensor,
     calibration: torch.Tensor,
     ways: Mapping[str, Policies],
-    output_format: Format,
+    source: Source,
     dtype: torch.dtype,
+    expert_tokens: int,
     report: Report,
 ) -> tuple[list[Sensitivity], list[Sensitivity]]:
     """Every group and every linear, quantized in every way.
@@ -79,44 +65,61 @@ def measure(
         stream: the float model, in float32.
         text: int64 [windows, length], to estimate KL on.
         calibration: int64 [samples, length], for the quantizer; another text.
-        ways: policies by full linear name, by a name for them.
-        output_format: whose scales the quantizer rounds to.
+        ways: policies by the checkpoint's linear names, by a name for them.
+        source: of the quantizer.
         dtype: of the checkpoint's float tensors.
+        expert_tokens: how many calibration tokens an expert's statistics need.
 
     Returns:
-        (groups, linears), in the model's order, the ways of each together.
+        (groups, linears), in the model's order, the ways of each together. All routed experts of a layer are one
+        group: runtimes run them as one.
 
     Raises:
         QtoolError: the model's hidden states are not finite.
     """
     torch.manual_seed(0)
     hidden = _forward(stream, text, report)
-    gradients = _backward(stream, hidden, report)
+    gradients_of = _backward(stream, hidden, report)
     states = stream.prologue(calibration)
     groups: list[Sensitivity] = []
     linears: list[Sensitivity] = []
     topology: dict[Any, list[Group]] = {}
     for index in range(stream.depth):
         report.progress("quantize", index, stream.depth, "layers")
-        with stream.layer(index) as layer:
+        routed = stream.routed(index)
+        with ExitStack() as stack:
+            layer = stack.enter_context(stream.layer(index))
             key = signature(layer)
             if key not in topology:
-                topology[key] = _topology(stream, index, layer, states.shape[2])
+                topology[key] = probe(stream, index, layer)
             prefix = stream.layer_name(index) + "."
-            statistics = _observe(stream, index, layer, topology[key], states)
+            stored = {
+                name: stream.stored_name(f"{prefix}{name}.weight").removesuffix(".weight")
+                for name in linear_layers(layer)
+            }
+            recorder = stack.enter_context(_recording(states)) if routed is not None else None
+            statistics = _observe(stream, index, layer, topology[key], states, recorder)
             saved = {name: value.clone() for name, value in layer.state_dict().items()}
+            seen: ExpertNoise | None = None
             for way, policies in ways.items():
-                own = {name: policies[prefix + name] for name in linear_layers(layer)}
-                if not any(own.values()):
+                own = {name: policies[full] for name, full in stored.items()}
+                if not any(own.values()) and (routed is None or seen is not None):
                     continue
                 layer.load_state_dict(saved)
-                result = quantize_layer(layer, topology[key], own, statistics, _storage(output_format, dtype))
+                result = quantize_layer(layer, topology[key], own, statistics, source.storage(dtype))
                 noise = _Noise(result.linears)
-                noise.measure(stream, index, layer, hidden[index], gradients[index])
+                noise.measure(stream, index, layer, hidden[index], gradients_of[index])
+                seen = seen or noise.experts
                 for group in result.groups:
                     facts = (way, group.activations, group.alpha)
-                    groups.append(Sensitivity([prefix + n for n in group.linears], *facts, *noise.of(group.linears)))
-                    linears += [Sensitivity([prefix + n], *facts, *noise.of([n])) for n in group.linears]
+                    names = [stored[name] for name in group.linears]
+                    groups.append(Sensitivity(names, *facts, *noise.of(group.linears)))
+                    linears += [Sensitivity([stored[n]], *facts, *noise.of([n])) for n in group.linears]
+            if routed is not None and recorder is not None and seen is not None:
+                router = saved[routed.router].float() if routed.router else None
+                together, each = seen.measure(stream, routed, recorder, router, ways, source, expert_tokens)
+                groups += together
+                linears += each
     report.progress("quantize", stream.depth, stream.depth, "layers")
     return groups, linears
 
@@ -140,28 +143,22 @@ def _forward(stream: DecoderStream, text: torch.Tensor, report: Report) -> list[
 def _backward(stream: DecoderStream, hidden: list[torch.Tensor], report: Report) -> list[torch.Tensor]:
     """Gradients of log p(drawn tokens) by what leaves each layer: [draws, windows, length, hidden] each."""
     gradient = _head_gradient(stream, hidden[-1], report)
-    found = [gradient]
+    entering = [gradient]
     for index in reversed(range(1, stream.depth)):
         report.progress("backward", stream.depth - 1 - index, stream.depth - 1, "layers")
         with stream.layer(index) as layer:
             pieces = []
-            size = _windows(hidden[0].shape[1])
+            size, routed = _windows(hidden[0].shape[1]), stream.routed(index)
             for x, g in zip(hidden[index].split(size), gradient.split(size, dim=1), strict=True):
-                with torch.enable_grad():
+                with torch.enable_grad(), replaced(routed) as passages:
                     x = x.detach().requires_grad_()
                     output = stream.run(index, layer, x)
-                pieces.append(torch.stack([_gradients(output, [x], each, i, len(g))[0] for i, each in enumerate(g)]))
+                found, _ = gradients(stream, routed, passages, output, [x], g)
+                pieces.append(torch.stack([by_draw[0] for by_draw in found]))
             gradient = torch.cat(pieces, dim=1)
-        found.append(gradient)
+        entering.append(gradient)
     report.progress("backward", stream.depth - 1, stream.depth - 1, "layers")
-    return found[::-1]
-
-
-def _gradients(
-    output: torch.Tensor, by: Sequence[torch.Tensor], gradient: torch.Tensor, number: int, count: int
-) -> list[torch.Tensor]:
-    found = torch.autograd.grad(output, list(by), gradient, retain_graph=number + 1 < count, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(by, found, strict=True)]
+    return entering[::-1]
 
 
 def _head_gradient(stream: DecoderStream, hidden: torch.Tensor, report: Report) -> torch.Tensor:
@@ -189,11 +186,16 @@ def _head_gradient(stream: DecoderStream, hidden: torch.Tensor, report: Report) 
                 wanted = -p
                 inside = (drawn[draw] >= first) & (drawn[draw] < stop)
                 wanted[inside.nonzero()[:, 0], drawn[draw][inside] - first] += 1
-                total[draw] += _gradients(logits, [leaf], wanted, draw, _DRAWS)[0]
+                total[draw] += _gradient(logits, leaf, wanted, draw)
         for draw in range(_DRAWS):
-            result[draw, tokens] = _gradients(normalized, [x], total[draw], draw, _DRAWS)[0]
+            result[draw, tokens] = _gradient(normalized, x, total[draw], draw)
     report.progress("head", len(flat), len(flat), "tokens")
     return result.view(_DRAWS, *hidden.shape)
+
+
+def _gradient(output: torch.Tensor, by: torch.Tensor, seed: torch.Tensor, draw: int) -> torch.Tensor:
+    """The gradient by one tensor, for one of the draws."""
+    return torch.autograd.grad(output, by, seed, retain_graph=draw + 1 < _DRAWS)[0]
 
 
 def _draw(stream: DecoderStream, normalized: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,14 +224,24 @@ def _windows(length: int) -> int:
     return max(1, _BATCH_TOKENS // length)
 
 
-def _topology(stream: DecoderStream, index: int, layer: nn.Module, width: int) -> list[Group]:
-    few = torch.randn(1, _PROBE_TOKENS, width, generator=torch.Generator().manual_seed(0))
-    with stream.precision(torch.float32, _PROBE_TOKENS):
-        return find_groups(layer, lambda: stream.run(index, layer, few), stream.heads)
+@contextmanager
+def _recording(states: torch.Tensor) -> Iterator[Recorder]:
+    """Takes down what the calibration text sends to a layer's experts, on disk."""
+    with (
+        tempfile.TemporaryDirectory(prefix="qtool-experts-") as folder,
+        Activations(Path(folder) / "like", states[..., 0].numel(), states.shape[2], states.dtype) as like,
+        Recorder(Path(folder), like) as recorder,
+    ):
+        yield recorder
 
 
 def _observe(
-    stream: DecoderStream, index: int, layer: nn.Module, groups: Sequence[Group], states: torch.Tensor
+    stream: DecoderStream,
+    index: int,
+    layer: nn.Module,
+    groups: Sequence[Group],
+    states: torch.Tensor,
+    recorder: Recorder | None,
 ) -> dict[str, InputStatistics]:
     """Statistics of every group's input on the calibration text; moves `states` on to the layer's output."""
     stride = max(1, states.shape[0] * states.shape[1] // _SAMPLE_TOKENS)
@@ -238,32 +250,30 @@ def _observe(
         layer.get_submodule(name).register_forward_pre_hook(lambda _m, args, seen=seen: seen.update(args[0]))
         for name, seen in statistics.items()
     ]
-    for rows in states.split(_windows(states.shape[1])):
-        rows.copy_(stream.run(index, layer, rows))
+    with ExitStack() as stack:
+        routed = stream.routed(index)
+        if routed is not None and recorder is not None:
+            stack.enter_context(handled(routed, recorder.before(routed.handler)))
+        for rows in states.split(_windows(states.shape[1])):
+            rows.copy_(stream.run(index, layer, rows))
     for handle in handles:
         handle.remove()
     return statistics
 
 
-def _storage(output_format: Format, dtype: torch.dtype) -> Storage:
-    return Storage(
-        dtype=dtype,
-        weight_scale=lambda scale, static: output_format.storable_weight_scale(
-            scale, "static" if static else "dynamic", dtype
-        ),
-        input_scale=lambda scale: output_format.storable_scale(scale, dtype),
-    )
-
-
 class _Noise:
-    """g·δ of each quantized linear, token by token, on a layer whose float weights are the smoothed ones."""
+    """g·δ of each quantized linear, token by token, on a layer whose float weights are the smoothed ones.
+
+    Attributes:
+        experts: what went through the layer's routed experts meanwhile.
+    """
 
     def __init__(self, linears: Mapping[str, QuantizedLinear]) -> None:
         self._linears = linears
         self._weights = {name: linear.weight * linear.weight_scale[:, None] for name, linear in linears.items()}
-        self._products: dict[str, list[torch.Tensor]] = {name: [] for name in linears}
-        self._errors = dict.fromkeys(linears, 0.0)
-        self._sizes = dict.fromkeys(linears, 0.0)
+        self._tally = Tally()
+        self.of = self._tally.of
+        self.experts = ExpertNoise()
 
     def measure(
         self, stream: DecoderStream, index: int, layer: nn.Module, hidden: torch.Tensor, gradient: torch.Tensor
@@ -275,33 +285,24 @@ class _Noise:
             )
             for name in self._linears
         ]
-        size = _windows(hidden.shape[1])
+        size, routed = _windows(hidden.shape[1]), stream.routed(index)
         for x, g in zip(hidden.split(size), gradient.split(size, dim=1), strict=True):
-            with torch.enable_grad():
+            with torch.enable_grad(), replaced(routed) as passages:
                 output = stream.run(index, layer, x.detach().requires_grad_())
             outputs = [seen[name][1] for name in self._linears]
             noise = {name: self._noise(layer, name, *seen[name]) for name in self._linears}
-            for draw, each in enumerate(g):
-                found = _gradients(output, outputs, each, draw, len(g))
-                for name, by in zip(self._linears, found, strict=True):
-                    self._products[name].append((by * noise[name]).sum(dim=-1).flatten())
+            found, by_experts = gradients(stream, routed, passages, output, outputs, g)
+            for by_draw in found:
+                for name, by in zip(self._linears, by_draw, strict=True):
+                    self._tally.add(name, (by * noise[name]).sum(dim=-1).flatten())
+            if by_experts is not None:
+                self.experts.runs.append((passages[0].detached(), by_experts))
         for handle in handles:
             handle.remove()
 
     def _noise(self, layer: nn.Module, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        linear, x, output = self._linears[name], x.detach(), output.detach()
-        if linear.input_scale is None or linear.input_offset is None:
-            rounded = fake_quantize_tokens(x)
-        else:
-            scale, offset = torch.tensor(linear.input_scale), torch.tensor(float(linear.input_offset))
-            rounded = fake_quantize_tensor(x, scale, offset)
+        x, output = x.detach(), output.detach()
+        rounded = input_quantizer(self._linears[name])(x)
         noise = nn.functional.linear(rounded, self._weights[name], bias_of(layer, name)).sub_(output)
-        self._errors[name] += float(noise.square().sum())
-        self._sizes[name] += float(output.square().sum())
+        self._tally.count(name, noise, output)
         return noise
-
-    def of(self, names: Sequence[str]) -> tuple[float, float]:
-        """(relative error, KL per token) of these linears quantized together."""
-        products = torch.stack([torch.cat(self._products[name]) for name in names]).sum(dim=0)
-        error, size = sum(self._errors[n] for n in names), sum(self._sizes[n] for n in names)
-        return error / max(size, 1e-30), float(products.square().mean()) / 2

@@ -27,12 +27,11 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     import torch
 
     from qtool.calibration.text import load, load_tokenizer
-    from qtool.checkpoint import dtypes, formats
     from qtool.checkpoint.reader import Checkpoint
     from qtool.engines.native import memory, plan
     from qtool.engines.native.stream import DecoderStream
+    from qtool.engines.native.units import Source
     from qtool.evaluate.comparison import check_length, windows_of
-    from qtool.quant.topology import linear_layers
     from qtool.recipe.schema import Recipe
     from qtool.tuning.search import with_mode
     from qtool.tuning.sensitivity import measure
@@ -44,23 +43,33 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     recipe = Recipe.model_validate(job["recipe"])
     stream = DecoderStream(checkpoint, dtype=torch.float32, trust_remote_code=trust)
     check_length(stream, job["length"])
-    names = [
-        f"{stream.layer_name(i)}.{n}" for i in range(stream.depth) for n in linear_layers(stream.skeleton_layer(i))
-    ]
-    planned = plan.make(checkpoint, recipe, job["scheme"], job["format"], stream.linears())
-    if any(stream.routed(i) for i in range(stream.depth)):
-        report.warning("routed experts are not measured: they stay as the scheme has them")
+    names = stream.linears()
+    planned = plan.make(checkpoint, recipe, job["scheme"], job["format"], names)
     modes: list[str] = job["modes"]
     ways = {mode: with_mode(planned.policies, mode) for mode in modes} or {job["scheme"]: planned.policies}
+    if modes:  # runtimes want experts dynamic or static as they are, not one or the other as it suits
+        routed = [stream.routed(i) for i in range(stream.depth)]
+        for name in (name for module in routed if module for expert in module.names for name in expert):
+            for mode, policies in ways.items():
+                if policies[name] is not None and planned.modes[name] != mode:
+                    policies[name] = None
     text = windows_of(job, checkpoint)
     wanted = job["calibration"]
     tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust)
     calibration = load(
         wanted["data"], tokenizer, samples=wanted["samples"], seq_len=wanted["seq_len"], seed=wanted["seed"]
     )
-    first = next(name for name, policy in planned.policies.items() if policy)
-    dtype = dtypes.to_torch(checkpoint.info(f"{first}.weight").dtype) or torch.bfloat16
-    groups, linears = measure(stream, text.ids, calibration.ids, ways, formats.get(job["format"]), dtype, report)
+    dtype = stream.floats.dtype(next(f"{name}.weight" for name, policy in planned.policies.items() if policy))
+    source = Source(
+        model=str(checkpoint.path),
+        dtype=stream.dtype,
+        device=str(stream.device),
+        trust_remote_code=trust,
+        format=job["format"],
+        threads=torch.get_num_threads(),
+    )
+    enough = recipe.calibration.expert_tokens
+    groups, linears = measure(stream, text.ids, calibration.ids, ways, source, dtype, enough, report)
     quantized = plan.output_bytes(stream.floats, planned.modes)
     sizes = {}
     for name in names:

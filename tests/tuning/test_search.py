@@ -77,6 +77,16 @@ def test_a_pattern_matches_its_names_and_no_others(chosen: set[str]) -> None:
     assert [name for name in names if regex.fullmatch(name)] == ordered
 
 
+def test_experts_of_a_layer_go_together() -> None:
+    everything = [f"model.layers.{i}.mlp.experts.{e}.{part}_proj" for i in range(4) for e in range(8) for part in "ud"]
+    everything += [f"model.layers.{i}.mlp.shared_experts.u_proj" for i in range(4)]
+    for layers in ("1", "02", "0123"):
+        chosen = [name for name in everything if name.split(".")[2] in layers and ".experts." in name]
+        made = pattern(chosen, everything)
+        assert [name for name in everything if re.fullmatch(made, name)] == chosen
+        assert len(made) < 100
+
+
 def test_a_name_without_numbers() -> None:
     assert pattern(["head.out"], ["head.out", "headxout"]) == r"head\.out"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from qtool.checkpoint.reader import Checkpoint
 from qtool.engines.job import Job
 from qtool.engines.native.engine import quantize
+from qtool.engines.native.stream import DecoderStream
 from qtool.evaluate.comparison import compare
 from qtool.recipe.load import load
 from qtool.recipe.schema import Activations, Policy, Recipe
+from qtool.tuning.experts import gradients, replaced
 from qtool.tuning.worker import main
+from tests import families, simulate
 
 CALIBRATION = {"data": "builtin", "samples": 8, "seq_len": 64, "seed": 0}
 TEXT = {"text": "builtin", "windows": 16, "length": 64, "trust_remote_code": False}
@@ -76,6 +81,82 @@ def test_estimates_are_near_the_truth(make_model: Callable[..., Path], tmp_path:
     assert float((both[0] - both[1]).mean().exp()) == pytest.approx(1, abs=0.25)
 
 
+EVERYTHING = Recipe(
+    name="everything",
+    description="every linear but routers, per token",
+    default_scheme="s",
+    schemes={"s": [Policy(layers=r".*\.(gate|kv_b_proj)", quantize=False), Policy(layers=".*")]},
+)
+
+
+@pytest.fixture(scope="module")
+def mixture(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """mixture(model_type) -> a tiny mixture of experts, in float32."""
+    made: dict[str, Path] = {}
+
+    def make(model_type: str) -> Path:
+        if model_type not in made:
+            folder = tmp_path_factory.mktemp("mixtures") / model_type
+            made[model_type] = families.make(folder, model_type, tiny_tokenizer, dtype=torch.float32)
+        return made[model_type]
+
+    return make
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen3_moe", "mixtral", "glm4_moe"])
+def test_gradients_through_experts_are_those_of_transformers(mixture: Callable[[str], Path], model_type: str) -> None:
+    stream = DecoderStream(Checkpoint.open(mixture(model_type)), dtype=torch.float32)
+    ids = torch.randint(4, 500, (2, 24), generator=torch.Generator().manual_seed(0))
+    seeds = torch.randn(2, 2, 24, stream.hidden_size, generator=torch.Generator().manual_seed(1))
+    model, kept = simulate.load_float(mixture(model_type)), {}
+
+    def keep(_: Any, args: Any, output: torch.Tensor) -> None:
+        kept["x"], kept["y"] = args[0], output
+
+    model.model.layers[1].register_forward_hook(keep)
+    embedded = model.model.embed_tokens(ids).requires_grad_()
+    model(inputs_embeds=embedded, use_cache=False)
+    expected = [torch.autograd.grad(kept["y"], kept["x"], seed, retain_graph=True)[0] for seed in seeds]
+
+    stream.prologue(ids)
+    with stream.layer(1) as layer, replaced(stream.routed(1)) as passages:
+        x = kept["x"].detach().requires_grad_()
+        found, by_experts = gradients(stream, stream.routed(1), passages, stream.run(1, layer, x), [x], seeds)
+    assert by_experts is not None
+    for (by_x,), wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(by_x, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "mixtral"])
+def test_estimates_for_experts_are_near_the_truth(
+    mixture: Callable[[str], Path], tmp_path: Path, model_type: str
+) -> None:
+    """Of the last layer's, whose noise sends no token elsewhere."""
+    model = mixture(model_type)
+    found = sensitivity(model, EVERYTHING, [])
+    assert set(found["bytes"]) == {name for group in found["groups"] for name in group["linears"]} | {
+        name for name in found["bytes"] if name.endswith((".gate", "kv_b_proj"))
+    }
+    groups = [group for group in found["groups"] if ".1." in group["linears"][0] and "_attn" not in group["linears"][0]]
+    experts = next(group for group in groups if ".experts." in group["linears"][0])
+    count = families.routed(json.loads((model / "config.json").read_text()))
+    assert len(experts["linears"]) == 3 * count
+    for number, group in enumerate(groups):
+        truth = measured(model, tmp_path / str(number), only(group["linears"], "dynamic"))
+        assert group["kl"] == pytest.approx(truth, rel=0.3), group["linears"][0]
+    of_linear = {linear["linears"][0]: linear["kl"] for linear in found["linears"]}
+    together = sum(of_linear[name] for name in experts["linears"])
+    assert 0.5 < experts["kl"] / together < 2
+    silent = [name for name in experts["linears"] if f".experts.{families.STARVED}." in name]
+    assert {of_linear[name] for name in silent} == {0.0}
+
+
+def test_experts_are_measured_as_the_scheme_has_them(mixture: Callable[[str], Path]) -> None:
+    found = sensitivity(mixture("qwen3_moe"), EVERYTHING, ["static", "dynamic"])
+    ways = {(group["way"], ".experts." in group["linears"][0]) for group in found["groups"]}
+    assert ways == {("static", False), ("dynamic", False), ("dynamic", True)}
+
+
 def test_linears_add_up_to_their_group(tiny_llama: Path) -> None:
     found = sensitivity(tiny_llama, load("default"), [])
     of_linear = {linear["linears"][0]: linear for linear in found["linears"]}
@@ -100,8 +181,6 @@ def test_what_the_recipe_leaves_float_is_left_out(tiny_llama: Path) -> None:
 
 def test_drawn_tokens_follow_the_model(tiny_llama: Path) -> None:
     """The variance of log p's gradient by the logits is that of tokens drawn from p, draw by draw."""
-    from qtool.checkpoint.reader import Checkpoint
-    from qtool.engines.native.stream import DecoderStream
     from qtool.tuning import sensitivity as module
 
     stream = DecoderStream(Checkpoint.open(tiny_llama), dtype=torch.float32)

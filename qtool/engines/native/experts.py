@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,16 @@ class RoutedExperts(nn.Module):
 
     def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return self.handler(hidden, chosen, weights)
+
+
+@contextmanager
+def handled(module: RoutedExperts, handler: Handler) -> Iterator[None]:
+    """Within the block a call of the experts does this."""
+    saved, module.handler = module.handler, handler
+    try:
+        yield
+    finally:
+        module.handler = saved
 
 
 def is_fused(module: nn.Module) -> bool:

@@ -22,21 +22,20 @@ from qtool.checkpoint.writer import CheckpointWriter
 from qtool.engines.native import units
 from qtool.engines.native.activations import Activations
 from qtool.engines.native.executor import Executor
-from qtool.engines.native.experts import Handler, RoutedExperts
+from qtool.engines.native.experts import RoutedExperts, handled
+from qtool.engines.native.probe import probe
 from qtool.engines.native.recorder import Recorder
 from qtool.engines.native.stream import DecoderStream
 from qtool.engines.native.units import DenseTask, Float, Linear, Output, Piece, Row, Source
-from qtool.errors import InputError
 from qtool.quant import exact
 from qtool.quant.layer import GroupReport, policy_of
 from qtool.quant.statistics import InputStatistics
-from qtool.quant.topology import Group, find_groups, linear_layers, signature
+from qtool.quant.topology import Group, linear_layers, signature
 from qtool.recipe.schema import Policy
 
 if TYPE_CHECKING:
     from qtool.workers import Report
 
-_PROBE_TOKENS = 8
 _LOT_ELEMENTS = 1 << 26  # weights of the experts that make one task
 _LAYER, _DENSE = "layer", "dense"
 
@@ -162,7 +161,7 @@ class Layers:
                 }
                 key = signature(layer)
                 if key not in self._topology:
-                    self._topology[key] = self._probe(index, layer)
+                    self._topology[key] = probe(self._stream, index, layer)
                 groups = self._topology[key]
                 if self._exact:
                     rows = self._quantize_exactly(index, layer, groups, policies, stored, hidden, leaving)
@@ -191,42 +190,6 @@ class Layers:
         reports, _ = self._write(pieces())
         self._finish(_DENSE, rows=[dataclasses.asdict(report) for report in reports])
 
-    def _probe(self, index: int, layer: nn.Module) -> list[Group]:
-        """Topology of a layer, from a few tokens of random hidden states in float32.
-
-        Raises InputError when what the routed experts give is not simply added to the layer's output.
-        """
-        stream = self._stream
-        generator = torch.Generator().manual_seed(0)
-        few = torch.randn(1, _PROBE_TOKENS, stream.hidden_size, generator=generator).to(stream.device)
-        routed = stream.routed(index)
-        with stream.precision(torch.float32, _PROBE_TOKENS):
-            layer.float()
-            if routed is None:
-                groups = find_groups(layer, lambda: stream.run(index, layer, few), stream.heads)
-            else:
-                # Stands for experts: their output depends on their input and on the routing, so nothing before them
-                # may change.
-                with _handled(routed, lambda x, _chosen, weights: x * (1 + weights.sum(dim=-1, keepdim=True))):
-                    groups = find_groups(layer, lambda: stream.run(index, layer, few), stream.heads)
-                self._check_added(routed, lambda: stream.run(index, layer, few))
-        for name, tensor in layer.state_dict(keep_vars=True).items():
-            if tensor.is_floating_point() and not stream.is_kept_in_float32(name):
-                tensor.data = tensor.data.to(stream.dtype)
-        return groups
-
-    def _check_added(self, module: RoutedExperts, run: Callable[[], torch.Tensor]) -> None:
-        with _handled(module, lambda x, _chosen, _weights: torch.zeros_like(x)):
-            without = run()
-        with _handled(module, lambda x, _chosen, _weights: torch.ones_like(x)):
-            added = run() - without
-        if not torch.allclose(added, torch.ones_like(added), rtol=1e-3, atol=1e-3):
-            raise InputError(
-                "the output of this architecture's experts goes through something else in the same layer",
-                where=str(self._stream.checkpoint.path),
-                hint="qtool quantizes mixtures of experts whose output is added to the residual stream",
-            )
-
     def _observe(
         self,
         index: int,
@@ -250,7 +213,7 @@ class Layers:
             if routed is None or recorder is None:
                 self._run(index, layer, hidden, leaving)
             else:
-                with _handled(routed, recorder):
+                with handled(routed, recorder):
                     self._run(index, layer, hidden, leaving)
         return statistics
 
@@ -418,13 +381,3 @@ def _observing(layer: nn.Module, statistics: dict[str, InputStatistics]) -> Iter
             hook = layer.get_submodule(name).register_forward_pre_hook(lambda _m, args, seen=seen: seen.update(args[0]))
             stack.callback(hook.remove)
         yield
-
-
-@contextmanager
-def _handled(module: RoutedExperts, handler: Handler) -> Iterator[None]:
-    """Within the block a call of the experts does this."""
-    saved, module.handler = module.handler, handler
-    try:
-        yield
-    finally:
-        module.handler = saved

@@ -8,7 +8,7 @@ from types import TracebackType
 import torch
 
 from qtool.engines.native.activations import Activations
-from qtool.engines.native.experts import Routing
+from qtool.engines.native.experts import Handler, Routing
 from qtool.engines.native.units import ExpertTask, Source
 from qtool.recipe.schema import Policy
 
@@ -43,6 +43,15 @@ class Recorder:
         self._chosen.append(chosen.cpu())
         self._weights.append(weights.cpu())
         return torch.zeros_like(hidden)
+
+    def before(self, handler: Handler) -> Handler:
+        """Remembers, and has the experts called all the same."""
+
+        def handle(hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            self(hidden, chosen, weights)
+            return handler(hidden, chosen, weights)
+
+        return handle
 
     def routing(self, count: int) -> Routing:
         """Of all tokens, to `count` experts."""
@@ -79,6 +88,11 @@ class Recorder:
             missing = min(enough - counts[expert], self._tokens - len(own))
             found[expert] = scores[:, column].topk(missing).indices.sort().values
         return found
+
+    def seen(self, expert: int, routing: Routing, extra: dict[int, torch.Tensor]) -> torch.Tensor:
+        """The inputs [n, hidden] that an expert's statistics are of: its own tokens' and those that fill up."""
+        tokens = routing.tokens(expert)[0]
+        return self._inputs.gather(torch.cat((tokens, extra[expert])) if expert in extra else tokens)
 
     def task(
         self,

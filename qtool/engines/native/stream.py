@@ -87,7 +87,7 @@ class DecoderStream:
                 state[name] = self._load(stored, parameter.shape)
             else:
                 state[name] = self._dequantized(stored, linear, parameter.shape)
-                quantize = _input_quantizer(linear)
+                quantize = input_quantizer(linear)
                 module = layer.get_submodule(owner)
                 hooks.append(module.register_forward_pre_hook(lambda _m, args, quantize=quantize: quantize(args[0])))
         layer.load_state_dict(state, strict=True, assign=True)
@@ -196,7 +196,7 @@ class DecoderStream:
         if (linear := self._head_linear) is not None:
             scale = linear.weight_scale[start:stop, None]
             weight = (linear.weight[start:stop] * scale).to(device=self.device, dtype=self.dtype)
-            return Head(weight, bias, _input_quantizer(linear))
+            return Head(weight, bias, input_quantizer(linear))
         self._check_shape(f"{name}.weight", self._model.get_output_embeddings().weight.shape)
         weight = self.checkpoint.rows(f"{name}.weight", torch.arange(start, stop))
         return Head(self._checked(f"{name}.weight", weight), bias, None)
@@ -281,7 +281,7 @@ class DecoderStream:
                 loaded[name] = self._load(f"{name}.weight", size)
             else:
                 loaded[name] = self._dequantized(f"{name}.weight", linear, size)
-            quantizers[name] = None if linear is None else _input_quantizer(linear)
+            quantizers[name] = None if linear is None else input_quantizer(linear)
         return Expert(
             loaded[names.gate],
             loaded[names.up],
@@ -401,7 +401,7 @@ class Head:
         return nn.functional.linear(self.quantize(hidden) if self.quantize else hidden, self.weight, self.bias)
 
 
-def _input_quantizer(linear: QuantizedLinear) -> Callable[[torch.Tensor], torch.Tensor]:
+def input_quantizer(linear: QuantizedLinear) -> Callable[[torch.Tensor], torch.Tensor]:
     """Fake quantization of what enters a quantized linear.
 
     Per token the scale is max|x| / 127.5 over integers -128..127, as in transformers with compressed-tensors and in

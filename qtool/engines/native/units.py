@@ -202,37 +202,75 @@ def _quantize_expert(
     seen: torch.Tensor,
     inner: torch.Tensor | None,
 ) -> Iterator[Piece]:
-    statistics = {
-        GATE: _statistics((policies[GATE], policies[UP]), seen),
-        DOWN: _statistics((policies[DOWN],), inner),
-    }
-    stored = {f"{part}.weight": f"{name}.weight" for part, name in names.items()}
-    weights = StoredWeights(stream.floats, stored)
-    storage = source.storage(stream.floats.dtype(stored[f"{GATE}.weight"]))
-    width = weights.shape(DOWN)[1]
-    groups = [
-        group
-        if group.fold is None
-        else dataclasses.replace(group, fold=dataclasses.replace(group.fold, channel_map=torch.arange(width)))
-        for group in groups
-    ]
-    observed = {name: value for name, value in statistics.items() if value is not None}
-    if len(observed) < len(statistics):
-        groups = [Group(group.linears) for group in groups]  # nothing to find a smoothing scale from
-    folded, found = smooth(weights, groups, policies, observed, storage.dtype)
-    for group in groups:
-        if policy_of(group, policies) is None:
-            continue
-        name = group.linears[0]
-        empty = InputStatistics.empty(weights.shape(name)[1])
-        linears, report = quantize_group(folded, group, policies, observed.get(name, empty), found.get(name), storage)
-        for linear, quantized in linears.items():
-            yield Linear(names[linear], quantized)
-        if name in observed:
+    expert = SmoothedExpert(source, stream.floats, names, policies, groups, seen, inner)
+    for linears, report in expert.quantize():
+        for part, quantized in linears.items():
+            yield Linear(names[part], quantized)
+        if report is not None:
             yield Row(report)
-    for name in folded.linears:
-        if policies[name] is None:
-            yield Float(stored[f"{name}.weight"], folded.rows(name, 0, folded.shape(name)[0]))
+    folded = expert.folded
+    for part in folded.linears:
+        if policies[part] is None:
+            yield Float(f"{names[part]}.weight", folded.rows(part, 0, folded.shape(part)[0]))
+
+
+class SmoothedExpert:
+    """A routed expert with its smoothing scales folded in, ready to be quantized.
+
+    Args:
+        source: of the job.
+        floats: the checkpoint.
+        names: the checkpoint's names, without ".weight", by gate_proj, up_proj, down_proj.
+        policies: by the same.
+        groups: from `expert_groups`.
+        seen: calibration tokens [n, hidden]; n may be 0.
+        inner: what enters down_proj for them [n, intermediate]; None for no tokens.
+
+    Attributes:
+        folded: its float weights, by gate_proj, up_proj, down_proj.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        floats: FloatReader,
+        names: dict[str, str],
+        policies: dict[str, Policy | None],
+        groups: Sequence[Group],
+        seen: torch.Tensor,
+        inner: torch.Tensor | None,
+    ) -> None:
+        statistics = {
+            GATE: _statistics((policies[GATE], policies[UP]), seen),
+            DOWN: _statistics((policies[DOWN],), inner),
+        }
+        stored = {f"{part}.weight": f"{name}.weight" for part, name in names.items()}
+        weights = StoredWeights(floats, stored)
+        self._storage = source.storage(floats.dtype(stored[f"{GATE}.weight"]))
+        self._policies = policies
+        width = weights.shape(DOWN)[1]
+        self._groups = [
+            group
+            if group.fold is None
+            else dataclasses.replace(group, fold=dataclasses.replace(group.fold, channel_map=torch.arange(width)))
+            for group in groups
+        ]
+        self._observed = {name: value for name, value in statistics.items() if value is not None}
+        if len(self._observed) < len(statistics):
+            self._groups = [Group(group.linears) for group in groups]  # nothing to find a smoothing scale from
+        self.folded, self._found = smooth(weights, self._groups, policies, self._observed, self._storage.dtype)
+
+    def quantize(self) -> Iterator[tuple[dict[str, QuantizedLinear], GroupReport | None]]:
+        """The linears of each group that its policy quantizes; no report where no token was seen."""
+        for group in self._groups:
+            if policy_of(group, self._policies) is None:
+                continue
+            name = group.linears[0]
+            seen = self._observed.get(name) or InputStatistics.empty(self.folded.shape(name)[1])
+            linears, report = quantize_group(
+                self.folded, group, self._policies, seen, self._found.get(name), self._storage
+            )
+            yield linears, report if name in self._observed else None
 
 
 def _statistics(policies: Sequence[Policy | None], x: torch.Tensor | None) -> InputStatistics | None:
