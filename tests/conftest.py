@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 pytest_plugins = ["tests.hub.fixtures"]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

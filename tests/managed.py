@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -47,7 +48,8 @@ def unpacked(*requirements: str) -> Path:
             target = Path(made) / "site"
             command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target), *requirements]
             subprocess.run(command, check=True)
-            target.rename(folder)
+            with contextlib.suppress(OSError):  # another process was faster
+                target.rename(folder)
     return folder
 
 
