@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from tests import families
 
 CALIBRATION = ("--samples", "4", "--seq-len", "64")
 TEXT = ("--windows", "8", "--length", "64")
@@ -50,6 +53,24 @@ def test_as_good_as_asked_for(tiny_llama: Path, run_qtool: Callable[..., Any]) -
     assert any(row["to"] == "float" for row in result["changed"])
     assert result["reached"] is True
     assert 2 <= result["evaluations"] <= 4
+
+
+def test_a_mixture_of_experts(tiny_tokenizer: Any, run_qtool: Callable[..., Any], tmp_path: Path) -> None:
+    """With room for one layer's experts as floats they become it, all together, or none do."""
+    model = families.make(tmp_path / "model", "mixtral", tiny_tokenizer)
+    recipe, output = tmp_path / "mine.yaml", tmp_path / "output"
+    done = run_qtool("tune", model, "--max-size", "150%", "--budget", "2", *TEXT, *CALIBRATION, "--output", recipe)
+    assert done.code == 0, done.stderr
+    done = run_qtool("quantize", model, "--output", output, "--recipe", recipe, *CALIBRATION)
+    assert done.code == 0, done.stderr
+    tensors = families.load(output)
+    for layer in range(2):
+        experts = [
+            name for name in tensors if f".{layer}.block_sparse_moe.experts." in name and name.endswith(".weight")
+        ]
+        assert len({tensors[name].dtype for name in experts}) == 1
+    assert any(tensors[name].dtype == torch.bfloat16 for name in tensors if ".experts." in name)
+    assert any(tensors[name].dtype == torch.int8 for name in tensors if ".experts." in name)
 
 
 def test_a_goal_out_of_reach(tiny_llama: Path, run_qtool: Callable[..., Any]) -> None:
