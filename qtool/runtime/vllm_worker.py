@@ -70,6 +70,15 @@ def _generate(job: dict[str, Any], report: Report) -> dict[str, Any]:
         if job["set"]:
             raise InputError(f"vLLM refuses these settings: {in_one_line(error)}", where="--set") from error
         raise
+    except RuntimeError as error:
+        if "No Int8 MoE backend" not in str(error):
+            raise
+        # vllm 0.32: experts/cpu_moe.py and zentorch_moe.py in model_executor/layers/fused_moe
+        hint = (
+            "They need AMX, or zentorch on an AMD processor with AVX-512. `qtool convert --to bfloat16` makes a model "
+        )
+        hint += "of the same weights that runs here."
+        raise QtoolError("vLLM has no int8 experts for this processor", where=job["model"], hint=hint) from error
     meter.lap("load")
     meter.begin()
     _Loop(engine, front, report, meter, configured.max_num_seqs).run(first, intake)

@@ -29,11 +29,20 @@ def test_vllm_says_what_the_imitation_says(
     assert done.code == 0, done.stderr
     env = {"PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, zentorch())))}
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    done = run_qtool("generate", output, "--runtime", "vllm", "--max-tokens", "1", "--logprobs", "1", *prompts, env=env)
+    ask = ("--runtime", "vllm", "--max-tokens", "1", "--logprobs", "1", *prompts)
+    done = run_qtool("generate", output, *ask, env=env)
+    imitation = simulate.load(output)
+    if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_supported()):
+        assert (done.code, done.stdout) == (1, "")
+        assert "no int8 experts for this processor" in done.stderr
+        assert "--to bfloat16" in done.stderr
+        # what the error proposes
+        converted = run_qtool("convert", output, "--to", "bfloat16", "-o", tmp_path / "bfloat16")
+        assert converted.code == 0, converted.stderr
+        done = run_qtool("generate", tmp_path / "bfloat16", *ask)
     assert done.code == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [answer["prompt"] for answer in answers] == PROMPTS
-    imitation = simulate.load(output)
     for answer in answers:
         ids = torch.tensor([tiny_tokenizer(answer["prompt"])["input_ids"]])
         assert answer["prompt_tokens"] == ids.shape[1]

@@ -52,12 +52,13 @@ def test_transformers_says_what_its_own_generate_says(
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize(("kind", "tie", "noise"), [("float", 0.0625, 0.125), ("int8", 0.125, 0.25)])
+@pytest.mark.parametrize(("kind", "tie", "noise"), [("float", 0.0625, 0.1875), ("int8", 0.125, 0.375)])
 def test_vllm_says_what_transformers_says(answers: Answers, kind: str, tie: float, noise: float) -> None:
     """Token for token. Where they part, it is a tie: to both, the two likeliest tokens are at most a rounding apart.
 
     Logits are around 10 here, where bfloat16 goes in steps of 0.0625. Both compute int8 layers from the same
-    integers, but round activations in different precisions, which moves logits a little further.
+    integers, but round activations in different precisions, which moves logits a little further. How far depends on
+    the processor: without AVX-512 both add up in another order.
     """
     shared = 0
     for ours, theirs in zip(answers("vllm", kind), answers("transformers", kind), strict=True):
