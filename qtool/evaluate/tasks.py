@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import InputError, QtoolError, in_one_line
+from qtool.runtime import int8_kernel
 from qtool.workers import hide_media_packages
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
             hint="pip install lm-eval there, or name an interpreter that has both: QTOOL_VLLM_PYTHON",
         ) from None
     _name_vllm()
+    int8_kernel.register()
     os.chdir(job["data"])
     manager = TaskManager(include_path=job["data"])
     names = [_NAMES.get(name, name) for name in job["tasks"]]

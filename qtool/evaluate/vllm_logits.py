@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qtool.errors import QtoolError
+from qtool.runtime import int8_kernel
 
 _BLOCK = 128  # tokens in a block of vLLM's CPU cache
 
@@ -36,6 +37,7 @@ class VllmLogits:
     ) -> None:
         from vllm import EngineArgs, LLMEngine
 
+        int8_kernel.register()
         arguments: dict[str, Any] = engine | {
             "model": model,
             "max_model_len": length + 1,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from qtool.errors import InputError, QtoolError, in_one_line
-from qtool.runtime import mindspore
+from qtool.runtime import int8_kernel, mindspore
 from qtool.runtime.common import Front, Meter, Prepared, failure
 from qtool.workers import READ_AHEAD, Report, hide_media_packages
 
@@ -48,6 +48,7 @@ def _generate(job: dict[str, Any], report: Report) -> dict[str, Any]:
     gc.disable()  # the imports make millions of objects that stay
     from vllm import EngineArgs, LLMEngine, ModelRegistry
 
+    int8_kernel.register()
     meter.lap("import")
     check_settings(job["set"], EngineArgs)
     front = Front(job, report)
