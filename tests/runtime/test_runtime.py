@@ -52,7 +52,7 @@ def test_transformers_says_what_its_own_generate_says(
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize(("kind", "tie", "noise"), [("float", 0.0625, 0.1875), ("int8", 0.125, 0.25)])
+@pytest.mark.parametrize(("kind", "tie", "noise"), [("float", 0.0625, 0.1875), ("int8", 0.125, 0.375)])
 def test_vllm_says_what_transformers_says(answers: Answers, kind: str, tie: float, noise: float) -> None:
     """Token for token. Where they part, it is a tie: to both, the two likeliest tokens are at most a rounding apart.
 
