@@ -101,7 +101,7 @@ def evaluate(
         raise InputError("compare with what?", where="QUANTIZED", hint="give a quantized model too, or --tasks")
     if report is not None:
         page.check(report, overwrite=overwrite)
-    python, engine, env = _vllm(checkpoints[1].format) if runtime == "vllm" else (interpreter("native"), {}, {})
+    python, engine, env = _vllm(checkpoints[1]) if runtime == "vllm" else (interpreter("native"), {}, {})
     job = {
         "base": str(folders[0]),
         "quantized": str(folders[1]),
@@ -128,25 +128,27 @@ def evaluate(
         out.result(result)
 
 
-def _vllm(format: str) -> tuple[str, dict[str, Any], dict[str, str]]:
+def _vllm(checkpoint: Checkpoint) -> tuple[str, dict[str, Any], dict[str, str]]:
     """vLLM's interpreter, arguments and environment on this machine."""
     from qtool import runtime
+    from qtool.runtime.settings import dtype
 
-    chosen = runtime.choose("vllm", format)
+    chosen = runtime.choose("vllm", checkpoint.format)
     if chosen.name != "vllm":
         raise InputError(
-            f"vLLM reads {format} checkpoints through {chosen.name} only, which --runtime vllm can't look into",
+            f"vLLM reads {checkpoint.format} checkpoints through {chosen.name} only, whose logits it can't have",
             where="--runtime",
             hint="leave it out: qtool computes what that runtime does with the same integers",
         )
-    return chosen.python, chosen.engine, {**chosen.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    engine = chosen.engine | {"dtype": dtype(checkpoint, runtime.kind_of(chosen.name))}
+    return chosen.python, engine, {**chosen.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def _solve(checkpoint: Checkpoint, asked: dict[str, Any], out: Console) -> dict[str, Any]:
     """One model's task results."""
     from qtool import workers
 
-    python, engine, env = _vllm(checkpoint.format)
+    python, engine, env = _vllm(checkpoint)
     job = {**asked, "model": str(checkpoint.path), "engine": engine}
     found = workers.run("qtool.evaluate.tasks", job, python=python, env=env, on_event=out.event)
     return {"model": str(checkpoint.path), **found}

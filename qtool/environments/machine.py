@@ -22,6 +22,15 @@ def cpus() -> int:
         return allowed
 
 
+def cpu_flags() -> set[str]:
+    """What /proc/cpuinfo says that the processor can do; empty where it says nothing of the kind, as on ARM."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0]
+        return set(flags.partition(":")[2].split())
+    except OSError:
+        return set()
+
+
 def memory() -> dict[str, int] | None:
     """`total_bytes` and `available_bytes`, the smaller of the machine's and the container's; None off Linux."""
     try:

@@ -17,7 +17,7 @@ from qtool import workers
 from qtool.environments import lookup
 from qtool.errors import InputError
 from qtool.runtime import mindspore, settings
-from qtool.runtime.settings import TRANSFORMERS_SAMPLING, environment, hardware, preload, split
+from qtool.runtime.settings import TRANSFORMERS_SAMPLING, dtype, environment, hardware, preload, split
 from qtool.runtime.window import run
 
 NAMES = ("auto", "vllm", "transformers", "vllm-mindspore", "vllm-ascend")
@@ -129,6 +129,7 @@ def stream(
     job = {
         "model": str(checkpoint.path.resolve()),
         "runtime": chosen.name,
+        "dtype": engine.get("dtype") or dtype(checkpoint, kind_of(chosen.name)),
         "engine": {**chosen.engine, **engine},
         "set": dict(arguments),
         "expected": expected,
@@ -258,8 +259,13 @@ def sample(
     return [answer["prompt_ids"] + answer["token_ids"] for answer in answers]
 
 
+def kind_of(runtime: str) -> str:
+    """cpu, cuda or ascend: where a runtime of this name would run."""
+    return "cpu" if runtime == "transformers" else hardware(runtime, PLUGINS.values())
+
+
 def _vllm(name: str, engine: dict[str, Any]) -> Runtime:
-    python, kind = lookup.interpreter(name), hardware(name, PLUGINS.values())
+    python, kind = lookup.interpreter(name), kind_of(name)
     env = {**environment(kind), **preload(kind, python)}
     arguments = {**settings.engine(kind), **engine}
     return Runtime(name, python, arguments, env, settings.settings(kind).get("compile_from_tokens"))

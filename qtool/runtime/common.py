@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from qtool.errors import InputError, in_one_line
-from qtool.runtime.settings import dtype
 from qtool.workers import Report
 
 REPORT_SECONDS = 0.1
@@ -61,7 +60,7 @@ class Front:
         if limit := job["engine"].get("max_model_len"):
             self.context = min(self.context, int(limit))
         self.stop = _stop_ids(folder, self.config, self.text_config, self.tokenizer)
-        self.dtype = dtype(self.config)
+        self.dtype: str = job["dtype"]
         self._cut = self._seen = 0
         if job["chat"] and not self.tokenizer.chat_template:
             raise InputError(

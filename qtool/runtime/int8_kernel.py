@@ -11,9 +11,9 @@ time, a float32 product of a few rows of weights after the other is faster still
 from __future__ import annotations
 
 import os
-import platform
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from qtool.environments import machine
 
 if TYPE_CHECKING:
     import torch
@@ -25,13 +25,8 @@ _REPLACED = "CPUInt8ScaledMMLinearKernel"
 
 def needed() -> bool:
     """Whether this processor is such a one."""
-    if platform.machine() != "x86_64":
-        return False
-    try:
-        flags = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split()
-    except OSError:
-        return False
-    return not {"avx512f", "avx_vnni"} & set(flags)
+    flags = machine.cpu_flags()
+    return "avx2" in flags and not {"avx512f", "avx_vnni"} & flags
 
 
 def register() -> None:
@@ -99,7 +94,7 @@ def kernel() -> type:
             integers, scale, zero = ops.onednn_scaled_int8_quant(
                 rows, input_scale, zero_point, self.config.input_symmetric
             )
-            result = scaled_product(integers, zero, weight, self.scale, x.dtype)
+            result = scaled_product(integers, zero, weight, self.scale)
             result = result * scale if bias is None else torch.addcmul(bias.float(), result, scale)
             return result.to(x.dtype).reshape(*x.shape[:-1], -1)
 
@@ -126,7 +121,7 @@ class Scale:
 
 
 def scaled_product(
-    integers: torch.Tensor, zero: torch.Tensor | None, weight: torch.Tensor, scale: Scale, dtype: torch.dtype
+    integers: torch.Tensor, zero: torch.Tensor | None, weight: torch.Tensor, scale: Scale
 ) -> torch.Tensor:
     """(integers - zero) · weightᵀ · scale.
 
@@ -135,14 +130,13 @@ def scaled_product(
         zero: int32, one or [tokens, 1]; None for 0.
         weight: int8 [out, in].
         scale: of the weight.
-        dtype: how precise the result has to be.
 
     Returns:
-        [tokens, out], float32, or bfloat16 where that is `dtype` and the tokens are few.
+        [tokens, out]: float32, or for few tokens exact integers rounded to bfloat16.
     """
     import torch
 
-    few = dtype == torch.bfloat16 and len(integers) < MANY_TOKENS
+    few = len(integers) < MANY_TOKENS
     x = integers.to(torch.bfloat16 if few else torch.float32)
     if zero is not None:
         x -= zero.to(x.dtype)  # at most 255: exact

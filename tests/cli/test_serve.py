@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.processor import runtime_dtype
+
 Run = Callable[..., Any]
 
 
@@ -79,7 +81,7 @@ def test_the_command(run_qtool: Run, tiny_llama: Path) -> None:
         ("--kv-transfer-config", '{"a": 1}'),
         ("--port", "81"),
         ("--host", "127.0.0.1"),
-        ("--dtype", "bfloat16"),
+        ("--dtype", runtime_dtype()),
         ("--served-model-name", tiny_llama.name),
     ):
         assert rest[rest.index(option) + 1] == value

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.processor import runtime_dtype
+
 WINDOWS, LENGTH = 2, 40
 
 # A bare script: every token's log-probabilities over all 512 entries, in a file.
@@ -23,7 +25,8 @@ for package in ("torchaudio", "torchcodec", "torchvision"):
 model, ids, output = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 import torch
 from vllm import LLM, SamplingParams
-llm = LLM(model, enforce_eager=True, max_model_len=64, max_logprobs=512, kv_cache_memory_bytes=1 << 24)
+size = {"max_model_len": 64, "kv_cache_memory_bytes": 1 << 24}
+llm = LLM(model, dtype=sys.argv[4], enforce_eager=True, max_logprobs=512, **size)
 outputs = llm.generate([{"prompt_token_ids": row} for row in ids], SamplingParams(max_tokens=1, prompt_logprobs=512))
 rows = [[[entry[i].logprob for i in range(512)] for entry in o.prompt_logprobs[1:]] for o in outputs]
 torch.save(torch.tensor(rows), output)
@@ -54,7 +57,7 @@ def test_it_is_what_vllm_computes(
     tokens = AutoTokenizer.from_pretrained(tiny_llama)(text.read_text(encoding="utf-8"))["input_ids"]
     ids = torch.tensor(tokens[: WINDOWS * LENGTH]).view(WINDOWS, LENGTH)
     own = {**qtool_environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    arguments = [str(quantized), json.dumps(ids.tolist()), str(tmp_path / "logs.pt")]
+    arguments = [str(quantized), json.dumps(ids.tolist()), str(tmp_path / "logs.pt"), runtime_dtype()]
     script = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], env=own, capture_output=True, text=True)
     assert script.returncode == 0, script.stderr[-2000:]
     q = torch.load(tmp_path / "logs.pt").double()
@@ -66,7 +69,7 @@ def test_it_is_what_vllm_computes(
     done = run_qtool("eval", tiny_llama, quantized, *options, "--runtime", "vllm")
     assert done.code == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["runtime"] == {"name": "vllm", "dtype": "bfloat16"}
+    assert found["runtime"] == {"name": "vllm", "dtype": runtime_dtype()}
     kl = (p.exp() * (p - q)).sum(-1).mean().item()
     assert kl > 1e-4
     assert found["kl_divergence"]["value"] == pytest.approx(kl, rel=1e-3)

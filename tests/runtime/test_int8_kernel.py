@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from qtool.runtime import int8_kernel
+from qtool.checkpoint.reader import Checkpoint
+from qtool.environments import machine
+from qtool.runtime import int8_kernel, settings
 from qtool.runtime.int8_kernel import MANY_TOKENS, Scale, scaled_product
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 7, MANY_TOKENS - 1, MANY_TOKENS, 300])
 @pytest.mark.parametrize("zero", [None, "one", "per token"])
 @pytest.mark.parametrize("kept", [True, False])
-def test_products_are_those_of_integers(dtype: torch.dtype, tokens: int, zero: str | None, kept: bool) -> None:
+def test_products_are_those_of_integers(tokens: int, zero: str | None, kept: bool) -> None:
     generator = torch.Generator().manual_seed(tokens)
     integers = torch.randint(-128, 128, (tokens, 200), generator=generator, dtype=torch.int8)
     weight = torch.randint(-128, 128, (96, 200), generator=generator, dtype=torch.int8)
@@ -28,11 +29,11 @@ def test_products_are_those_of_integers(dtype: torch.dtype, tokens: int, zero: s
     scale = scale.bfloat16().float() if kept else scale
     shape = {None: None, "one": (1,), "per token": (tokens, 1)}[zero]
     zeros = None if shape is None else torch.randint(-128, 128, shape, generator=generator, dtype=torch.int32)
-    found = scaled_product(integers, zeros, weight, Scale(scale), dtype).double().numpy()
+    found = scaled_product(integers, zeros, weight, Scale(scale)).double().numpy()
     shifted = integers.numpy().astype(np.int64) - (0 if zeros is None else zeros.numpy())
     expected = (shifted @ weight.numpy().astype(np.int64).T) * scale.double().numpy()
     # exact integers, then one rounding to bfloat16, or two to float32
-    rounding = 2.0**-8 if dtype == torch.bfloat16 and tokens < MANY_TOKENS else 2.0**-22
+    rounding = 2.0**-8 if tokens < MANY_TOKENS else 2.0**-22
     np.testing.assert_allclose(found, expected, rtol=1.01 * rounding, atol=0)
 
 
@@ -88,16 +89,36 @@ def test_layers(static: bool, symmetric: bool) -> None:
 
 def test_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     def cpu(flags: str) -> bool:
-        text = f"processor\t: 0\nmodel name\t: X\nflags\t\t: fpu {flags} xsaves\nbugs\t\t: none\n"
-        monkeypatch.setattr(int8_kernel, "Path", lambda _: SimpleNamespace(read_text=lambda: text))
+        monkeypatch.setattr(machine, "cpu_flags", lambda: set(flags.split()))
         return int8_kernel.needed()
 
-    monkeypatch.setattr(int8_kernel.platform, "machine", lambda: "x86_64")
     assert cpu("avx avx2 fma")
     assert not cpu("avx2 avx512f avx512_vnni")
     assert not cpu("avx2 avx_vnni")
-    monkeypatch.setattr(int8_kernel.platform, "machine", lambda: "aarch64")
-    assert not cpu("avx2")
+    assert not cpu("asimd")  # ARM
+    assert not cpu("")
+
+
+def test_the_dtype_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_llama)
+    size = sum(file.stat().st_size for file in tiny_llama.glob("*.safetensors"))
+
+    def chosen(flags: str, total: float, hardware: str = "cpu") -> str:
+        monkeypatch.setattr(machine, "cpu_flags", lambda: set(flags.split()))
+        monkeypatch.setattr(machine, "memory", lambda: {"total_bytes": int(total), "available_bytes": int(total)})
+        return settings.dtype(checkpoint, hardware)
+
+    assert chosen("avx2", 5 * size) == "float32"
+    assert chosen("avx2", 3 * size) == "bfloat16"  # float32 would take more than half of the memory
+    assert chosen("avx2 avx512f", 5 * size) == "bfloat16"
+    assert chosen("asimd", 5 * size) == "bfloat16"
+    assert chosen("avx2", 5 * size, "cuda") == "bfloat16"
+
+
+def test_what_the_processor_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "processor\t: 0\nmodel name\t: X\nflags\t\t: fpu avx2 fma\nbugs\t\t: none\n"
+    monkeypatch.setattr(machine, "Path", lambda _: SimpleNamespace(read_text=lambda: text))
+    assert machine.cpu_flags() == {"fpu", "avx2", "fma"}
 
 
 @pytest.mark.vllm
@@ -117,7 +138,9 @@ import os
 os.environ["VLLM_DISABLED_KERNELS"] = {own!r}
 from qtool.workers import hide_media_packages
 hide_media_packages()
-from qtool.runtime import int8_kernel
+from qtool.checkpoint.reader import Checkpoint
+from qtool.environments import machine
+from qtool.runtime import int8_kernel, settings
 int8_kernel.needed = lambda: {needed}
 from vllm.plugins import load_general_plugins
 load_general_plugins()

@@ -12,6 +12,7 @@ import pytest
 
 from qtool import runtime as runtimes
 from qtool.errors import InputError, QtoolError
+from tests.processor import runtime_dtype
 
 PROMPTS = ["The import statement", "If the", "A class definition is an executable", "x = 1"]
 MAX_TOKENS = 24
@@ -33,7 +34,7 @@ def test_transformers_says_what_its_own_generate_says(
 
     folder = tiny_llama if kind == "float" else tiny_int8
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, runtime_dtype()))
     for answer, prompt in zip(answers("transformers", kind), PROMPTS, strict=True):
         inputs = tokenizer(prompt, return_tensors="pt")
         count = inputs["input_ids"].shape[1]
