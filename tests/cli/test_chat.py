@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from qtool.runtime.conversation import Conversation, Refused
+from tests.processor import runtime_dtype
 
 _QUIET = 5.0  # seconds
 
@@ -121,7 +122,7 @@ def test_what_was_said_is_remembered_and_forgotten(tiny_llama: Path, tiny_tokeni
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=getattr(torch, runtime_dtype()))
     sampling = {"temperature": 0.0, "max_tokens": 6}
     made = Conversation(
         str(tiny_llama), system="s", on_event=lambda event: None, sampling=sampling, runtime="transformers"
