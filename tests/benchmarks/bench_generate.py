@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from qtool.checkpoint.reader import Checkpoint
 from qtool.runtime import settings
 from tests.benchmarks._common import DEFAULT_MODEL, REPOSITORY, measure, model_or_exit, spread, table
 
@@ -118,6 +119,7 @@ def compare(args: argparse.Namespace, folder: Path, count: int, tokens: int, tit
     given = json.loads(args.bare)
     hardware = settings.hardware("vllm", ())
     alike = settings.engine(hardware) | {"kv_cache_memory_bytes": 1_500_000_000, "max_model_len": 256}
+    alike["dtype"] = settings.dtype(Checkpoint.open(args.model), hardware)
     environment = settings.environment(hardware) | settings.preload(hardware, sys.executable)
     runs: dict[str, list[str | Path]] = {
         "bare vLLM": [*bare, json.dumps(given)],
