@@ -151,7 +151,7 @@ def opened(folder: Path, say: Callable[[str], None], progress: Callable[[str, in
     """
     with disk_errors(folder, 0):
         state = folder / STATE
-        if folder.exists() and not state.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not state.exists() and not _is_empty(folder):
             raise InputError("is not empty and no job's folder", where=str(folder), hint="Choose another --work.")
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -171,9 +171,18 @@ def opened(folder: Path, say: Callable[[str], None], progress: Callable[[str, in
         os.close(handle)
 
 
+def _is_empty(folder: Path) -> bool:
+    """A run that was killed before its first record was in place has left that record's draft at most."""
+    return folder.is_dir() and all(path == _draft(folder / STATE) for path in folder.iterdir())
+
+
+def _draft(file: Path) -> Path:
+    return file.with_name(f".{file.name}.new")
+
+
 def write(file: Path, text: str) -> None:
     """A text file, complete or not at all. Raises QtoolError when the disk is full."""
-    new = file.with_name(f".{file.name}.new")
+    new = _draft(file)
     with disk_errors(file, len(text)):
         new.write_text(text, encoding="utf-8")
         sync(new)

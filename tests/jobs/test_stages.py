@@ -206,6 +206,15 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_killed_before_the_first_record_was_in_place(chain: Chain) -> None:
+    chain.folder.mkdir(exist_ok=True)
+    draft = chain.folder / f".{STATE}.new"
+    draft.write_text('{"qtool": "0.')
+    chain.run()
+    assert not draft.exists()
+    assert (chain.folder / STATE).exists()
+
+
 def test_one_at_a_time(tmp_path: Path) -> None:
     with (
         opened(tmp_path, print, print),
