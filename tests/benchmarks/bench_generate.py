@@ -118,7 +118,7 @@ def compare(args: argparse.Namespace, folder: Path, count: int, tokens: int, tit
     bare: list[str | Path] = [sys.executable, script, args.model, prompts, str(tokens)]
     given = json.loads(args.bare)
     hardware = settings.hardware("vllm", ())
-    alike = settings.engine(hardware) | {"kv_cache_memory_bytes": 1_500_000_000, "max_model_len": 256}
+    alike = settings.engine(hardware) | {"max_model_len": 256}
     alike["dtype"] = settings.dtype(Checkpoint.open(args.model), hardware)
     environment = settings.environment(hardware) | settings.preload(hardware, sys.executable)
     runs: dict[str, list[str | Path]] = {

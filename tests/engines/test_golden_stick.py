@@ -50,9 +50,11 @@ class Kind:
 
 KINDS = {
     "llama with grouped queries": Kind("llama", {}, 0, STATIC),
-    "qwen3 without": Kind("qwen3", {"num_key_value_heads": 4}, 1, STATIC),
+    "qwen3 without": Kind("qwen3", {"num_key_value_heads": 4, "num_hidden_layers": 1}, 1, STATIC),
     "qwen2, mixed, bfloat16": Kind("qwen2", {"head_dim": 16}, 2, DEEPSEEK, float32=False),
 }
+# Nothing that Golden Stick would search for.
+QUICK: list[dict[str, Any]] = [{"layers": r".*\.mlp\.(up|gate)_proj", "smoothing": "none", "clip": False}]
 FLOAT32 = [name for name, kind in KINDS.items() if kind.float32]
 
 
@@ -229,12 +231,8 @@ def test_it_says_what_it_does_differently(pairs: Callable[[str], Pair], run_qtoo
 def test_another_format_can_be_asked_for(
     pairs: Callable[[str], Pair], run_qtool: Callable[..., Any], golden_stick: dict[str, str], tmp_path: Path
 ) -> None:
-    """Without policies that Golden Stick has to search for, so that it is quick."""
     model = pairs("qwen2, mixed, bfloat16").model
-    scheme: list[dict[str, Any]] = [
-        {"layers": r".*\.mlp\.up_proj|.*\.mlp\.gate_proj", "smoothing": "none", "clip": False}
-    ]
-    arguments = ("--recipe", recipe(tmp_path, scheme), "--format", "compressed-tensors", *SIZE)
+    arguments = ("--recipe", recipe(tmp_path, QUICK), "--format", "compressed-tensors", *SIZE)
     done = run_qtool(
         "quantize", model, "--output", tmp_path / "out", "--engine", "golden-stick", *arguments, env=golden_stick
     )
@@ -329,11 +327,17 @@ def group_is_gone(pid: int) -> bool:
 
 
 def start(
-    environment: dict[str, str], model: Path, folder: Path, *, prepare: str = "", samples: int = 1
+    environment: dict[str, str],
+    model: Path,
+    folder: Path,
+    *,
+    scheme: list[dict[str, Any]] = STATIC,
+    prepare: str = "",
+    samples: int = 1,
 ) -> subprocess.Popen[str]:
     code = f"{prepare}\nfrom qtool.__main__ import main\nmain()"
     arguments = ["quantize", model, "--output", folder / "out", "--engine", "golden-stick"]
-    arguments += ["--recipe", recipe(folder, STATIC), "--samples", samples, "--seq-len", 16]
+    arguments += ["--recipe", recipe(folder, scheme), "--samples", samples, "--seq-len", 16]
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)], env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -366,7 +370,7 @@ def test_a_disk_that_fills_up_while_mindspore_gs_saves(
     small: Path, qtool_environment: dict[str, str], golden_stick: dict[str, str], tmp_path: Path
 ) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
-    process = start({**qtool_environment, **golden_stick}, small, tmp_path, prepare=limit)
+    process = start({**qtool_environment, **golden_stick}, small, tmp_path, scheme=QUICK, prepare=limit)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "no space left" in errors
