@@ -97,6 +97,25 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def draft(file: Path) -> Path:
+    """Where `write_text` writes before the whole takes its place."""
+    return file.with_name(f".{file.name}.new")
+
+
+def write_text(file: Path, text: str) -> None:
+    """A text file, complete or not at all; what it replaces stays until then. Raises QtoolError if it can't be."""
+    new = draft(file)
+    with disk_errors(file, len(text)):
+        try:
+            new.write_text(text, encoding="utf-8")
+            sync(new)
+            new.replace(file)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+        sync(file.parent)
+
+
 def tidy(output: Path, *, keep_resumable: bool = False) -> Path | None:
     """Remove what dead writers to `output` left beside it; put back a model that one had just moved aside.
 
@@ -170,10 +189,12 @@ class PartialFolder:
                 number += 1
 
     @classmethod
-    def resume(cls, output: Path, key: str) -> tuple[PartialFolder, list[dict[str, Any]]] | None:
+    def resume(
+        cls, output: Path, key: str, *, restart: bool = False
+    ) -> tuple[PartialFolder, list[dict[str, Any]]] | None:
         """What an ended writer of this key left, with the entries of its journal; None when there is nothing.
 
-        Raises InputError when there is only work of another key.
+        Raises InputError when there is only work of another key; with `restart` that is removed instead.
         """
         other = None
         for path in sorted(output.parent.glob(f".{glob.escape(output.name)}.partial-*")):
@@ -189,7 +210,9 @@ class PartialFolder:
             folder = cls.__new__(cls)
             folder.output, folder.path, folder._handle = output, path, handle
             return folder, found[1]
-        if other is not None:
+        if other is not None and restart:
+            tidy(output)
+        elif other is not None:
             raise InputError(
                 "what is left of an earlier run was begun with another model, recipe, calibration, version or number "
                 "of threads",

@@ -62,6 +62,7 @@ class CheckpointWriter:
         expected_tensors: int = 4096,
         key: str | None = None,
         resume: bool = False,
+        restart: bool = False,
     ) -> None:
         self.output = Path(output).expanduser().absolute()
         self.format = format
@@ -84,7 +85,7 @@ class CheckpointWriter:
         entries: list[dict[str, Any]] = []
         self._folder: PartialFolder | None = None
         if key is not None and resume:
-            self._folder, entries = PartialFolder.resume(self.output, key) or (None, [])
+            self._folder, entries = PartialFolder.resume(self.output, key, restart=restart) or (None, [])
         if self._folder is None:
             self._folder = PartialFolder(self.output)
         if key is not None:

@@ -50,6 +50,7 @@ def run(
 
       qtool run smollm2 ./SmolLM2-135M-Instruct --work ./job --json
     """
+    from qtool.checkpoint.storage import write_text
     from qtool.jobs import recipe as service
     from qtool.jobs import stages, summary
     from qtool.recipe.load import load
@@ -65,7 +66,7 @@ def run(
         ) as job:
             outcome = service.run(job, chosen, given, settings, out.event)
             found = summary.collect(chosen, folder, outcome)
-            stages.write(folder / summary.PAGE, summary.page(found))
+            write_text(folder / summary.PAGE, summary.page(found))
         _show(out, found, folder / summary.PAGE)
 
 

@@ -23,6 +23,7 @@ class Job:
         trust_remote_code: allow the checkpoint's own modelling code.
         dry_run: only plan.
         resume: go on where an earlier run of the same job ended (this and what follows: native engine).
+        restart: with `resume`, start over where the earlier run was of another job, rather than refuse.
         memory: most bytes that a process may take; None for whatever it takes.
         workers: processes that quantize besides the one that runs the layers; 0 does all in that one.
         ray: address of a Ray cluster whose workers quantize instead, or None.
@@ -41,6 +42,7 @@ class Job:
     trust_remote_code: bool = False
     dry_run: bool = False
     resume: bool = False
+    restart: bool = False
     memory: int | None = None
     workers: int = 0
     ray: str | None = None

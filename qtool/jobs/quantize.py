@@ -59,6 +59,7 @@ def run(
     trust_remote_code: bool = False,
     dry_run: bool = False,
     resume: bool = False,
+    restart: bool = False,
     resources: Resources | None = None,
     on_event: OnEvent,
 ) -> dict[str, Any]:
@@ -68,6 +69,7 @@ def run(
         model, output: absolute paths.
         calibration: data (builtin, self or a file), samples, seq_len and seed.
         resume: go on where an earlier run of the same job ended.
+        restart: with `resume`, start over where it was another job, rather than refuse.
         resources: what the native engine may use.
 
     Raises:
@@ -91,6 +93,7 @@ def run(
             trust_remote_code=trust_remote_code,
             dry_run=dry_run,
             resume=resume,
+            restart=restart,
             **asdict(resources or Resources()),
         )
     )

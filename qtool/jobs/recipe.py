@@ -12,9 +12,10 @@ from typing import Any
 
 from qtool import convert, engines, runtime, workers
 from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.storage import write_text
 from qtool.environments.lookup import interpreter
 from qtool.errors import InputError
-from qtool.jobs import contents, download, quantize, stages
+from qtool.jobs import contents, download, quantize
 from qtool.jobs.stages import Done, Job
 from qtool.recipe.schema import Recipe
 from qtool.runtime import sampling
@@ -124,9 +125,11 @@ class _Run:
 
     def _from_gguf(self, file: Path) -> _Made:
         found = contents.of_files(file.parent, [file.name], self._hashing)
+        # A file is often named like its repository, and so like the folder that it was downloaded to.
+        name = file.stem if file.stem != file.parent.name else f"{file.stem}-safetensors"
         done = self.job.stage(
             "convert from GGUF",
-            file.stem,
+            name,
             {"file": found[file.name]},
             lambda target: convert.from_gguf(file, target, "bfloat16", overwrite=True, on_event=self.on_event),
         )
@@ -161,6 +164,7 @@ class _Run:
                 device=settings.device,
                 trust_remote_code=settings.trust_remote_code,
                 resume=True,
+                restart=True,  # this folder is the job's own, whatever has changed in or around the recipe
                 on_event=self.on_event,
             )
 
@@ -189,7 +193,7 @@ class _Run:
             }
             python = interpreter("native")
             result = workers.run("qtool.evaluate.worker", job, python=python, on_event=self.on_event)
-            stages.write(target, json.dumps(result, indent=2) + "\n")
+            write_text(target, json.dumps(result, indent=2) + "\n")
 
         return self.job.stage("eval", EVALUATION, inputs, make).output
 
@@ -229,7 +233,7 @@ class _Run:
                 trust_remote_code=self.settings.trust_remote_code,
                 on_event=self._without_items,
             )
-            stages.write(target, "".join(answers))
+            write_text(target, "".join(answers))
 
         return self.job.stage("generate", ANSWERS, inputs, make).output
 

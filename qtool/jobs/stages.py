@@ -9,6 +9,7 @@ again when it has ended.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -21,7 +22,7 @@ from typing import Any
 
 import qtool
 from qtool.checkpoint.reader import REPORT, read_json
-from qtool.checkpoint.storage import disk_errors, sync, tidy
+from qtool.checkpoint.storage import disk_errors, draft, tidy, write_text
 from qtool.errors import InputError, QtoolError
 from qtool.jobs import contents
 from qtool.jobs.contents import Files
@@ -127,7 +128,8 @@ class Job:
             path.unlink(missing_ok=True)
 
     def _save(self) -> None:
-        write(self.folder / STATE, json.dumps({"qtool": qtool.__version__, "stages": self._records}, indent=1) + "\n")
+        content = {"qtool": qtool.__version__, "stages": self._records}
+        write_text(self.folder / STATE, json.dumps(content, indent=1) + "\n")
 
 
 def _wrong(recorded: Files, found: Files) -> list[str]:
@@ -158,8 +160,10 @@ def opened(folder: Path, say: Callable[[str], None], progress: Callable[[str, in
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise QtoolError("another qtool run is at work here", where=str(folder)) from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise QtoolError("another qtool run is at work here", where=str(folder)) from None
+            # else a file system without locks: go on without
         job = Job(folder, say, progress)
         if state.exists():
             stages = read_json(state).get("stages")
@@ -173,18 +177,4 @@ def opened(folder: Path, say: Callable[[str], None], progress: Callable[[str, in
 
 def _is_empty(folder: Path) -> bool:
     """A run that was killed before its first record was in place has left that record's draft at most."""
-    return folder.is_dir() and all(path == _draft(folder / STATE) for path in folder.iterdir())
-
-
-def _draft(file: Path) -> Path:
-    return file.with_name(f".{file.name}.new")
-
-
-def write(file: Path, text: str) -> None:
-    """A text file, complete or not at all. Raises QtoolError when the disk is full."""
-    new = _draft(file)
-    with disk_errors(file, len(text)):
-        new.write_text(text, encoding="utf-8")
-        sync(new)
-        new.replace(file)
-        sync(file.parent)
+    return folder.is_dir() and all(path == draft(folder / STATE) for path in folder.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from qtool.checkpoint import journal
 from tests.cli.test_convert import write_gguf
 from tests.hub.fixtures import Hub
 from tests.hub.loopback import Repo
@@ -200,6 +202,20 @@ def test_a_gguf_file(tiny_llama: Path, run_qtool: Callable[..., Any], tmp_path: 
     assert made.equal(load_file(tiny_llama / "model.safetensors")[name])
 
 
+def test_a_gguf_file_named_like_its_repository(huggingface: Hub, tiny_llama: Path, tmp_path: Path) -> None:
+    write_gguf(tiny_llama, tmp_path / "small.gguf")
+    huggingface.server.repos["org/small"] = Repo({"small.gguf": (tmp_path / "small.gguf").read_bytes()})
+    recipe = write_recipe(tmp_path, model=ON_A_HUB.replace("tiny", "small"), also="[]")
+    recipe.write_text(
+        re.sub(r"windows: \d+", "windows: 0", re.sub(r"prompts: .*\]", "prompts: []", recipe.read_text()))
+    )
+    for status in ("done", "kept"):
+        done = huggingface.run(*command(recipe, "--work", "job", "--json"), cwd=tmp_path, env=huggingface.env)
+        assert done.code == 0, done.stderr
+        assert {stage["status"] for stage in json.loads(done.stdout)["stages"]} == {status}
+    assert {"small", "small-safetensors"} < {path.name for path in (tmp_path / "job").iterdir()}
+
+
 def test_a_model_that_is_quantized_already(finished: Path, run_qtool: Callable[..., Any], tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, also="[modelslim]")
     model = finished / "job" / "tiny-w8a8-static"
@@ -269,6 +285,37 @@ def test_killed_at_random_moments_it_ends_with_the_same(
     )
     for key in ("base_perplexity", "quantized_perplexity", "kl_divergence", "top1_agreement", "text"):
         assert ours_eval[key] == theirs_eval[key], key
+
+
+@pytest.mark.parametrize(("change", "goes_on"), [({"max_tokens": 4}, True), ({"samples": 3}, False)])
+def test_killed_while_it_quantizes_and_changed(
+    tiny_llama: Path,
+    qtool_environment: dict[str, str],
+    run_qtool: Callable[..., Any],
+    tmp_path: Path,
+    change: dict[str, Any],
+    goes_on: bool,
+) -> None:
+    """What was finished is used where the change lets it; where it doesn't, it is no obstacle."""
+    arguments = command(write_recipe(tmp_path, also="[]"), tiny_llama, "--work", "job")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qtool", *arguments], cwd=tmp_path, env=qtool_environment, stderr=subprocess.DEVNULL
+    )
+    output = tmp_path / "job" / f"{tiny_llama.name}-w8a8-static"
+    left = None
+    while left is None and process.poll() is None:
+        for folder in output.parent.glob(f".{output.name}.partial-*"):
+            with contextlib.suppress(FileNotFoundError):
+                found = journal.read(folder)
+                left = folder.stat().st_ino if found and found[1] else None
+    process.kill()
+    process.wait()
+    assert left is not None
+    assert not output.exists(), "it was too quick"
+    done = run_qtool(*command(write_recipe(tmp_path, also="[]", **change), tiny_llama, "--work", "job"), cwd=tmp_path)
+    assert done.code == 0, done.stderr
+    assert (output.stat().st_ino == left) is goes_on
+    assert not list(output.parent.glob(".*"))
 
 
 # ------------------------------------------------------------------ wrong usage

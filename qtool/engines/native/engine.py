@@ -102,6 +102,7 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
         expected_tensors=6 * len(checkpoint.names),
         key=_key(checkpoint, source, recipe, scheme, calibration),
         resume=job["resume"],
+        restart=job["restart"],
     )
     with writer, executor.make(job["workers"], job["ray"]) as units:
         layers = Layers(
@@ -163,8 +164,10 @@ def _key(checkpoint: Checkpoint, source: Source, recipe: Recipe, scheme: str, ca
         "source": dataclasses.asdict(source) | {"dtype": str(source.dtype), "model": ""},
         "config": checkpoint.config,
         "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
-        "recipe": recipe.model_dump(mode="json"),
-        "scheme": scheme,
+        "policies": [policy.model_dump(mode="json") for policy in recipe.schemes[scheme]],
+        "osl": recipe.osl,
+        "expert_tokens": recipe.calibration.expert_tokens,
+        "max_shard_gb": recipe.export.max_shard_gb,
         "calibration": calibration.digest,
         "tokens": list(calibration.ids.shape),
     }
