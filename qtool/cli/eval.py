@@ -112,13 +112,10 @@ def evaluate(
         "engine": engine,
         "trust_remote_code": trust_remote_code,
     }
+    sizes = {key: facts.sizes(of) for key, of in zip(("base", "quantized"), checkpoints, strict=True)}
+    details = {"sizes": sizes, "groups": facts.groups(checkpoints[1])}
     with console() as out:
-        result = workers.run("qtool.evaluate.worker", job, python=python, env=env, on_event=out.event)
-        result["sizes"] = {key: facts.sizes(of) for key, of in zip(("base", "quantized"), checkpoints, strict=True)}
-        result["groups"] = facts.groups(checkpoints[1])
-        if report is not None:
-            page.write(report, result)
-            out.info(f"report: {report.absolute()}")
+        result = workers.run("qtool.evaluate.worker", job, python=python, env=env, on_event=out.event) | details
         if checkpoints[1].format != "float" and (reason := record.keep(folders[1], result)):
             out.info(f"the figures are not kept in the quantized model: {reason}")
     out.info(f"{result['seconds']:.0f} s, peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB")
@@ -126,6 +123,9 @@ def evaluate(
     _show(result, page.rows(result), out, result=not piped)
     if piped:
         out.result(result)
+    if report is not None:  # last: a full disk must not cost the figures
+        page.write(report, result)
+        out.info(f"report: {report.absolute()}")
 
 
 def _vllm(checkpoint: Checkpoint) -> tuple[str, dict[str, Any], dict[str, str]]:

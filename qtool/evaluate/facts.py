@@ -12,10 +12,21 @@ _NUMBERED = re.compile(r"\.\d+\.")
 
 
 def groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """The rows "layers" of qtool.json: how each group of linears came out. Empty for a model without it."""
+    """The rows "layers" of qtool.json: how each group of linears came out. Empty for a model without it.
+
+    What an engine doesn't measure of a group (relative_error: mindspore-gs) or choose for it (alpha) is None.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     file = checkpoint.path / REPORT
     rows = read_json(file).get("layers") if file.is_file() else None
-    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    needed = {"layer", "linears", "activations"}
+    return [
+        {"alpha": None, "relative_error": None, **row}
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict) and needed <= row.keys()
+    ]
 
 
 def sizes(checkpoint: Checkpoint) -> dict[str, int]:

@@ -39,6 +39,15 @@ def estimate(windows: Sequence[float], transform: Callable[[float], float] | Non
     return {"value": shown(mean), "low": shown(mean - margin), "high": shown(mean + margin)}
 
 
+def estimate_share(share: float, count: int) -> Estimate:
+    """How many of `count` documents, with Wilson's interval, which stays within 0 and 1 and is none of a point."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    scale = 1 + z * z / count
+    centre = (share + z * z / (2 * count)) / scale
+    margin = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / scale
+    return {"value": share, "low": max(0.0, centre - margin), "high": min(1.0, centre + margin)}
+
+
 def estimate_quantile(tokens: torch.Tensor, q: float) -> Estimate:
     """A quantile over all tokens of a non-negative figure, with an interval from resampled windows.
 

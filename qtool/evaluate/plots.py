@@ -62,7 +62,7 @@ def errors(groups: Groups) -> str:
     """Relative output error of each group, by layer."""
 
     def draw(axes: Axes) -> None:
-        for name, rows in _kinds(groups).items():
+        for name, rows in _kinds([group for group in groups if group["relative_error"] is not None]).items():
             axes.plot([number(r) for r in rows], [r["relative_error"] for r in rows], ".-", label=name, linewidth=1)
         _log(axes)
         axes.set_xlabel("layer")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import qtool
-from qtool.errors import InputError, QtoolError
+from qtool.checkpoint.storage import write_text
+from qtool.errors import InputError
 
 # key of the result: (what it is called, how it is written)
 FIGURES = {
@@ -41,12 +40,14 @@ def check(file: Path, *, overwrite: bool) -> None:
     """Refuse, before any work, a page that couldn't be made.
 
     Raises:
-        InputError: the file exists (without `overwrite`), its folder doesn't, or matplotlib is missing.
+        InputError: the file exists (without `overwrite`) or is a folder, its folder doesn't, or matplotlib is missing.
     """
     from importlib.util import find_spec
 
     if file.exists() and not overwrite:
         raise InputError("exists already", where=str(file), hint="Choose another --report, or pass --overwrite.")
+    if file.is_dir():
+        raise InputError("is a folder", where=str(file), hint="Choose another --report.")
     if not file.absolute().parent.is_dir():
         raise InputError("no such folder", where=str(file.absolute().parent), hint="Choose another --report.")
     if missing := [package for package in ("matplotlib", "jinja2") if find_spec(package) is None]:
@@ -63,15 +64,7 @@ def write(file: Path, result: Mapping[str, Any]) -> None:
     Raises:
         QtoolError: the file can't be written.
     """
-    text = page(result)
-    try:
-        descriptor, path = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.absolute().parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as out:
-            out.write(text)
-        os.chmod(path, 0o644)
-        os.replace(path, file)
-    except OSError as error:
-        raise QtoolError(f"the report can't be written: {error.strerror}", where=str(file)) from None
+    write_text(file, page(result))
 
 
 def page(result: Mapping[str, Any]) -> str:
@@ -93,7 +86,7 @@ def page(result: Mapping[str, Any]) -> str:
             plots.along_text(along["values"], along["tokens"], result["kl_divergence"]["value"]),
         )
     ]
-    if groups:
+    if any(group["relative_error"] is not None for group in groups):
         pictures.append(
             (
                 "Error per layer",
@@ -101,7 +94,7 @@ def page(result: Mapping[str, Any]) -> str:
                 plots.errors(groups),
             )
         )
-    if any(group.get("alpha") is not None for group in groups):
+    if any(group["alpha"] is not None for group in groups):
         pictures.append(
             ("Smoothing", "The exponent alpha: 0 leaves it to the weights, 1 to the activations.", plots.alphas(groups))
         )

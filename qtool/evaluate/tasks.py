@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import math
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import InputError, QtoolError, in_one_line
+from qtool.evaluate.intervals import Estimate, estimate_share
 from qtool.runtime import int8_kernel
 from qtool.workers import hide_media_packages
 
@@ -80,10 +82,9 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
         raise QtoolError(f"the harness fails: {in_one_line(error)}") from error
     if found is None:
         raise QtoolError("the harness gave no results")
-    return {
-        "tasks": {name: _metrics(row) for name, row in found["results"].items()},
-        "documents": {name: counts["effective"] for name, counts in found.get("n-samples", {}).items()},
-    }
+    documents = {name: counts["effective"] for name, counts in found.get("n-samples", {}).items()}
+    tasks = {name: metrics(row, documents.get(name)) for name, row in found["results"].items()}
+    return {"tasks": tasks, "documents": documents}
 
 
 def _name_vllm() -> None:
@@ -125,19 +126,31 @@ def _model_arguments(job: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _metrics(row: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """The harness's "acc,none" and "acc_stderr,none" as figures with intervals."""
-    figures: dict[str, dict[str, float | None]] = {}
+def metrics(row: Mapping[str, Any], documents: int | None) -> dict[str, Estimate]:
+    """The harness's "acc,none" and "acc_stderr,none" as figures with 95 % intervals.
+
+    Args:
+        documents: how many there were, if known. Metrics whose standard error is that of so many documents, each
+            right or wrong, get the interval of a share.
+    """
+    figures: dict[str, Estimate] = {}
     for key, value in row.items():
         metric, _, filter_name = key.partition(",")
         if metric.endswith("_stderr") or not isinstance(value, int | float) or not filter_name:
             continue
         error = row.get(f"{metric}_stderr,{filter_name}")
-        margin = _Z * error if isinstance(error, int | float) else None
         name = metric if filter_name == "none" else f"{metric} ({filter_name})"
-        figures[name] = {
-            "value": float(value),
-            "low": None if margin is None else value - margin,
-            "high": None if margin is None else value + margin,
-        }
+        if not isinstance(error, int | float):
+            figures[name] = {"value": float(value), "low": None, "high": None}
+        elif _is_share(value, error, documents):
+            assert documents is not None
+            figures[name] = estimate_share(float(value), documents)
+        else:
+            figures[name] = {"value": float(value), "low": value - _Z * error, "high": value + _Z * error}
     return figures
+
+
+def _is_share(value: float, error: float, documents: int | None) -> bool:
+    if documents is None or documents < 2 or not 0 <= value <= 1:
+        return False
+    return math.isclose(error, math.sqrt(value * (1 - value) / (documents - 1)), rel_tol=1e-6, abs_tol=1e-12)

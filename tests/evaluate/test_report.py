@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -156,8 +157,42 @@ def test_a_browser_shows_it_without_scrolling_sideways(
     assert found[3] == "5"
 
 
+def test_a_model_of_an_engine_that_measures_less(
+    made: tuple[Path, dict[str, Any]], tiny_llama: Path, run_qtool: Callable[..., Any], tmp_path: Path
+) -> None:
+    """mindspore-gs tells no group's error, nor the ranges of its input."""
+    quantized = tmp_path / "quantized"
+    shutil.copytree(made[1]["quantized"], quantized)
+    facts = json.loads((quantized / "qtool.json").read_text())
+    for row in facts["layers"]:
+        for key in ("relative_error", "input", "smoothed"):
+            del row[key]
+    (quantized / "qtool.json").write_text(json.dumps(facts))
+    done = run_qtool("eval", tiny_llama, quantized, "--windows", "1", "--length", "16", "--report", tmp_path / "r.html")
+    assert done.code == 0, done.stderr
+    rows = Tables((tmp_path / "r.html").read_text()).tables["groups"][1:]
+    assert [(row[0], row[4]) for row in rows] == [(group["layer"], "") for group in made[1]["groups"]]
+
+
+def test_a_page_that_cant_be_written_costs_no_figures(
+    made: tuple[Path, dict[str, Any]], tiny_llama: Path, qtool_environment: dict[str, str], tmp_path: Path
+) -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000))"
+    arguments = ["eval", tiny_llama, made[1]["quantized"], "--windows", 1, "--length", 16, "--report", "r.html"]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{limit}\nfrom qtool.__main__ import main\nmain()", *map(str, arguments)],
+        env=qtool_environment, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "no space left" in done.stderr
+    assert "at: r.html" in done.stderr
+    assert json.loads(done.stdout)["kl_divergence"]["value"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
-    ("name", "message"), [("there.html", "exists already"), ("no/folder/r.html", "no such folder")]
+    ("name", "message"),
+    [("there.html", "exists already"), ("no/folder/r.html", "no such folder"), ("", "exists already")],
 )
 def test_a_page_that_cant_be_made_is_refused_at_once(
     tiny_llama: Path, run_qtool: Callable[..., Any], tmp_path: Path, name: str, message: str

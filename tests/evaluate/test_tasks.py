@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from qtool.evaluate.tasks import metrics
+
 TASK = """
 task: pick
 dataset_path: json
@@ -60,8 +62,26 @@ def test_the_share_of_right_answers(tiny_llama: Path, data: Path, run_qtool: Cal
     (result,) = json.loads(done.stdout)
     assert result["tasks"]["pick"]["acc"]["value"] == pytest.approx(0.7)
     assert result["documents"]["pick"] == 10
-    # the standard error of 7 in 10 is sqrt(.7 * .3 / 9)
-    assert result["tasks"]["pick"]["acc"]["low"] == pytest.approx(0.7 - 1.96 * 0.15275, abs=1e-3)
+    assert result["tasks"]["pick"]["acc"]["low"] == pytest.approx(0.3968, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("right", "low", "high"),  # as R's prop.test(right, 10, correct = FALSE) gives them
+    [(7, 0.3967781, 0.8922087), (9, 0.5958500, 0.9821238), (10, 0.7224672, 1.0), (0, 0.0, 0.2775328)],
+)
+def test_intervals_of_shares(right: int, low: float, high: float) -> None:
+    share = right / 10
+    row = {"alias": "pick", "acc,none": share, "acc_stderr,none": (share * (1 - share) / 9) ** 0.5}
+    found = metrics(row, 10)["acc"]
+    assert [found["low"], found["high"]] == pytest.approx([low, high], abs=1e-6)
+
+
+def test_intervals_of_other_figures() -> None:
+    row = {"bleu,none": 31.5, "bleu_stderr,none": 0.5, "f1,none": 0.5, "f1_stderr,none": 0.25, "ppl,none": 9.0}
+    found = metrics(row | {"ppl_stderr,none": "N/A"}, 10)
+    assert [found["bleu"]["low"], found["bleu"]["high"]] == pytest.approx([30.52, 32.48])
+    assert [found["f1"]["low"], found["f1"]["high"]] == pytest.approx([0.01, 0.99])
+    assert found["ppl"] == {"value": 9.0, "low": None, "high": None}
 
 
 @pytest.mark.parametrize(
