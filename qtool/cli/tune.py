@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,6 +61,7 @@ def tune(
       qtool quantize ./SmolLM2-135M --recipe smollm2-tuned.yaml
     """
     from qtool.checkpoint.reader import Checkpoint
+    from qtool.checkpoint.storage import write_text
     from qtool.cli.analyze import recipe_for
     from qtool.tuning.tune import Goal, Job
     from qtool.tuning.tune import tune as find
@@ -68,11 +70,13 @@ def tune(
         raise InputError(
             "say either how much quality may go, or how large the model may be", hint="--max-kl X, or --max-size SIZE"
         )
-    if output is not None and output.exists() and not overwrite:
-        raise InputError("exists already", where=str(output), hint="Choose another --output, or pass --overwrite.")
     folder = Path(path_or_stdin(model)).expanduser().absolute()
     checkpoint = Checkpoint.open(folder)
     chosen, scheme, extends = recipe_for(checkpoint, recipe, scheme)
+    if output is not None:
+        _check_output(output, extends, overwrite=overwrite)
+    if scratch is not None and not (scratch.is_dir() and os.access(scratch, os.W_OK)):
+        raise InputError("is no folder that can be written to", where=str(scratch), hint="Choose another --scratch.")
     wanted = {
         "data": _text(calibration or chosen.calibration.data, "--calibration"),
         "samples": samples or chosen.calibration.samples,
@@ -101,7 +105,7 @@ def tune(
         result = find(job)
         _summary(result, out)
         if output is not None:
-            output.write_text(result["recipe"], encoding="utf-8")
+            write_text(output, result["recipe"])
         if json:
             out.result(result)
         else:
@@ -109,8 +113,23 @@ def tune(
     if not result["reached"]:
         raise QtoolError(
             f"a KL divergence of {max_kl:g} was not reached: {result['tuned']['kl_divergence']['value']:.5f}",
-            hint="the recipe is the best found; a larger --budget corrects it further, or allow more",
+            hint="the recipe is the best one measured; a larger --budget corrects it further, or allow more",
         )
+
+
+def _check_output(output: Path, extends: str, *, overwrite: bool) -> None:
+    """Before hours of measuring: the recipe can be written, and not over one that it builds on."""
+    from qtool.recipe.load import files
+
+    hint = "Choose another --output."
+    if output.exists() and not overwrite:
+        raise InputError("exists already", where=str(output), hint="Choose another --output, or pass --overwrite.")
+    if output.is_dir():
+        raise InputError("is a folder", where=str(output), hint=hint)
+    if output.resolve() in files(extends):
+        raise InputError("the new recipe builds on this one and can't replace it", where=str(output), hint=hint)
+    if not (output.parent.is_dir() and os.access(output.parent, os.W_OK)):
+        raise InputError("its folder does not exist, or can't be written to", where=str(output), hint=hint)
 
 
 def _text(value: str, option: str) -> str:

@@ -53,10 +53,11 @@ def _keyed(problem: Problem) -> str:
 
 @dataclass(frozen=True)
 class _Source:
-    """Parsed text, before validation: data, and for every path the file and line it comes from."""
+    """Parsed text, before validation: data, for every path the file and line it comes from, and all files read."""
 
     data: dict[str, Any]
     lines: dict[Path, tuple[str, int]]
+    files: tuple[str, ...]
 
 
 def names() -> list[str]:
@@ -76,6 +77,16 @@ def load(name_or_path: str | os.PathLike[str]) -> Recipe:
     """
     source, where = _read(os.fspath(name_or_path), seen=())
     return _validate(source, where)
+
+
+def files(name_or_path: str | os.PathLike[str]) -> list[FilePath]:
+    """The recipe's file and those that it extends, all links resolved; shipped recipes by a relative path.
+
+    Raises:
+        InputError: as `load`.
+    """
+    source, _ = _read(os.fspath(name_or_path), seen=())
+    return [FilePath(file) for file in source.files]
 
 
 def resolved(name_or_path: str | os.PathLike[str]) -> str:
@@ -146,7 +157,7 @@ def _read(name_or_path: str, seen: Sequence[str]) -> tuple[_Source, str]:
         document.problems.append(Problem(1, "", "a recipe must be a mapping of keys to values"))
     if document.problems:
         raise _error(document.problems, where)
-    source = _Source(document.data, {path: (where, line) for path, line in document.lines.items()})
+    source = _Source(document.data, {path: (where, line) for path, line in document.lines.items()}, (identity,))
     base = source.data.pop("extends", None)
     if base is None:
         return source, where
@@ -210,7 +221,7 @@ def _merge(base: _Source, child: _Source) -> _Source:
     inherited = {key: value for key, value in base.data.items() if key not in _OWN_KEYS}
     merged = merge(inherited, child.data, ())
     order = [*_OWN_KEYS, *(key for key in merged if key not in _OWN_KEYS)]
-    return _Source({key: merged[key] for key in order if key in merged}, lines)
+    return _Source({key: merged[key] for key in order if key in merged}, lines, (*child.files, *base.files))
 
 
 def _validate(source: _Source, where: str) -> Recipe:

@@ -101,7 +101,7 @@ def policies(chosen: Choice, ways: Mapping[str, Mapping[str, Policy | None]]) ->
 
     Args:
         chosen: an option for every unit.
-        ways: the policy of each linear in each way but FLOAT.
+        ways: the policy of each linear in each way but FLOAT; also of those that the choice leaves as they are.
     """
     alike: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for unit, option in chosen.items():
@@ -111,7 +111,7 @@ def policies(chosen: Choice, ways: Mapping[str, Mapping[str, Policy | None]]) ->
             if policy is not None:
                 content = policy.model_dump(mode="json", exclude={"layers"}, exclude_defaults=True)
             alike.setdefault(repr(content), (content, []))[1].append(name)
-    everything = [name for unit in chosen for name in unit.linears]
+    everything = dict.fromkeys(name for way in ways.values() for name in way)
     return [{"layers": pattern(names, everything), **content} for content, names in alike.values()]
 
 

@@ -85,13 +85,29 @@ class Job:
     on_event: Callable[[workers.Event], None] = field(default=lambda event: None)
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """A choice, the recipe that says it, and what was measured with it."""
+
+    chosen: Choice
+    text: str
+    figures: dict[str, Any]
+
+    @property
+    def kl(self) -> float:
+        return float(self.figures["kl_divergence"]["value"])
+
+    def reaches(self, goal: Goal) -> bool:
+        return goal.max_kl is None or self.kl <= goal.max_kl
+
+
 def tune(job: Job) -> dict[str, Any]:
     """Find a recipe and check it.
 
     Returns:
-        recipe (YAML), reached (whether the goal is met by measurement), reference and tuned ({"kl_divergence",
-        "bytes", "predicted_kl"}), evaluations (how many), changed (one row per group that isn't as in the scheme), and
-        sensitivity (see `tuning.worker`).
+        recipe (YAML; the best one measured), reached (whether it meets the goal by measurement), reference and tuned
+        ({"kl_divergence", "bytes", "predicted_kl"}), evaluations (how many), changed (one row per group that isn't as
+        in the scheme), and sensitivity (see `tuning.worker`).
 
     Raises:
         InputError: a size that is none or can't be reached, a budget that is too small, a model that can't be run.
@@ -111,35 +127,33 @@ def tune(job: Job) -> dict[str, Any]:
         _check_size(job.goal.bytes(found["total_bytes"]), fixed + sum(unit.smallest.bytes for unit in units))
     reference = _evaluated(job, job.recipe, job.scheme)
     reference |= {"predicted_kl": search.total_kl(default), "bytes": found["total_bytes"]}
-    used, ratio, caution = 1, reference["kl_divergence"]["value"] / max(search.total_kl(default), 1e-12), 1.0
-    while True:
+    ratio, caution = reference["kl_divergence"]["value"] / max(search.total_kl(default), 1e-12), 1.0
+    tried: list[_Tried] = []
+    while not (tried and tried[-1].reaches(job.goal)) and 1 + len(tried) < job.budget:
         chosen = _choose(job, units, fixed, found["total_bytes"], ratio * caution)
         if all(option.way == FLOAT for option in chosen.values()):
+            if tried:
+                break
             raise InputError(
                 "no recipe has so little KL divergence: every linear would have to stay float",
                 where="--max-kl",
                 hint=f"the untuned scheme has {reference['kl_divergence']['value']:.5f}",
             )
         text = _recipe_text(job, chosen, ways)
-        recipe = _parsed(text, job)
-        tuned = _evaluated(job, recipe, SCHEME)
-        used += 1
-        size = fixed + search.total_bytes(chosen)
-        tuned |= {"predicted_kl": search.total_kl(chosen), "bytes": size}
-        kl = tuned["kl_divergence"]["value"]
-        reached = kl <= job.goal.max_kl if job.goal.max_kl is not None else True
-        if reached or used >= job.budget:
-            break
-        ratio, caution = kl / max(search.total_kl(chosen), 1e-12), 1 / _CAUTION
+        figures = _evaluated(job, _parsed(text, job), SCHEME)
+        figures |= {"predicted_kl": search.total_kl(chosen), "bytes": fixed + search.total_bytes(chosen)}
+        tried.append(_Tried(chosen, text, figures))
+        ratio, caution = tried[-1].kl / max(search.total_kl(chosen), 1e-12), 1 / _CAUTION
+    best = min(tried, key=lambda each: each.kl)
     return {
-        "recipe": text,
-        "reached": reached,
+        "recipe": best.text,
+        "reached": best.reaches(job.goal),
         "reference": reference,
-        "tuned": tuned,
-        "evaluations": used,
+        "tuned": best.figures,
+        "evaluations": 1 + len(tried),
         "changed": [
             {"linears": list(unit.linears), "from": default[unit].way, "to": option.way, "kl": option.kl}
-            for unit, option in chosen.items()
+            for unit, option in best.chosen.items()
             if option.way != default[unit].way
         ],
         "sensitivity": found,

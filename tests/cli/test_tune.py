@@ -91,15 +91,23 @@ def test_a_goal_out_of_reach(tiny_llama: Path, run_qtool: Callable[..., Any]) ->
         (("--max-kl", "1", "--calibration", "self"), "--calibration"),
         (("--max-kl", "1", "--scheme", "w4a4"), "no scheme 'w4a4'"),
         (("--max-kl", "1", "--output", "{there}"), "exists already"),
+        (("--max-kl", "1", "--output", "{there}/x.yaml"), "its folder does not exist"),
+        (("--max-kl", "1", "--output", "{there.parent}", "--overwrite"), "is a folder"),
+        (("--max-kl", "1", "--scratch", "{there}"), "--scratch"),
+        (("--max-kl", "1", "--recipe", "{child}", "--output", "{base}", "--overwrite"), "builds on this one"),
+        (("--max-kl", "1", "--recipe", "{child}", "--output", "{child}", "--overwrite"), "builds on this one"),
     ],
 )
 def test_bad_input(
     tiny_llama: Path, run_qtool: Callable[..., Any], tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    there = tmp_path / "there.yaml"
-    there.write_text("mine")
-    done = run_qtool("tune", tiny_llama, *(each.format(there=there) for each in arguments))
+    files = {name: tmp_path / f"{name}.yaml" for name in ("there", "base", "child")}
+    files["there"].write_text("mine")
+    for name, extended in (("base", "default"), ("child", "./base.yaml")):
+        files[name].write_text(f"{{extends: {extended}, name: {name}, description: mine}}")
+    before = {file: file.read_text() for file in tmp_path.iterdir()}
+    done = run_qtool("tune", tiny_llama, *(each.format(**files) for each in arguments))
     assert done.code == 2
     assert message in done.stderr
     assert done.stdout == ""
-    assert there.read_text() == "mine"
+    assert {file: file.read_text() for file in tmp_path.iterdir()} == before

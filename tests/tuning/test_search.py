@@ -91,6 +91,16 @@ def test_a_name_without_numbers() -> None:
     assert pattern(["head.out"], ["head.out", "headxout"]) == r"head\.out"
 
 
+def test_what_the_scheme_leaves_float_stays_it() -> None:
+    """However alike all others are."""
+    policy = Policy(layers="x")
+    ways: dict[str, dict[str, Policy | None]] = {"static": {f"m.{i}.o": policy if i else None for i in range(4)}}
+    units = [unit(f"m.{i}.o", 0.1, 0.2, 10) for i in range(1, 4)]
+    made = policies({each: each.options[0] for each in units}, ways)
+    recipe = Recipe(name="r", description="", default_scheme="s", schemes={"s": [Policy(**each) for each in made]})
+    assert [recipe.policy("s", f"m.{i}.o") is not None for i in range(4)] == [False, True, True, True]
+
+
 def test_policies_say_the_choice() -> None:
     units = [unit(f"m.{i}.o", 0.1, 0.2, 10) for i in range(3)]
     base = {f"m.{i}.o": Policy(layers="x", clip=False) for i in range(3)}
