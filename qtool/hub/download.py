@@ -13,7 +13,7 @@ from typing import Any
 from qtool import workers
 from qtool.checkpoint.header import read_header
 from qtool.checkpoint.reader import read_json
-from qtool.checkpoint.storage import check_free_space, put_in_place, sync
+from qtool.checkpoint.storage import check_free_space, put_in_place, sync, tidy
 from qtool.environments.lookup import interpreter
 from qtool.errors import InputError, QtoolError
 from qtool.hub import lock, names, selection, storage
@@ -108,7 +108,7 @@ def plan(listing: Listing, include: Sequence[str], exclude: Sequence[str]) -> Pl
 
 
 def is_there(planned: Plan, target: Path, *, overwrite: bool) -> bool:
-    """Whether `target` holds the plan's files already, in the right sizes.
+    """Whether `target` holds the plan's files already, in the right sizes; with `overwrite` nobody relies on these.
 
     Raises:
         InputError: something else is there, and `overwrite` is off or it is nothing that may be replaced.
@@ -116,7 +116,7 @@ def is_there(planned: Plan, target: Path, *, overwrite: bool) -> bool:
     if not os.path.lexists(target) or (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
         return False
     held = lock.read(target) if target.is_dir() and not target.is_symlink() else None
-    if held and held.covers(planned.listing) and not lock.missing(target, held):
+    if held and held.covers(planned.listing) and not lock.missing(target, held) and not overwrite:
         return True
     listing = planned.listing
     if held is None:
@@ -157,6 +157,7 @@ def obtain(
     partial, listing = storage.partial_path(target), planned.listing
     complete = partial / storage.COMPLETE
     with storage.locked(partial, waiting):
+        tidy(target, keep_resumable=True)  # a kill while the new folder took the old one's place
         if is_there(planned, target, overwrite=overwrite):  # the other process has just finished
             storage.remove(partial)
             return

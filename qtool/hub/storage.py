@@ -25,6 +25,7 @@ from qtool.hub.listing import RemoteFile
 
 COMPLETE = "complete"
 INCOMPLETE = "incomplete"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what a file system says that has none
 
 
 def partial_path(target: Path) -> Path:
@@ -60,7 +61,7 @@ def locked(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
                         waiting()
                     told = True
                     fcntl.flock(handle, fcntl.LOCK_EX)
-                elif error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks: go on without
+                elif error.errno not in _NO_LOCKS:  # without them, go on without
                     raise
             if _same(handle, folder):  # not removed, or made anew, while we waited
                 yield

@@ -20,8 +20,6 @@ def run(model: Repository, target: Path, *, on_event: Callable[[workers.Event], 
     """
     listing = download.find(model.repo, model.hub, model.revision, lambda name: tokens.read(name, None), on_event)
     planned = download.plan(listing, [], [])
-    if download.is_there(planned, target, overwrite=True):
-        return
     download.obtain(
         planned,
         target,

@@ -221,12 +221,12 @@ def test_verify_finds_what_changed_and_overwrite_repairs_it(
     data = bytearray((folder / SHARD).read_bytes())
     data[-7] ^= 1
     (folder / SHARD).write_bytes(data)
-    (folder / "README.md").unlink()
     (folder / "extra.safetensors").write_bytes(b"x")
     done = hub.run("download", "--verify", folder)
     assert (done.code, done.stdout) == (1, "")
     assert f"{SHARD} has other bytes" in done.stderr
-    assert "README.md is missing" in done.stderr
+    (folder / "README.md").unlink()
+    assert "README.md is missing" in hub.run("download", "--verify", folder).stderr
     assert hub.download("org/model", "--offline", cwd=tmp_path).code == 1
     assert hub.download("org/model", cwd=tmp_path).code == 2
 
@@ -236,6 +236,23 @@ def test_verify_finds_what_changed_and_overwrite_repairs_it(
     assert done.code == 0, done.stderr
     assert contents(folder) == wanted(model_repo)
     assert [path for _, path, _ in behind.requests if "model-00002" in path] == []  # was right already
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_killed_while_the_new_folder_took_the_old_ones_place(
+    hub: Hub, model_repo: dict[str, bytes], tmp_path: Path, there: bool
+) -> None:
+    """Before the new one was in place, or before the old one was gone: either way nothing stays beside it."""
+    assert hub.download("org/model", cwd=tmp_path).code == 0
+    old = tmp_path / ".model.replaced-4000000"
+    (tmp_path / "model").rename(old)
+    if there:
+        shutil.copytree(old, tmp_path / "model")
+        (tmp_path / "model" / SHARD).unlink()
+    (old / "README.md").unlink()
+    assert hub.download("org/model", "--overwrite", cwd=tmp_path).code == 0
+    assert contents(tmp_path / "model") == wanted(model_repo)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
