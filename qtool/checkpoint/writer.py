@@ -134,19 +134,20 @@ class CheckpointWriter:
         if self._journal is None:
             return
         with disk_errors(self.output, 0):
-            entry = {
-                "record": record,
-                "shards": {str(i): s.state() for i, s in enumerate(self._shards, 1) if i >= self._first_open},
-                "linears": self._new_linears,
-            }
-            self._journal.append(entry)
+            self._note(record)
             self._marked = True
-            self._new_linears = {}
-            self._first_open = next((i for i, s in enumerate(self._shards, 1) if not s.finished), len(self._shards) + 1)
             self._dirty += needs
             self._obsolete += obsolete
             if self._journal.due:
                 self._sync()
+
+    def _note(self, record: dict[str, Any] | None) -> None:
+        """Journal what the shards hold; without a record it is no more than that."""
+        assert self._journal is not None
+        shards = {str(i): s.state() for i, s in enumerate(self._shards, 1) if i >= self._first_open}
+        self._journal.append({"record": record, "shards": shards, "linears": self._new_linears})
+        self._new_linears = {}
+        self._first_open = next((i for i, s in enumerate(self._shards, 1) if not s.finished), len(self._shards) + 1)
 
     def _sync(self) -> None:
         assert self._journal is not None
@@ -184,7 +185,7 @@ class CheckpointWriter:
         for path in self._folder.path.glob("shard-*"):
             if path not in known:
                 path.unlink()
-        self.records = [entry["record"] for entry in entries]
+        self.records = [entry["record"] for entry in entries if entry["record"] is not None]
         self._marked = bool(entries)
 
     def _remember(self, name: str, mode: Mode, inputs: tuple[float | None, int | None]) -> None:
@@ -256,6 +257,9 @@ class CheckpointWriter:
         with disk_errors(self.output, 0):
             if not self._shards[-1].finished:
                 self._shards[-1].finish()
+            if self._journal is not None and self._marked:  # before the tails go: an unfinished shard needs its own
+                self._note(None)
+                self._sync()
             files = [self.format.shard_name(i, count) for i in range(1, count + 1)]
             for shard, file in zip(self._shards, files, strict=True):
                 shard.path.rename(folder / file)

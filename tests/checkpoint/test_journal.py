@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 import shutil
+import signal
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,7 @@ from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import InputError, QtoolError
 
 TENSORS = 12
+RENAMES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -121,20 +127,48 @@ def test_after_a_reboot_only_what_was_synced_counts(tmp_path: Path) -> None:
     assert journal.read(tmp_path) == ("a", [{"n": 1}])
 
 
+def killed_at(step: int, output: Path) -> bool:
+    """Go on in a process of its own, until its so many-th operation on a file's name; False if it came to its end."""
+    child = os.fork()
+    if not child:
+        left = step
+
+        def strike(event: str, args: tuple[object, ...]) -> None:
+            nonlocal left
+            if event in RENAMES or (event == "open" and str(args[0]).startswith(str(output.parent))):
+                left -= 1
+                if not left:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(strike)
+        with suppress(BaseException):
+            write(output, resume=True)
+            os._exit(0)
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL)
+    return status != 0
+
+
 def test_a_process_that_ended_in_finish(tmp_path: Path) -> None:
-    """Every state of the folder that `finish` goes through can be resumed."""
+    """Between any two operations on files of a run that has only to finish, another one can take over."""
     write(tmp_path / "whole")
     with pytest.raises(Ended):
         write(tmp_path / "m", end_after=TENSORS)
     (left,) = tmp_path.glob(".m.partial-*")
-    shards = sorted((path for path in left.glob("shard-*") if not path.suffix), key=lambda path: int(path.name[6:]))
-    assert len(shards) > 2
-    for renamed in range(len(shards) + 1):
-        copy = tmp_path / "case" / left.name
-        shutil.copytree(left, copy)
-        for number, shard in enumerate(shards[:renamed], 1):
-            (copy / shard.name).rename(copy / formats.get("safetensors").shard_name(number, len(shards)))
-        (copy / "config.json").write_text("{")
-        write(tmp_path / "case" / "m", resume=True)
-        assert files(tmp_path / "case" / "m") == files(tmp_path / "whole")
-        shutil.rmtree(tmp_path / "case")
+    assert len([*left.glob("shard-*.tail")]) > 1
+    for step in itertools.count(1):
+        output = tmp_path / "case" / "m"
+        shutil.copytree(left, output.parent / left.name)
+        killed = killed_at(step, output)
+        if output.exists():  # only its journal may still be in it
+            with pytest.raises(InputError, match="exists already"):
+                write(output, resume=True)
+        else:
+            assert write(output, resume=True) == list(range(TENSORS))
+        assert files(output) == files(tmp_path / "whole")
+        assert [path.name for path in output.parent.iterdir()] == ["m"]
+        shutil.rmtree(output.parent)
+        if not killed:
+            break
+    assert step > 20
