@@ -33,7 +33,8 @@ class CheckpointWriter:
     """Streams a model to `output`, which comes into being complete, in `finish`, or not at all.
 
     A context manager: leaving it without `finish` (an error, Ctrl-C) removes everything written, unless there is a
-    `key` and something was finished: then a writer with the same key can go on there. No tensor is kept in memory.
+    `key` and something was marked: then a writer with the same key can go on there. An InputError before `finish` still
+    removes it, since whoever went on would meet it again. No tensor is kept in memory.
 
     Attributes:
         records: what `mark` was given in the run that this one resumes.
@@ -75,6 +76,7 @@ class CheckpointWriter:
         self._new_linears: dict[str, tuple[Mode, float | None, int | None]] = {}
         self._first_open = 1
         self._marked = False
+        self._complete = False
         self._journal: Journal | None = None
         self.records: list[dict[str, Any]] = []
         self._obsolete: list[Path] = []
@@ -103,11 +105,14 @@ class CheckpointWriter:
                 shard.close()
             if self._journal is not None:
                 self._journal.close()
-            damaged = isinstance(error, InputError)  # the input is at fault: going on would only meet it again
+            # The input is at fault: going on would only meet it again. In `finish` it is what lies at the output path.
+            damaged = isinstance(error, InputError) and not self._complete
             if self._journal is None or damaged or not self._marked:
                 self._folder.discard()
             else:
                 self._folder.leave()
+                if isinstance(error, InputError):
+                    error.hint = "Move that away or pass --overwrite, and --resume: all of the work is kept."
             self._folder = None
 
     def __contains__(self, name: str) -> bool:
@@ -247,11 +252,12 @@ class CheckpointWriter:
             report: becomes qtool.json.
 
         Raises:
-            InputError: output and source overlap, or the output has come into being meanwhile.
+            InputError: output and source overlap, or the output has come into being meanwhile; what was marked is kept.
             QtoolError: the disk is full, or no tensor was written.
         """
         if self._folder is None or not self._shards:
             raise QtoolError("no tensors were written", where=str(self.output))
+        self._complete = True
         check_output(self.output, overwrite=self._overwrite, source=source.path if source else None)
         folder, count = self._folder.path, len(self._shards)
         with disk_errors(self.output, 0):

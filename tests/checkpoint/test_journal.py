@@ -11,9 +11,11 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qtool.checkpoint import formats, journal
 from qtool.checkpoint.journal import FILE, Journal
@@ -172,3 +174,38 @@ def test_a_process_that_ended_in_finish(tmp_path: Path) -> None:
         if not killed:
             break
     assert step > 20
+
+
+class Intruder(dict[str, Any]):
+    """A config.json that somebody makes a folder at the output path before, once it is looked at."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+
+    def items(self) -> Any:
+        self.output.mkdir()
+        (self.output / "theirs").write_text("")
+        return super().items()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_output_that_comes_into_being_meanwhile_costs_nothing(tmp_path: Path, late: bool) -> None:
+    def race() -> None:
+        with CheckpointWriter(tmp_path / "m", formats.get("safetensors"), key="a") as writer:
+            writer.add("t", torch.ones(3))
+            writer.mark({"number": 0})
+            intruder = Intruder(tmp_path / "m")
+            if not late:
+                intruder.items()
+            writer.finish(None, intruder if late else {}, {})
+
+    with pytest.raises(InputError, match="has come into being" if late else "exists already") as caught:
+        race()
+    assert "--resume" in str(caught.value.hint)
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["theirs"]
+    shutil.rmtree(tmp_path / "m")
+    with CheckpointWriter(tmp_path / "m", formats.get("safetensors"), key="a", resume=True) as writer:
+        assert writer.records == [{"number": 0}]
+        writer.finish(None, {}, {})
+    assert load_file(tmp_path / "m" / "model.safetensors")["t"].tolist() == [1, 1, 1]
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]

@@ -19,6 +19,7 @@ from qtool.checkpoint import formats
 from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
 from qtool.engines.native.stream import DecoderStream
+from qtool.errors import InputError, QtoolError
 from qtool.quant.layer import GroupReport, Storage, policy_of, quantize_group, smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups
@@ -347,11 +348,14 @@ def expert_groups(apply_gate: Gate) -> list[Group]:
 
 @lru_cache(maxsize=1)
 def _stream(source: Source) -> DecoderStream:
-    """The model of a task, opened once in a process."""
+    """The model of a task, opened once in a process. Raises QtoolError, since the job itself could open it before."""
     torch.set_num_threads(source.threads)
-    return DecoderStream(
-        Checkpoint.open(source.model),
-        dtype=source.dtype,
-        device=source.device,
-        trust_remote_code=source.trust_remote_code,
-    )
+    try:
+        return DecoderStream(
+            Checkpoint.open(source.model),
+            dtype=source.dtype,
+            device=source.device,
+            trust_remote_code=source.trust_remote_code,
+        )
+    except InputError as error:
+        raise QtoolError(error.what, where=error.where, hint=error.hint) from error
