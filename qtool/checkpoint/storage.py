@@ -77,7 +77,7 @@ def disk_errors(output: Path, nbytes: int) -> Iterator[None]:
         raise QtoolError(
             f"no space left: {nbytes:,} bytes could not be written{limit or _free(output)}",
             where=str(output),
-            hint="Free some space or choose another --output; nothing was left behind.",
+            hint="Free some space or choose another --output.",
         ) from error
 
 

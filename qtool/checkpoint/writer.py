@@ -124,7 +124,8 @@ class CheckpointWriter:
         """Where files may lie that must survive as long as the records do; not part of the output."""
         assert self._folder is not None
         scratch = self._folder.path / _SCRATCH
-        scratch.mkdir(exist_ok=True)
+        with disk_errors(self.output, 0):
+            scratch.mkdir(exist_ok=True)
         return scratch
 
     def mark(self, record: dict[str, Any], *, needs: Sequence[Path] = (), obsolete: Sequence[Path] = ()) -> None:
