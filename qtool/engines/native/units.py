@@ -7,6 +7,7 @@ one; so it gives the same in this process, in another, and on another machine.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +30,7 @@ from qtool.recipe.schema import Policy
 PARTS = GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 SAMPLE_TOKENS = 512  # that a group's sample holds
 _FEW = 8
+_LARGEST = 1e15  # that an activation can be: squares of it, summed over all tokens, are still float32
 Gate = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -187,6 +189,20 @@ def quantize_experts(task: ExpertTask) -> Iterator[Piece]:
     yield Output(output)
 
 
+def refuse_damage(activations: torch.Tensor, name: str, floats: FloatReader) -> None:
+    """Raises InputError when activations of a layer or linear, or their largest magnitudes, can't be true."""
+    low, high = activations.aminmax()
+    largest = float(torch.maximum(-low, high))
+    if largest <= _LARGEST:  # false for NaN
+        return
+    size = f"as large as {largest:.0e}" if math.isfinite(largest) else "not finite"
+    raise InputError(
+        f"activations of {name} are {size}; the weights up to there are damaged",
+        where=str(floats.checkpoint.path),
+        hint="qtool inspect --tensors shows the range of each; download the model again",
+    )
+
+
 def needs_statistics(policy: Policy | None) -> bool:
     """Whether calibration tokens matter to a linear of this policy."""
     return policy is not None and (
@@ -227,6 +243,8 @@ class SmoothedExpert:
         seen: calibration tokens [n, hidden]; n may be 0.
         inner: what enters down_proj for them [n, intermediate]; None for no tokens.
 
+    Raises InputError when the tokens' activations can't be true.
+
     Attributes:
         folded: its float weights, by gate_proj, up_proj, down_proj.
     """
@@ -257,6 +275,8 @@ class SmoothedExpert:
             for group in groups
         ]
         self._observed = {name: value for name, value in statistics.items() if value is not None}
+        for part, observed in self._observed.items():
+            refuse_damage(observed.amax, names[part], floats)
         if len(self._observed) < len(statistics):
             self._groups = [Group(group.linears) for group in groups]  # nothing to find a smoothing scale from
         self.folded, self._found = smooth(weights, self._groups, policies, self._observed, self._storage.dtype)
