@@ -48,7 +48,7 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
     exact = recipe.osl == "exact"
     torch.manual_seed(job["calibration"]["seed"])
     torch.set_num_threads(job["threads"] or torch.get_num_threads())
-    device = _device(job["device"])
+    device = _device(job["device"], exact=exact)
     stream = DecoderStream(
         checkpoint,
         dtype=torch.float32 if exact else _compute_dtype(device),
@@ -186,8 +186,19 @@ def _compute_dtype(device: str) -> torch.dtype:
     return torch.float32
 
 
-def _device(wanted: str) -> str:
-    """`auto` takes an accelerator that torch can use."""
+def _device(wanted: str, *, exact: bool) -> str:
+    """`auto` takes an accelerator that torch can use.
+
+    osl: exact takes main memory, the only place that it has its integer products for.
+
+    Raises InputError when torch can't use that device, or the job can't.
+    """
+    if exact:
+        if wanted not in ("auto", "cpu"):
+            raise InputError(
+                f"osl: exact can't use {wanted}", where="--device", hint="use --device cpu, or osl: fast in the recipe"
+            )
+        return "cpu"
     usable = {"cpu": True, "cuda": torch.cuda.is_available(), "npu": hasattr(torch, "npu") and torch.npu.is_available()}
     if wanted == "auto":
         return next(name for name in ("npu", "cuda", "cpu") if usable[name])

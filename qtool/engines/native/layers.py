@@ -170,7 +170,7 @@ class Layers:
                     return
                 recorder = stack.enter_context(Recorder(self._writer.folder, hidden)) if routed else None
                 statistics = self._observe(index, layer, groups, policies, hidden, leaving, recorder)
-                router = layer.get_parameter(routed.router).float() if routed and routed.router else None
+                router = layer.get_parameter(routed.router).cpu().float() if routed and routed.router else None
             # The layer's weights are gone: a unit reads what it needs of them.
             if _DENSE not in done:
                 task = DenseTask(self._source, groups, policies, statistics, stored)

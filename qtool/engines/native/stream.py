@@ -38,7 +38,8 @@ class DecoderStream:
     Args:
         checkpoint: an opened checkpoint, float or in one of qtool's quantized formats.
         dtype: compute type of weights and hidden states.
-        device: where the layers run.
+        device: where the layers and experts run. What is learnt from them (hidden states, routing, statistics, groups)
+            comes to main memory at once, and weights are searched and rounded there.
         trust_remote_code: allow the checkpoint's own modelling code.
 
     Raises:
@@ -134,7 +135,8 @@ class DecoderStream:
         if torch.equal(first, hidden[:1]):
             return hidden
         # Gemma and others scale the embeddings between table and first layer; the factor is one number.
-        factor = (first.double() * hidden[:1].double()).sum() / hidden[:1].double().square().sum()
+        entering, own = first.cpu().double(), hidden[:1].cpu().double()
+        factor = (entering * own).sum() / own.square().sum()
         return hidden * factor.to(hidden.dtype)
 
     def _learn_arguments(self, hidden: torch.Tensor) -> torch.Tensor:

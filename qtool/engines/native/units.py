@@ -174,13 +174,13 @@ def quantize_experts(task: ExpertTask) -> Iterator[Piece]:
         names = dict(zip(PARTS, module.names[number], strict=True))
         tensors = [f"{name}.weight" for name in names.values()]
         with stream.floats.holding(tensors):
-            seen = task.x[torch.cat((tokens, extra))] if len(extra) else task.x[tokens]
+            seen = (task.x[torch.cat((tokens, extra))] if len(extra) else task.x[tokens]).to(stream.device)
             inner = None
             if len(seen):
                 expert = stream.expert(module, number)
                 inner = expert.inner(seen)
                 if len(tokens):
-                    routed = expert.output(inner[: len(tokens)]).float() * weights[:, None].float()
+                    routed = expert.output(inner[: len(tokens)]).float().cpu() * weights[:, None].float()
                     output.index_add_(0, tokens, routed)
                 del expert
             if task.quantize:
