@@ -234,6 +234,31 @@ def test_static_attention(name: str, models: Callable[[str], Path], tmp_path: Pa
     assert relative(logits(load(output)), reference) < 1.1 * nearest
 
 
+@pytest.mark.parametrize(
+    ("model_type", "config", "said"),
+    [
+        ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4}, "hold no torch.nn.Linear"),
+        ("opt", {"ffn_dim": 160, "word_embed_proj_dim": 64}, "OPTForCausalLM has more .*embed_positions.weight"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_an_architecture_that_is_not_supported_is_bad_input(
+    model_type: str,
+    config: dict[str, Any],
+    said: str,
+    dry_run: bool,
+    make_model: Callable[..., Path],
+    run_qtool: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    model = make_model(model_type, name=f"native-{model_type}", **config)
+    done = run_qtool("quantize", model, "-o", tmp_path / "out", *["--dry-run"] * dry_run)
+    assert (done.code, done.stdout) == (2, "")
+    assert re.search(said, done.stderr.replace("\n", " "))
+    assert "supported" in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
 def test_biases_that_smoothing_changed_are_read_back_from_modelslim(
     models: Callable[[str], Path], tmp_path: Path, quantize: Any
 ) -> None:

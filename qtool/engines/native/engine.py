@@ -56,6 +56,7 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
         trust_remote_code=job["trust_remote_code"],
     )
     planned = plan.make(checkpoint, recipe, scheme, job["format"], stream.linears())
+    stream.prologue(torch.tensor([[0, 1]]))  # what can't be run shows before any work, and in a dry run
     if exact and any(stream.routed(i) for i in range(stream.depth)):
         raise InputError(
             "osl: exact compares the output of whole layers, which takes all experts at once",
