@@ -92,7 +92,7 @@ class Struck(Quiet):
             self._happen()
 
 
-def quantize_here(model: Path, output: Path, report: Quiet, *, resume: bool = False) -> None:
+def quantize_here(model: Path, output: Path, report: Quiet, *, resume: bool = False, **options: Any) -> None:
     from qtool.engines.native.engine import quantize
 
     job = Job(
@@ -103,6 +103,7 @@ def quantize_here(model: Path, output: Path, report: Quiet, *, resume: bool = Fa
         scheme="w8a8",
         calibration={"data": "builtin", "samples": 4, "seq_len": 32, "seed": 0},
         resume=resume,
+        **options,
     )
     quantize(asdict(job), report)  # type: ignore[arg-type]
 
@@ -134,3 +135,16 @@ def test_a_run_that_could_not_finish_has_only_that_to_do(tiny_llama: Path, tmp_p
     quantize_here(tiny_llama, tmp_path / "out", resumed, resume=True)
     assert resumed.steps == [(2, 2)]
     assert kill_table.digests(tmp_path / "out") == kill_table.digests(tmp_path / "normal")
+
+
+def test_options_that_exclude_each_other_do_not_cost_what_they_would_resume(tiny_llama: Path, tmp_path: Path) -> None:
+    def fail() -> None:
+        raise QtoolError("struck")
+
+    with pytest.raises(QtoolError, match="struck"):
+        quantize_here(tiny_llama, tmp_path / "out", Struck(1, fail))
+    with pytest.raises(InputError, match="exclude"):
+        quantize_here(tiny_llama, tmp_path / "out", Quiet(), resume=True, workers=1, ray="local")
+    resumed = Quiet()
+    quantize_here(tiny_llama, tmp_path / "out", resumed, resume=True)
+    assert resumed.steps[0] == (1, 2)

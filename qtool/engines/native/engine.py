@@ -49,6 +49,7 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
     torch.manual_seed(job["calibration"]["seed"])
     torch.set_num_threads(job["threads"] or torch.get_num_threads())
     device = _device(job["device"], exact=exact)
+    executor.check(job["workers"], job["ray"])  # before there is a writer, which wrong input makes drop what it resumes
     stream = DecoderStream(
         checkpoint,
         dtype=torch.float32 if exact else _compute_dtype(device),
