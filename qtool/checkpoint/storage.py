@@ -35,6 +35,12 @@ def check_free_space(path: str | Path, nbytes: int, option: str = "--output") ->
         )
 
 
+def resumable_bytes(output: Path) -> int:
+    """What an ended writer to `output` left on the disk for another one to go on with: that takes no space again."""
+    left = output.parent.glob(f".{glob.escape(output.name)}.partial-*")
+    return sum(file.stat().st_blocks * 512 for folder in left if journal.read(folder) for file in folder.rglob("*"))
+
+
 def check_output(output: Path, *, overwrite: bool, source: Path | None = None) -> None:
     """Refuse an output path that must not be written.
 

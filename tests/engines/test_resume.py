@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from qtool.checkpoint import storage
 from qtool.engines.job import Job
 from qtool.errors import InputError, QtoolError
 from qtool.recipe.load import load
@@ -92,7 +93,7 @@ class Struck(Quiet):
             self._happen()
 
 
-def quantize_here(model: Path, output: Path, report: Quiet, *, resume: bool = False, **options: Any) -> None:
+def quantize_here(model: Path, output: Path, report: Quiet, *, resume: bool = False, **options: Any) -> dict[str, Any]:
     from qtool.engines.native.engine import quantize
 
     job = Job(
@@ -105,7 +106,7 @@ def quantize_here(model: Path, output: Path, report: Quiet, *, resume: bool = Fa
         resume=resume,
         **options,
     )
-    quantize(asdict(job), report)  # type: ignore[arg-type]
+    return quantize(asdict(job), report)  # type: ignore[arg-type]
 
 
 def test_a_disk_that_fails_for_a_while_costs_nothing(tiny_llama: Path, tmp_path: Path) -> None:
@@ -145,6 +146,24 @@ def test_options_that_exclude_each_other_do_not_cost_what_they_would_resume(tiny
         quantize_here(tiny_llama, tmp_path / "out", Struck(1, fail))
     with pytest.raises(InputError, match="exclude"):
         quantize_here(tiny_llama, tmp_path / "out", Quiet(), resume=True, workers=1, ray="local")
+    resumed = Quiet()
+    quantize_here(tiny_llama, tmp_path / "out", resumed, resume=True)
+    assert resumed.steps[0] == (1, 2)
+
+
+def test_resuming_asks_for_no_more_space_than_it_takes(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise QtoolError("struck")
+
+    plan = quantize_here(tiny_llama, tmp_path / "out", Quiet(), dry_run=True)
+    with pytest.raises(QtoolError, match="struck"):
+        quantize_here(tiny_llama, tmp_path / "out", Struck(1, fail))
+    free = plan["output_bytes"] + plan["scratch_bytes"] - 50_000
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(2 * free, free, free))
+    with pytest.raises(QtoolError, match="are free"):
+        quantize_here(tiny_llama, tmp_path / "another", Quiet())
     resumed = Quiet()
     quantize_here(tiny_llama, tmp_path / "out", resumed, resume=True)
     assert resumed.steps[0] == (1, 2)

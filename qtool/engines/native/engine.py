@@ -16,7 +16,8 @@ import qtool
 from qtool.calibration.text import Calibration, load, load_tokenizer
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
-from qtool.checkpoint.writer import CheckpointWriter, check_free_space
+from qtool.checkpoint.storage import check_free_space, resumable_bytes
+from qtool.checkpoint.writer import CheckpointWriter
 from qtool.engines.native import executor, memory, plan
 from qtool.engines.native.layers import Layers, add_unchanged
 from qtool.engines.native.stream import DecoderStream
@@ -85,7 +86,8 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
             "output_bytes": size,
             **memory.describe(estimate, memory.seconds(stream, planned.policies, wanted["samples"], wanted["seq_len"])),
         }
-    check_free_space(Path(job["output"]), size + estimate.scratch_bytes)
+    there = resumable_bytes(Path(job["output"])) if job["resume"] else 0
+    check_free_space(Path(job["output"]), size + estimate.scratch_bytes - there)
 
     calibration = _calibration(job, checkpoint)
     source = Source(
