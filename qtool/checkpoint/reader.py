@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import dtypes
 from qtool.checkpoint.header import TensorInfo, read_header
-from qtool.errors import InputError
+from qtool.errors import InputError, QtoolError
 
 if TYPE_CHECKING:
     import torch
@@ -108,6 +108,7 @@ class Checkpoint:
 
         Raises:
             InputError: no such tensor, a dtype that torch lacks, or a file that has changed since it was opened.
+            QtoolError: the disk or the network fails.
         """
         info = self.info(name)
         return self._read(info, [(info.offset, info.nbytes)]).reshape(info.shape)
@@ -116,7 +117,7 @@ class Checkpoint:
         """Read only some rows: [len(ids), ...] in the stored dtype; ids may repeat and come in any order.
 
         Raises:
-            InputError: as `tensor`, or an id that is not a row.
+            InputError: as `tensor`, or an id that is not a row. QtoolError: as `tensor`.
         """
         import torch
 
@@ -135,7 +136,7 @@ class Checkpoint:
         return self._read(info, spans).reshape(len(wanted), *info.shape[1:])[inverse]
 
     def row_range(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start to stop of a tensor, in the stored dtype. Raises InputError as `tensor`."""
+        """Rows start to stop of a tensor, in the stored dtype. Raises InputError and QtoolError as `tensor`."""
         info = self.info(name)
         width = info.nbytes // info.shape[0] if info.shape[0] else 0
         return self._read(info, [(info.offset + start * width, (stop - start) * width)]).reshape(-1, *info.shape[1:])
@@ -144,7 +145,7 @@ class Checkpoint:
         """The numbers of one tensor, flat, in its stored dtype, at most `max_bytes` (a multiple of 8) at a time.
 
         Raises:
-            InputError: as `tensor`.
+            InputError, QtoolError: as `tensor`.
         """
         info = self.info(name)
         for start in range(0, info.nbytes, max_bytes):
@@ -168,8 +169,10 @@ class Checkpoint:
                         if not got:
                             raise InputError("has become shorter since it was opened", where=str(info.file))
                         buffer, length = buffer[got:], length - got
-        except OSError as error:
-            raise InputError(f"can't be read: {error.strerror}", where=str(info.file)) from None
+        except OSError as error:  # no InputError: when the model was opened its files were there, and well
+            raise QtoolError(
+                f"can't be read any more: {error.strerror}", where=str(info.file), hint="Check the disk or the network."
+            ) from None
         return data != 0 if dtype is torch.bool else data.view(dtype)
 
     @property

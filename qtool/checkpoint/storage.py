@@ -35,6 +35,12 @@ def check_free_space(path: str | Path, nbytes: int, option: str = "--output") ->
         )
 
 
+def resumable_bytes(output: Path) -> int:
+    """What an ended writer to `output` left on the disk for another one to go on with: that takes no space again."""
+    left = output.parent.glob(f".{glob.escape(output.name)}.partial-*")
+    return sum(file.stat().st_blocks * 512 for folder in left if journal.read(folder) for file in folder.rglob("*"))
+
+
 def check_output(output: Path, *, overwrite: bool, source: Path | None = None) -> None:
     """Refuse an output path that must not be written.
 
@@ -77,7 +83,7 @@ def disk_errors(output: Path, nbytes: int) -> Iterator[None]:
         raise QtoolError(
             f"no space left: {nbytes:,} bytes could not be written{limit or _free(output)}",
             where=str(output),
-            hint="Free some space or choose another --output; nothing was left behind.",
+            hint="Free some space or choose another --output.",
         ) from error
 
 
@@ -117,13 +123,15 @@ def write_text(file: Path, text: str) -> None:
 
 
 def tidy(output: Path, *, keep_resumable: bool = False) -> Path | None:
-    """Remove what dead writers to `output` left beside it; put back a model that one had just moved aside.
+    """Remove what dead writers to `output` left beside it and their journal in it; put back a model just moved aside.
 
     Returns:
         What can be resumed and was kept, if any.
     """
     kept = None
     with disk_errors(output, 0):
+        if journal.read(output) is not None:  # its writer died when all but this was done
+            (output / journal.FILE).unlink(missing_ok=True)
         siblings = [*output.parent.iterdir()] if output.parent.is_dir() else []
         for path in siblings:
             if path.name.startswith(f".{output.name}.replaced-") and not os.path.lexists(output):
@@ -222,13 +230,17 @@ class PartialFolder:
         return None
 
     def commit(self, *, overwrite: bool, without: str | None = None) -> None:
-        """Make this folder the output, without one file; an old output goes only after the new one is in place."""
+        """Make this folder the output, without one file; an old output goes only after the new one is in place.
+
+        That file is a journal: until the folder is in place, another writer could have to go on from it.
+        """
         for file in [*self.path.rglob("*"), self.path]:
             sync(file)
-        if without is not None:
-            (self.path / without).unlink(missing_ok=True)
         old = self.output.with_name(self.path.name.replace(".partial-", ".replaced-"))
         put_in_place(self.path, self.output, overwrite=overwrite, aside=old)
+        if without is not None:
+            (self.output / without).unlink(missing_ok=True)
+            sync(self.output)
         self._unlock()
 
     def leave(self) -> None:

@@ -33,7 +33,8 @@ class CheckpointWriter:
     """Streams a model to `output`, which comes into being complete, in `finish`, or not at all.
 
     A context manager: leaving it without `finish` (an error, Ctrl-C) removes everything written, unless there is a
-    `key` and something was finished: then a writer with the same key can go on there. No tensor is kept in memory.
+    `key` and something was marked: then a writer with the same key can go on there. An InputError before `finish` still
+    removes it, since whoever went on would meet it again. No tensor is kept in memory.
 
     Attributes:
         records: what `mark` was given in the run that this one resumes.
@@ -76,6 +77,7 @@ class CheckpointWriter:
         self._new_linears: dict[str, tuple[Mode, float | None, int | None]] = {}
         self._first_open = 1
         self._marked = False
+        self._complete = False
         self._journal: Journal | None = None
         self.records: list[dict[str, Any]] = []
         self._obsolete: list[Path] = []
@@ -104,11 +106,14 @@ class CheckpointWriter:
                 shard.close()
             if self._journal is not None:
                 self._journal.close()
-            damaged = isinstance(error, InputError)  # the input is at fault: going on would only meet it again
+            # The input is at fault: going on would only meet it again. In `finish` it is what lies at the output path.
+            damaged = isinstance(error, InputError) and not self._complete
             if self._journal is None or damaged or not self._marked:
                 self._folder.discard()
             else:
                 self._folder.leave()
+                if isinstance(error, InputError):
+                    error.hint = "Move that away or pass --overwrite, and --resume: all of the work is kept."
             self._folder = None
 
     def __contains__(self, name: str) -> bool:
@@ -120,7 +125,8 @@ class CheckpointWriter:
         """Where files may lie that must survive as long as the records do; not part of the output."""
         assert self._folder is not None
         scratch = self._folder.path / _SCRATCH
-        scratch.mkdir(exist_ok=True)
+        with disk_errors(self.output, 0):
+            scratch.mkdir(exist_ok=True)
         return scratch
 
     def mark(self, record: dict[str, Any], *, needs: Sequence[Path] = (), obsolete: Sequence[Path] = ()) -> None:
@@ -135,19 +141,20 @@ class CheckpointWriter:
         if self._journal is None:
             return
         with disk_errors(self.output, 0):
-            entry = {
-                "record": record,
-                "shards": {str(i): s.state() for i, s in enumerate(self._shards, 1) if i >= self._first_open},
-                "linears": self._new_linears,
-            }
-            self._journal.append(entry)
+            self._note(record)
             self._marked = True
-            self._new_linears = {}
-            self._first_open = next((i for i, s in enumerate(self._shards, 1) if not s.finished), len(self._shards) + 1)
             self._dirty += needs
             self._obsolete += obsolete
             if self._journal.due:
                 self._sync()
+
+    def _note(self, record: dict[str, Any] | None) -> None:
+        """Journal what the shards hold; without a record it is no more than that."""
+        assert self._journal is not None
+        shards = {str(i): s.state() for i, s in enumerate(self._shards, 1) if i >= self._first_open}
+        self._journal.append({"record": record, "shards": shards, "linears": self._new_linears})
+        self._new_linears = {}
+        self._first_open = next((i for i, s in enumerate(self._shards, 1) if not s.finished), len(self._shards) + 1)
 
     def _sync(self) -> None:
         assert self._journal is not None
@@ -185,7 +192,7 @@ class CheckpointWriter:
         for path in self._folder.path.glob("shard-*"):
             if path not in known:
                 path.unlink()
-        self.records = [entry["record"] for entry in entries]
+        self.records = [entry["record"] for entry in entries if entry["record"] is not None]
         self._marked = bool(entries)
 
     def _remember(self, name: str, mode: Mode, inputs: tuple[float | None, int | None]) -> None:
@@ -247,16 +254,20 @@ class CheckpointWriter:
             report: becomes qtool.json.
 
         Raises:
-            InputError: output and source overlap, or the output has come into being meanwhile.
+            InputError: output and source overlap, or the output has come into being meanwhile; what was marked is kept.
             QtoolError: the disk is full, or no tensor was written.
         """
         if self._folder is None or not self._shards:
             raise QtoolError("no tensors were written", where=str(self.output))
+        self._complete = True
         check_output(self.output, overwrite=self._overwrite, source=source.path if source else None)
         folder, count = self._folder.path, len(self._shards)
         with disk_errors(self.output, 0):
             if not self._shards[-1].finished:
                 self._shards[-1].finish()
+            if self._journal is not None and self._marked:  # before the tails go: an unfinished shard needs its own
+                self._note(None)
+                self._sync()
             files = [self.format.shard_name(i, count) for i in range(1, count + 1)]
             for shard, file in zip(self._shards, files, strict=True):
                 shard.path.rename(folder / file)

@@ -41,7 +41,7 @@ class Weights(Protocol):
         ...
 
     def vector(self, name: str) -> torch.Tensor | None:
-        """A norm's gain, or any bias, float32, by its name; None when there is none."""
+        """A norm's gain, or any bias, float32, by its name; None when there is none, or it is a matrix."""
         ...
 
 
@@ -128,7 +128,7 @@ class Folded:
         target = group.fold
         if target is None:
             raise ValueError(f"{group.linears} has no producer to fold into")
-        gain = self.vector(f"{target.producer}.weight") if self._is_norm(target.producer) else None
+        gain = self.vector(f"{target.producer}.weight")  # None for a linear, whose weight is no vector
         width = self.shape(target.producer)[0] if gain is None else len(gain)
         if gain is not None:
             old = (gain + target.gain_offset)[target.channel_map]
@@ -146,10 +146,6 @@ class Folded:
             self.changed[f"{target.producer}.bias"] = bias * inverse
         for name in group.linears:
             self._columns[name] = s
-
-    def _is_norm(self, producer: str) -> bool:
-        gain = self._weights.vector(f"{producer}.weight")
-        return gain is not None
 
 
 @torch.no_grad()

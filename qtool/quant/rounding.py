@@ -15,6 +15,7 @@ from qtool.quant import threads
 from qtool.quant.integer import QMAX, QMIN, symmetric_scale
 
 _BLOCK = 64
+_DAMPINGS = 20  # each four times the one before: the last is larger than any rounding error
 
 
 class RowError(Protocol):
@@ -117,6 +118,8 @@ class Compensation:
         ridge: added to its diagonal. The variance of the activations' own quantization noise belongs here:
             E|(x + noise)Ŵᵀ - xWᵀ|² is the weight error under gram + variance·I. At least 0.1 % of the mean
             diagonal is added to keep the factorization stable.
+
+    Raises ValueError when `gram` holds NaN or infinite values.
     """
 
     def __init__(self, gram: torch.Tensor, ridge: float) -> None:
@@ -155,12 +158,15 @@ def _inverse_factor(gram: torch.Tensor) -> torch.Tensor:
     """Upper U with Uᵀ U = gram⁻¹; more damping for as long as rounding makes `gram` indefinite.
 
     With rows and columns reversed, gram = L Lᵀ; reversed back L is an upper R with gram = R Rᵀ, and U = R⁻¹.
+
+    Raises ValueError when `gram` holds NaN or infinite values.
     """
     damping = float(gram.diagonal().mean()) * 1e-3
-    while True:
+    for _ in range(_DAMPINGS):
         lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
         if not failed:
             identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
             return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
         gram.diagonal().add_(damping)
         damping *= 4
+    raise ValueError("the Gram matrix is not finite")

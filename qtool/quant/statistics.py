@@ -8,7 +8,7 @@ _GRAM_STRIDE = 2  # every other token gives the same rounding; the product costs
 
 
 class InputStatistics:
-    """Streaming statistics of an input [tokens, in], never the whole of it.
+    """Streaming statistics of an input [tokens, in], never the whole of it; kept in main memory wherever the input is.
 
     Attributes:
         low, high: float32 [in], per-channel minimum and maximum over all tokens.
@@ -47,20 +47,20 @@ class InputStatistics:
         """Add a batch of samples [batch, length, in], or of tokens [tokens, in]."""
         samples = x.reshape(-1, x.shape[-2], x.shape[-1])
         x = samples.reshape(-1, x.shape[-1])
-        low, high = x.amin(dim=0).float(), x.amax(dim=0).float()
+        low, high = x.amin(dim=0).float().cpu(), x.amax(dim=0).float().cpu()
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
         if self._with_gram:
             # The product runs in the input's dtype (bfloat16 doubles the speed), the sum over batches in float32.
             some = x[self._seen % self._gram_stride :: self._gram_stride]
-            product = some.t() @ some
+            product = (some.t() @ some).cpu()
             self._gram = product.float() if self._gram is None else self._gram.add_(product)
             self._gram_tokens += some.shape[0]
         else:
-            squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
+            squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_().cpu()
             self._squares = squares if self._squares is None else self._squares.add_(squares)
         for sample in samples:
-            self._kept.append(sample[self._seen % self._stride :: self._stride].clone())
+            self._kept.append(sample[self._seen % self._stride :: self._stride].to("cpu", copy=True))
             self._seen += 1
         self._tokens += x.shape[0]
 

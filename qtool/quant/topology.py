@@ -26,7 +26,8 @@ class Fold:
 
     Attributes:
         producer: the norm or linear, by its name inside the decoder layer.
-        channel_map: int64 [in]; input channel j of the group is output channel channel_map[j] of the producer.
+        channel_map: int64 [in], in main memory wherever the layer is; input channel j of the group is output channel
+            channel_map[j] of the producer.
         gain_offset: a norm's output is proportional to (weight + gain_offset): 0 as in Llama, 1 as in Gemma.
     """
 
@@ -185,13 +186,13 @@ def _producers(layer: nn.Module, consumer_widths: set[int], heads: int) -> list[
 
 def _scaled_output(module: nn.Module, factors: torch.Tensor) -> ExitStack:
     stack = ExitStack()
-    stack.callback(module.register_forward_hook(lambda _m, _a, out: out * factors.to(out)).remove)
+    stack.callback(module.register_forward_hook(lambda _m, _a, out: out * factors.to(out.dtype).to(out.device)).remove)
     return stack
 
 
 def _match(base: torch.Tensor, seen: torch.Tensor, width: int) -> torch.Tensor | None:
-    """For each channel the index of the factor by which it grew, or None if any channel shows none."""
-    base, seen = base.reshape(-1, base.shape[-1]).double(), seen.reshape(-1, base.shape[-1]).double()
+    """For each channel the index of the factor by which it grew, in main memory; None if any channel shows none."""
+    base, seen = (x.reshape(-1, x.shape[-1]).cpu().double() for x in (base, seen))
     top = base.abs().argmax(dim=0, keepdim=True)
     ratio = (seen.gather(0, top) / base.gather(0, top))[0]
     position = (ratio - 1) * (width + 1) - 1
@@ -225,10 +226,11 @@ def _gain_offset(layer: nn.Module, producer: str, run: Probe) -> float:
 def _is_neutral(layer: nn.Module, group: Group, factors: torch.Tensor, run: Probe, reference: torch.Tensor) -> bool:
     """Compare the layer's output as if the factors were folded: catches producers that something else reads too."""
     assert group.fold is not None
-    s = factors.to(reference)[group.fold.channel_map]
+    channels = group.fold.channel_map.to(reference.device)
+    s = factors[group.fold.channel_map].to(reference.dtype).to(reference.device)
     weight = weight_of(layer, group.fold.producer)
     inverse = torch.ones_like(weight[:, 0] if weight.dim() == 2 else weight)
-    inverse[group.fold.channel_map] = 1 / s
+    inverse[channels] = 1 / s
     with ExitStack() as stack:
         stack.enter_context(_scaled_output(layer.get_submodule(group.fold.producer), inverse))
         for name in group.linears:

@@ -15,12 +15,12 @@ class QuantizedLinear:
 
     Static: q = clamp(round(x / input_scale) + input_offset, -128, 127), one scale and offset for the
     whole tensor, y = ((q - input_offset) @ weight.T) * input_scale * weight_scale + bias.
-    Dynamic (`input_scale` is None): one symmetric scale per token, max|x| / 127, found at run time.
+    Dynamic (`input_scale` is None): one symmetric scale per token, 2·max|x| / 255, found at run time.
 
     Attributes:
         weight: int8 [out, in], symmetric (zero point 0).
         weight_scale: float32 [out]; the float weight is weight * weight_scale[:, None].
-        bias: float [out] or None, in the model's dtype.
+        bias: float [out] or None; formats store it in the model's dtype.
         input_scale: positive float, or None when activations are quantized per token at run time.
         input_offset: integer in -128..127 (the zero point), or None as above.
     """

@@ -281,6 +281,25 @@ def test_modelslim_runtime_formula(
     np.testing.assert_allclose(y, fake_quantized(layer, x), rtol=1e-6, atol=1e-6 + 0.5 * bias * deq_scale.max())
 
 
+@pytest.mark.parametrize("name", formats.NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bias_that_the_models_dtype_rounds_is_read_back(
+    tmp_path: Path, random_layer: Callable[..., QuantizedLinear], name: str, dtype: torch.dtype
+) -> None:
+    """Smoothing divides biases in float32. Rounded, they move by more than quant_bias' own step."""
+    form = formats.get(name)
+    given = random_layer(48, 64)
+    bias = torch.linspace(-7, 7, 48) / 3
+    scale = form.storable_scale(0.0123456, dtype)
+    with CheckpointWriter(tmp_path / "m", form) as writer:
+        layer = QuantizedLinear(given.weight, given.weight_scale, bias, scale, given.input_offset)
+        writer.add_linear("model.layers.0.proj", layer, dtype)
+        writer.finish(None, {"dtype": str(dtype).removeprefix("torch.")}, {})
+    assert float((bias.to(dtype).float() - bias).abs().max()) > 2 * scale * float(given.weight_scale.min())
+    found = Checkpoint.open(tmp_path / "m").linear("model.layers.0.proj")
+    assert_same(found, QuantizedLinear(given.weight, given.weight_scale, bias.to(dtype), scale, given.input_offset))
+
+
 def test_modelslim_description(tmp_path: Path, make_model: Callable[..., Path], quantize_folder: Any) -> None:
     source = make_model("qwen2", tie_word_embeddings=True)
     made = quantize_folder(source, tmp_path / "m", "modelslim", "mixed")

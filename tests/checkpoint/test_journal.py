@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 import shutil
+import signal
+import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qtool.checkpoint import formats, journal
 from qtool.checkpoint.journal import FILE, Journal
@@ -16,6 +23,7 @@ from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import InputError, QtoolError
 
 TENSORS = 12
+RENAMES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -121,20 +129,83 @@ def test_after_a_reboot_only_what_was_synced_counts(tmp_path: Path) -> None:
     assert journal.read(tmp_path) == ("a", [{"n": 1}])
 
 
+def killed_at(step: int, output: Path) -> bool:
+    """Go on in a process of its own, until its so many-th operation on a file's name; False if it came to its end."""
+    child = os.fork()
+    if not child:
+        left = step
+
+        def strike(event: str, args: tuple[object, ...]) -> None:
+            nonlocal left
+            if event in RENAMES or (event == "open" and str(args[0]).startswith(str(output.parent))):
+                left -= 1
+                if not left:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(strike)
+        with suppress(BaseException):
+            write(output, resume=True)
+            os._exit(0)
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL)
+    return status != 0
+
+
 def test_a_process_that_ended_in_finish(tmp_path: Path) -> None:
-    """Every state of the folder that `finish` goes through can be resumed."""
+    """Between any two operations on files of a run that has only to finish, another one can take over."""
     write(tmp_path / "whole")
     with pytest.raises(Ended):
         write(tmp_path / "m", end_after=TENSORS)
     (left,) = tmp_path.glob(".m.partial-*")
-    shards = sorted((path for path in left.glob("shard-*") if not path.suffix), key=lambda path: int(path.name[6:]))
-    assert len(shards) > 2
-    for renamed in range(len(shards) + 1):
-        copy = tmp_path / "case" / left.name
-        shutil.copytree(left, copy)
-        for number, shard in enumerate(shards[:renamed], 1):
-            (copy / shard.name).rename(copy / formats.get("safetensors").shard_name(number, len(shards)))
-        (copy / "config.json").write_text("{")
-        write(tmp_path / "case" / "m", resume=True)
-        assert files(tmp_path / "case" / "m") == files(tmp_path / "whole")
-        shutil.rmtree(tmp_path / "case")
+    assert len([*left.glob("shard-*.tail")]) > 1
+    for step in itertools.count(1):
+        output = tmp_path / "case" / "m"
+        shutil.copytree(left, output.parent / left.name)
+        killed = killed_at(step, output)
+        if output.exists():  # only its journal may still be in it
+            with pytest.raises(InputError, match="exists already"):
+                write(output, resume=True)
+        else:
+            assert write(output, resume=True) == list(range(TENSORS))
+        assert files(output) == files(tmp_path / "whole")
+        assert [path.name for path in output.parent.iterdir()] == ["m"]
+        shutil.rmtree(output.parent)
+        if not killed:
+            break
+    assert step > 20
+
+
+class Intruder(dict[str, Any]):
+    """A config.json that somebody makes a folder at the output path before, once it is looked at."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+
+    def items(self) -> Any:
+        self.output.mkdir()
+        (self.output / "theirs").write_text("")
+        return super().items()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_output_that_comes_into_being_meanwhile_costs_nothing(tmp_path: Path, late: bool) -> None:
+    def race() -> None:
+        with CheckpointWriter(tmp_path / "m", formats.get("safetensors"), key="a") as writer:
+            writer.add("t", torch.ones(3))
+            writer.mark({"number": 0})
+            intruder = Intruder(tmp_path / "m")
+            if not late:
+                intruder.items()
+            writer.finish(None, intruder if late else {}, {})
+
+    with pytest.raises(InputError, match="has come into being" if late else "exists already") as caught:
+        race()
+    assert "--resume" in str(caught.value.hint)
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["theirs"]
+    shutil.rmtree(tmp_path / "m")
+    with CheckpointWriter(tmp_path / "m", formats.get("safetensors"), key="a", resume=True) as writer:
+        assert writer.records == [{"number": 0}]
+        writer.finish(None, {}, {})
+    assert load_file(tmp_path / "m" / "model.safetensors")["t"].tolist() == [1, 1, 1]
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 
 from qtool.checkpoint.reader import Checkpoint
-from qtool.errors import InputError
+from qtool.errors import InputError, QtoolError
 
 DTYPES = [
     torch.bool,
@@ -269,9 +269,18 @@ def test_a_file_that_shrinks_after_opening(make_folder: Callable[..., Path]) -> 
     os.truncate(folder / "model.safetensors", 200)
     with pytest.raises(InputError, match="shorter"):
         checkpoint.tensor("a")
+
+
+@pytest.mark.parametrize("target", ["nowhere", "/proc/self/mem"])  # ENOENT; EIO, at addresses where nothing is
+def test_a_disk_that_fails_after_opening_is_no_bad_input(make_folder: Callable[..., Path], target: str) -> None:
+    folder = make_folder({"model.safetensors": save({"a": torch.ones(100)})})
+    checkpoint = Checkpoint.open(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="can't be read"):
+    (folder / "model.safetensors").symlink_to(target)
+    with pytest.raises(QtoolError, match=r"can't be read any more: (No such file|Input/output error)") as caught:
         checkpoint.tensor("a")
+    assert not isinstance(caught.value, InputError)
+    assert caught.value.where == str(folder / "model.safetensors")
 
 
 # ------------------------------------------------------------------ what is wrong with a file

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qtool.checkpoint import storage
+from qtool.engines.job import Job
+from qtool.errors import InputError, QtoolError
+from qtool.recipe.load import load
 from tests.benchmarks._common import tree
 from tests.engines import kill_table
+from tests.engines.conftest import Quiet
 from tests.engines.kill_table import Undisturbed
 
 
@@ -71,3 +78,92 @@ def test_layers_without_experts_go_on_while_those_before_them_are_quantized(tiny
     assert found.files == normal.files
     struck, outcome = kill_table.strike(tiny_llama, tmp_path / "killed", normal, random.Random(1), ("--workers", "2"))
     assert outcome == "identical", struck
+
+
+class Struck(Quiet):
+    """A report that has something happen as soon as so many layers are finished."""
+
+    def __init__(self, layers: int, happen: Callable[[], object]) -> None:
+        super().__init__()
+        self._layers, self._happen = layers, happen
+
+    def progress(self, stage: str, done: int, total: int, unit: str = "layers") -> None:
+        super().progress(stage, done, total, unit)
+        if done == self._layers:
+            self._happen()
+
+
+def quantize_here(model: Path, output: Path, report: Quiet, *, resume: bool = False, **options: Any) -> dict[str, Any]:
+    from qtool.engines.native.engine import quantize
+
+    job = Job(
+        model=str(model),
+        output=str(output),
+        format="compressed-tensors",
+        recipe=load("default").model_dump(mode="json"),
+        scheme="w8a8",
+        calibration={"data": "builtin", "samples": 4, "seq_len": 32, "seed": 0},
+        resume=resume,
+        **options,
+    )
+    return quantize(asdict(job), report)  # type: ignore[arg-type]
+
+
+def test_a_disk_that_fails_for_a_while_costs_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    weights, there = model / "model.safetensors", model / "there"
+
+    def unplug() -> None:
+        weights.rename(there)
+        weights.symlink_to("/proc/self/mem")  # where nothing is mapped, reading it is an input/output error
+
+    quantize_here(model, tmp_path / "normal", Quiet())
+    with pytest.raises(QtoolError, match="Input/output error"):
+        quantize_here(model, tmp_path / "out", Struck(1, unplug))
+    there.replace(weights)
+    resumed = Quiet()
+    quantize_here(model, tmp_path / "out", resumed, resume=True)
+    assert resumed.steps[0] == (1, 2)
+    assert kill_table.digests(tmp_path / "out") == kill_table.digests(tmp_path / "normal")
+
+
+def test_a_run_that_could_not_finish_has_only_that_to_do(tiny_llama: Path, tmp_path: Path) -> None:
+    quantize_here(tiny_llama, tmp_path / "normal", Quiet())
+    with pytest.raises(InputError, match="exists already"):
+        quantize_here(tiny_llama, tmp_path / "out", Struck(2, (tmp_path / "out").mkdir))
+    (tmp_path / "out").rmdir()
+    resumed = Quiet()
+    quantize_here(tiny_llama, tmp_path / "out", resumed, resume=True)
+    assert resumed.steps == [(2, 2)]
+    assert kill_table.digests(tmp_path / "out") == kill_table.digests(tmp_path / "normal")
+
+
+def test_options_that_exclude_each_other_do_not_cost_what_they_would_resume(tiny_llama: Path, tmp_path: Path) -> None:
+    def fail() -> None:
+        raise QtoolError("struck")
+
+    with pytest.raises(QtoolError, match="struck"):
+        quantize_here(tiny_llama, tmp_path / "out", Struck(1, fail))
+    with pytest.raises(InputError, match="exclude"):
+        quantize_here(tiny_llama, tmp_path / "out", Quiet(), resume=True, workers=1, ray="local")
+    resumed = Quiet()
+    quantize_here(tiny_llama, tmp_path / "out", resumed, resume=True)
+    assert resumed.steps[0] == (1, 2)
+
+
+def test_resuming_asks_for_no_more_space_than_it_takes(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise QtoolError("struck")
+
+    plan = quantize_here(tiny_llama, tmp_path / "out", Quiet(), dry_run=True)
+    with pytest.raises(QtoolError, match="struck"):
+        quantize_here(tiny_llama, tmp_path / "out", Struck(1, fail))
+    free = plan["output_bytes"] + plan["scratch_bytes"] - 50_000
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(2 * free, free, free))
+    with pytest.raises(QtoolError, match="are free"):
+        quantize_here(tiny_llama, tmp_path / "another", Quiet())
+    resumed = Quiet()
+    quantize_here(tiny_llama, tmp_path / "out", resumed, resume=True)
+    assert resumed.steps[0] == (1, 2)

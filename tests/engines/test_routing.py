@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from qtool.engines.native.activations import Activations
 from qtool.engines.native.experts import Expert, Routing, run_all
 from qtool.engines.native.recorder import Recorder
+from qtool.errors import QtoolError
 
 TOKENS, EXPERTS, TOP, WIDTH = 60, 7, 3, 16
 
@@ -95,3 +100,29 @@ def test_activations_on_disk(tmp_path: Path) -> None:
         assert not fresh.read(0, 50).any()
         fresh.close()
     assert not path.exists()
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    with Activations(tmp_path / "a", 50, 6, torch.float32) as stored:
+        os.close(stored._file)
+        stored._file = os.open("/dev/full", os.O_RDWR)
+        with pytest.raises(QtoolError, match="no space left: 240 bytes") as caught:
+            stored.write(0, torch.ones(10, 6))
+    assert caught.value.where == str(tmp_path / "a")
+    assert "left behind" not in str(caught.value.hint)  # by then there may be work to resume
+
+
+def test_a_file_size_limit(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys, torch\n"
+        "from pathlib import Path\n"
+        "from qtool.engines.native.activations import Activations\n"
+        "from qtool.errors import QtoolError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n"
+        "    Activations(Path(sys.argv[1]), 50, 6, torch.float32)\n"
+        "except QtoolError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True)
+    assert done.stdout.startswith(f"{tmp_path / 'a'}: no space left"), done.stderr

@@ -64,3 +64,14 @@ def test_hidden_states_of_every_layer(architecture: str, make_model: Callable[..
     found = torch.cat([stream.logits(normalized, part) for part in parts], dim=1)
     expected = expected.reshape(found.shape)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_positions_that_are_added_to_the_embeddings_are_refused(tiny_llama: Path) -> None:
+    stream = DecoderStream(Checkpoint.open(tiny_llama), dtype=torch.float32)
+
+    def add(_model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {"inputs_embeds": kwargs["inputs_embeds"] + torch.linspace(0, 1, 8)[:, None]}
+
+    stream._base.register_forward_pre_hook(add, with_kwargs=True)
+    with pytest.raises(InputError, match=r"LlamaForCausalLM has more .*adds something to the embeddings"):
+        stream.prologue(torch.arange(8)[None])

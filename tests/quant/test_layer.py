@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qtool.quant.layer import LayerResult, Storage, quantize_layer
+from qtool.quant.layer import LayerResult, ModuleWeights, Storage, quantize_layer, smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups, linear_layers
 from qtool.recipe.schema import Activations, Policy
@@ -151,3 +151,18 @@ def test_smoothquant_uses_the_alpha_it_is_given(decoder_layer: Callable[[str], A
     assert {group.alpha for group in result.groups} == {0.3}
     expected = norm / (act_max**0.3 / w_max**0.7)
     torch.testing.assert_close(layer.module.input_layernorm.weight, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_folding_reads_every_vector_once(decoder_layer: Callable[[str], Any]) -> None:
+    class Counted(ModuleWeights):
+        def vector(self, name: str) -> torch.Tensor | None:
+            read.append(name)
+            return super().vector(name)
+
+    read: list[str] = []
+    layer = decoder_layer("llama")
+    groups = find_groups(layer.module, layer.run, HEADS)
+    policies: dict[str, Policy | None] = dict.fromkeys(linear_layers(layer.module), DYNAMIC)
+    smooth(Counted(layer.module), groups, policies, observe(layer, groups), torch.float32)
+    assert {"input_layernorm.weight", "post_attention_layernorm.weight"} <= set(read)
+    assert len(read) == len(set(read))

@@ -152,3 +152,11 @@ def test_integers_within_are_those_of_clamped_values(ratio: float) -> None:
     clamped = np.clip(weight.numpy(), -bound.numpy()[:, None], bound.numpy()[:, None])
     expected = np.clip(np.round(clamped / scale.numpy()[:, None]), -128, 127)
     np.testing.assert_array_equal(rounding.integers_within(weight, scale, bound).numpy(), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gram_matrix_that_is_not_finite_is_refused(value: float) -> None:
+    _, _, gram = problem(4, 16, 40)
+    gram[3, 3] = value
+    with pytest.raises(ValueError, match="not finite"):
+        rounding.Compensation(gram, 0.0)

@@ -54,6 +54,8 @@ class ModelSlim(Format):
         import torch
 
         check_scales(name, linear)
+        # quant_bias is made of the bias as stored: a reader can compare them only then.
+        bias = None if linear.bias is None else linear.bias.to(dtype)
         weight_scale = linear.weight_scale.float().reshape(-1, 1)
         tensors = {
             "weight": linear.weight,
@@ -64,16 +66,16 @@ class ModelSlim(Format):
             scale = torch.tensor([self.storable_scale(linear.input_scale, dtype)], dtype=torch.float32)
             deq_scale = scale * linear.weight_scale.float()
             quant_bias = offset_correction(linear)
-            if linear.bias is not None:
-                quant_bias = quant_bias + (linear.bias.double() / deq_scale.double()).round().to(torch.int32)
+            if bias is not None:
+                quant_bias = quant_bias + (bias.double() / deq_scale.double()).round().to(torch.int32)
             tensors |= {
                 "input_scale": scale,
                 "input_offset": torch.tensor([float(linear.input_offset)]),
                 "deq_scale": deq_scale if dtype == torch.bfloat16 else deq_scale.view(torch.int32).to(torch.int64),
                 "quant_bias": quant_bias,
             }
-        if linear.bias is not None:
-            tensors["bias"] = linear.bias.to(dtype)
+        if bias is not None:
+            tensors["bias"] = bias
         return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
 
     def describe(self, names: Sequence[str], linears: Mapping[str, Mode], config: Mapping[str, Any]) -> Description:

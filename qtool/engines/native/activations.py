@@ -11,6 +11,9 @@ from types import TracebackType
 
 import torch
 
+from qtool.checkpoint.storage import disk_errors
+from qtool.errors import QtoolError
+
 
 class Activations:
     """A matrix [rows, width] in a file.
@@ -20,14 +23,18 @@ class Activations:
         rows, width: its shape.
         dtype: of its elements.
         keep: what an existing file holds; else it begins as zeros.
+
+    Raises QtoolError, here and later, when the disk is full or fails.
     """
 
     def __init__(self, path: Path, rows: int, width: int, dtype: torch.dtype, *, keep: bool = False) -> None:
         self.path = path
         self.rows, self.width, self.dtype = rows, width, dtype
         self._row_bytes = width * dtype.itemsize
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o600)
-        os.ftruncate(self._file, rows * self._row_bytes)
+        self._file = -1
+        with disk_errors(path, 0):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o600)
+            os.ftruncate(self._file, rows * self._row_bytes)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows start to stop."""
@@ -68,9 +75,12 @@ class Activations:
         for first, length in runs:
             place, end = first * self._row_bytes, (first + length) * self._row_bytes
             while place < end:
-                got = os.preadv(self._file, [buffer[: end - place]], place)
+                try:
+                    got = os.preadv(self._file, [buffer[: end - place]], place)
+                except OSError as error:
+                    raise QtoolError(f"can't be read any more: {error.strerror}", where=str(self.path)) from error
                 if not got:
-                    raise OSError(f"{self.path} has become shorter")
+                    raise QtoolError("has become shorter", where=str(self.path))
                 buffer, place = buffer[got:], place + got
         return out.view(self.dtype).reshape(count, self.width)
 
@@ -78,11 +88,12 @@ class Activations:
         if tensor.shape != (sum(length for _, length in runs), self.width):
             raise ValueError(f"{tuple(tensor.shape)} can't go into rows of {self.width}")
         content = tensor.detach().cpu().to(self.dtype).contiguous().view(torch.uint8).reshape(-1).numpy().data
-        for first, length in runs:
-            place, end = first * self._row_bytes, (first + length) * self._row_bytes
-            while place < end:
-                put = os.pwritev(self._file, [content[: end - place]], place)
-                content, place = content[put:], place + put
+        with disk_errors(self.path, content.nbytes):
+            for first, length in runs:
+                place, end = first * self._row_bytes, (first + length) * self._row_bytes
+                while place < end:
+                    put = os.pwritev(self._file, [content[: end - place]], place)
+                    content, place = content[put:], place + put
 
 
 def _runs(rows: torch.Tensor) -> list[tuple[int, int]]:

@@ -16,7 +16,8 @@ import qtool
 from qtool.calibration.text import Calibration, load, load_tokenizer
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
-from qtool.checkpoint.writer import CheckpointWriter, check_free_space
+from qtool.checkpoint.storage import check_free_space, resumable_bytes
+from qtool.checkpoint.writer import CheckpointWriter
 from qtool.engines.native import executor, memory, plan
 from qtool.engines.native.layers import Layers, add_unchanged
 from qtool.engines.native.stream import DecoderStream
@@ -48,7 +49,8 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
     exact = recipe.osl == "exact"
     torch.manual_seed(job["calibration"]["seed"])
     torch.set_num_threads(job["threads"] or torch.get_num_threads())
-    device = _device(job["device"])
+    device = _device(job["device"], exact=exact)
+    executor.check(job["workers"], job["ray"])  # before there is a writer, which wrong input makes drop what it resumes
     stream = DecoderStream(
         checkpoint,
         dtype=torch.float32 if exact else _compute_dtype(device),
@@ -56,6 +58,7 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
         trust_remote_code=job["trust_remote_code"],
     )
     planned = plan.make(checkpoint, recipe, scheme, job["format"], stream.linears())
+    stream.prologue(torch.tensor([[0, 1]]))  # what can't be run shows before any work, and in a dry run
     if exact and any(stream.routed(i) for i in range(stream.depth)):
         raise InputError(
             "osl: exact compares the output of whole layers, which takes all experts at once",
@@ -83,7 +86,8 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
             "output_bytes": size,
             **memory.describe(estimate, memory.seconds(stream, planned.policies, wanted["samples"], wanted["seq_len"])),
         }
-    check_free_space(Path(job["output"]), size + estimate.scratch_bytes)
+    there = resumable_bytes(Path(job["output"])) if job["resume"] else 0
+    check_free_space(Path(job["output"]), size + estimate.scratch_bytes - there)
 
     calibration = _calibration(job, checkpoint)
     source = Source(
@@ -189,8 +193,19 @@ def _compute_dtype(device: str) -> torch.dtype:
     return torch.float32
 
 
-def _device(wanted: str) -> str:
-    """`auto` takes an accelerator that torch can use."""
+def _device(wanted: str, *, exact: bool) -> str:
+    """`auto` takes an accelerator that torch can use.
+
+    osl: exact takes main memory, the only place that it has its integer products for.
+
+    Raises InputError when torch can't use that device, or the job can't.
+    """
+    if exact:
+        if wanted not in ("auto", "cpu"):
+            raise InputError(
+                f"osl: exact can't use {wanted}", where="--device", hint="use --device cpu, or osl: fast in the recipe"
+            )
+        return "cpu"
     usable = {"cpu": True, "cuda": torch.cuda.is_available(), "npu": hasattr(torch, "npu") and torch.npu.is_available()}
     if wanted == "auto":
         return next(name for name in ("npu", "cuda", "cpu") if usable[name])

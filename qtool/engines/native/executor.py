@@ -6,6 +6,7 @@ Whoever it is computes the same, so a unit whose process is lost is simply begun
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import multiprocessing
 import os
@@ -43,6 +44,14 @@ class Executor(Protocol):
         ...
 
 
+def check(workers: int, ray: str | None) -> None:
+    """Raises InputError when both are asked for, or Ray isn't installed."""
+    if workers and ray:
+        raise InputError("--workers and --ray exclude each other", where="command line", hint="give one of them")
+    if ray and importlib.util.find_spec("ray") is None:
+        raise InputError("Ray is not installed where the native engine runs", where="--ray", hint="pip install ray")
+
+
 @contextmanager
 def make(workers: int, ray: str | None) -> Iterator[Executor]:
     """The executor for these options.
@@ -51,12 +60,9 @@ def make(workers: int, ray: str | None) -> Iterator[Executor]:
         workers: processes on this machine; 0 for this one.
         ray: address of a Ray cluster, "local" for one of this machine's own, None for no Ray.
 
-    Raises:
-        InputError: both are asked for, or Ray isn't installed.
-        QtoolError: the cluster can't be reached.
+    Raises InputError as `check`, and QtoolError when the cluster can't be reached.
     """
-    if workers and ray:
-        raise InputError("--workers and --ray exclude each other", where="command line", hint="give one of them")
+    check(workers, ray)
     if ray:
         with _ray(ray) as executor:
             yield executor
@@ -128,12 +134,8 @@ class Processes:
 
 @contextmanager
 def _ray(address: str) -> Iterator[Executor]:
-    try:
-        import ray
-    except ImportError:
-        raise InputError(
-            "Ray is not installed where the native engine runs", where="--ray", hint="pip install ray"
-        ) from None
+    import ray
+
     try:
         ray.init(
             address=None if address == "local" else address,

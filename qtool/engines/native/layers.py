@@ -170,7 +170,7 @@ class Layers:
                     return
                 recorder = stack.enter_context(Recorder(self._writer.folder, hidden)) if routed else None
                 statistics = self._observe(index, layer, groups, policies, hidden, leaving, recorder)
-                router = layer.get_parameter(routed.router).float() if routed and routed.router else None
+                router = layer.get_parameter(routed.router).cpu().float() if routed and routed.router else None
             # The layer's weights are gone: a unit reads what it needs of them.
             if _DENSE not in done:
                 task = DenseTask(self._source, groups, policies, statistics, stored)
@@ -200,7 +200,10 @@ class Layers:
         leaving: Activations,
         recorder: Recorder | None,
     ) -> dict[str, InputStatistics]:
-        """Run the float layer on all samples, from `hidden` to `leaving`; statistics of each group's input."""
+        """Run the float layer on all samples, from `hidden` to `leaving`; statistics of each group's input.
+
+        Raises InputError when activations can't be true: the weights before them are damaged.
+        """
         samples, length = self._shape
         stride = max(1, samples * length // units.SAMPLE_TOKENS)
         statistics = {
@@ -215,7 +218,12 @@ class Layers:
             else:
                 with handled(routed, recorder):
                     self._run(index, layer, hidden, leaving)
+        self._refuse_damage(index, statistics)
         return statistics
+
+    def _refuse_damage(self, index: int, statistics: Mapping[str, InputStatistics]) -> None:
+        for name, seen in statistics.items():
+            units.refuse_damage(seen.amax, f"{self._stream.layer_name(index)}.{name}", self._stream.floats)
 
     def _run(self, index: int, layer: nn.Module, hidden: Activations, leaving: Activations) -> None:
         samples, length = self._shape
@@ -223,7 +231,9 @@ class Layers:
         for sample in range(0, samples, batch):
             start, stop = sample * length, min(sample + batch, samples) * length
             x = hidden.read(start, stop).reshape(-1, length, hidden.width).to(self._stream.device)
-            leaving.write(start, self._stream.run(index, layer, x).reshape(-1, hidden.width))
+            output = self._stream.run(index, layer, x).reshape(-1, hidden.width)
+            units.refuse_damage(output, self._stream.layer_name(index), self._stream.floats)
+            leaving.write(start, output)
 
     def _quantize_exactly(
         self,
@@ -243,6 +253,7 @@ class Layers:
         }
         with _observing(layer, statistics):
             self._run(index, layer, hidden, leaving)
+        self._refuse_damage(index, statistics)
         layer.float()
         inputs = hidden.read(0, hidden.rows).reshape(samples, length, -1)
         runs = [partial(self._stream.run, index, layer, inputs[row : row + 1]) for row in range(samples)]
@@ -274,7 +285,8 @@ class Layers:
         needy = [any(map(units.needs_statistics, wanted.values())) for wanted in policies]
         short = [e for e in range(count) if needy[e] and counts[e] < self._expert_tokens]
         extra = recorder.likely(short, counts, routing, router, self._expert_tokens)
-        shape = self._stream.checkpoint.info(f"{module.names[0].gate}.weight").shape
+        stream = self._stream
+        shape = stream.checkpoint.info(f"{module.names[0].gate}.weight").shape
         size = max(1, _LOT_ELEMENTS // (3 * shape[0] * shape[1]))
 
         def finish(unit: str, rows: torch.Tensor, pieces: Callable[[], Iterable[Piece]]) -> None:
@@ -297,7 +309,9 @@ class Layers:
             self._settle(0)
             for start in range(0, leaving.rows, self._batch_tokens):
                 stop = min(start + self._batch_tokens, leaving.rows)
-                leaving.write(start, leaving.read(start, stop).float() + sums.read(start, stop))
+                output = leaving.read(start, stop).float() + sums.read(start, stop)
+                units.refuse_damage(output, stream.layer_name(index), stream.floats)
+                leaving.write(start, output)
         found = [row for unit, record in self._finished.items() if unit != _DENSE for row in record["rows"]]
         return _summarized(found), {"tokens": counts, "topped_up": {str(e): len(extra[e]) for e in short}}
 

@@ -36,9 +36,16 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
     """Match a recipe's scheme with a checkpoint's linear layers.
 
     Raises:
-        InputError: the input is quantized already, nothing would be quantized, or the format can't express the plan.
+        InputError: the input is quantized already, nothing could or would be quantized, or the format can't express
+            the plan.
     """
     refuse_quantized(checkpoint)
+    if not linears:
+        raise InputError(
+            "the decoder layers of this architecture hold no torch.nn.Linear, and qtool quantizes nothing else",
+            where=str(checkpoint.path / "config.json"),
+            hint="GPT-2 and its like, which compute with Conv1D, aren't supported",
+        )
     policies = {name: recipe.policy(scheme, name) for name in linears}
     where = f"recipe {recipe.name}, scheme {scheme}"
     if not any(policies.values()):

@@ -66,7 +66,7 @@ class Recorder:
         Args:
             experts: their numbers.
             counts: tokens that each expert of the layer saw.
-            router: float32 [all experts, hidden].
+            router: float32 [all experts, hidden], in main memory.
 
         Returns:
             Per expert the tokens' numbers, ascending, int64.

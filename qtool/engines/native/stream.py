@@ -38,7 +38,8 @@ class DecoderStream:
     Args:
         checkpoint: an opened checkpoint, float or in one of qtool's quantized formats.
         dtype: compute type of weights and hidden states.
-        device: where the layers run.
+        device: where the layers and experts run. What is learnt from them (hidden states, routing, statistics, groups)
+            comes to main memory at once, and weights are searched and rounded there.
         trust_remote_code: allow the checkpoint's own modelling code.
 
     Raises:
@@ -128,13 +129,19 @@ class DecoderStream:
 
     @torch.no_grad()
     def prologue(self, ids: torch.Tensor) -> torch.Tensor:
-        """What enters the first decoder layer: [batch, length, hidden]; also learns the layers' other arguments."""
+        """What enters the first decoder layer: [batch, length, hidden]; also learns the layers' other arguments.
+
+        Raises InputError when that is more than the embeddings, or a multiple of them.
+        """
         hidden = self.embed(ids)
         first = self._learn_arguments(hidden[:1])
         if torch.equal(first, hidden[:1]):
             return hidden
         # Gemma and others scale the embeddings between table and first layer; the factor is one number.
-        factor = (first.double() * hidden[:1].double()).sum() / hidden[:1].double().square().sum()
+        entering, own = first.cpu().double(), hidden[:1].cpu().double()
+        factor = (entering * own).sum() / own.square().sum()
+        if not torch.allclose(entering, own * factor, rtol=0.01, atol=0.01 * float(entering.abs().max())):
+            raise self._unusual("it adds something to the embeddings")
         return hidden * factor.to(hidden.dtype)
 
     def _learn_arguments(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -162,12 +169,26 @@ class DecoderStream:
             self._norm.forward = lambda x, *_a, **_k: x  # its weights are not loaded
         try:
             self._base(inputs_embeds=hidden, use_cache=False)
+        except RuntimeError as error:  # most likely it came upon a weight that is not loaded
+            raise self._unusual(in_one_line(error)) from error
         finally:
             setattr(parent, attribute, self._layers)
             if self._norm is not None:
                 del self._norm.__dict__["forward"]
         self._template_kwargs[hidden.shape[1]] = kwargs
         return first[0]
+
+    def _unusual(self, sign: str) -> InputError:
+        """About a model that is more than embeddings, layers and a norm; `sign` is how that showed."""
+        known = [module for module in (self._embedding, self._norm, *self._layers) if module is not None]
+        usual = {id(parameter) for module in known for parameter in module.parameters()}
+        others = [name for name, parameter in self._base.named_parameters() if id(parameter) not in usual]
+        return InputError(
+            f"{type(self._model).__name__} has more around its decoder layers than qtool runs: "
+            + (", ".join(others[:3]) or sign),
+            where=str(self.checkpoint.path / "config.json"),
+            hint="learned positions (OPT, GPT-2) and norms on embeddings (BLOOM) aren't supported",
+        )
 
     def run(self, index: int, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """One decoder layer on hidden states [batch, length, hidden] of a length that `prologue` has seen."""

@@ -7,6 +7,7 @@ one; so it gives the same in this process, in another, and on another machine.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,7 @@ from qtool.checkpoint import formats
 from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
 from qtool.engines.native.stream import DecoderStream
+from qtool.errors import InputError, QtoolError
 from qtool.quant.layer import GroupReport, Storage, policy_of, quantize_group, smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups
@@ -28,6 +30,7 @@ from qtool.recipe.schema import Policy
 PARTS = GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 SAMPLE_TOKENS = 512  # that a group's sample holds
 _FEW = 8
+_LARGEST = 1e15  # that an activation can be: squares of it, summed over all tokens, are still float32
 Gate = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -171,19 +174,33 @@ def quantize_experts(task: ExpertTask) -> Iterator[Piece]:
         names = dict(zip(PARTS, module.names[number], strict=True))
         tensors = [f"{name}.weight" for name in names.values()]
         with stream.floats.holding(tensors):
-            seen = task.x[torch.cat((tokens, extra))] if len(extra) else task.x[tokens]
+            seen = (task.x[torch.cat((tokens, extra))] if len(extra) else task.x[tokens]).to(stream.device)
             inner = None
             if len(seen):
                 expert = stream.expert(module, number)
                 inner = expert.inner(seen)
                 if len(tokens):
-                    routed = expert.output(inner[: len(tokens)]).float() * weights[:, None].float()
+                    routed = expert.output(inner[: len(tokens)]).float().cpu() * weights[:, None].float()
                     output.index_add_(0, tokens, routed)
                 del expert
             if task.quantize:
                 groups = expert_groups(module.apply_gate)
                 yield from _quantize_expert(task.source, stream, names, policies, groups, seen, inner)
     yield Output(output)
+
+
+def refuse_damage(activations: torch.Tensor, name: str, floats: FloatReader) -> None:
+    """Raises InputError when activations of a layer or linear, or their largest magnitudes, can't be true."""
+    low, high = activations.aminmax()
+    largest = float(torch.maximum(-low, high))
+    if largest <= _LARGEST:  # false for NaN
+        return
+    size = f"as large as {largest:.0e}" if math.isfinite(largest) else "not finite"
+    raise InputError(
+        f"activations of {name} are {size}; the weights up to there are damaged",
+        where=str(floats.checkpoint.path),
+        hint="qtool inspect --tensors shows the range of each; download the model again",
+    )
 
 
 def needs_statistics(policy: Policy | None) -> bool:
@@ -226,6 +243,8 @@ class SmoothedExpert:
         seen: calibration tokens [n, hidden]; n may be 0.
         inner: what enters down_proj for them [n, intermediate]; None for no tokens.
 
+    Raises InputError when the tokens' activations can't be true.
+
     Attributes:
         folded: its float weights, by gate_proj, up_proj, down_proj.
     """
@@ -256,6 +275,8 @@ class SmoothedExpert:
             for group in groups
         ]
         self._observed = {name: value for name, value in statistics.items() if value is not None}
+        for part, observed in self._observed.items():
+            refuse_damage(observed.amax, names[part], floats)
         if len(self._observed) < len(statistics):
             self._groups = [Group(group.linears) for group in groups]  # nothing to find a smoothing scale from
         self.folded, self._found = smooth(weights, self._groups, policies, self._observed, self._storage.dtype)
@@ -347,11 +368,14 @@ def expert_groups(apply_gate: Gate) -> list[Group]:
 
 @lru_cache(maxsize=1)
 def _stream(source: Source) -> DecoderStream:
-    """The model of a task, opened once in a process."""
+    """The model of a task, opened once in a process. Raises QtoolError, since the job itself could open it before."""
     torch.set_num_threads(source.threads)
-    return DecoderStream(
-        Checkpoint.open(source.model),
-        dtype=source.dtype,
-        device=source.device,
-        trust_remote_code=source.trust_remote_code,
-    )
+    try:
+        return DecoderStream(
+            Checkpoint.open(source.model),
+            dtype=source.dtype,
+            device=source.device,
+            trust_remote_code=source.trust_remote_code,
+        )
+    except InputError as error:
+        raise QtoolError(error.what, where=error.where, hint=error.hint) from error

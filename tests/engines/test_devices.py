@@ -1,0 +1,80 @@
+"""On a device with a memory of its own every tensor is where it is used, and the result is that of a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qtool.engines.native import engine, units
+from qtool.errors import InputError
+from tests import families
+from tests.engines.accelerator import Accelerator
+
+
+def test_the_accelerator_refuses_what_cuda_refuses() -> None:
+    here, places = torch.arange(6.0), torch.tensor([4, 1])
+    with Accelerator() as accelerator:
+        there = here.to("cuda")
+        assert there.device.type == (there * 2).device.type == torch.ones(2, device="cuda").device.type == "cuda"
+        assert here.device.type == there.cpu().device.type == torch.zeros_like(there, device="cpu").device.type == "cpu"
+        assert (there[places] + torch.tensor(1.0)).tolist() == [5, 2]
+        there[2:4] = torch.tensor([7.0, 8.0])
+        assert there.tolist() == [0, 1, 7, 8, 4, 5]
+        assert here.tolist() == [0, 1, 2, 3, 4, 5]
+        for refused in (
+            lambda: here + there,
+            lambda: here[places.to("cuda")],
+            lambda: torch.cat((here, there)),
+            lambda: here * there.sum(),
+            lambda: there.__setitem__(places, torch.ones(2)),
+            lambda: here.index_add_(0, places, there[:2]),
+            lambda: torch.nn.functional.linear(there, torch.ones(3, 6)),
+        ):
+            with pytest.raises(RuntimeError, match="same device"):
+                refused()
+        with pytest.raises(TypeError, match="numpy"):
+            there.numpy()
+    assert accelerator.operations
+
+
+@pytest.mark.parametrize(
+    ("model_type", "scheme"),
+    [("llama", "w8a8"), ("gemma2", "w8a8-dynamic"), ("qwen3_moe", "w8a8"), ("deepseek_v3", "w8a8-dynamic")],
+)
+def test_quantizing_on_a_device(
+    model_type: str,
+    scheme: str,
+    make_model: Callable[..., Path],
+    tiny_tokenizer: Any,
+    quantize: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if model_type in families.FAMILIES:
+        model = families.make(tmp_path / "model", model_type, tiny_tokenizer)
+    else:
+        more = {"query_pre_attn_scalar": 32, "sliding_window": 8} if model_type == "gemma2" else {}
+        model = make_model(model_type, name=f"device-{model_type}", **more)
+    monkeypatch.setattr(engine, "_compute_dtype", lambda _device: torch.float32)
+    normal = quantize(model, tmp_path / "cpu", scheme=scheme)
+    monkeypatch.setattr(engine, "_device", lambda _wanted, exact: "cuda")
+    units._stream.cache_clear()
+    with Accelerator() as accelerator:
+        report = quantize(model, tmp_path / "cuda", scheme=scheme)
+    units._stream.cache_clear()
+    assert accelerator.operations > 1000
+    assert (normal["device"], report["device"]) == ("cpu", "cuda")
+    assert report["layers"] == normal["layers"]
+    expected, found = families.load(tmp_path / "cpu"), families.load(tmp_path / "cuda")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_exact_osl_stays_in_main_memory() -> None:
+    assert engine._device("auto", exact=True) == "cpu"
+    with pytest.raises(InputError, match="can't use npu"):
+        engine._device("npu", exact=True)
