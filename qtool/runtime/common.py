@@ -14,6 +14,7 @@ from qtool.errors import InputError, in_one_line
 from qtool.workers import Report
 
 REPORT_SECONDS = 0.1
+SEEDS = 1 << 63  # they are below it and not negative: vLLM takes -1 for none
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Front:
         own = request.get("sampling", {})
         sampling = self.job["sampling"] | own
         seed = own["seed"] if "seed" in own else sampling.get("seed", 0) + request["index"]
+        seed %= SEEDS
         ids = self._ids(request, seed)
         if not ids:
             raise InputError("the tokenizer makes no tokens of it", hint="Give it some text.")
@@ -116,7 +118,7 @@ class Front:
             return self._conversation(request)
         prompt = request["prompt"]
         if isinstance(prompt, str):
-            ids = list(self.tokenizer(prompt)["input_ids"])
+            ids = self._text(prompt)
             return ids if ids or self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         if prompt:
             if outside := [i for i in prompt if not 0 <= i < self.text_config["vocab_size"]]:
@@ -125,6 +127,13 @@ class Front:
         if self.tokenizer.bos_token_id is not None:
             return [self.tokenizer.bos_token_id]
         return [random.Random(seed).randrange(min(len(self.tokenizer), self.text_config["vocab_size"]))]
+
+    def _text(self, prompt: str) -> list[int]:
+        try:
+            prompt.encode()  # not half a surrogate pair
+            return list(self.tokenizer(prompt)["input_ids"])
+        except Exception as error:  # a tokenizer may be a program of the model's author, too
+            raise InputError(f"the tokenizer refuses it: {in_one_line(error)}") from error
 
     def _conversation(self, request: Mapping[str, Any]) -> list[int]:
         if not self.tokenizer.chat_template:

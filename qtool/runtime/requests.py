@@ -216,7 +216,9 @@ def _body(body: Mapping[str, Any], url: str, chat: Chat) -> dict[str, Any]:
         request = {"prompt": body["prompt"]}
     if body.get("tools"):
         raise InputError("tools are not supported")
-    if extra := body.get("chat_template_kwargs"):
+    if (extra := body.get("chat_template_kwargs")) is not None:
+        if not isinstance(extra, dict):
+            raise InputError("chat_template_kwargs is no JSON object")
         request["chat_template_kwargs"] = extra
     return request | {"sampling": _sampling(body, url)}
 

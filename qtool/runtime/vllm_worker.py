@@ -239,8 +239,8 @@ def refusals() -> tuple[type[Exception], ...]:
     try:
         from vllm.exceptions import VLLMClientError
     except ImportError:  # before 0.32 or so
-        return (ValueError, TypeError)
-    return (ValueError, TypeError, VLLMClientError)
+        return (ValueError, TypeError, OverflowError)
+    return (ValueError, TypeError, OverflowError, VLLMClientError)
 
 
 def _parameters(front: Front, prepared: Prepared) -> Any:
@@ -361,7 +361,7 @@ def _arguments(
     arguments: dict[str, Any] = {
         "model": job["model"],
         "dtype": front.dtype,
-        "seed": job["sampling"].get("seed") or 0,
+        "seed": (job["sampling"].get("seed") or 0) % (1 << 32),  # for numpy; requests have their own
         "trust_remote_code": job["trust_remote_code"],
         "disable_log_stats": True,
         "generation_config": "vllm",

@@ -60,6 +60,7 @@ def test_sampling_follows_its_options(run_qtool: Run, tiny_llama: Path) -> None:
         (["--temperature", "-1", "-p", "x"], "--temperature"),
         (["--temperature", "3", "-p", "x"], "--temperature"),
         (["--repetition-penalty", "0", "-p", "x"], "--repetition-penalty"),
+        (["--seed", str(1 << 63), "-p", "x"], "--seed"),
         (["--min-tokens", "9", "--max-tokens", "4", "-p", "x"], "min_tokens (9) is more than max_tokens (4)"),
         (["--logit-bias", "x=1", "-p", "x"], "no ID=BIAS"),
         (["--regex", "a", "--choice", "b", "-p", "x"], "one structure"),
@@ -97,6 +98,21 @@ def test_a_prompt_that_fails_has_its_own_error(qtool_environment: dict[str, str]
     assert "byte 0 of the line is not UTF-8" in answers[1]["error"]
     assert "the model takes 512" in answers[2]["error"]
     assert b"2 of 4 prompts failed" in done.stderr
+
+
+def test_a_line_that_no_tokenizer_takes_has_its_own_error(run_qtool: Run, tiny_llama: Path, tmp_path: Path) -> None:
+    """And a seed beyond all others is one: seed + i begins anew at 0."""
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    lines = [{"prompt": "ok"}, {"prompt": "half \ud83d"}, {"messages": [{"role": "user", "content": "\udcff"}]}, {"prompt": "fine"}]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = ("generate", tiny_llama, *FAST, "-p", f"@{prompts}", "-o", output, "--temperature", "1", "--seed", (1 << 63) - 1)
+    done = run_qtool(*map(str, asked))
+    assert done.code == 1, done.stderr
+    assert "2 of 4 prompts failed" in done.stderr
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert ["error" in answer for answer in answers] == [False, True, True, False]
+    assert "surrogates not allowed" in answers[1]["error"]
+    assert run_qtool(*map(str, asked), "--resume").code == 1  # they are answered
 
 
 def test_bad_models_fail_before_anything_starts(run_qtool: Run, tiny_llama: Path, tmp_path: Path) -> None:

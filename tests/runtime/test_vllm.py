@@ -39,6 +39,7 @@ WISHES = [
     wish("long", prompt="word " * 600),
     wish("bad", structured_outputs={"regex": "("}),
     wish("outside", prompt=[5, 99999]),
+    wish("half", prompt="\ud83d"),
     wish("ids", prompt=[5, 6, 7]),
 ]
 
@@ -47,8 +48,8 @@ WISHES = [
 def bodies(run_qtool: Run, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("batch") / "batch.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in WISHES))
-    done = run_qtool("generate", tiny_llama, "-p", f"@{file}", "--set", "max_num_seqs=4")
-    assert done.code == 1, done.stderr  # three of them can't be
+    done = run_qtool("generate", tiny_llama, "-p", f"@{file}", "--set", "max_num_seqs=4", "--seed", "-1")
+    assert done.code == 1, done.stderr  # some of them can't be
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [answer["custom_id"] for answer in answers] == [line["custom_id"] for line in WISHES]
     return {answer["custom_id"]: answer["response"]["body"] for answer in answers}
@@ -111,6 +112,7 @@ def test_what_cannot_be_has_its_own_error(bodies: dict[str, Any]) -> None:
     assert "the model takes 512" in bodies["long"]["error"]["message"]
     assert "vLLM refuses it" in bodies["bad"]["error"]["message"]
     assert "99999" in bodies["outside"]["error"]["message"]
+    assert "surrogates not allowed" in bodies["half"]["error"]["message"]
 
 
 @pytest.mark.parametrize(
