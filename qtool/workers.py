@@ -116,7 +116,7 @@ class _Stdin:
     """
 
     def __init__(self, job: dict[str, Any], inputs: Iterable[dict[str, Any]] | None) -> None:
-        self._lines = None if inputs is None else inputs
+        self._lines = inputs
         self._error: BaseException | None = None
         if self._lines is None:
             self.end: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
@@ -140,15 +140,16 @@ class _Stdin:
 
     def _feed(self) -> None:
         assert self._lines is not None
-        try:
-            with self._pipe:
+        # Where the pipe breaks, the worker has gone; why is for the other side to say.
+        with contextlib.suppress(BrokenPipeError), self._pipe:
+            try:
                 self._write(self._pipe, self._job)
                 for line in self._lines:
                     self._write(self._pipe, line)
-        except BrokenPipeError:  # the worker has gone; why is for the other side to say
-            pass
-        except BaseException as error:
-            self._error = error
+            except BrokenPipeError:
+                raise
+            except BaseException as error:  # kept before the pipe is closed, which the worker may end upon
+                self._error = error
 
     @staticmethod
     def _write(file: IO[bytes], line: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Requests into a worker and answers out of it, in order, in the memory of what is under way.
+"""Requests go into a worker, answers come out of it in order, and only what is under way is held.
 
 A `Window` stands between the two: it holds what has been asked and not yet been answered in order, lets no more in than
 it has room for, and so can give a second worker what a first one died over.
@@ -36,9 +36,14 @@ class Window:
         self._bytes = 0
         self._last = -1  # index of the last request read
         self._life = 0
+        self._failure: BaseException | None = None  # of the source, which says it once: asked again, it just ends
 
     def requests(self) -> Iterator[dict[str, Any]]:
-        """For one worker: what an earlier one has left unanswered, then what is new. Ends when another one begins."""
+        """For one worker: what an earlier one has left unanswered, then what is new. Ends when another one begins.
+
+        Raises:
+            Exception: what the source has raised, in the life of this worker or of an earlier one.
+        """
         with self._state:
             self._life += 1
             self._state.notify_all()
@@ -59,7 +64,7 @@ class Window:
             if self._last > last:  # an earlier worker's thread was still reading when that one died
                 with self._state:
                     return [request for index, request in self._asked.items() if index > last]
-            if (request := next(self._source, None)) is None:
+            if (request := self._next()) is None:
                 return []
             if request.get("abort"):
                 return [request]
@@ -69,6 +74,15 @@ class Window:
                 self._bytes += _size(request)
                 self._asked[self._last] = request
             return [request]
+
+    def _next(self) -> dict[str, Any] | None:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            return next(self._source, None)
+        except BaseException as failure:
+            self._failure = failure
+            raise
 
     def _room(self) -> bool:
         return not self._order or (len(self._order) < MOST_REQUESTS and self._bytes < MOST_BYTES)

@@ -93,6 +93,32 @@ def test_what_the_source_raises_comes_after_the_answers_before_it(work: Callable
     assert len(answers) == 10
 
 
+def test_what_the_source_raises_is_not_lost_with_the_worker() -> None:
+    """The first worker is told of it, and dies; the second one gets what that left, and is told as well."""
+
+    def source() -> Iterator[dict[str, Any]]:
+        yield from requests(10)
+        raise QtoolError("the disk is gone")
+
+    lives = iter(["dies", "lives"])
+
+    def work(inputs: Iterator[dict[str, Any]], on_event: Callable[[workers.Event], None]) -> dict[str, Any]:
+        asked = [next(inputs)["index"] for _ in range(10)]
+        assert asked == list(range(10))
+        with pytest.raises(QtoolError, match="the disk is gone") as caught:
+            next(inputs)
+        if next(lives) == "dies":
+            raise WorkerDied("killed")
+        for index in asked:
+            on_event({"event": "item", "data": {"index": index}})
+        raise caught.value
+
+    answers: list[dict[str, Any]] = []
+    with pytest.raises(QtoolError, match="the disk is gone"):
+        window.run(work, source(), answers.append, lambda event: None)
+    assert len(answers) == 10
+
+
 def test_a_slow_source_is_not_waited_for(work: Callable[..., Any]) -> None:
     """The second request comes only once the first has been answered."""
     answered = threading.Event()
