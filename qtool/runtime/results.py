@@ -18,6 +18,21 @@ from qtool.runtime.requests import CHAT_URL, Line
 
 _CHUNK = 1 << 16
 
+# what an answer may say, whether or not it does: no field of the prompt's own goes by these names
+ANSWERS_OWN = frozenset(
+    {
+        "text",
+        "finish_reason",
+        "choices",
+        "prompt_tokens",
+        "completion_tokens",
+        "reasoning",
+        "logprobs",
+        "prompt_logprobs",
+        "error",
+    }
+)
+
 
 def encode(value: Mapping[str, Any]) -> bytes:
     """One line of JSON. Half a surrogate pair, which UTF-8 can't say, is written as an escape."""
@@ -32,7 +47,7 @@ def record(line: Line, item: Mapping[str, Any]) -> dict[str, Any]:
     text, finish_reason, prompt_tokens, completion_tokens, or error."""
     if line.url is not None:
         return _batch(line, item)
-    return _carried(line.fields, _answer(item))
+    return _carried(line.fields) | _answer(item)
 
 
 def fingerprint(model: Path) -> str:
@@ -44,10 +59,13 @@ def fingerprint(model: Path) -> str:
 def belongs(line: Line, found: Mapping[str, Any]) -> bool:
     """Whether a record is one of this line's."""
     if line.url is not None:
-        return "custom_id" in found and found["custom_id"] == line.fields["custom_id"]
-    below = found.get("input")
-    carried = {**found, **below} if isinstance(below, dict) and below.keys() & found.keys() else found
-    return all(name in carried and carried[name] == value for name, value in line.fields.items())
+        return "custom_id" in found and _same(found["custom_id"], line.fields["custom_id"])
+    return _same(_carried(line.fields), {name: value for name, value in found.items() if name not in ANSWERS_OWN})
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether JSON says both alike; unlike ==, which NaN is never to itself, and 1 to true."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 def _answer(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,13 +82,13 @@ def _answer(item: Mapping[str, Any]) -> dict[str, Any]:
     return answer if several else answer | first
 
 
-def _carried(fields: Mapping[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
-    """The line's fields before the answer's; those that are named alike move into `input`."""
-    clash = {name: value for name, value in fields.items() if name in answer}
-    if not clash:
-        return {**fields, **answer}
-    rest = {name: value for name, value in fields.items() if name not in clash and name != "input"}
-    return {**rest, "input": clash | ({"input": fields["input"]} if "input" in fields else {}), **answer}
+def _carried(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The line's fields as they stand beside an answer; those that are named like something of an answer's move into
+    `input`, and with them a field of this name."""
+    if not fields.keys() & ANSWERS_OWN:
+        return dict(fields)
+    moved = {name: value for name, value in fields.items() if name in ANSWERS_OWN or name == "input"}
+    return {name: value for name, value in fields.items() if name not in moved} | {"input": moved}
 
 
 # ---------------------------------------------------------------- OpenAI's shapes

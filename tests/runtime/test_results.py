@@ -46,6 +46,29 @@ def test_fields_that_are_named_like_the_answers_are_kept() -> None:
     assert not belongs(line(prompt="x", text="yours", finish_reason=1, input="i"), found)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"error": "of then", "text": "t", "choices": [], "reasoning": None, "logprobs": 1},
+        {"id": float("nan"), "score": [float("inf"), -0.0]},
+        {"input": {"prompt": "mine", "text": "t"}},
+        {"input": 3, "error": None},
+        {"half": "\ud83d", "flag": True},
+    ],
+)
+@pytest.mark.parametrize("outcome", [item(), {"index": 3, "error": "no"}])
+def test_a_lines_own_fields_are_no_part_of_the_answer(fields: dict[str, Any], outcome: dict[str, Any]) -> None:
+    """What is left of the line comes out again, under `input` where an answer might say it; and is known again."""
+    asked = line(prompt="x", **fields)
+    found = json.loads(encode(record(asked, outcome)))
+    assert ("error" in found, "text" in found) == ("error" in outcome, "error" not in outcome)
+    kept = found["input"] if {"error", "text"} & fields.keys() else found
+    assert all(repr(kept[name]) == repr(value) for name, value in fields.items())
+    assert belongs(asked, found)
+    assert not belongs(line(prompt="x", **fields | {"flag": 1}), found)
+    assert not belongs(line(prompt="x"), found)
+
+
 def test_several_answers() -> None:
     several = item()
     several["choices"] *= 2
@@ -181,8 +204,9 @@ def test_failed_answers_are_counted(tmp_path: Path) -> None:
         answers.begin()
         answers.write(record(line(prompt="p0"), {"index": 0, "error": "no"}))
         answers.write(record(line(prompt="p1"), item()))
+        answers.write(record(line(prompt="p2", error="of then"), item()))
     with Answers(file, SETTINGS, resume=True) as answers:
-        assert answers.skip(iter(prompts(3))) == 2
+        assert answers.skip(iter([*prompts(2), line(prompt="p2", error="of then"), line(prompt="p3")])) == 3
         assert answers.errors == 1
     with pytest.raises(InputError, match="can't be written"):
         Answers(tmp_path / "absent" / "file", SETTINGS)
