@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -185,9 +186,14 @@ class Answers:
             hint = "--resume continues it, --overwrite begins anew."
             raise InputError("there are answers in it already", where=str(path), hint=hint)
         try:
-            self._file: IO[bytes] = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise InputError(f"can't be written: {error.strerror}", where=str(path)) from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            hint = "Without --output the answers go to standard output, a pipe for example."
+            raise InputError("this is no regular file, and could not be continued", where=str(path), hint=hint)
+        self._file: IO[bytes] = os.fdopen(descriptor, "r+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -238,26 +244,41 @@ class Answers:
 
         Raises:
             InputError: the file is complete as it is, and how it was made is not known any more.
+            QtoolError: nothing can be written beside it.
         """
         if not self._to_come:
             what = "it was finished with fewer prompts, and with which settings is not known any more"
             raise InputError(what, where=str(self.path), hint=_ANEW)
         part = self._settings.with_name(self._settings.name + ".part")
-        part.write_text(json.dumps(self._now, indent=1))
-        part.replace(self._settings)
+        with self._writing(part):
+            part.write_text(json.dumps(self._now, indent=1))
+            part.replace(self._settings)
         self._file.seek(0, os.SEEK_END)
 
     def write(self, value: Mapping[str, Any]) -> None:
-        """Append one answer; it is in the file when this returns."""
-        try:
+        """Append one answer; it is in the file when this returns.
+
+        Raises:
+            QtoolError: it could not be written, or not all of it.
+        """
+        with self._writing(self.path):
             self._file.write(encode(value))
             self._file.flush()
-        except OSError as error:
-            raise QtoolError(f"can't be written: {error.strerror}", where=str(self.path)) from None
 
     def finish(self) -> None:
         """All prompts are answered."""
-        self._settings.unlink(missing_ok=True)
+        with self._writing(self._settings):
+            self._settings.unlink(missing_ok=True)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _writing(file: Path) -> Iterator[None]:
+        """A disk that is full, or gone, is no bug."""
+        try:
+            yield
+        except OSError as error:
+            hint = "The same command with --resume goes on where it stopped, once there is room."
+            raise QtoolError(f"can't be written: {error.strerror}", where=str(file), hint=hint) from None
 
     def _cut_torn_line(self) -> None:
         """A process that was killed while it wrote leaves half a line."""
@@ -279,7 +300,12 @@ class Answers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
+        try:
+            with self._writing(self.path):
+                self._file.close()
+        except QtoolError:
+            if kind is None:  # else what could not be written has been told already, and would be in the way here
+                raise
 
 
 _ANEW = "Give the prompts and options of then, or begin anew with --overwrite."

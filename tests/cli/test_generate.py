@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -103,9 +104,26 @@ def test_a_prompt_that_fails_has_its_own_error(qtool_environment: dict[str, str]
 def test_a_line_that_no_tokenizer_takes_has_its_own_error(run_qtool: Run, tiny_llama: Path, tmp_path: Path) -> None:
     """And a seed beyond all others is one: seed + i begins anew at 0."""
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
-    lines = [{"prompt": "ok"}, {"prompt": "half \ud83d"}, {"messages": [{"role": "user", "content": "\udcff"}]}, {"prompt": "fine"}]
+    lines = [
+        {"prompt": "ok"},
+        {"prompt": "half \ud83d"},
+        {"messages": [{"role": "user", "content": "\udcff"}]},
+        {"prompt": "fine"},
+    ]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    asked = ("generate", tiny_llama, *FAST, "-p", f"@{prompts}", "-o", output, "--temperature", "1", "--seed", (1 << 63) - 1)
+    asked = (
+        "generate",
+        tiny_llama,
+        *FAST,
+        "-p",
+        f"@{prompts}",
+        "-o",
+        output,
+        "--temperature",
+        "1",
+        "--seed",
+        (1 << 63) - 1,
+    )
     done = run_qtool(*map(str, asked))
     assert done.code == 1, done.stderr
     assert "2 of 4 prompts failed" in done.stderr
@@ -113,6 +131,26 @@ def test_a_line_that_no_tokenizer_takes_has_its_own_error(run_qtool: Run, tiny_l
     assert ["error" in answer for answer in answers] == [False, True, True, False]
     assert "surrogates not allowed" in answers[1]["error"]
     assert run_qtool(*map(str, asked), "--resume").code == 1  # they are answered
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["recipes", "list"], ["generate", "MODEL", "-p", "x", *FAST]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_output_on_a_full_disk(
+    qtool_environment: dict[str, str], tiny_llama: Path, arguments: list[str], unbuffered: str
+) -> None:
+    command = [sys.executable, "-m", "qtool", *(str(tiny_llama) if word == "MODEL" else word for word in arguments)]
+    env = qtool_environment | {"PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    (error,) = re.findall("^error: .*", done.stderr, re.MULTILINE)
+    assert error == "error: can't be written: No space left on device"
+
+
+def test_the_output_is_a_file(run_qtool: Run, tiny_llama: Path) -> None:
+    done = run_qtool("generate", tiny_llama, "-p", "x", *FAST, "-o", "/dev/full", "--overwrite")
+    assert done.code == 2
+    assert "no regular file" in done.stderr
 
 
 def test_bad_models_fail_before_anything_starts(run_qtool: Run, tiny_llama: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -86,6 +87,34 @@ def test_a_worker_that_is_killed_is_replaced(
     assert process.returncode == 0, errors
     assert "another one goes on" in errors
     assert first + rest == expected
+
+
+def test_a_disk_that_is_full_is_told_and_can_be_mended(
+    qtool_environment: dict[str, str], tiny_llama: Path, prompts: Path, expected: str, tmp_path: Path
+) -> None:
+    """Files that may not grow beyond a limit stand for the disk."""
+    output = tmp_path / "answers.jsonl"
+    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), "-p", f"@{prompts}", *SAMPLED]
+    command += ["--output", str(output), "--resume"]
+
+    def run(limit: int) -> subprocess.CompletedProcess[str]:
+        most = (limit, resource.RLIM_INFINITY)
+        return subprocess.run(
+            command,
+            env=qtool_environment,
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, most),
+        )
+
+    for limit, file in ((10_000, output), (100, tmp_path / ".answers.jsonl.qtool.json.part")):
+        done = run(limit)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"error: can't be written: File too large\n  at: {file}\n" in done.stderr
+        assert "bug" not in done.stderr
+    done = run(resource.RLIM_INFINITY)
+    assert done.returncode == 0, done.stderr
+    assert output.read_text() == expected
 
 
 def test_other_settings_are_not_mixed_in(run_qtool: Run, tiny_llama: Path, tmp_path: Path) -> None:
