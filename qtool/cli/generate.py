@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +103,7 @@ def generate(
         raise InputError("stdin can hold the model's path or the prompts, not both", where="-", hint=hint)
     if resume and output is None:
         raise InputError("what shall be resumed?", where="--resume", hint="Name the file with --output.")
+    _check_apart(prompt or ["@-"], output)
     if input_format not in FORMATS:
         raise InputError(f"{input_format!r} is none of {', '.join(FORMATS)}", where="--input-format")
     given = {**context.params, "logit_bias": options.biases(logit_bias or ()) or None}
@@ -160,6 +162,16 @@ def generate(
             rate = f", {result['tokens'] / seconds:.1f} tokens/s" if seconds else ""
             out.info(f"{result['answers']} answers, {result['tokens']} tokens in {seconds:.1f} s{rate}")
         printer.end()
+
+
+def _check_apart(prompts: list[str], output: Path | None) -> None:
+    """That answers don't go where the prompts come from: they would replace those, or be asked as further ones."""
+    from qtool.runtime.requests import reads
+
+    with contextlib.suppress(OSError):  # such as no file yet
+        if reads(prompts, os.fstat(1) if output is None else output.expanduser().stat()):
+            where = "standard output" if output is None else f"--output {output}"
+            raise InputError("the prompts are in this very file", where=where, hint="Name another file.")
 
 
 def _prompts(prompt: list[str] | None, chat: Chat, input_format: str) -> Iterator[Line]:

@@ -5,6 +5,7 @@ A line that makes no sense is a request with an `error`; the lines after it go o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -80,6 +81,18 @@ def read(prompts: Iterable[str], chat: Chat, format: str = "auto") -> Iterator[L
 def count(prompts: Iterable[str]) -> int:
     """How many prompts `read` will find, nearly; regular files are counted by their lines, others not at all."""
     return sum(_newlines(p[1:]) if p.startswith("@") and not p.startswith("@@") else 1 for p in prompts)
+
+
+def reads(prompts: Iterable[str], file: os.stat_result) -> bool:
+    """Whether this is one of the files that `read` would read; a terminal, a pipe or the like never is."""
+    if not stat.S_ISREG(file.st_mode):
+        return False
+    names = [prompt[1:] for prompt in prompts if prompt.startswith("@") and not prompt.startswith("@@")]
+    for name in names:
+        with contextlib.suppress(OSError):  # reading it will say so
+            if os.path.samestat(file, os.fstat(0) if name == "-" else Path(name).expanduser().stat()):
+                return True
+    return False
 
 
 def _newlines(name: str) -> int:

@@ -153,6 +153,33 @@ def test_the_output_is_a_file(run_qtool: Run, tiny_llama: Path) -> None:
     assert "no regular file" in done.stderr
 
 
+@pytest.mark.parametrize("options", [("-o", "LINK", "--overwrite"), ("-o", "FILE", "--resume"), ()])
+@pytest.mark.parametrize("redirected", [True, False])
+def test_answers_never_go_where_the_prompts_are(
+    qtool_environment: dict[str, str], tiny_llama: Path, tmp_path: Path, options: tuple[str, ...], redirected: bool
+) -> None:
+    """Not through a link or a redirection either; without --output, not to the end of the file."""
+    names = {"FILE": str(tmp_path / "x.jsonl"), "LINK": str(tmp_path / "link.jsonl")}
+    prompts = Path(names["FILE"])
+    prompts.write_text('{"prompt": "a"}\n')
+    Path(names["LINK"]).symlink_to(prompts)
+    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), *FAST]
+    command += [names.get(word, word) for word in options]
+    command += [] if redirected else ["-p", f"@{prompts}"]
+    with prompts.open() as stdin, prompts.open("a") as stdout:
+        done = subprocess.run(
+            command,
+            env=qtool_environment,
+            stdin=stdin if redirected else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if options else stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 2, done.stderr
+    assert "the prompts are in this very file" in done.stderr
+    assert prompts.read_text() == '{"prompt": "a"}\n'
+
+
 def test_bad_models_fail_before_anything_starts(run_qtool: Run, tiny_llama: Path, tmp_path: Path) -> None:
     done = run_qtool("generate", tmp_path / "absent", "-p", "x")
     assert done.code == 2
