@@ -18,6 +18,20 @@ from qtool.errors import InputError, QtoolError
 from qtool.runtime.requests import CHAT_URL, Line
 
 _CHUNK = 1 << 16
+_SAMPLES = 16  # of _CHUNK bytes, of each file of weights: from its header to its end
+_SMALL = (
+    "config.json",
+    "generation_config.json",
+    "quant*_description.json",
+    "tokenizer*",
+    "*token*.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+    "*.tiktoken",
+    "*.py",
+)
 
 # what an answer may say, whether or not it does: no field of the prompt's own goes by these names
 ANSWERS_OWN = frozenset(
@@ -52,9 +66,18 @@ def record(line: Line, item: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(model: Path) -> str:
-    """What tells a checkpoint folder from others: a hash of its config.json and of its weights' names and sizes."""
-    weights = sorted((file.name, file.stat().st_size) for file in model.glob("*.safetensors"))
-    return hashlib.sha256((model / "config.json").read_bytes() + repr(weights).encode()).hexdigest()
+    """What tells a checkpoint folder from others, without reading all of it: a hash of the small files that decide
+    about an answer, of the weights' names and sizes, and of samples of the weights."""
+    found = hashlib.sha256()
+    for file in sorted({file for pattern in _SMALL for file in model.glob(pattern) if file.is_file()}):
+        found.update(repr(file.name).encode() + file.read_bytes())
+    for file in sorted(model.glob("*.safetensors")):
+        size = file.stat().st_size
+        found.update(repr((file.name, size)).encode())
+        with file.open("rb", buffering=0) as weights:
+            for i in range(_SAMPLES):
+                found.update(os.pread(weights.fileno(), _CHUNK, max(0, size - _CHUNK) * i // (_SAMPLES - 1)))
+    return found.hexdigest()
 
 
 def belongs(line: Line, found: Mapping[str, Any]) -> bool:

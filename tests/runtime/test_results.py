@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 
 from qtool.errors import InputError
 from qtool.runtime.requests import CHAT_URL, COMPLETIONS_URL, Line
-from qtool.runtime.results import Answers, belongs, encode, record
+from qtool.runtime.results import Answers, belongs, encode, fingerprint, record
 
 PLACES = [
     {"token": "a", "token_id": 5, "logprob": -0.5, "top_logprobs": [{"token": "a", "token_id": 5, "logprob": -0.5}]},
@@ -106,6 +109,29 @@ def test_any_text_makes_one_line() -> None:
         encoded = encode({"text": text})
         assert encoded.count(b"\n") == 1
         assert json.loads(encoded) == {"text": text}
+
+
+def test_models_are_told_apart(tiny_llama: Path, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Other weights of the same shapes, and whatever else decides about an answer."""
+    known = {fingerprint(tiny_llama), fingerprint(make_model("llama", seed=1))}
+    assert len(known) == 2
+    assert fingerprint(tiny_llama) in known
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    assert fingerprint(model) in known
+    (model / "README.md").write_text("x")
+    assert fingerprint(model) in known
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        kept = (model / name).read_bytes()
+        (model / name).write_bytes(kept + b"\n")
+        assert fingerprint(model) not in known
+        (model / name).write_bytes(kept)
+    weights = model / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        (last,) = file.read()
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    assert fingerprint(model) not in known
 
 
 # ---------------------------------------------------------------- the file
