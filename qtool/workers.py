@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 LOGS_KEPT = 20
+LESS_AT_ONCE = {"qtool.runtime.vllm_worker": " (--set max_num_seqs=8, or fewer)"}  # how a user asks a worker for it
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.1
 READ_AHEAD = 256  # inputs that a worker holds before it needs them
@@ -103,7 +104,7 @@ def run(
                 if event["event"] == "error":
                     raise _rebuild(event, log_path)
                 on_event(event)
-            raise _post_mortem(child, log_path)
+            raise _post_mortem(child, module, log_path)
         finally:
             _end(child)
 
@@ -222,7 +223,7 @@ def _rebuild(event: Event, log: Path) -> Exception:
     return QtoolError(event["what"], where=event["where"], hint=hint)
 
 
-def _post_mortem(child: subprocess.Popen[bytes], log: Path) -> Exception:
+def _post_mortem(child: subprocess.Popen[bytes], module: str, log: Path) -> Exception:
     from qtool.errors import WorkerDied
 
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -233,7 +234,8 @@ def _post_mortem(child: subprocess.Popen[bytes], log: Path) -> Exception:
         return WorkerDied(f"the worker ended without a result (exit code {code})", hint=hint)
     if code == -signal.SIGKILL:
         what = "the worker was killed by signal 9, most likely because memory ran out"
-        return WorkerDied(what, hint=f"Free some memory or ask for less at once. {hint}")
+        less = LESS_AT_ONCE.get(module, "")
+        return WorkerDied(what, hint=f"Free some memory or ask for less at once{less}. {hint}")
     return WorkerDied(f"the worker was killed by signal {-code} ({signal.Signals(-code).name})", hint=hint)
 
 

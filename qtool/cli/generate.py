@@ -115,7 +115,7 @@ def generate(
     from qtool.checkpoint.reader import Checkpoint
     from qtool.runtime import sampling, settings
     from qtool.runtime.requests import count
-    from qtool.runtime.results import Answers, fingerprint
+    from qtool.runtime.results import Answers, decisive, fingerprint
 
     checkpoint = Checkpoint.open(folder)
     recipe, words = sampling.of_recipe(checkpoint), sampling.of_model(checkpoint)
@@ -136,8 +136,9 @@ def generate(
     with console() as out, contextlib.ExitStack() as stack:
         printer: Printer
         if output is not None:
-            decisive = {"model": fingerprint(checkpoint.path), "system": system, **job, "runtime": chosen.name}
-            answers = Answers(output.expanduser(), decisive, resume=resume, overwrite=overwrite)
+            settled = {"model": fingerprint(checkpoint.path), "system": system, **job, "runtime": chosen.name}
+            settled["arguments"] = decisive(arguments)
+            answers = Answers(output.expanduser(), settled, resume=resume, overwrite=overwrite)
             printer = ToFile(out, stack.enter_context(answers))
         elif as_text:
             ahead = list(itertools.islice(lines, 2))

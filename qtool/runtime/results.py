@@ -33,6 +33,32 @@ _SMALL = (
     "*.py",
 )
 
+# of vLLM's EngineArgs those that are about memory, time and devices
+RESOURCES = frozenset(
+    {
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "max_model_len",
+        "kv_cache_memory_bytes",
+        "gpu_memory_utilization",
+        "num_gpu_blocks_override",
+        "block_size",
+        "swap_space",
+        "cpu_offload_gb",
+        "kv_offloading_size",
+        "enable_prefix_caching",
+        "enable_chunked_prefill",
+        "async_scheduling",
+        "enforce_eager",
+        "compilation_config",
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "enable_expert_parallel",
+        "distributed_executor_backend",
+    }
+)
+
 # what an answer may say, whether or not it does: no field of the prompt's own goes by these names
 ANSWERS_OWN = frozenset(
     {
@@ -63,6 +89,12 @@ def record(line: Line, item: Mapping[str, Any]) -> dict[str, Any]:
     if line.url is not None:
         return _batch(line, item)
     return _carried(line.fields) | _answer(item)
+
+
+def decisive(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `--set` decides about an answer. What is only about memory, time and devices may change while a job is
+    continued, after memory ran out for example."""
+    return {name: value for name, value in arguments.items() if not name.isupper() and name not in RESOURCES}
 
 
 def fingerprint(model: Path) -> str:
@@ -204,7 +236,7 @@ class Answers:
         self.path = path
         self._settings = path.with_name(f".{path.name}.qtool.json")
         self._known: Mapping[str, Any] | None = None
-        there = path.exists()
+        there = path.exists() and path.stat().st_size > 0  # one that never got as far leaves an empty file
         if there and not (resume or overwrite):
             hint = "--resume continues it, --overwrite begins anew."
             raise InputError("there are answers in it already", where=str(path), hint=hint)

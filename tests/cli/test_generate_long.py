@@ -136,6 +136,54 @@ def test_other_settings_are_not_mixed_in(run_qtool: Run, tiny_llama: Path, tmp_p
     assert "no answer to prompt 1" in done.stderr
 
 
+@pytest.mark.vllm
+def test_with_other_memory_a_job_goes_on(
+    qtool_environment: dict[str, str], run_qtool: Run, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """After a kill; but not with what decides about the answers."""
+    output = tmp_path / "answers.jsonl"
+    asked = ("generate", str(tiny_llama), "--runtime", "vllm", "--max-tokens", "3", "-o", str(output))
+    command = [sys.executable, "-m", "qtool", *asked, "--set", "max_num_seqs=4"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=qtool_environment, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin is not None
+        process.stdin.write(b"a\n")
+        process.stdin.flush()
+        _grown(output, process, 1)
+        process.kill()
+    both = (*asked, "-p", "a", "-p", "b", "--resume")
+    refused = run_qtool(*both, "--set", "dtype=float16")
+    assert refused.code == 2
+    assert "another arguments" in refused.stderr
+    done = run_qtool(*both, "--set", "max_num_seqs=2")
+    assert done.code == 0, done.stderr
+    assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == ["a", "b"]
+
+
+@pytest.mark.vllm
+def test_where_memory_runs_out_the_way_on_is_told(
+    qtool_environment: dict[str, str], run_qtool: Run, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Both workers are killed before there is an answer; the same command can be run again then."""
+    output = tmp_path / "answers.jsonl"
+    asked = ("generate", str(tiny_llama), "-p", "a", "-o", str(output))
+    command = [sys.executable, "-m", "qtool", *asked, "--runtime", "vllm"]
+    with subprocess.Popen(command, env=qtool_environment, stderr=subprocess.PIPE, text=True) as process:
+        killed: list[str] = []
+        for _ in range(2):
+            while (child := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()) in ([], killed):
+                assert process.poll() is None
+                time.sleep(0.01)
+            os.kill(int(child[0]), signal.SIGKILL)
+            killed = child
+        _, rest = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "memory ran out" in rest
+    assert "--set max_num_seqs=" in rest
+    assert output.read_text() == ""
+    assert run_qtool(*asked, *FAST).code == 0
+
+
 def test_answers_come_before_the_prompts_end(qtool_environment: dict[str, str], tiny_llama: Path) -> None:
     """One prompt at a time through a pipe that stays open."""
     command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), *FAST, "--quiet"]

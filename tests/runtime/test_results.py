@@ -13,7 +13,7 @@ import pytest
 
 from qtool.errors import InputError
 from qtool.runtime.requests import CHAT_URL, COMPLETIONS_URL, Line
-from qtool.runtime.results import Answers, belongs, encode, fingerprint, record
+from qtool.runtime.results import Answers, belongs, decisive, encode, fingerprint, record
 
 PLACES = [
     {"token": "a", "token_id": 5, "logprob": -0.5, "top_logprobs": [{"token": "a", "token_id": 5, "logprob": -0.5}]},
@@ -214,6 +214,18 @@ def test_what_does_not_belong_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no answer to prompt 4"):
         write(file, 3, 10, resume=True)
     assert write(file, 2, 10, overwrite=True) == 0
+    assert content(file) == ["p0", "p1"]
+
+
+def test_only_what_decides_about_answers_must_stay() -> None:
+    given = {"max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 30, "OMP_NUM_THREADS": "4", "dtype": "float32", "seed": 3}
+    assert decisive(given) == {"dtype": "float32", "seed": 3}
+
+
+def test_an_empty_file_has_no_answers_in_it(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.touch()
+    assert write(file, 2, 3) == 0
     assert content(file) == ["p0", "p1"]
 
 
