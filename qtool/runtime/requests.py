@@ -10,7 +10,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ class Line:
         fields: what the answer repeats: `prompt`, or all that a JSON line has.
         request: what `qtool.runtime.stream` wants, but for the index: prompt or messages, or error.
         url: the endpoint of a line of an OpenAI batch file, whose answer has that API's shape; else None.
+        size: bytes of the line, of whose fields any may be the large one; 0 for what came as an argument.
     """
 
     fields: dict[str, Any]
     request: dict[str, Any]
     url: str | None = None
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,11 +150,12 @@ def _parsed(lines: Iterator[bytes], name: str, chat: Chat, format: str) -> Itera
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            yield _bad(line.decode(errors="backslashreplace"), f"byte {error.start} of the line is not UTF-8")
+            bad = _bad(line.decode(errors="backslashreplace"), f"byte {error.start} of the line is not UTF-8")
+            yield replace(bad, size=len(line))
             continue
         if as_json is None:  # the first line says what all are
             as_json = _is_object(text)
-        yield _json(text, chat) if as_json else _plain(text, chat)
+        yield replace(_json(text, chat) if as_json else _plain(text, chat), size=len(line))
 
 
 def _is_object(text: str) -> bool:

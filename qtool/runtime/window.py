@@ -24,13 +24,14 @@ class Window:
 
     Args:
         source: requests for the worker, each with its `index`, ascending; or, to stop the one with this index, `abort`.
+            `size` says how many bytes it came in, if whoever asks keeps all of them until the answer.
     """
 
     def __init__(self, source: Iterator[dict[str, Any]]) -> None:
         self._source = source
         self._reading = threading.Lock()
         self._state = threading.Condition()
-        self._order: dict[int, int] = {}  # index -> bytes, of everything not yet given out, in order
+        self._order: dict[int, int] = {}  # index -> bytes, its answer's too, of everything not yet given out, in order
         self._asked: dict[int, dict[str, Any]] = {}
         self._answered: dict[int, Item] = {}
         self._bytes = 0
@@ -70,8 +71,8 @@ class Window:
                 return [request]
             with self._state:
                 self._last = request["index"]
-                self._order[self._last] = _size(request)
-                self._bytes += _size(request)
+                self._order[self._last] = size = _size(request)
+                self._bytes += size
                 self._asked[self._last] = request
             return [request]
 
@@ -90,8 +91,11 @@ class Window:
     def answer(self, item: Item) -> None:
         """The worker's answer to one request."""
         with self._state:
-            if self._asked.pop(item["index"], None) is not None:
-                self._answered[item["index"]] = item
+            if self._asked.pop(index := item["index"], None) is not None:
+                self._answered[index] = item
+                size = len(repr(item))
+                self._order[index] += size
+                self._bytes += size
 
     def give_out(self) -> Iterator[Item]:
         """The answers before which none is missing, in order, once each."""
@@ -114,7 +118,7 @@ class Window:
 
 def _size(request: dict[str, Any]) -> int:
     """About how many bytes it takes; texts and conversations are what can be large."""
-    return len(str(request.get("prompt") or request.get("messages") or ""))
+    return int(request.get("size") or len(str(request.get("prompt") or request.get("messages") or "")))
 
 
 def run(
