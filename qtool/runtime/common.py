@@ -14,6 +14,7 @@ from qtool.errors import InputError, in_one_line
 from qtool.workers import Report
 
 REPORT_SECONDS = 0.1
+SIZES = {"hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size"}
 SEEDS = 1 << 63  # they are below it and not negative: vLLM takes -1 for none
 
 
@@ -44,6 +45,7 @@ class Front:
 
     Attributes:
         config: config.json.
+        text_config: what of it is about the language model, with the names of `SIZES`.
         context: tokens that a prompt and its answer may have together.
         dtype: the name of the dtype in which both runtimes compute.
 
@@ -55,11 +57,11 @@ class Front:
         self.job, self.report = job, report
         folder = Path(job["model"])
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        self.text_config: dict[str, Any] = self.config.get("text_config") or self.config
+        self.text_config = _named(self.config.get("text_config") or self.config, job)
         self.tokenizer = _tokenizer(folder, job["trust_remote_code"])
         self.context = int(self.text_config.get("max_position_embeddings") or 1 << 20)
-        if limit := job["engine"].get("max_model_len"):
-            self.context = min(self.context, int(limit))
+        if (limit := int(job["engine"].get("max_model_len") or -1)) > 0:  # to vLLM -1 is what there is memory for
+            self.context = min(self.context, limit)
         self.stop = _stop_ids(folder, self.config, self.text_config, self.tokenizer)
         self.dtype: str = job["dtype"]
         self._cut = self._seen = 0
@@ -183,6 +185,20 @@ class Meter:
     def _progress(self) -> None:
         self._last = time.monotonic()
         self.report.progress("generate", self.answers, 0, unit="answers")
+
+
+def _named(config: dict[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
+    """With sizes by the names that most models have; where some are missing, as in GPT-2's, transformers knows them."""
+    if config.keys() >= SIZES:
+        return config
+    from transformers import AutoConfig
+
+    options = {"trust_remote_code": job["trust_remote_code"], "local_files_only": True}
+    try:
+        known = AutoConfig.from_pretrained(job["model"], **options).get_text_config()
+    except Exception:  # a model that the runtime may know all the same
+        return config
+    return config | {name: value for name in SIZES if (value := getattr(known, name, None)) is not None}
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:

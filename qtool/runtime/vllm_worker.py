@@ -63,12 +63,11 @@ def _generate(job: dict[str, Any], report: Report) -> dict[str, Any]:
     gc.enable()
     report.progress("load the model", 0, 0)
     arguments = _arguments(job, front, [len(p.ids) + p.budget for p in first], intake.ended, in_process)
-    front.context = min(front.context, arguments.get("max_model_len", front.context))
     try:
         configured = EngineArgs(**arguments)
         engine = LLMEngine.from_engine_args(configured)
     except refusals() as error:
-        if job["set"]:
+        if job["set"] not in ({}, {"max_num_seqs": 1}):  # that `chat` says by itself, and nothing is wrong with it
             raise InputError(f"vLLM refuses these settings: {in_one_line(error)}", where="--set") from error
         raise
     except RuntimeError as error:
@@ -80,6 +79,7 @@ def _generate(job: dict[str, Any], report: Report) -> dict[str, Any]:
         )
         hint += "of the same weights that runs here."
         raise QtoolError("vLLM has no int8 experts for this processor", where=job["model"], hint=hint) from error
+    front.context = min(front.context, engine.model_config.max_model_len)
     meter.lap("load")
     meter.begin()
     _Loop(engine, front, report, meter, configured.max_num_seqs).run(first, intake)
@@ -368,17 +368,22 @@ def _arguments(
         "max_logprobs": -1,
         **job["engine"],
     }
+    arguments = {name: value for name, value in arguments.items() if value is not None}  # vLLM's own default
     if job["compile_from"] is not None and tokens >= job["compile_from"] and "enforce_eager" not in job["set"]:
         arguments["enforce_eager"] = False
+    fit = arguments.get("max_model_len") == -1
+    if fit:
+        del arguments["max_model_len"]
     if complete:
         arguments.setdefault("max_model_len", max(lengths))
-    if not in_process:
-        return arguments
+    per_token = _bytes_per_token(front)
+    if not in_process or per_token is None or "kv_cache_memory_bytes" not in arguments:
+        return ({"max_model_len": -1} if fit else {}) | arguments
     # memory that is asked for is touched: ask for what these prompts can fill
-    per_token, most = _bytes_per_token(front), arguments["kv_cache_memory_bytes"]
+    most = arguments["kv_cache_memory_bytes"]
     arguments.setdefault("max_model_len", min(front.context, max(most // per_token - BLOCK, BLOCK)))
     longest = arguments["max_model_len"]
-    together = arguments["max_num_seqs"]
+    together = arguments.get("max_num_seqs", len(lengths) or 1)
     if complete:
         tokens = sum(_blocks(length) for length in sorted(lengths)[-together:])
     else:
@@ -393,12 +398,13 @@ def _blocks(length: int) -> int:
     return -(-length // BLOCK) * BLOCK
 
 
-def _bytes_per_token(front: Front) -> int:
-    """Key and value of every layer; an upper bound where config.json leaves it open."""
+def _bytes_per_token(front: Front) -> int | None:
+    """Key and value of every layer; an upper bound where config.json leaves it open. None for a model without heads."""
     config = front.text_config
-    heads = config["num_attention_heads"]
+    if (heads := config.get("num_attention_heads")) is None:
+        return None
     width = config.get("head_dim") or config["hidden_size"] // heads
-    return (
+    return int(
         2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width
         * (4 if front.dtype == "float32" else 2)
     )  # fmt: skip
