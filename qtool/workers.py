@@ -64,7 +64,7 @@ def run(
         timeout: after so many seconds without a result the worker is stopped; None waits for ever.
 
     Raises:
-        QtoolError, InputError: as raised in the worker; QtoolError too for any other exception there,
+        QtoolError, InputError, WorkerDied: as raised in the worker; QtoolError too for any other exception there,
             for a worker that was killed, for one that ended without a result (both a `WorkerDied`), and for one that
             took too long.
         KeyboardInterrupt: the worker has been stopped. So it has for whatever `on_event` raises.
@@ -215,12 +215,13 @@ def _termination_as_exit() -> Iterator[None]:
 
 
 def _rebuild(event: Event, log: Path) -> Exception:
-    from qtool.errors import InputError, QtoolError
+    from qtool.errors import InputError, QtoolError, WorkerDied
 
     if event["type"] == "InputError":
         return InputError(event["what"], where=event["where"], hint=event["hint"])
+    kind = WorkerDied if event["type"] == "WorkerDied" else QtoolError
     hint = f"{event['hint']}  (log: {log})" if event["hint"] else f"The worker's log has the details: {log}"
-    return QtoolError(event["what"], where=event["where"], hint=hint)
+    return kind(event["what"], where=event["where"], hint=hint)
 
 
 def _post_mortem(child: subprocess.Popen[bytes], module: str, log: Path) -> Exception:
@@ -361,7 +362,7 @@ def _on_sigterm(_number: int, _frame: object) -> NoReturn:
 
 
 def _work(module: str, descriptor: int, parent: int) -> int:
-    from qtool.errors import InputError, QtoolError
+    from qtool.errors import InputError, QtoolError, WorkerDied
 
     os.set_inheritable(descriptor, False)
     signal.signal(signal.SIGTERM, _on_sigterm)
@@ -375,7 +376,7 @@ def _work(module: str, descriptor: int, parent: int) -> int:
         return error.code if isinstance(error.code, int) else 1
     except BaseException as error:
         traceback.print_exc()
-        kind = "InputError" if isinstance(error, InputError) else "QtoolError"
+        kind = next((known.__name__ for known in (InputError, WorkerDied) if isinstance(error, known)), "QtoolError")
         if isinstance(error, QtoolError):
             report.send(event="error", type=kind, what=error.what, where=error.where, hint=error.hint)
         else:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from qtool import workers
-from qtool.errors import InputError, QtoolError
+from qtool.errors import InputError, QtoolError, WorkerDied
 
 MODULE = """
 import ctypes, os, signal, subprocess, sys, threading, time
@@ -51,6 +51,10 @@ def refuses(job, report):
 def fails(job, report):
     from qtool.errors import QtoolError
     raise QtoolError("no", hint="try again")
+
+def loses(job, report):
+    from qtool.errors import WorkerDied
+    raise WorkerDied("its helper has ended", hint="try again")
 
 def leaves(job, report):
     sys.exit(job["code"])
@@ -188,6 +192,12 @@ def test_input_errors_come_back_as_they_were(run: Any) -> None:
     with pytest.raises(InputError) as caught:
         run("refuses")
     assert (caught.value.what, caught.value.where, caught.value.hint) == ("bad", "file:3", "mend it")
+
+
+def test_a_worker_can_say_that_it_is_as_good_as_dead(run: Any, logs: Path) -> None:
+    with pytest.raises(WorkerDied, match="its helper has ended") as caught:
+        run("loses")
+    assert "try again" in (caught.value.hint or "")
 
 
 def test_an_absent_module_is_an_error(logs: Path) -> None:

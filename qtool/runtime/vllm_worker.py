@@ -12,13 +12,15 @@ import difflib
 import gc
 import importlib
 import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from qtool.errors import InputError, QtoolError, in_one_line
+from qtool.errors import InputError, QtoolError, WorkerDied, in_one_line
 from qtool.runtime import int8_kernel, mindspore
 from qtool.runtime.common import Front, Meter, Prepared, failure
-from qtool.workers import READ_AHEAD, Report, hide_media_packages
+from qtool.workers import POLL_SECONDS, READ_AHEAD, Report, hide_media_packages
 
 BLOCK = 128  # tokens in a block of vLLM's CPU cache
 SETTLE_SECONDS = 0.2  # inputs that come one by one, further apart than this, are not waited for before the model loads
@@ -80,9 +82,15 @@ def _generate(job: dict[str, Any], report: Report) -> dict[str, Any]:
         hint += "of the same weights that runs here."
         raise QtoolError("vLLM has no int8 experts for this processor", where=job["model"], hint=hint) from error
     front.context = min(front.context, engine.model_config.max_model_len)
+    if not in_process:
+        threading.Thread(target=_wake, args=(engine.engine_core,), daemon=True).start()
     meter.lap("load")
     meter.begin()
-    _Loop(engine, front, report, meter, configured.max_num_seqs).run(first, intake)
+    try:
+        _Loop(engine, front, report, meter, configured.max_num_seqs).run(first, intake)
+    except _dead() as error:
+        hint = "If memory ran out, ask for less at once: --set max_num_seqs=8, or fewer."
+        raise WorkerDied("vLLM's engine, a process of its own, has ended", hint=hint) from error
     front.warn()
     return meter.end(job["runtime"])
 
@@ -180,6 +188,9 @@ class _Loop:
         if not output.finished:
             return
         del self.running[output.request_id]
+        if any(choice.finish_reason == "error" for choice in output.outputs):
+            self.report.item(failure(prepared.index, InputError("vLLM ended it with an error; its log may say which")))
+            return
         choices = [self._choice(prepared, choice) for choice in sorted(output.outputs, key=lambda o: o.index)]
         self.meter.add(sum(choice["completion_tokens"] for choice in choices))
         item = self.front.answer(prepared, choices)
@@ -241,6 +252,20 @@ def refusals() -> tuple[type[Exception], ...]:
     except ImportError:  # before 0.32 or so
         return (ValueError, TypeError, OverflowError)
     return (ValueError, TypeError, OverflowError, VLLMClientError)
+
+
+def _dead() -> type[Exception]:
+    """How vLLM says that the engine's process has gone; asked for only where something has been raised."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return EngineDeadError
+
+
+def _wake(client: Any) -> None:
+    """Tell vLLM's client that its engine was killed: it knows (0.32, SyncMPClient), and waits for it for ever."""
+    while not client.resources.engine_dead:
+        time.sleep(POLL_SECONDS)
+    client.outputs_queue.put(_dead()())
 
 
 def _parameters(front: Front, prepared: Prepared) -> Any:

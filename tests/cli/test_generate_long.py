@@ -136,7 +136,6 @@ def test_other_settings_are_not_mixed_in(run_qtool: Run, tiny_llama: Path, tmp_p
     assert "no answer to prompt 1" in done.stderr
 
 
-@pytest.mark.vllm
 def test_with_other_memory_a_job_goes_on(
     qtool_environment: dict[str, str], run_qtool: Run, tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -160,7 +159,6 @@ def test_with_other_memory_a_job_goes_on(
     assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == ["a", "b"]
 
 
-@pytest.mark.vllm
 def test_where_memory_runs_out_the_way_on_is_told(
     qtool_environment: dict[str, str], run_qtool: Run, tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -171,7 +169,10 @@ def test_where_memory_runs_out_the_way_on_is_told(
     with subprocess.Popen(command, env=qtool_environment, stderr=subprocess.PIPE, text=True) as process:
         killed: list[str] = []
         for _ in range(2):
-            while (child := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()) in ([], killed):
+            while (child := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()) in (
+                [],
+                killed,
+            ):
                 assert process.poll() is None
                 time.sleep(0.01)
             os.kill(int(child[0]), signal.SIGKILL)
@@ -182,6 +183,33 @@ def test_where_memory_runs_out_the_way_on_is_told(
     assert "--set max_num_seqs=" in rest
     assert output.read_text() == ""
     assert run_qtool(*asked, *FAST).code == 0
+
+
+def test_an_engine_that_is_killed_is_replaced(qtool_environment: dict[str, str], tiny_llama: Path) -> None:
+    """Where vLLM's engine is a process of its own, between two prompts."""
+    own = ("VLLM_ENABLE_V1_MULTIPROCESSING=1", "kv_cache_memory_bytes=100000000", "max_num_seqs=4")
+    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), "--runtime", "vllm", "--max-tokens", "3"]
+    command += [f"--set={setting}" for setting in own]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=qtool_environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("a\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["prompt"] == "a"
+        (engine,) = [pid for pid in _below(process.pid) if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(engine, signal.SIGKILL)
+        rest, errors = process.communicate("b\n", timeout=240)
+    assert process.returncode == 0, errors
+    assert json.loads(rest)["prompt"] == "b"
+    assert "another one goes on" in errors
+
+
+def _below(pid: int) -> list[int]:
+    """The process's children, and theirs."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+    return children + [below for child in children for below in _below(child)]
 
 
 def test_answers_come_before_the_prompts_end(qtool_environment: dict[str, str], tiny_llama: Path) -> None:

@@ -46,6 +46,7 @@ WISHES = [
     wish("long", prompt="word " * 600),
     wish("bad", structured_outputs={"regex": "("}),
     wish("outside", prompt=[5, 99999]),
+    wish("contradiction", structured_outputs={"choice": ["yes"]}, allowed_token_ids=[50]),
     wish("half", prompt="\ud83d"),
     wish("ids", prompt=[5, 6, 7]),
 ]
@@ -119,6 +120,7 @@ def test_what_cannot_be_has_its_own_error(bodies: dict[str, Any]) -> None:
     assert "the model takes 512" in bodies["long"]["error"]["message"]
     assert "vLLM refuses it" in bodies["bad"]["error"]["message"]
     assert "99999" in bodies["outside"]["error"]["message"]
+    assert "ended it with an error" in bodies["contradiction"]["error"]["message"]
     assert "surrogates not allowed" in bodies["half"]["error"]["message"]
 
 
@@ -172,7 +174,9 @@ def test_the_engine_is_made_to_measure(tiny_llama: Path) -> None:
     """Where its process is this one and the machine's settings say how much memory it may have, as they do on CPUs."""
     per_token, block = 2 * 2 * 2 * 32 * 2, vllm_worker.BLOCK
 
-    def arguments(engine: dict[str, Any], lengths: list[int], complete: bool, in_process: bool = True) -> dict[str, Any]:
+    def arguments(
+        engine: dict[str, Any], lengths: list[int], complete: bool, in_process: bool = True
+    ) -> dict[str, Any]:
         job: dict[str, Any] = {"model": str(tiny_llama), "dtype": "bfloat16", "trust_remote_code": False, "chat": False}
         job |= {"sampling": {}, "engine": engine, "set": {}, "expected": 0, "compile_from": None}
         return vllm_worker._arguments(job, Front(job, Report(os.dup(1))), lengths, complete, in_process)
