@@ -13,6 +13,7 @@ this package only, wherever that is installed, so that any interpreter that has 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import importlib.util
 import json
@@ -80,6 +81,7 @@ def run(
         log_path.open("ab") as log,
         _termination_as_exit(),
     ):
+        lock(log)  # the worker's copy keeps it locked until that has ended: nobody removes it meanwhile
         command = [python or sys.executable, "-P", "-X", "faulthandler", __file__]
         try:
             child = subprocess.Popen(
@@ -241,7 +243,7 @@ def _post_mortem(child: subprocess.Popen[bytes], module: str, log: Path) -> Exce
 
 
 def new_log(module: str) -> Path:
-    """A new private log file; older ones beyond LOGS_KEPT are removed."""
+    """A new private log file; older ones beyond LOGS_KEPT are removed, but not those of running workers."""
     from platformdirs import user_log_path
 
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{module.rpartition('.')[2]}-"
@@ -253,9 +255,24 @@ def new_log(module: str) -> Path:
         descriptor, path = tempfile.mkstemp(prefix=f"qtool-{name}", suffix=".log")
     os.close(descriptor)
     for old in sorted(folder.glob("*.log"))[:-LOGS_KEPT]:
-        with contextlib.suppress(OSError):
-            old.unlink()
+        with contextlib.suppress(OSError), old.open("ab") as log:
+            if lock(log):
+                old.unlink()
     return Path(path)
+
+
+def lock(file: IO[bytes]) -> bool:
+    """Lock a file for as long as it is open, here or in a child; False if another process has locked it.
+
+    Where the file system has no locks, nobody has one.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # ENOSYS, ENOLCK, EOPNOTSUPP
+        pass
+    return True
 
 
 # ---------------------------------------------------------------- in the worker

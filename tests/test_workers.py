@@ -228,6 +228,20 @@ def test_old_logs_are_removed(run: Any, logs: Path) -> None:
     assert len(list(logs.iterdir())) == workers.LOGS_KEPT
 
 
+def test_the_log_of_a_running_worker_stays(env: dict[str, str], logs: Path, tmp_path: Path) -> None:
+    """However many others begin and end meanwhile; and goes its way afterwards."""
+    parent, worker = start_parent(env, tmp_path)
+    (log,) = logs.iterdir()
+    for _ in range(workers.LOGS_KEPT + 3):
+        workers.new_log("other")
+    assert log.exists()
+    parent.terminate()
+    parent.communicate(timeout=60)
+    assert gone(worker)
+    workers.new_log("other")
+    assert not log.exists()
+
+
 def test_a_home_that_cannot_be_written_to(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))

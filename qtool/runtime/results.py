@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from typing import IO, Any
 
 from qtool.errors import InputError, QtoolError
 from qtool.runtime.requests import CHAT_URL, Line
+from qtool.workers import lock
 
 _CHUNK = 1 << 16
 _SAMPLES = 16  # of _CHUNK bytes, of each file of weights: from its header to its end
@@ -249,11 +249,9 @@ class Answers:
             hint = "Without --output the answers go to standard output, a pipe for example."
             raise InputError("this is no regular file, and could not be continued", where=str(path), hint=hint)
         self._file: IO[bytes] = os.fdopen(descriptor, "r+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not lock(self._file):
             self._file.close()
-            raise InputError("another process is writing it", where=str(path)) from None
+            raise InputError("another process is writing it", where=str(path))
         if there and resume:
             self._cut_torn_line()
             with contextlib.suppress(FileNotFoundError, ValueError):

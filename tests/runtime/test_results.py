@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -120,7 +122,13 @@ def test_models_are_told_apart(tiny_llama: Path, make_model: Callable[..., Path]
     assert fingerprint(model) in known
     (model / "README.md").write_text("x")
     assert fingerprint(model) in known
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ):
         kept = (model / name).read_bytes()
         (model / name).write_bytes(kept + b"\n")
         assert fingerprint(model) not in known
@@ -233,6 +241,16 @@ def test_only_one_writes(tmp_path: Path) -> None:
     file = tmp_path / "answers.jsonl"
     with Answers(file, SETTINGS), pytest.raises(InputError, match="another process"):
         write(file, 1, 1, resume=True)
+
+
+def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+
+        def flock(*_: object, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        assert write(tmp_path / f"{number}.jsonl", 1, 1) == 0
 
 
 def test_failed_answers_are_counted(tmp_path: Path) -> None:
