@@ -5,9 +5,10 @@ The only module that knows rich, which it imports when something has to be drawn
 
 from __future__ import annotations
 
+import contextlib
 import json as jsonlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -58,13 +59,15 @@ class Console:
         else:
             text = str(value)
         # text from a model can hold lone surrogates; no terminal setting may turn a result into a traceback
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        with _to_stdout():
+            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
     def piece(self, text: str) -> None:
         """Print a part of a result, as it comes; `result` prints the last of it."""
         self.end_progress()
         encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+        with _to_stdout():
+            print(text.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
 
     # ------------------------------------------------------------ stderr
 
@@ -103,10 +106,11 @@ class Console:
         for row in rows:
             table.add_row(*(Text(_cell(value)) for value in row))
         target = self._stdout if result else self._stderr
-        if target.is_terminal:
-            target.print(table)
-        else:  # a log has no width: never cut a cell
-            target.print(table, width=max(80, target.measure(table).maximum), soft_wrap=True)
+        with _to_stdout() if result else contextlib.nullcontext():
+            if target.is_terminal:
+                target.print(table)
+            else:  # a log has no width: never cut a cell
+                target.print(table, width=max(80, target.measure(table).maximum), soft_wrap=True)
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Show a worker's progress or warning event; others are not for the eyes."""
@@ -157,6 +161,19 @@ class Console:
         else:
             encoding = sys.stderr.encoding or "utf-8"
             print(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _to_stdout() -> Iterator[None]:
+    """A disk that is full is no bug; and that nobody reads any more is for the command line to know."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        from qtool.errors import QtoolError
+
+        raise QtoolError(f"can't be written: {error.strerror}", where="standard output") from None
 
 
 def _bar(console: rich.console.Console) -> rich.progress.Progress:

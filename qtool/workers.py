@@ -13,6 +13,7 @@ this package only, wherever that is installed, so that any interpreter that has 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import importlib.util
 import json
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 LOGS_KEPT = 20
+LESS_AT_ONCE = {"qtool.runtime.vllm_worker": " (--set max_num_seqs=8, or fewer)"}  # how a user asks a worker for it
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.1
 READ_AHEAD = 256  # inputs that a worker holds before it needs them
@@ -63,7 +65,7 @@ def run(
         timeout: after so many seconds without a result the worker is stopped; None waits for ever.
 
     Raises:
-        QtoolError, InputError: as raised in the worker; QtoolError too for any other exception there,
+        QtoolError, InputError, WorkerDied: as raised in the worker; QtoolError too for any other exception there,
             for a worker that was killed, for one that ended without a result (both a `WorkerDied`), and for one that
             took too long.
         KeyboardInterrupt: the worker has been stopped. So it has for whatever `on_event` raises.
@@ -79,6 +81,7 @@ def run(
         log_path.open("ab") as log,
         _termination_as_exit(),
     ):
+        lock(log)  # the worker's copy keeps it locked until that has ended: nobody removes it meanwhile
         command = [python or sys.executable, "-P", "-X", "faulthandler", __file__]
         try:
             child = subprocess.Popen(
@@ -103,7 +106,7 @@ def run(
                 if event["event"] == "error":
                     raise _rebuild(event, log_path)
                 on_event(event)
-            raise _post_mortem(child, log_path)
+            raise _post_mortem(child, module, log_path)
         finally:
             _end(child)
 
@@ -116,7 +119,7 @@ class _Stdin:
     """
 
     def __init__(self, job: dict[str, Any], inputs: Iterable[dict[str, Any]] | None) -> None:
-        self._lines = None if inputs is None else inputs
+        self._lines = inputs
         self._error: BaseException | None = None
         if self._lines is None:
             self.end: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
@@ -140,15 +143,16 @@ class _Stdin:
 
     def _feed(self) -> None:
         assert self._lines is not None
-        try:
-            with self._pipe:
+        # Where the pipe breaks, the worker has gone; why is for the other side to say.
+        with contextlib.suppress(BrokenPipeError), self._pipe:
+            try:
                 self._write(self._pipe, self._job)
                 for line in self._lines:
                     self._write(self._pipe, line)
-        except BrokenPipeError:  # the worker has gone; why is for the other side to say
-            pass
-        except BaseException as error:
-            self._error = error
+            except BrokenPipeError:
+                raise
+            except BaseException as error:  # kept before the pipe is closed, which the worker may end upon
+                self._error = error
 
     @staticmethod
     def _write(file: IO[bytes], line: dict[str, Any]) -> None:
@@ -213,15 +217,16 @@ def _termination_as_exit() -> Iterator[None]:
 
 
 def _rebuild(event: Event, log: Path) -> Exception:
-    from qtool.errors import InputError, QtoolError
+    from qtool.errors import InputError, QtoolError, WorkerDied
 
     if event["type"] == "InputError":
         return InputError(event["what"], where=event["where"], hint=event["hint"])
+    kind = WorkerDied if event["type"] == "WorkerDied" else QtoolError
     hint = f"{event['hint']}  (log: {log})" if event["hint"] else f"The worker's log has the details: {log}"
-    return QtoolError(event["what"], where=event["where"], hint=hint)
+    return kind(event["what"], where=event["where"], hint=hint)
 
 
-def _post_mortem(child: subprocess.Popen[bytes], log: Path) -> Exception:
+def _post_mortem(child: subprocess.Popen[bytes], module: str, log: Path) -> Exception:
     from qtool.errors import WorkerDied
 
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -232,12 +237,13 @@ def _post_mortem(child: subprocess.Popen[bytes], log: Path) -> Exception:
         return WorkerDied(f"the worker ended without a result (exit code {code})", hint=hint)
     if code == -signal.SIGKILL:
         what = "the worker was killed by signal 9, most likely because memory ran out"
-        return WorkerDied(what, hint=f"Free some memory or ask for less at once. {hint}")
+        less = LESS_AT_ONCE.get(module, "")
+        return WorkerDied(what, hint=f"Free some memory or ask for less at once{less}. {hint}")
     return WorkerDied(f"the worker was killed by signal {-code} ({signal.Signals(-code).name})", hint=hint)
 
 
 def new_log(module: str) -> Path:
-    """A new private log file; older ones beyond LOGS_KEPT are removed."""
+    """A new private log file; older ones beyond LOGS_KEPT are removed, but not those of running workers."""
     from platformdirs import user_log_path
 
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{module.rpartition('.')[2]}-"
@@ -249,9 +255,24 @@ def new_log(module: str) -> Path:
         descriptor, path = tempfile.mkstemp(prefix=f"qtool-{name}", suffix=".log")
     os.close(descriptor)
     for old in sorted(folder.glob("*.log"))[:-LOGS_KEPT]:
-        with contextlib.suppress(OSError):
-            old.unlink()
+        with contextlib.suppress(OSError), old.open("ab") as log:
+            if lock(log):
+                old.unlink()
     return Path(path)
+
+
+def lock(file: IO[bytes]) -> bool:
+    """Lock a file for as long as it is open, here or in a child; False if another process has locked it.
+
+    Where the file system has no locks, nobody has one.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # ENOSYS, ENOLCK, EOPNOTSUPP
+        pass
+    return True
 
 
 # ---------------------------------------------------------------- in the worker
@@ -358,7 +379,7 @@ def _on_sigterm(_number: int, _frame: object) -> NoReturn:
 
 
 def _work(module: str, descriptor: int, parent: int) -> int:
-    from qtool.errors import InputError, QtoolError
+    from qtool.errors import InputError, QtoolError, WorkerDied
 
     os.set_inheritable(descriptor, False)
     signal.signal(signal.SIGTERM, _on_sigterm)
@@ -372,7 +393,7 @@ def _work(module: str, descriptor: int, parent: int) -> int:
         return error.code if isinstance(error.code, int) else 1
     except BaseException as error:
         traceback.print_exc()
-        kind = "InputError" if isinstance(error, InputError) else "QtoolError"
+        kind = next((known.__name__ for known in (InputError, WorkerDied) if isinstance(error, known)), "QtoolError")
         if isinstance(error, QtoolError):
             report.send(event="error", type=kind, what=error.what, where=error.where, hint=error.hint)
         else:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from qtool import workers
-from qtool.errors import InputError, QtoolError
+from qtool.errors import InputError, QtoolError, WorkerDied
 
 MODULE = """
 import ctypes, os, signal, subprocess, sys, threading, time
@@ -51,6 +51,10 @@ def refuses(job, report):
 def fails(job, report):
     from qtool.errors import QtoolError
     raise QtoolError("no", hint="try again")
+
+def loses(job, report):
+    from qtool.errors import WorkerDied
+    raise WorkerDied("its helper has ended", hint="try again")
 
 def leaves(job, report):
     sys.exit(job["code"])
@@ -190,6 +194,12 @@ def test_input_errors_come_back_as_they_were(run: Any) -> None:
     assert (caught.value.what, caught.value.where, caught.value.hint) == ("bad", "file:3", "mend it")
 
 
+def test_a_worker_can_say_that_it_is_as_good_as_dead(run: Any, logs: Path) -> None:
+    with pytest.raises(WorkerDied, match="its helper has ended") as caught:
+        run("loses")
+    assert "try again" in (caught.value.hint or "")
+
+
 def test_an_absent_module_is_an_error(logs: Path) -> None:
     with pytest.raises(QtoolError, match="No module named 'no_such_module'"):
         workers.run("no_such_module", {}, on_event=print)
@@ -216,6 +226,20 @@ def test_old_logs_are_removed(run: Any, logs: Path) -> None:
     for _ in range(workers.LOGS_KEPT + 3):
         run("echo")
     assert len(list(logs.iterdir())) == workers.LOGS_KEPT
+
+
+def test_the_log_of_a_running_worker_stays(env: dict[str, str], logs: Path, tmp_path: Path) -> None:
+    """However many others begin and end meanwhile; and goes its way afterwards."""
+    parent, worker = start_parent(env, tmp_path)
+    (log,) = logs.iterdir()
+    for _ in range(workers.LOGS_KEPT + 3):
+        workers.new_log("other")
+    assert log.exists()
+    parent.terminate()
+    parent.communicate(timeout=60)
+    assert gone(worker)
+    workers.new_log("other")
+    assert not log.exists()
 
 
 def test_a_home_that_cannot_be_written_to(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

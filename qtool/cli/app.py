@@ -6,6 +6,7 @@ A command's module is imported when that command runs; `qtool --help` reads only
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import signal
@@ -66,6 +67,9 @@ class LazyGroup(typer.core.TyperGroup):
         if args and args[0] in COMMANDS:
             self.commands[args[0]] = _load(args[0])
         return super().resolve_command(ctx, args)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # whoever wrote, it is no bug
 
 
 def _print_version(value: bool) -> None:
@@ -130,11 +134,16 @@ def run(args: Sequence[str] | None = None) -> int:
             if signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
                 signal.signal(getattr(signal, name), _terminate)
     common.json = common.quiet = common.debug = False
+    code = 1
     try:
         code = _invoke(lambda: build()(args=args, prog_name="qtool"), common)
         sys.stdout.flush()
     except BrokenPipeError:
         code = 1
+        _silence_stdout()
+    except OSError as error:  # a full disk
+        if code == 0:  # else it has been told, by whoever printed
+            code = _told(_unwritable(error, "standard output"), common)
         _silence_stdout()
     return code
 
@@ -152,15 +161,12 @@ def _invoke(command: Callable[[], Any], settings: Common) -> int:
     except BrokenPipeError:
         raise
     except QtoolError as error:
-        if settings.debug:
-            traceback.print_exception(error)
-        from qtool.cli.options import console
-
-        console().error(error)
-        return error.exit_code
+        return _told(error, settings)
     except Exception as error:
         if (interruption := _interruption(error)) is not None:  # Python 3.11 wraps it while it defines a class
             return _interrupted(interruption, settings)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return _told(_unwritable(error, error.filename), settings)
         if settings.debug:
             traceback.print_exception(error)
             return 1
@@ -168,6 +174,19 @@ def _invoke(command: Callable[[], Any], settings: Common) -> int:
         print(f"error: this is a bug in qtool: {type(error).__name__}: {what[:500]}", file=sys.stderr)
         print("hint: run the same command with --debug and report what it shows", file=sys.stderr)
         return 1
+
+
+def _told(error: QtoolError, settings: Common) -> int:
+    if settings.debug:
+        traceback.print_exception(error)
+    from qtool.cli.options import console
+
+    console().error(error)
+    return error.exit_code
+
+
+def _unwritable(error: OSError, where: str | None) -> QtoolError:
+    return QtoolError(f"can't be written: {error.strerror}", where=where)
 
 
 def _interruption(error: BaseException) -> BaseException | None:
@@ -186,6 +205,6 @@ def _interrupted(cause: BaseException | None, settings: Common) -> int:
 
 
 def _silence_stdout() -> None:
-    """Keep the interpreter from complaining, on its way out, that nobody reads its output any more."""
+    """Keep the interpreter from complaining, on its way out, that its output goes nowhere any more."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +103,7 @@ def generate(
         raise InputError("stdin can hold the model's path or the prompts, not both", where="-", hint=hint)
     if resume and output is None:
         raise InputError("what shall be resumed?", where="--resume", hint="Name the file with --output.")
+    _check_apart(prompt or ["@-"], output)
     if input_format not in FORMATS:
         raise InputError(f"{input_format!r} is none of {', '.join(FORMATS)}", where="--input-format")
     given = {**context.params, "logit_bias": options.biases(logit_bias or ()) or None}
@@ -113,7 +115,7 @@ def generate(
     from qtool.checkpoint.reader import Checkpoint
     from qtool.runtime import sampling, settings
     from qtool.runtime.requests import count
-    from qtool.runtime.results import Answers, fingerprint
+    from qtool.runtime.results import Answers, decisive, fingerprint
 
     checkpoint = Checkpoint.open(folder)
     recipe, words = sampling.of_recipe(checkpoint), sampling.of_model(checkpoint)
@@ -134,8 +136,9 @@ def generate(
     with console() as out, contextlib.ExitStack() as stack:
         printer: Printer
         if output is not None:
-            decisive = {"model": fingerprint(checkpoint.path), "system": system, **job, "runtime": chosen.name}
-            answers = Answers(output.expanduser(), decisive, resume=resume, overwrite=overwrite)
+            settled = {"model": fingerprint(checkpoint.path), "system": system, **job, "runtime": chosen.name}
+            settled["arguments"] = decisive(arguments)
+            answers = Answers(output.expanduser(), settled, resume=resume, overwrite=overwrite)
             printer = ToFile(out, stack.enter_context(answers))
         elif as_text:
             ahead = list(itertools.islice(lines, 2))
@@ -160,6 +163,16 @@ def generate(
             rate = f", {result['tokens'] / seconds:.1f} tokens/s" if seconds else ""
             out.info(f"{result['answers']} answers, {result['tokens']} tokens in {seconds:.1f} s{rate}")
         printer.end()
+
+
+def _check_apart(prompts: list[str], output: Path | None) -> None:
+    """That answers don't go where the prompts come from: they would replace those, or be asked as further ones."""
+    from qtool.runtime.requests import reads
+
+    with contextlib.suppress(OSError):  # such as no file yet
+        if reads(prompts, os.fstat(1) if output is None else output.expanduser().stat()):
+            where = "standard output" if output is None else f"--output {output}"
+            raise InputError("the prompts are in this very file", where=where, hint="Name another file.")
 
 
 def _prompts(prompt: list[str] | None, chat: Chat, input_format: str) -> Iterator[Line]:

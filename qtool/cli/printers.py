@@ -34,7 +34,7 @@ class Printer(ABC):
         """The lines as `qtool.runtime.stream` wants them."""
         for index, line in numbered:
             self._lines[index] = line
-            yield {"index": index, **line.request}
+            yield {"index": index, "size": line.size, **line.request}
 
     def answer(self, item: dict[str, Any]) -> None:
         """The next answer, in the order of the prompts."""

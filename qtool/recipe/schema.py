@@ -22,6 +22,7 @@ def _valid_regex(pattern: str) -> str:
 
 Regex = Annotated[str, AfterValidator(_valid_regex)]
 NonEmpty = Annotated[str, Field(min_length=1)]
+Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]  # what generators of random numbers take
 
 
 class Strict(BaseModel):
@@ -61,7 +62,7 @@ class Calibration(Strict):
     data: str = Field(default="builtin", description="builtin, self, or a .txt, .jsonl or .parquet file")
     samples: int = Field(default=32, gt=0)
     seq_len: int = Field(default=512, gt=1)
-    seed: int = 0
+    seed: Seed = 0
     expert_tokens: int = Field(
         default=128,
         ge=1,
@@ -106,7 +107,7 @@ class Sampling(Strict):
     repetition_penalty: float | None = Field(default=None, gt=0, description="above 1: less of what is already there")
     presence_penalty: float | None = Field(default=None, ge=-2, le=2, description="for tokens that the answer has")
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="times how often it has them")
-    seed: int | None = None
+    seed: Seed | None = None
     n: int | None = Field(default=None, gt=0, description="answers per prompt")
     stop: list[NonEmpty] | None = Field(default=None, description="texts that end an answer and are no part of it")
     stop_token_ids: list[int] | None = None

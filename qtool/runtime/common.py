@@ -14,6 +14,8 @@ from qtool.errors import InputError, in_one_line
 from qtool.workers import Report
 
 REPORT_SECONDS = 0.1
+SIZES = {"hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size"}
+SEEDS = 1 << 63  # they are below it and not negative: vLLM takes -1 for none
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Front:
 
     Attributes:
         config: config.json.
+        text_config: what of it is about the language model, with the names of `SIZES`.
         context: tokens that a prompt and its answer may have together.
         dtype: the name of the dtype in which both runtimes compute.
 
@@ -54,11 +57,11 @@ class Front:
         self.job, self.report = job, report
         folder = Path(job["model"])
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        self.text_config: dict[str, Any] = self.config.get("text_config") or self.config
+        self.text_config = _named(self.config.get("text_config") or self.config, job)
         self.tokenizer = _tokenizer(folder, job["trust_remote_code"])
         self.context = int(self.text_config.get("max_position_embeddings") or 1 << 20)
-        if limit := job["engine"].get("max_model_len"):
-            self.context = min(self.context, int(limit))
+        if (limit := int(job["engine"].get("max_model_len") or -1)) > 0:  # to vLLM -1 is what there is memory for
+            self.context = min(self.context, limit)
         self.stop = _stop_ids(folder, self.config, self.text_config, self.tokenizer)
         self.dtype: str = job["dtype"]
         self._cut = self._seen = 0
@@ -79,6 +82,7 @@ class Front:
         own = request.get("sampling", {})
         sampling = self.job["sampling"] | own
         seed = own["seed"] if "seed" in own else sampling.get("seed", 0) + request["index"]
+        seed %= SEEDS
         ids = self._ids(request, seed)
         if not ids:
             raise InputError("the tokenizer makes no tokens of it", hint="Give it some text.")
@@ -116,7 +120,7 @@ class Front:
             return self._conversation(request)
         prompt = request["prompt"]
         if isinstance(prompt, str):
-            ids = list(self.tokenizer(prompt)["input_ids"])
+            ids = self._text(prompt)
             return ids if ids or self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         if prompt:
             if outside := [i for i in prompt if not 0 <= i < self.text_config["vocab_size"]]:
@@ -125,6 +129,13 @@ class Front:
         if self.tokenizer.bos_token_id is not None:
             return [self.tokenizer.bos_token_id]
         return [random.Random(seed).randrange(min(len(self.tokenizer), self.text_config["vocab_size"]))]
+
+    def _text(self, prompt: str) -> list[int]:
+        try:
+            prompt.encode()  # not half a surrogate pair
+            return list(self.tokenizer(prompt)["input_ids"])
+        except Exception as error:  # a tokenizer may be a program of the model's author, too
+            raise InputError(f"the tokenizer refuses it: {in_one_line(error)}") from error
 
     def _conversation(self, request: Mapping[str, Any]) -> list[int]:
         if not self.tokenizer.chat_template:
@@ -174,6 +185,20 @@ class Meter:
     def _progress(self) -> None:
         self._last = time.monotonic()
         self.report.progress("generate", self.answers, 0, unit="answers")
+
+
+def _named(config: dict[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
+    """With sizes by the names that most models have; where some are missing, as in GPT-2's, transformers knows them."""
+    if config.keys() >= SIZES:
+        return config
+    from transformers import AutoConfig
+
+    options = {"trust_remote_code": job["trust_remote_code"], "local_files_only": True}
+    try:
+        known = AutoConfig.from_pretrained(job["model"], **options).get_text_config()
+    except Exception:  # a model that the runtime may know all the same
+        return config
+    return config | {name: value for name in SIZES if (value := getattr(known, name, None)) is not None}
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:

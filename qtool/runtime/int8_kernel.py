@@ -134,7 +134,8 @@ def scaled_product(
         scale: of the weight.
 
     Returns:
-        [tokens, out]: float32, or for few tokens exact integers rounded to bfloat16.
+        [tokens, out]: for many tokens float32, the sums times the scale. For few, that rounded to bfloat16; or,
+            where bfloat16 doesn't hold the scale, float32 from sums that are rounded to bfloat16 first.
     """
     import torch
 

@@ -5,11 +5,12 @@ A line that makes no sense is a request with an `error`; the lines after it go o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ class Line:
         fields: what the answer repeats: `prompt`, or all that a JSON line has.
         request: what `qtool.runtime.stream` wants, but for the index: prompt or messages, or error.
         url: the endpoint of a line of an OpenAI batch file, whose answer has that API's shape; else None.
+        size: bytes of the line, of whose fields any may be the large one; 0 for what came as an argument.
     """
 
     fields: dict[str, Any]
     request: dict[str, Any]
     url: str | None = None
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,18 @@ def read(prompts: Iterable[str], chat: Chat, format: str = "auto") -> Iterator[L
 def count(prompts: Iterable[str]) -> int:
     """How many prompts `read` will find, nearly; regular files are counted by their lines, others not at all."""
     return sum(_newlines(p[1:]) if p.startswith("@") and not p.startswith("@@") else 1 for p in prompts)
+
+
+def reads(prompts: Iterable[str], file: os.stat_result) -> bool:
+    """Whether this is one of the files that `read` would read; a terminal, a pipe or the like never is."""
+    if not stat.S_ISREG(file.st_mode):
+        return False
+    names = [prompt[1:] for prompt in prompts if prompt.startswith("@") and not prompt.startswith("@@")]
+    for name in names:
+        with contextlib.suppress(OSError):  # reading it will say so
+            if os.path.samestat(file, os.fstat(0) if name == "-" else Path(name).expanduser().stat()):
+                return True
+    return False
 
 
 def _newlines(name: str) -> int:
@@ -135,11 +150,12 @@ def _parsed(lines: Iterator[bytes], name: str, chat: Chat, format: str) -> Itera
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            yield _bad(line.decode(errors="backslashreplace"), f"byte {error.start} of the line is not UTF-8")
+            bad = _bad(line.decode(errors="backslashreplace"), f"byte {error.start} of the line is not UTF-8")
+            yield replace(bad, size=len(line))
             continue
         if as_json is None:  # the first line says what all are
             as_json = _is_object(text)
-        yield _json(text, chat) if as_json else _plain(text, chat)
+        yield replace(_json(text, chat) if as_json else _plain(text, chat), size=len(line))
 
 
 def _is_object(text: str) -> bool:
@@ -216,7 +232,9 @@ def _body(body: Mapping[str, Any], url: str, chat: Chat) -> dict[str, Any]:
         request = {"prompt": body["prompt"]}
     if body.get("tools"):
         raise InputError("tools are not supported")
-    if extra := body.get("chat_template_kwargs"):
+    if (extra := body.get("chat_template_kwargs")) is not None:
+        if not isinstance(extra, dict):
+            raise InputError("chat_template_kwargs is no JSON object")
         request["chat_template_kwargs"] = extra
     return request | {"sampling": _sampling(body, url)}
 

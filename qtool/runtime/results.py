@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,8 +15,64 @@ from typing import IO, Any
 
 from qtool.errors import InputError, QtoolError
 from qtool.runtime.requests import CHAT_URL, Line
+from qtool.workers import lock
 
 _CHUNK = 1 << 16
+_SAMPLES = 16  # of _CHUNK bytes, of each file of weights: from its header to its end
+_SMALL = (
+    "config.json",
+    "generation_config.json",
+    "quant*_description.json",
+    "tokenizer*",
+    "*token*.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+    "*.tiktoken",
+    "*.py",
+)
+
+# of vLLM's EngineArgs those that are about memory, time and devices
+RESOURCES = frozenset(
+    {
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "max_model_len",
+        "kv_cache_memory_bytes",
+        "gpu_memory_utilization",
+        "num_gpu_blocks_override",
+        "block_size",
+        "swap_space",
+        "cpu_offload_gb",
+        "kv_offloading_size",
+        "enable_prefix_caching",
+        "enable_chunked_prefill",
+        "async_scheduling",
+        "enforce_eager",
+        "compilation_config",
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "enable_expert_parallel",
+        "distributed_executor_backend",
+    }
+)
+
+# what an answer may say, whether or not it does: no field of the prompt's own goes by these names
+ANSWERS_OWN = frozenset(
+    {
+        "text",
+        "finish_reason",
+        "choices",
+        "prompt_tokens",
+        "completion_tokens",
+        "reasoning",
+        "logprobs",
+        "prompt_logprobs",
+        "error",
+    }
+)
 
 
 def encode(value: Mapping[str, Any]) -> bytes:
@@ -32,22 +88,40 @@ def record(line: Line, item: Mapping[str, Any]) -> dict[str, Any]:
     text, finish_reason, prompt_tokens, completion_tokens, or error."""
     if line.url is not None:
         return _batch(line, item)
-    return _carried(line.fields, _answer(item))
+    return _carried(line.fields) | _answer(item)
+
+
+def decisive(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `--set` decides about an answer. What is only about memory, time and devices may change while a job is
+    continued, after memory ran out for example."""
+    return {name: value for name, value in arguments.items() if not name.isupper() and name not in RESOURCES}
 
 
 def fingerprint(model: Path) -> str:
-    """What tells a checkpoint folder from others: a hash of its config.json and of its weights' names and sizes."""
-    weights = sorted((file.name, file.stat().st_size) for file in model.glob("*.safetensors"))
-    return hashlib.sha256((model / "config.json").read_bytes() + repr(weights).encode()).hexdigest()
+    """What tells a checkpoint folder from others, without reading all of it: a hash of the small files that decide
+    about an answer, of the weights' names and sizes, and of samples of the weights."""
+    found = hashlib.sha256()
+    for file in sorted({file for pattern in _SMALL for file in model.glob(pattern) if file.is_file()}):
+        found.update(repr(file.name).encode() + file.read_bytes())
+    for file in sorted(model.glob("*.safetensors")):
+        size = file.stat().st_size
+        found.update(repr((file.name, size)).encode())
+        with file.open("rb", buffering=0) as weights:
+            for i in range(_SAMPLES):
+                found.update(os.pread(weights.fileno(), _CHUNK, max(0, size - _CHUNK) * i // (_SAMPLES - 1)))
+    return found.hexdigest()
 
 
 def belongs(line: Line, found: Mapping[str, Any]) -> bool:
     """Whether a record is one of this line's."""
     if line.url is not None:
-        return "custom_id" in found and found["custom_id"] == line.fields["custom_id"]
-    below = found.get("input")
-    carried = {**found, **below} if isinstance(below, dict) and below.keys() & found.keys() else found
-    return all(name in carried and carried[name] == value for name, value in line.fields.items())
+        return "custom_id" in found and _same(found["custom_id"], line.fields["custom_id"])
+    return _same(_carried(line.fields), {name: value for name, value in found.items() if name not in ANSWERS_OWN})
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether JSON says both alike; unlike ==, which NaN is never to itself, and 1 to true."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 def _answer(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,13 +138,13 @@ def _answer(item: Mapping[str, Any]) -> dict[str, Any]:
     return answer if several else answer | first
 
 
-def _carried(fields: Mapping[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
-    """The line's fields before the answer's; those that are named alike move into `input`."""
-    clash = {name: value for name, value in fields.items() if name in answer}
-    if not clash:
-        return {**fields, **answer}
-    rest = {name: value for name, value in fields.items() if name not in clash and name != "input"}
-    return {**rest, "input": clash | ({"input": fields["input"]} if "input" in fields else {}), **answer}
+def _carried(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The line's fields as they stand beside an answer; those that are named like something of an answer's move into
+    `input`, and with them a field of this name."""
+    if not fields.keys() & ANSWERS_OWN:
+        return dict(fields)
+    moved = {name: value for name, value in fields.items() if name in ANSWERS_OWN or name == "input"}
+    return {name: value for name, value in fields.items() if name not in moved} | {"input": moved}
 
 
 # ---------------------------------------------------------------- OpenAI's shapes
@@ -162,19 +236,22 @@ class Answers:
         self.path = path
         self._settings = path.with_name(f".{path.name}.qtool.json")
         self._known: Mapping[str, Any] | None = None
-        there = path.exists()
+        there = path.exists() and path.stat().st_size > 0  # one that never got as far leaves an empty file
         if there and not (resume or overwrite):
             hint = "--resume continues it, --overwrite begins anew."
             raise InputError("there are answers in it already", where=str(path), hint=hint)
         try:
-            self._file: IO[bytes] = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise InputError(f"can't be written: {error.strerror}", where=str(path)) from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            hint = "Without --output the answers go to standard output, a pipe for example."
+            raise InputError("this is no regular file, and could not be continued", where=str(path), hint=hint)
+        self._file: IO[bytes] = os.fdopen(descriptor, "r+b")
+        if not lock(self._file):
             self._file.close()
-            raise InputError("another process is writing it", where=str(path)) from None
+            raise InputError("another process is writing it", where=str(path))
         if there and resume:
             self._cut_torn_line()
             with contextlib.suppress(FileNotFoundError, ValueError):
@@ -220,26 +297,41 @@ class Answers:
 
         Raises:
             InputError: the file is complete as it is, and how it was made is not known any more.
+            QtoolError: nothing can be written beside it.
         """
         if not self._to_come:
             what = "it was finished with fewer prompts, and with which settings is not known any more"
             raise InputError(what, where=str(self.path), hint=_ANEW)
         part = self._settings.with_name(self._settings.name + ".part")
-        part.write_text(json.dumps(self._now, indent=1))
-        part.replace(self._settings)
+        with self._writing(part):
+            part.write_text(json.dumps(self._now, indent=1))
+            part.replace(self._settings)
         self._file.seek(0, os.SEEK_END)
 
     def write(self, value: Mapping[str, Any]) -> None:
-        """Append one answer; it is in the file when this returns."""
-        try:
+        """Append one answer; it is in the file when this returns.
+
+        Raises:
+            QtoolError: it could not be written, or not all of it.
+        """
+        with self._writing(self.path):
             self._file.write(encode(value))
             self._file.flush()
-        except OSError as error:
-            raise QtoolError(f"can't be written: {error.strerror}", where=str(self.path)) from None
 
     def finish(self) -> None:
         """All prompts are answered."""
-        self._settings.unlink(missing_ok=True)
+        with self._writing(self._settings):
+            self._settings.unlink(missing_ok=True)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _writing(file: Path) -> Iterator[None]:
+        """A disk that is full, or gone, is no bug."""
+        try:
+            yield
+        except OSError as error:
+            hint = "The same command with --resume goes on where it stopped, once there is room."
+            raise QtoolError(f"can't be written: {error.strerror}", where=str(file), hint=hint) from None
 
     def _cut_torn_line(self) -> None:
         """A process that was killed while it wrote leaves half a line."""
@@ -261,7 +353,12 @@ class Answers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
+        try:
+            with self._writing(self.path):
+                self._file.close()
+        except QtoolError:
+            if kind is None:  # else what could not be written has been told already, and would be in the way here
+                raise
 
 
 _ANEW = "Give the prompts and options of then, or begin anew with --overwrite."

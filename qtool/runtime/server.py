@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.errors import InputError
 from qtool.runtime import Runtime, choose, kind_of, mindspore
-from qtool.runtime.settings import dtype, engine, environment, split
+from qtool.runtime.settings import dtype, engine, environment, settings, split
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
@@ -43,7 +43,8 @@ def command(
     if chosen.name == "vllm-mindspore":
         chosen = mindspore.adapt(chosen, checkpoint)
     given, variables = split(arguments)
-    options = {"dtype": dtype(checkpoint, kind), **chosen.engine, **given, **server}
+    own = settings(kind).get("server", {}).get("engine", {})
+    options = {"dtype": dtype(checkpoint, kind), **chosen.engine, **own, **given, **server}
     program = [chosen.python, "-m", *SERVERS.get(chosen.name, SERVER)]
     flags = [flag for name, value in options.items() for flag in _flag(name, value)]
     return [*program, str(checkpoint.path.resolve()), *flags], {**chosen.env, **variables}

@@ -12,13 +12,15 @@ import difflib
 import gc
 import importlib
 import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from qtool.errors import InputError, QtoolError, in_one_line
+from qtool.errors import InputError, QtoolError, WorkerDied, in_one_line
 from qtool.runtime import int8_kernel, mindspore
 from qtool.runtime.common import Front, Meter, Prepared, failure
-from qtool.workers import READ_AHEAD, Report, hide_media_packages
+from qtool.workers import POLL_SECONDS, READ_AHEAD, Report, hide_media_packages
 
 BLOCK = 128  # tokens in a block of vLLM's CPU cache
 SETTLE_SECONDS = 0.2  # inputs that come one by one, further apart than this, are not waited for before the model loads
@@ -63,12 +65,11 @@ def _generate(job: dict[str, Any], report: Report) -> dict[str, Any]:
     gc.enable()
     report.progress("load the model", 0, 0)
     arguments = _arguments(job, front, [len(p.ids) + p.budget for p in first], intake.ended, in_process)
-    front.context = min(front.context, arguments.get("max_model_len", front.context))
     try:
         configured = EngineArgs(**arguments)
         engine = LLMEngine.from_engine_args(configured)
     except refusals() as error:
-        if job["set"]:
+        if job["set"] not in ({}, {"max_num_seqs": 1}):  # that `chat` says by itself, and nothing is wrong with it
             raise InputError(f"vLLM refuses these settings: {in_one_line(error)}", where="--set") from error
         raise
     except RuntimeError as error:
@@ -80,9 +81,16 @@ def _generate(job: dict[str, Any], report: Report) -> dict[str, Any]:
         )
         hint += "of the same weights that runs here."
         raise QtoolError("vLLM has no int8 experts for this processor", where=job["model"], hint=hint) from error
+    front.context = min(front.context, engine.model_config.max_model_len)
+    if not in_process:
+        threading.Thread(target=_wake, args=(engine.engine_core,), daemon=True).start()
     meter.lap("load")
     meter.begin()
-    _Loop(engine, front, report, meter, configured.max_num_seqs).run(first, intake)
+    try:
+        _Loop(engine, front, report, meter, configured.max_num_seqs).run(first, intake)
+    except _dead() as error:
+        hint = "If memory ran out, ask for less at once: --set max_num_seqs=8, or fewer."
+        raise WorkerDied("vLLM's engine, a process of its own, has ended", hint=hint) from error
     front.warn()
     return meter.end(job["runtime"])
 
@@ -180,6 +188,9 @@ class _Loop:
         if not output.finished:
             return
         del self.running[output.request_id]
+        if any(choice.finish_reason == "error" for choice in output.outputs):
+            self.report.item(failure(prepared.index, InputError("vLLM ended it with an error; its log may say which")))
+            return
         choices = [self._choice(prepared, choice) for choice in sorted(output.outputs, key=lambda o: o.index)]
         self.meter.add(sum(choice["completion_tokens"] for choice in choices))
         item = self.front.answer(prepared, choices)
@@ -239,8 +250,22 @@ def refusals() -> tuple[type[Exception], ...]:
     try:
         from vllm.exceptions import VLLMClientError
     except ImportError:  # before 0.32 or so
-        return (ValueError, TypeError)
-    return (ValueError, TypeError, VLLMClientError)
+        return (ValueError, TypeError, OverflowError)
+    return (ValueError, TypeError, OverflowError, VLLMClientError)
+
+
+def _dead() -> type[Exception]:
+    """How vLLM says that the engine's process has gone; asked for only where something has been raised."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return EngineDeadError
+
+
+def _wake(client: Any) -> None:
+    """Tell vLLM's client that its engine was killed: it knows (0.32, SyncMPClient), and waits for it for ever."""
+    while not client.resources.engine_dead:
+        time.sleep(POLL_SECONDS)
+    client.outputs_queue.put(_dead()())
 
 
 def _parameters(front: Front, prepared: Prepared) -> Any:
@@ -361,24 +386,29 @@ def _arguments(
     arguments: dict[str, Any] = {
         "model": job["model"],
         "dtype": front.dtype,
-        "seed": job["sampling"].get("seed") or 0,
+        "seed": (job["sampling"].get("seed") or 0) % (1 << 32),  # for numpy; requests have their own
         "trust_remote_code": job["trust_remote_code"],
         "disable_log_stats": True,
         "generation_config": "vllm",
         "max_logprobs": -1,
         **job["engine"],
     }
+    arguments = {name: value for name, value in arguments.items() if value is not None}  # vLLM's own default
     if job["compile_from"] is not None and tokens >= job["compile_from"] and "enforce_eager" not in job["set"]:
         arguments["enforce_eager"] = False
+    fit = arguments.get("max_model_len") == -1
+    if fit:
+        del arguments["max_model_len"]
     if complete:
         arguments.setdefault("max_model_len", max(lengths))
-    if not in_process:
-        return arguments
+    per_token = _bytes_per_token(front)
+    if not in_process or per_token is None or "kv_cache_memory_bytes" not in arguments:
+        return ({"max_model_len": -1} if fit else {}) | arguments
     # memory that is asked for is touched: ask for what these prompts can fill
-    per_token, most = _bytes_per_token(front), arguments["kv_cache_memory_bytes"]
+    most = arguments["kv_cache_memory_bytes"]
     arguments.setdefault("max_model_len", min(front.context, max(most // per_token - BLOCK, BLOCK)))
     longest = arguments["max_model_len"]
-    together = arguments["max_num_seqs"]
+    together = arguments.get("max_num_seqs", len(lengths) or 1)
     if complete:
         tokens = sum(_blocks(length) for length in sorted(lengths)[-together:])
     else:
@@ -393,12 +423,13 @@ def _blocks(length: int) -> int:
     return -(-length // BLOCK) * BLOCK
 
 
-def _bytes_per_token(front: Front) -> int:
-    """Key and value of every layer; an upper bound where config.json leaves it open."""
+def _bytes_per_token(front: Front) -> int | None:
+    """Key and value of every layer; an upper bound where config.json leaves it open. None for a model without heads."""
     config = front.text_config
-    heads = config["num_attention_heads"]
+    if (heads := config.get("num_attention_heads")) is None:
+        return None
     width = config.get("head_dim") or config["hidden_size"] // heads
-    return (
+    return int(
         2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width
         * (4 if front.dtype == "float32" else 2)
     )  # fmt: skip

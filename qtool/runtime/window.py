@@ -1,4 +1,4 @@
-"""Requests into a worker and answers out of it, in order, in the memory of what is under way.
+"""Requests go into a worker, answers come out of it in order, and only what is under way is held.
 
 A `Window` stands between the two: it holds what has been asked and not yet been answered in order, lets no more in than
 it has room for, and so can give a second worker what a first one died over.
@@ -24,21 +24,27 @@ class Window:
 
     Args:
         source: requests for the worker, each with its `index`, ascending; or, to stop the one with this index, `abort`.
+            `size` says how many bytes it came in, if whoever asks keeps all of them until the answer.
     """
 
     def __init__(self, source: Iterator[dict[str, Any]]) -> None:
         self._source = source
         self._reading = threading.Lock()
         self._state = threading.Condition()
-        self._order: dict[int, int] = {}  # index -> bytes, of everything not yet given out, in order
+        self._order: dict[int, int] = {}  # index -> bytes, its answer's too, of everything not yet given out, in order
         self._asked: dict[int, dict[str, Any]] = {}
         self._answered: dict[int, Item] = {}
         self._bytes = 0
         self._last = -1  # index of the last request read
         self._life = 0
+        self._failure: BaseException | None = None  # of the source, which says it once: asked again, it just ends
 
     def requests(self) -> Iterator[dict[str, Any]]:
-        """For one worker: what an earlier one has left unanswered, then what is new. Ends when another one begins."""
+        """For one worker: what an earlier one has left unanswered, then what is new. Ends when another one begins.
+
+        Raises:
+            Exception: what the source has raised, in the life of this worker or of an earlier one.
+        """
         with self._state:
             self._life += 1
             self._state.notify_all()
@@ -59,16 +65,25 @@ class Window:
             if self._last > last:  # an earlier worker's thread was still reading when that one died
                 with self._state:
                     return [request for index, request in self._asked.items() if index > last]
-            if (request := next(self._source, None)) is None:
+            if (request := self._next()) is None:
                 return []
             if request.get("abort"):
                 return [request]
             with self._state:
                 self._last = request["index"]
-                self._order[self._last] = _size(request)
-                self._bytes += _size(request)
+                self._order[self._last] = size = _size(request)
+                self._bytes += size
                 self._asked[self._last] = request
             return [request]
+
+    def _next(self) -> dict[str, Any] | None:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            return next(self._source, None)
+        except BaseException as failure:
+            self._failure = failure
+            raise
 
     def _room(self) -> bool:
         return not self._order or (len(self._order) < MOST_REQUESTS and self._bytes < MOST_BYTES)
@@ -76,8 +91,11 @@ class Window:
     def answer(self, item: Item) -> None:
         """The worker's answer to one request."""
         with self._state:
-            if self._asked.pop(item["index"], None) is not None:
-                self._answered[item["index"]] = item
+            if self._asked.pop(index := item["index"], None) is not None:
+                self._answered[index] = item
+                size = len(repr(item))
+                self._order[index] += size
+                self._bytes += size
 
     def give_out(self) -> Iterator[Item]:
         """The answers before which none is missing, in order, once each."""
@@ -100,7 +118,7 @@ class Window:
 
 def _size(request: dict[str, Any]) -> int:
     """About how many bytes it takes; texts and conversations are what can be large."""
-    return len(str(request.get("prompt") or request.get("messages") or ""))
+    return int(request.get("size") or len(str(request.get("prompt") or request.get("messages") or "")))
 
 
 def run(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -60,6 +61,7 @@ def test_sampling_follows_its_options(run_qtool: Run, tiny_llama: Path) -> None:
         (["--temperature", "-1", "-p", "x"], "--temperature"),
         (["--temperature", "3", "-p", "x"], "--temperature"),
         (["--repetition-penalty", "0", "-p", "x"], "--repetition-penalty"),
+        (["--seed", str(1 << 63), "-p", "x"], "--seed"),
         (["--min-tokens", "9", "--max-tokens", "4", "-p", "x"], "min_tokens (9) is more than max_tokens (4)"),
         (["--logit-bias", "x=1", "-p", "x"], "no ID=BIAS"),
         (["--regex", "a", "--choice", "b", "-p", "x"], "one structure"),
@@ -97,6 +99,85 @@ def test_a_prompt_that_fails_has_its_own_error(qtool_environment: dict[str, str]
     assert "byte 0 of the line is not UTF-8" in answers[1]["error"]
     assert "the model takes 512" in answers[2]["error"]
     assert b"2 of 4 prompts failed" in done.stderr
+
+
+def test_a_line_that_no_tokenizer_takes_has_its_own_error(run_qtool: Run, tiny_llama: Path, tmp_path: Path) -> None:
+    """And a seed beyond all others is one: seed + i begins anew at 0."""
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    lines = [
+        {"prompt": "ok"},
+        {"prompt": "half \ud83d"},
+        {"messages": [{"role": "user", "content": "\udcff"}]},
+        {"prompt": "fine"},
+    ]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = (
+        "generate",
+        tiny_llama,
+        *FAST,
+        "-p",
+        f"@{prompts}",
+        "-o",
+        output,
+        "--temperature",
+        "1",
+        "--seed",
+        (1 << 63) - 1,
+    )
+    done = run_qtool(*map(str, asked))
+    assert done.code == 1, done.stderr
+    assert "2 of 4 prompts failed" in done.stderr
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert ["error" in answer for answer in answers] == [False, True, True, False]
+    assert "surrogates not allowed" in answers[1]["error"]
+    assert run_qtool(*map(str, asked), "--resume").code == 1  # they are answered
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["recipes", "list"], ["generate", "MODEL", "-p", "x", *FAST]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_output_on_a_full_disk(
+    qtool_environment: dict[str, str], tiny_llama: Path, arguments: list[str], unbuffered: str
+) -> None:
+    command = [sys.executable, "-m", "qtool", *(str(tiny_llama) if word == "MODEL" else word for word in arguments)]
+    env = qtool_environment | {"PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    (error,) = re.findall("^error: .*", done.stderr, re.MULTILINE)
+    assert error == "error: can't be written: No space left on device"
+
+
+def test_the_output_is_a_file(run_qtool: Run, tiny_llama: Path) -> None:
+    done = run_qtool("generate", tiny_llama, "-p", "x", *FAST, "-o", "/dev/full", "--overwrite")
+    assert done.code == 2
+    assert "no regular file" in done.stderr
+
+
+@pytest.mark.parametrize("options", [("-o", "LINK", "--overwrite"), ("-o", "FILE", "--resume"), ()])
+@pytest.mark.parametrize("redirected", [True, False])
+def test_answers_never_go_where_the_prompts_are(
+    qtool_environment: dict[str, str], tiny_llama: Path, tmp_path: Path, options: tuple[str, ...], redirected: bool
+) -> None:
+    """Not through a link or a redirection either; without --output, not to the end of the file."""
+    names = {"FILE": str(tmp_path / "x.jsonl"), "LINK": str(tmp_path / "link.jsonl")}
+    prompts = Path(names["FILE"])
+    prompts.write_text('{"prompt": "a"}\n')
+    Path(names["LINK"]).symlink_to(prompts)
+    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), *FAST]
+    command += [names.get(word, word) for word in options]
+    command += [] if redirected else ["-p", f"@{prompts}"]
+    with prompts.open() as stdin, prompts.open("a") as stdout:
+        done = subprocess.run(
+            command,
+            env=qtool_environment,
+            stdin=stdin if redirected else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if options else stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 2, done.stderr
+    assert "the prompts are in this very file" in done.stderr
+    assert prompts.read_text() == '{"prompt": "a"}\n'
 
 
 def test_bad_models_fail_before_anything_starts(run_qtool: Run, tiny_llama: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -88,6 +89,34 @@ def test_a_worker_that_is_killed_is_replaced(
     assert first + rest == expected
 
 
+def test_a_disk_that_is_full_is_told_and_can_be_mended(
+    qtool_environment: dict[str, str], tiny_llama: Path, prompts: Path, expected: str, tmp_path: Path
+) -> None:
+    """Files that may not grow beyond a limit stand for the disk."""
+    output = tmp_path / "answers.jsonl"
+    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), "-p", f"@{prompts}", *SAMPLED]
+    command += ["--output", str(output), "--resume"]
+
+    def run(limit: int) -> subprocess.CompletedProcess[str]:
+        most = (limit, resource.RLIM_INFINITY)
+        return subprocess.run(
+            command,
+            env=qtool_environment,
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, most),
+        )
+
+    for limit, file in ((10_000, output), (100, tmp_path / ".answers.jsonl.qtool.json.part")):
+        done = run(limit)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"error: can't be written: File too large\n  at: {file}\n" in done.stderr
+        assert "bug" not in done.stderr
+    done = run(resource.RLIM_INFINITY)
+    assert done.returncode == 0, done.stderr
+    assert output.read_text() == expected
+
+
 def test_other_settings_are_not_mixed_in(run_qtool: Run, tiny_llama: Path, tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
     asked = ("generate", tiny_llama, *FAST, "-p", "a", "-p", "b", "-o", output)
@@ -105,6 +134,82 @@ def test_other_settings_are_not_mixed_in(run_qtool: Run, tiny_llama: Path, tmp_p
     done = run_qtool("generate", tiny_llama, *FAST, "-p", "x", "-o", output, "--resume")
     assert done.code == 2
     assert "no answer to prompt 1" in done.stderr
+
+
+def test_with_other_memory_a_job_goes_on(
+    qtool_environment: dict[str, str], run_qtool: Run, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """After a kill; but not with what decides about the answers."""
+    output = tmp_path / "answers.jsonl"
+    asked = ("generate", str(tiny_llama), "--runtime", "vllm", "--max-tokens", "3", "-o", str(output))
+    command = [sys.executable, "-m", "qtool", *asked, "--set", "max_num_seqs=4"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=qtool_environment, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin is not None
+        process.stdin.write(b"a\n")
+        process.stdin.flush()
+        _grown(output, process, 1)
+        process.kill()
+    both = (*asked, "-p", "a", "-p", "b", "--resume")
+    refused = run_qtool(*both, "--set", "dtype=float16")
+    assert refused.code == 2
+    assert "another arguments" in refused.stderr
+    done = run_qtool(*both, "--set", "max_num_seqs=2")
+    assert done.code == 0, done.stderr
+    assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == ["a", "b"]
+
+
+def test_where_memory_runs_out_the_way_on_is_told(
+    qtool_environment: dict[str, str], run_qtool: Run, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Both workers are killed before there is an answer; the same command can be run again then."""
+    output = tmp_path / "answers.jsonl"
+    asked = ("generate", str(tiny_llama), "-p", "a", "-o", str(output))
+    command = [sys.executable, "-m", "qtool", *asked, "--runtime", "vllm"]
+    with subprocess.Popen(command, env=qtool_environment, stderr=subprocess.PIPE, text=True) as process:
+        killed: list[str] = []
+        for _ in range(2):
+            while (child := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()) in (
+                [],
+                killed,
+            ):
+                assert process.poll() is None
+                time.sleep(0.01)
+            os.kill(int(child[0]), signal.SIGKILL)
+            killed = child
+        _, rest = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "memory ran out" in rest
+    assert "--set max_num_seqs=" in rest
+    assert output.read_text() == ""
+    assert run_qtool(*asked, *FAST).code == 0
+
+
+def test_an_engine_that_is_killed_is_replaced(qtool_environment: dict[str, str], tiny_llama: Path) -> None:
+    """Where vLLM's engine is a process of its own, between two prompts."""
+    own = ("VLLM_ENABLE_V1_MULTIPROCESSING=1", "kv_cache_memory_bytes=100000000", "max_num_seqs=4")
+    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), "--runtime", "vllm", "--max-tokens", "3"]
+    command += [f"--set={setting}" for setting in own]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=qtool_environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("a\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["prompt"] == "a"
+        (engine,) = [pid for pid in _below(process.pid) if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(engine, signal.SIGKILL)
+        rest, errors = process.communicate("b\n", timeout=240)
+    assert process.returncode == 0, errors
+    assert json.loads(rest)["prompt"] == "b"
+    assert "another one goes on" in errors
+
+
+def _below(pid: int) -> list[int]:
+    """The process's children, and theirs."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+    return children + [below for child in children for below in _below(child)]
 
 
 def test_answers_come_before_the_prompts_end(qtool_environment: dict[str, str], tiny_llama: Path) -> None:

@@ -28,13 +28,17 @@ def request(port: int, path: str, body: dict[str, Any] | None = None) -> bytes:
         return bytes(answer.read())
 
 
-def test_a_request_is_answered(qtool_environment: dict[str, str], tiny_llama: Path, run_qtool: Run) -> None:
+def test_a_request_is_answered(
+    qtool_environment: dict[str, str], make_model: Callable[..., Path], run_qtool: Run
+) -> None:
+    """The model's whole context would need five times the cache; so the server takes less of it."""
+    model = make_model("llama", name="long", max_position_embeddings=1 << 20)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    small = ("max_model_len=512", "kv_cache_memory_bytes=100000000", "max_num_seqs=4", "enforce_eager=true")
+    small = ("kv_cache_memory_bytes=100000000", "max_num_seqs=4", "enforce_eager=true")
     options = ["--port", str(port), "--served-model-name", "tiny", *(f"--set={setting}" for setting in small)]
-    command = [sys.executable, "-m", "qtool", "serve", str(tiny_llama), *options]
+    command = [sys.executable, "-m", "qtool", "serve", str(model), *options]
     with subprocess.Popen(
         command, env=qtool_environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
@@ -42,6 +46,7 @@ def test_a_request_is_answered(qtool_environment: dict[str, str], tiny_llama: Pa
             _wait_for(process, port)
             body = {"model": "tiny", "prompt": "If the", "max_tokens": 5, "temperature": 0, "ignore_eos": True}
             answer = json.loads(request(port, "/v1/completions", body))
+            (served,) = json.loads(request(port, "/v1/models"))["data"]
         finally:
             process.terminate()
             try:
@@ -49,7 +54,8 @@ def test_a_request_is_answered(qtool_environment: dict[str, str], tiny_llama: Pa
             except subprocess.TimeoutExpired:
                 process.kill()
     assert answer["usage"]["completion_tokens"] == 5
-    done = run_qtool("generate", tiny_llama, "-p", "If the", "--max-tokens", "5", "--ignore-eos", "--runtime", "vllm")
+    assert 1 << 16 < served["max_model_len"] < 1 << 20
+    done = run_qtool("generate", model, "-p", "If the", "--max-tokens", "5", "--ignore-eos", "--runtime", "vllm")
     assert answer["choices"][0]["text"] == json.loads(done.stdout)["text"]
 
 

@@ -144,6 +144,9 @@ def test_batch_files(tmp_path: Path) -> None:
         (batch(COMPLETIONS_URL, {"messages": USER}), "prompt"),
         (batch(CHAT_URL, {"messages": USER, "temperature": 9}), "temperature"),
         (batch(CHAT_URL, {"messages": USER, "tools": [{}]}), "tools"),
+        (batch(CHAT_URL, {"messages": USER, "chat_template_kwargs": "x"}), "chat_template_kwargs"),
+        (batch(CHAT_URL, {"messages": USER, "chat_template_kwargs": []}), "chat_template_kwargs"),
+        (batch(COMPLETIONS_URL, {"prompt": "x", "seed": 1 << 63}), "seed"),
         (batch(CHAT_URL, {"messages": USER, "response_format": {"type": "xml"}}), "xml"),
     ],
 )

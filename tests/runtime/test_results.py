@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,7 @@ import pytest
 
 from qtool.errors import InputError
 from qtool.runtime.requests import CHAT_URL, COMPLETIONS_URL, Line
-from qtool.runtime.results import Answers, belongs, encode, record
+from qtool.runtime.results import Answers, belongs, decisive, encode, fingerprint, record
 
 PLACES = [
     {"token": "a", "token_id": 5, "logprob": -0.5, "top_logprobs": [{"token": "a", "token_id": 5, "logprob": -0.5}]},
@@ -44,6 +49,29 @@ def test_fields_that_are_named_like_the_answers_are_kept() -> None:
     assert found["input"] == {"text": "mine", "finish_reason": 1, "input": "i"}
     assert belongs(asked, found)
     assert not belongs(line(prompt="x", text="yours", finish_reason=1, input="i"), found)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"error": "of then", "text": "t", "choices": [], "reasoning": None, "logprobs": 1},
+        {"id": float("nan"), "score": [float("inf"), -0.0]},
+        {"input": {"prompt": "mine", "text": "t"}},
+        {"input": 3, "error": None},
+        {"half": "\ud83d", "flag": True},
+    ],
+)
+@pytest.mark.parametrize("outcome", [item(), {"index": 3, "error": "no"}])
+def test_a_lines_own_fields_are_no_part_of_the_answer(fields: dict[str, Any], outcome: dict[str, Any]) -> None:
+    """What is left of the line comes out again, under `input` where an answer might say it; and is known again."""
+    asked = line(prompt="x", **fields)
+    found = json.loads(encode(record(asked, outcome)))
+    assert ("error" in found, "text" in found) == ("error" in outcome, "error" not in outcome)
+    kept = found["input"] if {"error", "text"} & fields.keys() else found
+    assert all(repr(kept[name]) == repr(value) for name, value in fields.items())
+    assert belongs(asked, found)
+    assert not belongs(line(prompt="x", **fields | {"flag": 1}), found)
+    assert not belongs(line(prompt="x"), found)
 
 
 def test_several_answers() -> None:
@@ -83,6 +111,35 @@ def test_any_text_makes_one_line() -> None:
         encoded = encode({"text": text})
         assert encoded.count(b"\n") == 1
         assert json.loads(encoded) == {"text": text}
+
+
+def test_models_are_told_apart(tiny_llama: Path, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Other weights of the same shapes, and whatever else decides about an answer."""
+    known = {fingerprint(tiny_llama), fingerprint(make_model("llama", seed=1))}
+    assert len(known) == 2
+    assert fingerprint(tiny_llama) in known
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    assert fingerprint(model) in known
+    (model / "README.md").write_text("x")
+    assert fingerprint(model) in known
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ):
+        kept = (model / name).read_bytes()
+        (model / name).write_bytes(kept + b"\n")
+        assert fingerprint(model) not in known
+        (model / name).write_bytes(kept)
+    weights = model / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        (last,) = file.read()
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    assert fingerprint(model) not in known
 
 
 # ---------------------------------------------------------------- the file
@@ -168,10 +225,32 @@ def test_what_does_not_belong_is_refused(tmp_path: Path) -> None:
     assert content(file) == ["p0", "p1"]
 
 
+def test_only_what_decides_about_answers_must_stay() -> None:
+    given = {"max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 30, "OMP_NUM_THREADS": "4", "dtype": "float32", "seed": 3}
+    assert decisive(given) == {"dtype": "float32", "seed": 3}
+
+
+def test_an_empty_file_has_no_answers_in_it(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.touch()
+    assert write(file, 2, 3) == 0
+    assert content(file) == ["p0", "p1"]
+
+
 def test_only_one_writes(tmp_path: Path) -> None:
     file = tmp_path / "answers.jsonl"
     with Answers(file, SETTINGS), pytest.raises(InputError, match="another process"):
         write(file, 1, 1, resume=True)
+
+
+def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+
+        def flock(*_: object, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        assert write(tmp_path / f"{number}.jsonl", 1, 1) == 0
 
 
 def test_failed_answers_are_counted(tmp_path: Path) -> None:
@@ -181,8 +260,9 @@ def test_failed_answers_are_counted(tmp_path: Path) -> None:
         answers.begin()
         answers.write(record(line(prompt="p0"), {"index": 0, "error": "no"}))
         answers.write(record(line(prompt="p1"), item()))
+        answers.write(record(line(prompt="p2", error="of then"), item()))
     with Answers(file, SETTINGS, resume=True) as answers:
-        assert answers.skip(iter(prompts(3))) == 2
+        assert answers.skip(iter([*prompts(2), line(prompt="p2", error="of then"), line(prompt="p3")])) == 3
         assert answers.errors == 1
     with pytest.raises(InputError, match="can't be written"):
         Answers(tmp_path / "absent" / "file", SETTINGS)

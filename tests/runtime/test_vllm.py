@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qtool import runtime as runtimes
+from qtool.errors import QtoolError
+from qtool.runtime import vllm_worker
+from qtool.runtime.common import Front
 from qtool.runtime.requests import CHAT_URL, COMPLETIONS_URL
+from qtool.workers import Report
 
 pytestmark = pytest.mark.vllm
 Run = Callable[..., Any]
@@ -39,6 +46,8 @@ WISHES = [
     wish("long", prompt="word " * 600),
     wish("bad", structured_outputs={"regex": "("}),
     wish("outside", prompt=[5, 99999]),
+    wish("contradiction", structured_outputs={"choice": ["yes"]}, allowed_token_ids=[50]),
+    wish("half", prompt="\ud83d"),
     wish("ids", prompt=[5, 6, 7]),
 ]
 
@@ -47,8 +56,8 @@ WISHES = [
 def bodies(run_qtool: Run, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("batch") / "batch.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in WISHES))
-    done = run_qtool("generate", tiny_llama, "-p", f"@{file}", "--set", "max_num_seqs=4")
-    assert done.code == 1, done.stderr  # three of them can't be
+    done = run_qtool("generate", tiny_llama, "-p", f"@{file}", "--set", "max_num_seqs=4", "--seed", "-1")
+    assert done.code == 1, done.stderr  # some of them can't be
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [answer["custom_id"] for answer in answers] == [line["custom_id"] for line in WISHES]
     return {answer["custom_id"]: answer["response"]["body"] for answer in answers}
@@ -111,6 +120,8 @@ def test_what_cannot_be_has_its_own_error(bodies: dict[str, Any]) -> None:
     assert "the model takes 512" in bodies["long"]["error"]["message"]
     assert "vLLM refuses it" in bodies["bad"]["error"]["message"]
     assert "99999" in bodies["outside"]["error"]["message"]
+    assert "ended it with an error" in bodies["contradiction"]["error"]["message"]
+    assert "surrogates not allowed" in bodies["half"]["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -144,3 +155,57 @@ def test_text_is_split_from_thinking(run_qtool: Run, make_model: Callable[..., P
     done = run_qtool("generate", model, "--chat", "-p", "x", "--reasoning-parser", "deepseek_r9")
     assert done.code == 2
     assert "deepseek_r1" in done.stderr
+
+
+def test_sizes_go_by_other_names_too(run_qtool: Run, make_model: Callable[..., Path]) -> None:
+    """GPT-2 calls them n_embd, n_head, n_positions. And -1 leaves the length to what there is room for."""
+    model = make_model("gpt2", hidden_size=128, num_key_value_heads=4)
+    assert "num_attention_heads" not in json.loads((model / "config.json").read_text())
+    prompts = ("-p", "If the", "-p", "word " * 600)
+    for options in (("--runtime", "transformers"), ("--runtime", "vllm", "--set", "max_model_len=-1")):
+        done = run_qtool("generate", model, *prompts, "--max-tokens", "4", *options)
+        assert done.code == 1, done.stderr
+        answer, refused = (json.loads(line) for line in done.stdout.splitlines())
+        assert answer["completion_tokens"] == 4
+        assert "the model takes 512" in refused["error"]
+
+
+def test_the_engine_is_made_to_measure(tiny_llama: Path) -> None:
+    """Where its process is this one and the machine's settings say how much memory it may have, as they do on CPUs."""
+    per_token, block = 2 * 2 * 2 * 32 * 2, vllm_worker.BLOCK
+
+    def arguments(
+        engine: dict[str, Any], lengths: list[int], complete: bool, in_process: bool = True
+    ) -> dict[str, Any]:
+        job: dict[str, Any] = {"model": str(tiny_llama), "dtype": "bfloat16", "trust_remote_code": False, "chat": False}
+        job |= {"sampling": {}, "engine": engine, "set": {}, "expected": 0, "compile_from": None}
+        return vllm_worker._arguments(job, Front(job, Report(os.dup(1))), lengths, complete, in_process)
+
+    cpu = {"max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 30}
+    made = arguments(cpu, [100, 200], complete=True)
+    assert made["max_model_len"] == 200
+    assert made["kv_cache_memory_bytes"] == per_token * (block + 2 * block + block)
+    assert arguments(cpu | {"max_model_len": -1}, [100, 200], complete=True) == made
+    assert arguments(cpu, [], complete=False)["max_model_len"] == 512
+    assert arguments(cpu | {"max_model_len": None, "block_size": None}, [], complete=False)["max_model_len"] == 512
+    for left in ({}, {"kv_cache_memory_bytes": None}):
+        assert not {"kv_cache_memory_bytes", "max_model_len"} & arguments(left, [], complete=False).keys()
+    assert arguments({"max_model_len": -1}, [], complete=False)["max_model_len"] == -1
+    assert "max_model_len" not in arguments(cpu, [], complete=False, in_process=False)
+
+
+def test_what_nobody_has_set_is_not_to_blame(tiny_llama: Path, tmp_path: Path) -> None:
+    """`chat` asks for one sequence at a time by itself."""
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text()) | {"architectures": ["Nonesuch"]}
+    (model / "config.json").write_text(json.dumps(config))
+
+    def load(**arguments: Any) -> QtoolError:
+        with pytest.raises(QtoolError, match="Nonesuch") as caught:
+            runtimes.stream(
+                model, iter([{"index": 0, "prompt": "x"}]), print, sampling={}, runtime="vllm", arguments=arguments
+            )
+        return caught.value
+
+    assert load(max_num_seqs=1).where is None
+    assert load(max_num_seqs=1, enforce_eager=True).where == "--set"

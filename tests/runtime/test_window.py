@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -12,8 +13,11 @@ from typing import Any
 import pytest
 
 from qtool import workers
+from qtool.cli.printers import ToPipe
+from qtool.console import Console
 from qtool.errors import QtoolError, WorkerDied
 from qtool.runtime import window
+from qtool.runtime.requests import Chat, read
 
 # Answers each request with its prompt doubled, in blocks that it turns round. `die` are numbers of requests, counted
 # over all lives (in a file), at which it is killed; `poison` is a prompt that kills it always.
@@ -93,6 +97,32 @@ def test_what_the_source_raises_comes_after_the_answers_before_it(work: Callable
     assert len(answers) == 10
 
 
+def test_what_the_source_raises_is_not_lost_with_the_worker() -> None:
+    """The first worker is told of it, and dies; the second one gets what that left, and is told as well."""
+
+    def source() -> Iterator[dict[str, Any]]:
+        yield from requests(10)
+        raise QtoolError("the disk is gone")
+
+    lives = iter(["dies", "lives"])
+
+    def work(inputs: Iterator[dict[str, Any]], on_event: Callable[[workers.Event], None]) -> dict[str, Any]:
+        asked = [next(inputs)["index"] for _ in range(10)]
+        assert asked == list(range(10))
+        with pytest.raises(QtoolError, match="the disk is gone") as caught:
+            next(inputs)
+        if next(lives) == "dies":
+            raise WorkerDied("killed")
+        for index in asked:
+            on_event({"event": "item", "data": {"index": index}})
+        raise caught.value
+
+    answers: list[dict[str, Any]] = []
+    with pytest.raises(QtoolError, match="the disk is gone"):
+        window.run(work, source(), answers.append, lambda event: None)
+    assert len(answers) == 10
+
+
 def test_a_slow_source_is_not_waited_for(work: Callable[..., Any]) -> None:
     """The second request comes only once the first has been answered."""
     answered = threading.Event()
@@ -117,6 +147,46 @@ def test_only_so_much_is_under_way(size: int, most: int) -> None:
     prompt = "x" * size
     read = itertools.count()
     opened = window.Window({"index": next(read), "prompt": prompt} for _ in itertools.repeat(None))
+    taken = _taken(opened, most)
+    opened.answer({"index": 1})
+    assert list(opened.give_out()) == []  # 0 is missing
+    assert not _grows(taken, most)
+    opened.answer({"index": 0})
+    assert [item["index"] for item in opened.give_out()] == [0, 1]
+    assert _grows(taken, most)
+
+
+def test_a_line_counts_with_all_its_fields(tmp_path: Path) -> None:
+    """They are kept here for the answer, however little of them the worker gets."""
+    file = tmp_path / "prompts.jsonl"
+    row = json.dumps({"prompt": "x", "page": "y" * (1 << 20)}) + "\n"
+    file.write_text(row * 40)
+    lines = enumerate(read([f"@{file}"], Chat()))
+    opened = window.Window(ToPipe(Console()).requests(lines))
+    taken = _taken(opened, 16)
+    assert not _grows(taken, 16)
+
+
+def test_answers_that_wait_count() -> None:
+    asked = threading.Semaphore(2)
+
+    def source() -> Iterator[dict[str, Any]]:
+        for request in requests(9):
+            asked.acquire(timeout=60)
+            yield request
+
+    opened = window.Window(source())
+    taken = _taken(opened, 2)
+    opened.answer({"index": 1, "text": "y" * window.MOST_BYTES})
+    asked.release(7)  # whoever is asking for one more gets it, and then no more
+    assert not _grows(taken, 3)
+    opened.answer({"index": 0})
+    assert [item["index"] for item in opened.give_out()] == [0, 1]
+    assert _grows(taken, 3)
+
+
+def _taken(opened: window.Window, most: int) -> list[int]:
+    """The requests that a worker has taken, so many for now; a thread goes on taking them."""
     taken: list[int] = []
     full = threading.Event()
 
@@ -128,12 +198,7 @@ def test_only_so_much_is_under_way(size: int, most: int) -> None:
 
     threading.Thread(target=take, daemon=True).start()
     assert full.wait(60)
-    opened.answer({"index": 1})
-    assert list(opened.give_out()) == []  # 0 is missing
-    assert not _grows(taken, most)
-    opened.answer({"index": 0})
-    assert [item["index"] for item in opened.give_out()] == [0, 1]
-    assert _grows(taken, most)
+    return taken
 
 
 def _grows(taken: list[int], size: int) -> bool:
