@@ -167,7 +167,8 @@ def test_a_signal_unwinds_the_command(
         "        print('cleaned up', flush=True)\n"
     )
     program = (
-        "import sys\nfrom qtool.cli import app\n"
+        "import signal, sys\nfrom qtool.cli import app\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # which nohup has everything ignore
         "app.COMMANDS['work'] = ('sleepy:work', 'Works.')\nsys.exit(app.run(['work']))"
     )
     process = subprocess.Popen(
