@@ -66,8 +66,6 @@ def chat(
     words = {name: value for name, value in recipe.given().items() if name != "max_tokens"}  # meant for a prompt
     arguments = settings.parse(set_ or ())
     runtimes.check(chosen, asked, arguments)
-    if chosen.name != "transformers":
-        arguments = {"max_num_seqs": 1, **arguments}
     with console() as out:
         conversation = Conversation(
             model,

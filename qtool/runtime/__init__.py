@@ -84,6 +84,7 @@ def stream(
     runtime: str = "auto",
     arguments: Mapping[str, Any] = MappingProxyType({}),
     expected: int = 0,
+    one_at_a_time: bool = False,
     chat: bool = False,
     chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
     reasoning_parser: str | None = None,
@@ -104,6 +105,7 @@ def stream(
         sampling: vLLM's SamplingParams by name. Prompt i draws from seed + i.
         arguments: what `--set` says: vLLM's EngineArgs, and (in capitals) its environment variables.
         expected: how many requests there will be, as far as that is known: long jobs are worth compiling for.
+        one_at_a_time: each request comes after the answer to the one before, so that vLLM needs room for one only.
         chat: the requests are conversations: a model without a chat template is an error at once.
         reasoning_parser: vLLM's name of what splits thinking from the answer, in conversations.
         pieces: tell each new piece of the first unfinished answer: an event `piece` with index and text.
@@ -126,11 +128,12 @@ def stream(
     if chosen.name == "vllm-mindspore":
         chosen = mindspore.adapt(chosen, checkpoint)
     engine, env = split(arguments)
+    own = {"max_num_seqs": 1} if one_at_a_time and chosen.name != "transformers" else {}
     job = {
         "model": str(checkpoint.path.resolve()),
         "runtime": chosen.name,
         "dtype": engine.get("dtype") or dtype(checkpoint, kind_of(chosen.name)),
-        "engine": {**chosen.engine, **engine},
+        "engine": {**chosen.engine, **own, **engine},
         "set": dict(arguments),
         "expected": expected,
         "compile_from": chosen.compile_from,

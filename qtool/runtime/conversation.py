@@ -95,6 +95,7 @@ class Conversation:
                 model,
                 requests(),
                 lambda item: self._heard.put(("answer", item)),
+                one_at_a_time=True,
                 chat=True,
                 pieces=True,
                 on_event=event,

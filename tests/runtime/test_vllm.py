@@ -203,9 +203,15 @@ def test_what_nobody_has_set_is_not_to_blame(tiny_llama: Path, tmp_path: Path) -
     def load(**arguments: Any) -> QtoolError:
         with pytest.raises(QtoolError, match="Nonesuch") as caught:
             runtimes.stream(
-                model, iter([{"index": 0, "prompt": "x"}]), print, sampling={}, runtime="vllm", arguments=arguments
+                model,
+                iter([{"index": 0, "prompt": "x"}]),
+                print,
+                sampling={},
+                runtime="vllm",
+                arguments=arguments,
+                one_at_a_time=True,
             )
         return caught.value
 
-    assert load(max_num_seqs=1).where is None
-    assert load(max_num_seqs=1, enforce_eager=True).where == "--set"
+    assert load().where is None
+    assert load(enforce_eager=True).where == "--set"
