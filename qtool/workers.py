@@ -261,7 +261,7 @@ def new_log(module: str) -> Path:
     return Path(path)
 
 
-def lock(file: IO[bytes]) -> bool:
+def lock(file: IO[bytes] | int) -> bool:
     """Lock a file for as long as it is open, here or in a child; False if another process has locked it.
 
     Where the file system has no locks, nobody has one.

@@ -9,8 +9,6 @@ again when it has ended.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -26,6 +24,7 @@ from qtool.checkpoint.storage import disk_errors, draft, tidy, write_text
 from qtool.errors import InputError, QtoolError
 from qtool.jobs import contents
 from qtool.jobs.contents import Files
+from qtool.workers import lock
 
 STATE = "qtool-run.json"
 
@@ -158,12 +157,8 @@ def opened(folder: Path, say: Callable[[str], None], progress: Callable[[str, in
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise QtoolError("another qtool run is at work here", where=str(folder)) from None
-            # else a file system without locks: go on without
+        if not lock(handle):
+            raise QtoolError("another qtool run is at work here", where=str(folder))
         job = Job(folder, say, progress)
         if state.exists():
             stages = read_json(state).get("stages")
