@@ -16,7 +16,7 @@ from qtool.errors import InputError
 
 if TYPE_CHECKING:
     from qtool.console import Console
-    from qtool.runtime.conversation import Conversation
+    from qtool.runtimes.conversation import Conversation
 
 COMMANDS = "/reset forgets what was said, /exit ends (so does Ctrl-D), Ctrl-C stops an answer."
 
@@ -55,10 +55,10 @@ def chat(
         raise InputError("a conversation needs a terminal", where="stdin", hint=hint)
     asked = options.sampling(context.params)
 
-    from qtool import runtime as runtimes
+    from qtool import runtimes
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.runtime import sampling, settings
-    from qtool.runtime.conversation import Conversation
+    from qtool.runtimes import sampling, settings
+    from qtool.runtimes.conversation import Conversation
 
     checkpoint = Checkpoint.open(model)
     chosen = runtimes.choose(runtime, checkpoint.format)
@@ -106,7 +106,7 @@ def _talk(conversation: Conversation, out: Console) -> None:
 
 
 def _answer(conversation: Conversation, said: str, out: Console) -> None:
-    from qtool.runtime.conversation import Refused
+    from qtool.runtimes.conversation import Refused
 
     with _interrupting(conversation.stop):
         conversation.ask(said)

@@ -130,17 +130,17 @@ def evaluate(
 
 def _vllm(checkpoint: Checkpoint) -> tuple[str, dict[str, Any], dict[str, str]]:
     """vLLM's interpreter, arguments and environment on this machine."""
-    from qtool import runtime
-    from qtool.runtime.settings import dtype
+    from qtool import runtimes
+    from qtool.runtimes.settings import dtype
 
-    chosen = runtime.choose("vllm", checkpoint.format)
+    chosen = runtimes.choose("vllm", checkpoint.format)
     if chosen.name != "vllm":
         raise InputError(
             f"vLLM reads {checkpoint.format} checkpoints through {chosen.name} only, whose logits it can't have",
             where="--runtime",
             hint="leave it out: qtool computes what that runtime does with the same integers",
         )
-    engine = chosen.engine | {"dtype": dtype(checkpoint, runtime.kind_of(chosen.name))}
+    engine = chosen.engine | {"dtype": dtype(checkpoint, runtimes.kind_of(chosen.name))}
     return chosen.python, engine, {**chosen.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 

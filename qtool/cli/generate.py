@@ -18,7 +18,7 @@ from qtool.cli.printers import Printer, ToFile, ToPipe, ToTerminal
 from qtool.errors import InputError
 
 if TYPE_CHECKING:
-    from qtool.runtime.requests import Chat, Line
+    from qtool.runtimes.requests import Chat, Line
 
 
 def generate(
@@ -96,7 +96,7 @@ def generate(
 
       qtool quantize ./SmolLM2 --output ./SmolLM2-W8A8 | qtool generate - --prompt "I am"
     """
-    from qtool.runtime.requests import FORMATS, Chat
+    from qtool.runtimes.requests import FORMATS, Chat
 
     if model == "-" and (not prompt or "@-" in prompt):
         hint = "Give prompts with --prompt, or the model's path as the argument."
@@ -111,11 +111,11 @@ def generate(
     asked = options.sampling(given, structured)
     folder = path_or_stdin(model)
 
-    from qtool import runtime as runtimes
+    from qtool import runtimes
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.runtime import sampling, settings
-    from qtool.runtime.requests import count
-    from qtool.runtime.results import Answers, decisive, fingerprint
+    from qtool.runtimes import sampling, settings
+    from qtool.runtimes.requests import count
+    from qtool.runtimes.results import Answers, decisive, fingerprint
 
     checkpoint = Checkpoint.open(folder)
     recipe, words = sampling.of_recipe(checkpoint), sampling.of_model(checkpoint)
@@ -167,7 +167,7 @@ def generate(
 
 def _check_apart(prompts: list[str], output: Path | None) -> None:
     """That answers don't go where the prompts come from: they would replace those, or be asked as further ones."""
-    from qtool.runtime.requests import reads
+    from qtool.runtimes.requests import reads
 
     with contextlib.suppress(OSError):  # such as no file yet
         if reads(prompts, os.fstat(1) if output is None else output.expanduser().stat()):
@@ -177,7 +177,7 @@ def _check_apart(prompts: list[str], output: Path | None) -> None:
 
 def _prompts(prompt: list[str] | None, chat: Chat, input_format: str) -> Iterator[Line]:
     """The prompts as they come; from a terminal, all of them at once."""
-    from qtool.runtime.requests import read
+    from qtool.runtimes.requests import read
 
     typed = not prompt and sys.stdin.isatty()
     if typed:

@@ -10,8 +10,8 @@ from qtool.errors import QtoolError
 
 if TYPE_CHECKING:
     from qtool.console import Console
-    from qtool.runtime.requests import Line
-    from qtool.runtime.results import Answers
+    from qtool.runtimes.requests import Line
+    from qtool.runtimes.results import Answers
 
 
 class Printer(ABC):
@@ -31,7 +31,7 @@ class Printer(ABC):
         return lines
 
     def requests(self, numbered: Iterable[tuple[int, Line]]) -> Iterator[dict[str, Any]]:
-        """The lines as `qtool.runtime.stream` wants them."""
+        """The lines as `qtool.runtimes.stream` wants them."""
         for index, line in numbered:
             self._lines[index] = line
             yield {"index": index, "size": line.size, **line.request}
@@ -65,7 +65,7 @@ class ToPipe(Printer):
     """JSON lines on stdout."""
 
     def show(self, line: Line, item: dict[str, Any]) -> None:
-        from qtool.runtime.results import record
+        from qtool.runtimes.results import record
 
         self.out.result(record(line, item), more=True)
 
@@ -90,7 +90,7 @@ class ToFile(Printer):
         return _chain(first, lines)
 
     def show(self, line: Line, item: dict[str, Any]) -> None:
-        from qtool.runtime.results import record
+        from qtool.runtimes.results import record
 
         self.file.write(record(line, item))
 

@@ -57,7 +57,7 @@ def sampling(given: Mapping[str, Any], structured: Mapping[str, Any] | None = No
         InputError: a value that is none, or out of its range; more than one structure.
     """
     from qtool.recipe.schema import Sampling
-    from qtool.runtime.sampling import validated
+    from qtool.runtimes.sampling import validated
 
     wanted = {name: value for name, value in (structured or {}).items() if value is not None}
     if len(wanted) > 1:

@@ -41,7 +41,7 @@ def serve(
       qtool serve ./Qwen3-W8A8 --set max_model_len=8192 --set reasoning_parser=qwen3
     """
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.runtime import server, settings
+    from qtool.runtimes import server, settings
 
     checkpoint = Checkpoint.open(path_or_stdin(model))
     name = served_model_name or checkpoint.path.resolve().name

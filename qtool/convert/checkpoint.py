@@ -23,7 +23,7 @@ from qtool.checkpoint.storage import check_free_space
 from qtool.checkpoint.summary import float_dtype
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import InputError
-from qtool.runtime.mindspore import MINDFORMERS
+from qtool.runtimes.mindspore import MINDFORMERS
 
 if TYPE_CHECKING:
     import torch

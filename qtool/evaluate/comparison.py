@@ -18,10 +18,10 @@ import torch
 from qtool.calibration.text import BUILTIN, Calibration, held_out, load, load_tokenizer
 from qtool.checkpoint.reader import Checkpoint
 from qtool.engines.native import memory
-from qtool.engines.native.stream import DecoderStream
 from qtool.errors import InputError, QtoolError
 from qtool.evaluate.divergence import Divergence
 from qtool.evaluate.intervals import estimate, estimate_quantile
+from qtool.model.decoder import DecoderStream
 
 if TYPE_CHECKING:
     from qtool.workers import Report

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.errors import InputError, QtoolError, in_one_line
 from qtool.evaluate.intervals import Estimate, estimate_share
-from qtool.runtime import int8_kernel
+from qtool.runtimes import int8_kernel
 from qtool.workers import hide_media_packages
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qtool.errors import QtoolError
-from qtool.runtime import int8_kernel
+from qtool.runtimes import int8_kernel
 
 _BLOCK = 128  # tokens in a block of vLLM's CPU cache
 
@@ -25,7 +25,7 @@ class VllmLogits:
         model: the checkpoint's folder.
         config: its config.json.
         length: tokens of a window.
-        engine: EngineArgs of the machine, from `qtool.runtime.choose`.
+        engine: EngineArgs of the machine, from `qtool.runtimes.choose`.
         trust_remote_code: allow the checkpoint's own modelling code.
 
     Raises:

@@ -109,7 +109,7 @@ def run(
 
 def _own_samples(model: Path, wanted: dict[str, Any], trust_remote_code: bool, on_event: OnEvent) -> dict[str, Any]:
     """Calibration on what the model writes by itself, at temperature 1."""
-    from qtool.runtime import sample
+    from qtool.runtimes import sample
 
     ids = sample(
         model,

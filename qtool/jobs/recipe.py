@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtool import convert, engines, runtime, workers
+from qtool import convert, engines, runtimes, workers
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import write_text
 from qtool.environments.lookup import interpreter
@@ -18,10 +18,10 @@ from qtool.errors import InputError
 from qtool.jobs import contents, download, quantize
 from qtool.jobs.stages import Done, Job
 from qtool.recipe.schema import Recipe
-from qtool.runtime import sampling
-from qtool.runtime.requests import Line
-from qtool.runtime.results import encode, record
-from qtool.runtime.settings import possible
+from qtool.runtimes import sampling
+from qtool.runtimes.requests import Line
+from qtool.runtimes.results import encode, record
+from qtool.runtimes.settings import possible
 
 OnEvent = Callable[[workers.Event], None]
 
@@ -224,7 +224,7 @@ class _Run:
                     raise InputError(item["error"], where=f"prompt {item['index'] + 1} of the recipe")
                 answers.append(encode(record(lines[item["index"]], item)).decode())
 
-            runtime.stream(
+            runtimes.stream(
                 model.path,
                 ({"index": i, **line.request} for i, line in enumerate(lines)),
                 collect,
@@ -280,7 +280,7 @@ def _runnable(formats: list[str], wanted: str) -> tuple[str, str]:
     reasons = []
     for format_ in formats:
         try:
-            return format_, runtime.choose(wanted, "float" if format_ == "bfloat16" else format_).name
+            return format_, runtimes.choose(wanted, "float" if format_ == "bfloat16" else format_).name
         except InputError as error:
             reasons.append(error)
     raise reasons[0]

@@ -1,7 +1,7 @@
 """Routed experts in a measurement of sensitivities: gradients through them, and their noise, one in memory at a time.
 
 While a layer runs, a leaf of the graph takes the place of what its experts give. That is added to the layer's output
-(`engines.native.probe` makes sure), so the leaf's value changes no gradient, and the experts can follow one by one.
+(`model.probe` makes sure), so the leaf's value changes no gradient, and the experts can follow one by one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from qtool.engines.native import units
-from qtool.engines.native.experts import RoutedExperts, handled
-from qtool.engines.native.recorder import Recorder
-from qtool.engines.native.stream import DecoderStream, input_quantizer
 from qtool.engines.native.units import DOWN, GATE, PARTS, UP, SmoothedExpert, Source
+from qtool.model.decoder import DecoderStream, input_quantizer
+from qtool.model.experts import RoutedExperts, handled
+from qtool.model.recorder import Recorder
 from qtool.quant.types import QuantizedLinear
 from qtool.recipe.schema import Policy
 from qtool.tuning.noise import Sensitivity, Tally

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qtool.engines.native.activations import Activations
-from qtool.engines.native.experts import handled
-from qtool.engines.native.probe import probe
-from qtool.engines.native.recorder import Recorder
-from qtool.engines.native.stream import DecoderStream, input_quantizer
 from qtool.engines.native.units import Source
 from qtool.errors import QtoolError
+from qtool.model.activations import Activations
+from qtool.model.decoder import DecoderStream, input_quantizer
+from qtool.model.experts import handled
+from qtool.model.probe import probe
+from qtool.model.recorder import Recorder
 from qtool.quant.layer import quantize_layer
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, bias_of, linear_layers, signature

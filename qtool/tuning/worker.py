@@ -29,9 +29,9 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     from qtool.calibration.text import load, load_tokenizer
     from qtool.checkpoint.reader import Checkpoint
     from qtool.engines.native import memory, plan
-    from qtool.engines.native.stream import DecoderStream
     from qtool.engines.native.units import Source
     from qtool.evaluate.comparison import check_length, windows_of
+    from qtool.model.decoder import DecoderStream
     from qtool.recipe.schema import Recipe
     from qtool.tuning.search import with_mode
     from qtool.tuning.sensitivity import measure

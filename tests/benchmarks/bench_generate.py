@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from qtool.checkpoint.reader import Checkpoint
-from qtool.runtime import settings
+from qtool.runtimes import settings
 from tests.benchmarks._common import DEFAULT_MODEL, REPOSITORY, measure, model_or_exit, spread, table
 
 BARE = """

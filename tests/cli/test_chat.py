@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from qtool.runtime.conversation import Conversation, Refused
+from qtool.runtimes.conversation import Conversation, Refused
 from tests.processor import runtime_dtype
 
 _QUIET = 5.0  # seconds

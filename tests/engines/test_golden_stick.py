@@ -260,7 +260,7 @@ def test_mindspore_gs_runs_what_the_native_engine_made(
     On the way there it was a compressed-tensors checkpoint, so that this is what `qtool convert` makes, too."""
     from qtool.checkpoint.reader import Checkpoint
     from qtool.engines.golden_stick import view
-    from qtool.engines.native.stream import DecoderStream
+    from qtool.model.decoder import DecoderStream
 
     pair = pairs(name)
     for source, target in ((pair.native, "compressed-tensors"), (tmp_path / "compressed-tensors", "golden-stick")):

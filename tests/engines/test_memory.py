@@ -12,8 +12,8 @@ import torch
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.engines.native import memory, plan
-from qtool.engines.native.stream import DecoderStream
 from qtool.errors import InputError
+from qtool.model.decoder import DecoderStream
 from qtool.recipe.load import load
 
 SIZE = (32, 128)  # samples, tokens

@@ -14,8 +14,8 @@ import torch
 from qtool.checkpoint.reader import Checkpoint
 from qtool.engines.job import Job
 from qtool.engines.native.engine import quantize
-from qtool.engines.native.stream import DecoderStream
 from qtool.evaluate.comparison import compare
+from qtool.model.decoder import DecoderStream
 from qtool.recipe.load import load
 from qtool.recipe.schema import Activations, Policy, Recipe
 from qtool.tuning.experts import gradients, replaced

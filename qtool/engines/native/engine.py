@@ -20,9 +20,9 @@ from qtool.checkpoint.storage import check_free_space, resumable_bytes
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.engines.native import executor, memory, plan
 from qtool.engines.native.layers import Layers, add_unchanged
-from qtool.engines.native.stream import DecoderStream
 from qtool.engines.native.units import Source
 from qtool.errors import InputError
+from qtool.model.decoder import DecoderStream
 from qtool.recipe.schema import Recipe
 
 if TYPE_CHECKING:

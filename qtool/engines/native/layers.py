@@ -20,13 +20,13 @@ from qtool.checkpoint.dtypes import FLOATS
 from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.engines.native import units
-from qtool.engines.native.activations import Activations
 from qtool.engines.native.executor import Executor
-from qtool.engines.native.experts import RoutedExperts, handled
-from qtool.engines.native.probe import probe
-from qtool.engines.native.recorder import Recorder
-from qtool.engines.native.stream import DecoderStream
 from qtool.engines.native.units import DenseTask, Float, Linear, Output, Piece, Row, Source
+from qtool.model.activations import Activations
+from qtool.model.decoder import DecoderStream
+from qtool.model.experts import RoutedExperts, handled
+from qtool.model.probe import probe
+from qtool.model.recorder import Recorder
 from qtool.quant import exact
 from qtool.quant.layer import GroupReport, policy_of
 from qtool.quant.statistics import InputStatistics

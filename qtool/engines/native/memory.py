@@ -16,7 +16,7 @@ from qtool.quant.topology import linear_layers
 from qtool.recipe.schema import Policy
 
 if TYPE_CHECKING:
-    from qtool.engines.native.stream import DecoderStream
+    from qtool.model.decoder import DecoderStream
 
 BATCH_TOKENS = 2048  # that go through a layer at a time, when memory allows
 _BASE_BYTES = 500 * 10**6  # this process with torch, transformers and a tokenizer loaded (measured 0.48 to 0.51 GB)

@@ -19,8 +19,8 @@ from torch import nn
 from qtool.checkpoint import formats
 from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
-from qtool.engines.native.stream import DecoderStream
 from qtool.errors import InputError, QtoolError
+from qtool.model.decoder import DecoderStream
 from qtool.quant.layer import GroupReport, Storage, policy_of, quantize_group, smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups

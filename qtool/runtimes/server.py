@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import InputError
-from qtool.runtime import Runtime, choose, kind_of, mindspore
-from qtool.runtime.settings import dtype, engine, environment, settings, split
+from qtool.runtimes import Runtime, choose, kind_of, mindspore
+from qtool.runtimes.settings import dtype, engine, environment, settings, split
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint

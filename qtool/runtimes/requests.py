@@ -28,7 +28,7 @@ class Line:
 
     Attributes:
         fields: what the answer repeats: `prompt`, or all that a JSON line has.
-        request: what `qtool.runtime.stream` wants, but for the index: prompt or messages, or error.
+        request: what `qtool.runtimes.stream` wants, but for the index: prompt or messages, or error.
         url: the endpoint of a line of an OpenAI batch file, whose answer has that API's shape; else None.
         size: bytes of the line, of whose fields any may be the large one; 0 for what came as an argument.
     """
@@ -242,7 +242,7 @@ def _body(body: Mapping[str, Any], url: str, chat: Chat) -> dict[str, Any]:
 def _sampling(body: Mapping[str, Any], url: str) -> dict[str, Any]:
     """What a request body says of sampling, by vLLM's names; keys that say nothing of it are left alone."""
     from qtool.recipe.schema import Sampling
-    from qtool.runtime.sampling import validated
+    from qtool.runtimes.sampling import validated
 
     given = {name: body[name] for name in Sampling.model_fields if body.get(name) is not None}
     if (most := body.get("max_completion_tokens")) is not None:

@@ -23,10 +23,10 @@ from torch import nn
 
 from qtool.checkpoint.floats import FORMATS, FloatReader
 from qtool.checkpoint.reader import Checkpoint
-from qtool.engines.native import experts
-from qtool.engines.native.experts import Expert, RoutedExperts, Routing
-from qtool.engines.native.names import ExpertNames, Names
 from qtool.errors import InputError, in_one_line
+from qtool.model import experts
+from qtool.model.experts import Expert, RoutedExperts, Routing
+from qtool.model.names import ExpertNames, Names
 from qtool.quant.integer import fake_quantize_tensor, fake_quantize_tokens
 from qtool.quant.topology import linear_layers
 from qtool.quant.types import QuantizedLinear

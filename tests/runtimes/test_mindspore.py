@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from qtool import runtime as runtimes
+from qtool import runtimes
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
-from qtool.runtime import mindspore
+from qtool.runtimes import mindspore
 from tests.managed import unpacked
 
 PLUGIN = "vllm-mindspore==0.5.1"

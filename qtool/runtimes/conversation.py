@@ -9,7 +9,7 @@ from typing import Any
 
 from qtool import workers
 from qtool.errors import QtoolError
-from qtool.runtime import stream
+from qtool.runtimes import stream
 
 _Message = tuple[str, Any]  # what kind of message, and what it says
 

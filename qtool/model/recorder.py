@@ -7,9 +7,9 @@ from types import TracebackType
 
 import torch
 
-from qtool.engines.native.activations import Activations
-from qtool.engines.native.experts import Handler, Routing
 from qtool.engines.native.units import ExpertTask, Source
+from qtool.model.activations import Activations
+from qtool.model.experts import Handler, Routing
 from qtool.recipe.schema import Policy
 
 _STEP = 4096  # tokens that are scored at a time

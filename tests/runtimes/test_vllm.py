@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from qtool import runtime as runtimes
+from qtool import runtimes
 from qtool.errors import QtoolError
-from qtool.runtime import vllm_worker
-from qtool.runtime.common import Front
-from qtool.runtime.requests import CHAT_URL, COMPLETIONS_URL
+from qtool.runtimes import vllm_worker
+from qtool.runtimes.common import Front
+from qtool.runtimes.requests import CHAT_URL, COMPLETIONS_URL
 from qtool.workers import Report
 
 pytestmark = pytest.mark.vllm

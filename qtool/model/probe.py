@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from qtool.engines.native.experts import RoutedExperts, handled
-from qtool.engines.native.stream import DecoderStream
 from qtool.errors import InputError
+from qtool.model.decoder import DecoderStream
+from qtool.model.experts import RoutedExperts, handled
 from qtool.quant.topology import Group, find_groups
 
 _TOKENS = 8

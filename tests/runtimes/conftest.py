@@ -64,7 +64,7 @@ def tiny_int8(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def answers(tiny_llama: Path, tiny_int8: Path) -> Callable[[str, str], list[dict[str, Any]]]:
     """answers(runtime, "float" | "int8") -> greedy answers to PROMPTS, with the gaps."""
-    from qtool import runtime as runtimes
+    from qtool import runtimes
 
     known: dict[tuple[str, str], list[dict[str, Any]]] = {}
 

@@ -71,7 +71,7 @@ class Front:
             )
 
     def prepare(self, request: Mapping[str, Any]) -> Prepared:
-        """Token ids and limits of a request (see `qtool.runtime.stream`).
+        """Token ids and limits of a request (see `qtool.runtimes.stream`).
 
         Raises:
             InputError: no tokens in it, or more than the model takes; a conversation that its template refuses;

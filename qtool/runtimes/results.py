@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from qtool.errors import InputError, QtoolError
-from qtool.runtime.requests import CHAT_URL, Line
+from qtool.runtimes.requests import CHAT_URL, Line
 from qtool.workers import lock
 
 _CHUNK = 1 << 16

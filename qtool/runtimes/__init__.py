@@ -16,9 +16,9 @@ from typing import Any
 from qtool import workers
 from qtool.environments import lookup
 from qtool.errors import InputError
-from qtool.runtime import mindspore, settings
-from qtool.runtime.settings import TRANSFORMERS_SAMPLING, dtype, environment, hardware, preload, split
-from qtool.runtime.window import run
+from qtool.runtimes import mindspore, settings
+from qtool.runtimes.settings import TRANSFORMERS_SAMPLING, dtype, environment, hardware, preload, split
+from qtool.runtimes.window import run
 
 NAMES = ("auto", "vllm", "transformers", "vllm-mindspore", "vllm-ascend")
 
@@ -45,7 +45,7 @@ class Runtime:
 
     @property
     def module(self) -> str:
-        return f"qtool.runtime.{'transformers' if self.name == 'transformers' else 'vllm'}_worker"
+        return f"qtool.runtimes.{'transformers' if self.name == 'transformers' else 'vllm'}_worker"
 
 
 def choose(runtime: str, format: str) -> Runtime:

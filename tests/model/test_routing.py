@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from qtool.engines.native.activations import Activations
-from qtool.engines.native.experts import Expert, Routing, run_all
-from qtool.engines.native.recorder import Recorder
 from qtool.errors import QtoolError
+from qtool.model.activations import Activations
+from qtool.model.experts import Expert, Routing, run_all
+from qtool.model.recorder import Recorder
 
 TOKENS, EXPERTS, TOP, WIDTH = 60, 7, 3, 16
 
@@ -116,7 +116,7 @@ def test_a_file_size_limit(tmp_path: Path) -> None:
     code = (
         "import resource, sys, torch\n"
         "from pathlib import Path\n"
-        "from qtool.engines.native.activations import Activations\n"
+        "from qtool.model.activations import Activations\n"
         "from qtool.errors import QtoolError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n"

@@ -18,7 +18,7 @@ from qtool.errors import InputError, in_one_line
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.runtime import Runtime
+    from qtool.runtimes import Runtime
 
 NATIVE = (
     "Glm4ForCausalLM",

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtool.engines.native.names import ExpertNames
 from qtool.errors import InputError
+from qtool.model.names import ExpertNames
 
 # (hidden states [tokens, hidden], expert numbers [tokens, k], their weights [tokens, k]) -> output [tokens, hidden]
 Handler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

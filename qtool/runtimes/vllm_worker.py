@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from qtool.errors import InputError, QtoolError, WorkerDied, in_one_line
-from qtool.runtime import int8_kernel, mindspore
-from qtool.runtime.common import Front, Meter, Prepared, failure
+from qtool.runtimes import int8_kernel, mindspore
+from qtool.runtimes.common import Front, Meter, Prepared, failure
 from qtool.workers import POLL_SECONDS, READ_AHEAD, Report, hide_media_packages
 
 BLOCK = 128  # tokens in a block of vLLM's CPU cache
@@ -29,7 +29,7 @@ QUEUED = 2  # requests that vLLM is given, as a multiple of those it works on at
 
 
 def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Generate as `qtool.runtime.stream` says; returns what was done, and the seconds each stage took."""
+    """Generate as `qtool.runtimes.stream` says; returns what was done, and the seconds each stage took."""
     hide_media_packages()
     if job["runtime"] != "vllm-mindspore":
         return _generate(job, report)

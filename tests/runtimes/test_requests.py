@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qtool.errors import InputError
-from qtool.runtime.requests import CHAT_URL, COMPLETIONS_URL, Chat, Line, count, read
+from qtool.runtimes.requests import CHAT_URL, COMPLETIONS_URL, Chat, Line, count, read
 
 USER = [{"role": "user", "content": "hi"}]
 

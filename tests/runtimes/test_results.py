@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from qtool.errors import InputError
-from qtool.runtime.requests import CHAT_URL, COMPLETIONS_URL, Line
-from qtool.runtime.results import Answers, belongs, decisive, encode, fingerprint, record
+from qtool.runtimes.requests import CHAT_URL, COMPLETIONS_URL, Line
+from qtool.runtimes.results import Answers, belongs, decisive, encode, fingerprint, record
 
 PLACES = [
     {"token": "a", "token_id": 5, "logprob": -0.5, "top_logprobs": [{"token": "a", "token_id": 5, "logprob": -0.5}]},

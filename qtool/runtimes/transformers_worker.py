@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import InputError, QtoolError
-from qtool.runtime.common import Front, Meter, Prepared, failure
-from qtool.runtime.settings import TRANSFORMERS_SAMPLING
+from qtool.runtimes.common import Front, Meter, Prepared, failure
+from qtool.runtimes.settings import TRANSFORMERS_SAMPLING
 from qtool.workers import Report, hide_media_packages
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ TAKEN = 64  # requests among which those of equal length are looked for
 
 
 def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Generate as `qtool.runtime.stream` says; returns what was done, and the seconds each stage took."""
+    """Generate as `qtool.runtimes.stream` says; returns what was done, and the seconds each stage took."""
     meter = Meter(report)
     report.progress("load the model", 0, 0)
     hide_media_packages()

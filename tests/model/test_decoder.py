@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from qtool.checkpoint.reader import Checkpoint
-from qtool.engines.native.stream import DecoderStream
 from qtool.errors import InputError
+from qtool.model.decoder import DecoderStream
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {

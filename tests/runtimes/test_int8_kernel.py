@@ -14,8 +14,8 @@ import torch
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.environments import machine
-from qtool.runtime import int8_kernel, settings
-from qtool.runtime.int8_kernel import MANY_TOKENS, Scale, scaled_product
+from qtool.runtimes import int8_kernel, settings
+from qtool.runtimes.int8_kernel import MANY_TOKENS, Scale, scaled_product
 
 
 @pytest.mark.parametrize("tokens", [1, 7, MANY_TOKENS - 1, MANY_TOKENS, 300])
@@ -140,7 +140,7 @@ from qtool.workers import hide_media_packages
 hide_media_packages()
 from qtool.checkpoint.reader import Checkpoint
 from qtool.environments import machine
-from qtool.runtime import int8_kernel, settings
+from qtool.runtimes import int8_kernel, settings
 int8_kernel.needed = lambda: {needed}
 from vllm.plugins import load_general_plugins
 load_general_plugins()

@@ -1,0 +1,83 @@
+"""The description of a quantized tensor and of a quantized linear, in the terms of compressed-tensors.
+
+Field names and meanings are those of compressed-tensors 0.17 (quantization/quant_args.py), so that a description can be
+written to and read from a checkpoint's config.json as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Strategy = Literal["tensor", "channel", "token", "group", "block"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationArgs:
+    """How one tensor is quantized.
+
+    Attributes:
+        num_bits: of each element.
+        type: integers, or floating point.
+        symmetric: the zero point is 0.
+        strategy: what shares a scale: the whole tensor, an output channel, a token, a group of `group_size` input
+            channels of one output channel, or a block of rows and columns.
+        group_size: for `group`.
+        block_structure: rows and columns, for `block`.
+        dynamic: scales are found at run time.
+    """
+
+    num_bits: int = 8
+    type: Literal["int", "float"] = "int"
+    symmetric: bool = True
+    strategy: Strategy = "channel"
+    group_size: int | None = None
+    block_structure: tuple[int, int] | None = None
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.group_size is not None) != (self.strategy == "group"):
+            raise ValueError(f"strategy {self.strategy} with group_size {self.group_size}")
+        if (self.block_structure is not None) != (self.strategy == "block"):
+            raise ValueError(f"strategy {self.strategy} with block_structure {self.block_structure}")
+
+    @property
+    def qmin(self) -> int:
+        """The least integer."""
+        return -(1 << (self.num_bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        """The largest integer."""
+        return (1 << (self.num_bits - 1)) - 1
+
+    @property
+    def steps(self) -> int:
+        """How many steps lie between the least and the largest integer."""
+        return self.qmax - self.qmin
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a linear is quantized.
+
+    Attributes:
+        weights: of its weight.
+        activations: of its input; None leaves it float.
+    """
+
+    weights: QuantizationArgs
+    activations: QuantizationArgs | None
+
+    @property
+    def is_static(self) -> bool:
+        """The input's scale is fixed in calibration."""
+        return self.activations is not None and not self.activations.dynamic
+
+    @property
+    def label(self) -> str:
+        """For people: "W8A8 static"."""
+        if self.activations is None:
+            return f"W{self.weights.num_bits}A16"
+        kind = "dynamic" if self.activations.dynamic else "static"
+        return f"W{self.weights.num_bits}A{self.activations.num_bits} {kind}"
