@@ -18,6 +18,7 @@ from torch import nn
 
 from qtool.checkpoint import formats
 from qtool.checkpoint.floats import FloatReader
+from qtool.checkpoint.formats.common import mode_of
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError, QtoolError
 from qtool.model.decoder import DecoderStream
@@ -59,9 +60,7 @@ class Source:
         output_format = formats.get(self.format)
         return Storage(
             dtype=dtype,
-            weight_scale=lambda scale, static: output_format.storable_weight_scale(
-                scale, "static" if static else "dynamic", dtype
-            ),
+            weight_scale=lambda scale, scheme: output_format.storable_weight_scale(scale, mode_of(scheme), dtype),
             input_scale=lambda scale: output_format.storable_scale(scale, dtype),
         )
 
@@ -206,7 +205,7 @@ def refuse_damage(activations: torch.Tensor, name: str, floats: FloatReader) -> 
 def needs_statistics(policy: Policy | None) -> bool:
     """Whether calibration tokens matter to a linear of this policy."""
     return policy is not None and (
-        policy.activations.mode == "static" or policy.smoothing != "none" or policy.clip or policy.rounding == "gptq"
+        policy.scheme.is_static or policy.smoothing != "none" or policy.clip or policy.rounding == "gptq"
     )
 
 
