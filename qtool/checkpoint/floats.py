@@ -6,15 +6,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from qtool.checkpoint import dtypes, fp8
+from qtool.checkpoint import dtypes, formats, fp8
 from qtool.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
     from qtool.checkpoint.reader import Checkpoint
-
-FORMATS = ("float", fp8.METHOD)
 
 
 class FloatReader:
@@ -23,14 +21,14 @@ class FloatReader:
     Every number that it hands out is finite.
 
     Args:
-        checkpoint: of a format in FORMATS.
+        checkpoint: of a format whose `is_float` is set.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._block = (
             fp8.block_shape(checkpoint.config, str(checkpoint.path / "config.json"))
-            if checkpoint.format == fp8.METHOD
+            if formats.of(checkpoint).name == fp8.METHOD
             else None
         )
         self._held: dict[str, torch.Tensor] = {}

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtool.checkpoint.floats import FORMATS, FloatReader
+from qtool.checkpoint import formats
+from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError, in_one_line
 from qtool.model import experts
@@ -50,6 +51,7 @@ class DecoderStream:
         self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str = "cpu", trust_remote_code: bool = False
     ) -> None:
         self.checkpoint = checkpoint
+        self._format = formats.of(checkpoint)
         self.dtype = dtype
         self.device = torch.device(device)
         self.floats = FloatReader(checkpoint)
@@ -355,7 +357,7 @@ class DecoderStream:
 
     def _quantized(self, name: str) -> QuantizedLinear | None:
         """A quantized linear by its name without ".weight"; None when it is float."""
-        return None if self.checkpoint.format in FORMATS else self.checkpoint.linear(name)
+        return self._format.read_linear(self.checkpoint, name)
 
     def _dequantized(self, name: str, linear: QuantizedLinear, shape: torch.Size) -> torch.Tensor:
         self._check_shape(name, shape)

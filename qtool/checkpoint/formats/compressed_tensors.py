@@ -125,7 +125,9 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
         weight = stored.weight()
         stored.no_zero_point("weight_zero_point", weight.shape[0])
         scale, bias = stored.scale("weight_scale", weight.shape[0]), stored.bias()
-        return QuantizedLinear(scheme, weight, scale, bias, *(self.inputs(stored) if scheme.is_static else (None, None)))
+        return QuantizedLinear(
+            scheme, weight, scale, bias, *(self.inputs(stored) if scheme.is_static else (None, None))
+        )
 
     def inputs(self, stored: Stored) -> tuple[float, int]:
         assert W8A8.activations is not None
@@ -134,9 +136,7 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
 
     def check_only_linears(self, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> None:
         if checkpoint.config["quantization_config"].get("kv_cache_scheme"):
-            raise InputError(
-                "its key/value cache is quantized too, which is not converted", where=str(checkpoint.path)
-            )
+            raise InputError("its key/value cache is quantized too, which is not converted", where=str(checkpoint.path))
 
 
 def _scale_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,7 +1,7 @@
 """What golden-stick and modelslim have in common: a file that gives every parameter a type, and the parameters of W8A8.
 
-`weight` int8 [out, in]; `weight_scale` and `weight_offset`, zeros; with static activations also `input_scale`,
-`input_offset` (the zero point), `deq_scale` = input_scale · weight_scale and `quant_bias` = -Σ_in input_offset · weight.
+`weight` int8 [out, in]; `weight_scale`; `weight_offset`, zeros; with static activations also `input_scale`,
+`input_offset` (the zero point), `deq_scale` = input_scale · weight_scale, `quant_bias` = -Σ_in input_offset · weight.
 The runtime computes q = clip(round(x / input_scale) + input_offset), y = (q·Wᵀ + quant_bias) · deq_scale.
 """
 

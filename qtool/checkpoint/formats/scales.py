@@ -22,7 +22,7 @@ def round_to(value: float, dtype: torch.dtype) -> float:
 
 
 def check_scales(name: str, linear: QuantizedLinear) -> None:
-    """Raises QtoolError unless every scale is a positive finite number and the zero point one of the scheme's integers."""
+    """Raises QtoolError unless scales are positive finite numbers and the zero point is an integer of the scheme."""
     import torch
 
     scale = linear.weight_scale

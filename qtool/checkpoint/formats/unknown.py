@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qtool.checkpoint.formats.base import Format
-from qtool.errors import InputError
+from qtool.checkpoint.formats.base import Format, UnknownScheme
 from qtool.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -26,6 +25,6 @@ class Unknown(Format):
         return True
 
     def scheme(self, checkpoint: Checkpoint, name: str) -> Scheme | None:
-        raise InputError(
+        raise UnknownScheme(
             f"quantized with {self.name}, which qtool doesn't read", where=str(checkpoint.path), hint=self.hint
         )

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtool.checkpoint import formats
-from qtool.checkpoint.floats import FORMATS, FloatReader
-from qtool.checkpoint.formats.common import mode_of
+from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
 from qtool.recipe.schema import Policy, Recipe
@@ -56,13 +55,13 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
             where=where,
             hint="correct the `layers` patterns; they must match the whole name",
         )
-    problems = formats.get(format_name).problems({name: mode_of(scheme) for name, scheme in _schemes(policies).items()})
+    problems = formats.get(format_name).problems(_schemes(policies))
     fatal = [problem for problem in problems if problem.fatal]
     if fatal:
         raise InputError(
             str(fatal[0]) + (f" (and {len(fatal) - 1} more)" if len(fatal) > 1 else ""),
             where=f"{where}, format {format_name}",
-            hint="give the layers that the runtime fuses one policy",
+            hint=fatal[0].hint,
         )
     return Plan(policies, [str(problem) for problem in problems])
 
@@ -72,9 +71,10 @@ def _schemes(policies: Mapping[str, Policy | None]) -> dict[str, Scheme | None]:
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    if checkpoint.format not in FORMATS:
+    format = formats.of(checkpoint)
+    if not format.is_float:
         raise InputError(
-            f"this checkpoint is quantized already ({checkpoint.format})",
+            f"this checkpoint is quantized already ({format.name})",
             where=str(checkpoint.path),
             hint="quantize the original float model",
         )
