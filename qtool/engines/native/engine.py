@@ -67,7 +67,7 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
         )
     for warning in planned.warnings:
         report.warning(warning)
-    size = plan.output_bytes(stream.weights, planned.modes)
+    size = plan.output_bytes(stream.weights, planned.schemes)
     wanted = job["calibration"]
     estimate = memory.plan(
         stream,

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from qtool.checkpoint import formats
+from qtool.checkpoint.formats.common import mode_of
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError, QtoolError
 from qtool.model.decoder import DecoderStream
@@ -58,9 +59,7 @@ class Source:
         output_format = formats.get(self.format)
         return Storage(
             dtype=dtype,
-            weight_scale=lambda scale, static: output_format.storable_weight_scale(
-                scale, "static" if static else "dynamic", dtype
-            ),
+            weight_scale=lambda scale, scheme: output_format.storable_weight_scale(scale, mode_of(scheme), dtype),
             input_scale=lambda scale: output_format.storable_scale(scale, dtype),
         )
 
@@ -186,7 +185,7 @@ def quantize_experts(task: ExpertTask) -> Iterator[Piece]:
 def needs_statistics(policy: Policy | None) -> bool:
     """Whether calibration tokens matter to a linear of this policy."""
     return policy is not None and (
-        policy.activations.mode == "static" or policy.smoothing != "none" or policy.clip or policy.rounding == "gptq"
+        policy.scheme.is_static or policy.smoothing != "none" or policy.clip or policy.rounding == "gptq"
     )
 
 
