@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qtool import runtimes
 from qtool.checkpoint import formats
 from qtool.checkpoint.formats.compressed_tensors import targets
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import InputError, QtoolError
 from qtool.quant.types import QuantizedLinear
+from qtool.scheme import W8A8, W8A8_DYNAMIC
 from tests.fake_quantized import FakeQuantized
 
 Layers = dict[str, QuantizedLinear]
@@ -231,12 +233,12 @@ def test_the_rules_object_to_what_problems_warns_of(
     made = quantize_folder(tiny_llama, tmp_path / "m", "golden-stick", "mixed")
     description = json.loads((tmp_path / "m" / "quantization_description.json").read_text())
     assert any("W8A8_DYNAMIC" in objection for objection in vllm_mindspore_objections(description, list(made)))
-    problems = formats.get("golden-stick").problems(
-        {name: "static" if layer.is_static else "dynamic" for name, layer in made.items()}
-    )
-    assert [problem.fatal for problem in problems] == [False]
-    assert "6 layers" in problems[0]
-    assert "MindFormers" in problems[0]
+    schemes = {name: W8A8 if layer.is_static else W8A8_DYNAMIC for name, layer in made.items()}
+    (problem,) = runtimes.problems("golden-stick", {"architectures": ["Qwen3ForCausalLM"]}, schemes)
+    assert not problem.fatal
+    assert not problem.unread
+    assert "6 layers" in problem.text
+    assert "MindFormers" in problem.text
 
 
 @pytest.mark.parametrize("name", formats.NAMES)

@@ -7,12 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qtool import runtimes
 from qtool.checkpoint import formats
 from qtool.checkpoint.floats import FORMATS, FloatReader
 from qtool.checkpoint.formats import Mode
 from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.summary import float_dtype
 from qtool.errors import InputError
 from qtool.recipe.schema import Policy, Recipe
+from qtool.scheme import W8A8, W8A8_DYNAMIC
+
+_SCHEMES = {"static": W8A8, "dynamic": W8A8_DYNAMIC, "float": None}
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,12 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
             where=f"{where}, format {format_name}",
             hint="give the layers that the runtime fuses one policy",
         )
-    return Plan(policies, [str(problem) for problem in problems])
+    schemes = {name: _SCHEMES[mode] for name, mode in modes.items()}
+    limitations = runtimes.problems(format_name, checkpoint.config, schemes, float_dtype(checkpoint, ()))
+    for limitation in limitations:
+        if limitation.fatal:
+            raise InputError(limitation.text, where=f"{where}, format {format_name}", hint=limitation.hint)
+    return Plan(policies, [str(problem) for problem in (*problems, *limitations)])
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
