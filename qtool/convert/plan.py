@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qtool import runtimes
 from qtool.checkpoint import dtypes, formats
 from qtool.checkpoint.formats import DEQUANTIZED, QuantizedFormat
 from qtool.checkpoint.formats.fused import fused_name
@@ -12,7 +13,6 @@ from qtool.checkpoint.formats.stored import Stored
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.summary import float_dtype
 from qtool.errors import InputError
-from qtool.runtimes.mindspore import MINDFORMERS
 from qtool.scheme import Scheme
 
 _MAX_ROUNDING = 2**-8  # relative; more than that and the dtype's range is too short for the scale
@@ -127,23 +127,14 @@ def _expressible(source: Checkpoint, target: QuantizedFormat, schemes: Mapping[s
         if (name := tensor.removesuffix(".weight")) != tensor and len(source.info(tensor).shape) == 2
     }
     where = str(source.path)
-    problems = target.problems(linears)
-    if fatal := next((problem for problem in problems if problem.fatal), None):
-        raise InputError(f"{target.name} can't express this: {fatal}", where=where, hint=f"--to {DEQUANTIZED} can.")
-    architecture = str((source.config.get("architectures") or [""])[0])
-    dynamic = [name for name, scheme in schemes.items() if not scheme.is_static]
-    if target.name == "golden-stick" and dynamic and architecture not in MINDFORMERS:
-        raise InputError(
-            f"{len(dynamic)} layers have dynamic activations ({dynamic[0]}), which vLLM-MindSpore runs through "
-            f"MindFormers only, and that not for {architecture or 'this model'}",
-            where=where,
-            hint="Quantize the original with --scheme w8a8-static.",
-        )
-    if target.name == "modelslim" and dtype == "F32" and any(scheme.is_static for scheme in schemes.values()):
-        raise InputError(
-            "a float32 model with static activations: vllm-ascend has them for bfloat16 and float16 only", where=where
-        )
-    return [str(problem) for problem in problems]
+    for problem in target.problems(linears):
+        what = f"{target.name} can't express this: {problem.text}"
+        raise InputError(what, where=where, hint=f"--to {DEQUANTIZED} can.")
+    limitations = runtimes.problems(target.name, source.config, linears, dtype)
+    for limitation in limitations:
+        if limitation.fatal or limitation.unread:
+            raise InputError(limitation.text, where=where, hint=limitation.hint)
+    return [str(limitation) for limitation in limitations]
 
 
 def _check_inputs(source: Checkpoint, conversion: Conversion, target: QuantizedFormat) -> float:

@@ -38,3 +38,7 @@ class QuantizedLinear:
     @property
     def is_static(self) -> bool:
         return self.scheme.is_static
+
+    def dequantize(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows of the float weight that the integers stand for, float32 [stop - start, in]."""
+        return self.weight[start:stop] * self.weight_scale[start:stop, None]

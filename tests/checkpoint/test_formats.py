@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qtool import runtimes
 from qtool.checkpoint import formats
 from qtool.checkpoint.formats.targets import targets
 from qtool.checkpoint.reader import Checkpoint
@@ -236,10 +237,12 @@ def test_the_rules_object_to_what_problems_warns_of(
     made = quantize_folder(tiny_llama, tmp_path / "m", "golden-stick", "mixed")
     description = json.loads((tmp_path / "m" / "quantization_description.json").read_text())
     assert any("W8A8_DYNAMIC" in objection for objection in vllm_mindspore_objections(description, list(made)))
-    problems = formats.get("golden-stick").problems({name: layer.scheme for name, layer in made.items()})
-    assert [problem.fatal for problem in problems] == [False]
-    assert "6 layers" in problems[0].text
-    assert "MindFormers" in problems[0].text
+    schemes = {name: layer.scheme for name, layer in made.items()}
+    (problem,) = runtimes.problems("golden-stick", {"architectures": ["Qwen3ForCausalLM"]}, schemes)
+    assert not problem.fatal
+    assert not problem.unread
+    assert "6 layers" in problem.text
+    assert "MindFormers" in problem.text
 
 
 @pytest.mark.parametrize("name", formats.NAMES)
@@ -248,8 +251,7 @@ def test_fused_layers_must_agree(name: str) -> None:
     problems = formats.get(name).problems(
         {f"{attention}.q_proj": W8A8, f"{attention}.k_proj": W8A8, f"{attention}.v_proj": None}
     )
-    assert [problem.fatal for problem in problems] == [True]
-    assert "q_proj W8A8 static, k_proj W8A8 static, v_proj float" in problems[0].text
+    assert ["q_proj W8A8 static, k_proj W8A8 static, v_proj float" in problem.text for problem in problems] == [True]
     assert not formats.get(name).problems({f"{attention}.q_proj": W8A8, f"{attention}.o_proj": None})
 
 

@@ -30,16 +30,11 @@ class Problem:
 
     Attributes:
         text: one sentence.
-        fatal: the result would not load, or not mean what was meant.
         hint: what to do about it.
     """
 
     text: str
-    fatal: bool = True
-    hint: str = ""
-
-    def __str__(self) -> str:
-        return self.text
+    hint: str
 
 
 class Description(NamedTuple):

@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qtool.checkpoint.formats.base import Description, Problem
+from qtool.checkpoint.formats.base import Description
 from qtool.checkpoint.formats.described import TYPES, DescribedFormat, with_hidden_bias, zero_point_correction
 from qtool.checkpoint.formats.scales import check_scales
 from qtool.checkpoint.formats.stored import Stored
-from qtool.scheme import W8A8_DYNAMIC, Scheme
+from qtool.scheme import Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -72,18 +72,6 @@ class GoldenStick(DescribedFormat):
         # Every parameter of a layer, its bias too, gets the layer's type: vLLM-MindSpore refuses a mixture.
         types = {name: TYPES[schemes.get(name.rpartition(".")[0])] for name in names}
         return Description(None, {DESCRIPTION: types})
-
-    def problems(self, schemes: Mapping[str, Scheme | None]) -> list[Problem]:
-        found = super().problems(schemes)
-        dynamic = [name for name, scheme in schemes.items() if scheme == W8A8_DYNAMIC]
-        if dynamic:
-            which = dynamic[0] if len(dynamic) == 1 else f"{dynamic[0]}, ..."
-            text = (
-                f"{len(dynamic)} layers ({which}) have dynamic activations (W8A8_DYNAMIC), which only the MindFormers "
-                "models of vLLM-MindSpore run; its native models take W8A8 and FLOAT"
-            )
-            found.append(Problem(text, fatal=False))
-        return found
 
     def read(self, stored: Stored, scheme: Scheme) -> QuantizedLinear:
         linear = self.read_parts(stored, scheme)

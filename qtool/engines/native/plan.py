@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from qtool import runtimes
 from qtool.checkpoint import formats
-from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.summary import float_dtype
 from qtool.errors import InputError
 from qtool.recipe.schema import Policy, Recipe
 from qtool.scheme import Scheme
+
+if TYPE_CHECKING:
+    from qtool.model.weights import ModelWeights
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,19 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
             where=where,
             hint="correct the `layers` patterns; they must match the whole name",
         )
-    problems = formats.get(format_name).problems(_schemes(policies))
-    fatal = [problem for problem in problems if problem.fatal]
-    if fatal:
+    schemes = _schemes(policies)
+    problems = formats.get(format_name).problems(schemes)
+    if problems:
         raise InputError(
-            str(fatal[0]) + (f" (and {len(fatal) - 1} more)" if len(fatal) > 1 else ""),
+            problems[0].text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""),
             where=f"{where}, format {format_name}",
-            hint=fatal[0].hint,
+            hint=problems[0].hint,
         )
-    return Plan(policies, [str(problem) for problem in problems])
+    limitations = runtimes.problems(format_name, checkpoint.config, schemes, float_dtype(checkpoint, ()))
+    for limitation in limitations:
+        if limitation.fatal:
+            raise InputError(limitation.text, where=f"{where}, format {format_name}", hint=limitation.hint)
+    return Plan(policies, [str(limitation) for limitation in limitations])
 
 
 def _schemes(policies: Mapping[str, Policy | None]) -> dict[str, Scheme | None]:
@@ -100,10 +108,10 @@ def describe(policy: Policy | None) -> str:
     return f"W8A8 {range_}, {', '.join(e for e in extras if e and e != 'none')}"
 
 
-def output_bytes(floats: FloatReader, schemes: Mapping[str, Scheme | None]) -> int:
+def output_bytes(weights: ModelWeights, schemes: Mapping[str, Scheme | None]) -> int:
     """Size of the output's tensors: quantized weights with their scales, and the rest in the model's float type."""
     total = 0
-    for name in floats.checkpoint.names:
+    for name in weights.names:
         scheme = schemes.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        total += floats.nbytes(name) if scheme is None else scheme.weights.nbytes(floats.checkpoint.info(name).shape)
+        total += weights.nbytes(name) if scheme is None else scheme.weights.nbytes(weights.shape(name))
     return total
