@@ -25,7 +25,7 @@ LAYERS = (
     ("qtool.checkpoint",),
     ("qtool.quant.types",),  # what quantization hands to formats
     ("qtool.scheme",),
-    ("qtool.workers", "qtool.console", "qtool.resources"),
+    ("qtool.workers", "qtool.console", "qtool.resources", "qtool.files", "qtool.locks", "qtool.sizes"),
     ("qtool.errors",),
 )
 

@@ -9,7 +9,7 @@ from typing import Any
 from qtool.checkpoint.journal import Journal
 from qtool.checkpoint.linears import Linears
 from qtool.checkpoint.shards import Shards
-from qtool.checkpoint.storage import sync
+from qtool.files import sync
 
 
 class Marks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from qtool.checkpoint.linears import Linears
 from qtool.checkpoint.marks import Marks
 from qtool.checkpoint.reader import REPORT, Checkpoint
 from qtool.checkpoint.shards import Sharding, Shards
-from qtool.checkpoint.storage import PartialFolder, check_output, disk_errors, tidy
+from qtool.checkpoint.storage import PartialFolder, check_output, tidy
 from qtool.errors import InputError, QtoolError
+from qtool.files import disk_errors, encode_json
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +89,7 @@ class CheckpointWriter:
         self._shards = Shards(folder.path, sharding or Sharding())
         self._marks: Marks | None = None
         if resume is not None:
-            with disk_errors(self.output, 0):
+            with disk_errors(self.output):
                 for entry in entries:
                     self._linears.restore(entry["linears"])
                 self._shards.restore((entry["shards"] for entry in entries), format.shard_name)
@@ -129,7 +129,7 @@ class CheckpointWriter:
     def folder(self) -> Path:
         """Where files may lie that must survive as long as the records do; not part of the output."""
         scratch = self._open().path / _SCRATCH
-        with disk_errors(self.output, 0):
+        with disk_errors(self.output):
             scratch.mkdir(exist_ok=True)
         return scratch
 
@@ -143,7 +143,7 @@ class CheckpointWriter:
         Raises QtoolError when the disk is full.
         """
         if self._marks is not None:
-            with disk_errors(self.output, 0):
+            with disk_errors(self.output):
                 self._marks.mark(record, needs=needs, obsolete=obsolete)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -190,7 +190,7 @@ class CheckpointWriter:
             raise QtoolError("no tensors were written", where=str(self.output))
         self._complete = True
         check_output(self.output, overwrite=self._overwrite, source=source.path if source else None)
-        with disk_errors(self.output, 0):
+        with disk_errors(self.output):
             self._shards.finish()
             if self._marks is not None:
                 self._marks.finish()
@@ -237,4 +237,4 @@ def _carry_over(source: Checkpoint, folder: Path) -> None:
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_bytes(encode_json(content, indent=2))

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from qtool import workers
-from qtool.checkpoint.storage import PartialFolder, check_output, disk_errors, tidy
+from qtool.checkpoint.storage import PartialFolder, check_output, tidy
 from qtool.convert.job import FormatJob, GgufJob
 from qtool.engines import native
 from qtool.environments.lookup import interpreter
+from qtool.files import disk_errors
 
 OnEvent = Callable[[workers.Event], None]
 

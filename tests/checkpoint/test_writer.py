@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
-from qtool.checkpoint.storage import check_free_space, check_output, disk_errors
+from qtool.checkpoint.storage import check_output
 from qtool.checkpoint.writer import CheckpointWriter, Sharding
 from qtool.errors import InputError, QtoolError
+from qtool.files import check_free_space, disk_errors
 from qtool.quant.types import QuantizedLinear
 
 PLAIN = formats.PLAIN
