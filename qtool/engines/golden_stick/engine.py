@@ -17,6 +17,7 @@ from typing import Any
 import qtool
 from qtool import workers
 from qtool.checkpoint.floats import FloatReader
+from qtool.checkpoint.formats.common import mode_of
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import PartialFolder, check_free_space
 from qtool.engines import native
@@ -50,7 +51,7 @@ def quantize(job: dict[str, Any], on_event: OnEvent) -> dict[str, Any]:
     config.patterns(policies)
     for warning in (*planned.warnings, *config.differences(policies)):
         on_event({"event": "warning", "message": warning})
-    size = plan.output_bytes(FloatReader(checkpoint), planned.modes)
+    size = plan.output_bytes(FloatReader(checkpoint), planned.schemes)
     if job["dry_run"]:
         return _dry_run(job, checkpoint, planned, size, None if through_mindone else devices)
     python, torch_python = interpreter("golden-stick"), interpreter("native")
@@ -105,7 +106,7 @@ def quantize(job: dict[str, Any], on_event: OnEvent) -> dict[str, Any]:
                 "format": job["format"],
                 "overwrite": job["overwrite"],
                 "max_shard_gb": recipe.export.max_shard_gb,
-                "modes": planned.modes if through_mindone else None,
+                "modes": {name: mode_of(how) for name, how in planned.schemes.items()} if through_mindone else None,
                 "report": report,
             },
             python=torch_python,

@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import formats
-from qtool.checkpoint.floats import FORMATS, FloatReader
-from qtool.checkpoint.formats import Mode
+from qtool.checkpoint.floats import FORMATS
+from qtool.checkpoint.formats.common import mode_of
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
 from qtool.recipe.schema import Policy, Recipe
+from qtool.scheme import Scheme
+
+if TYPE_CHECKING:
+    from qtool.model.weights import ModelWeights
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,9 @@ class Plan:
     warnings: list[str]
 
     @property
-    def modes(self) -> dict[str, Mode]:
-        return {name: policy.activations.mode if policy else "float" for name, policy in self.policies.items()}
+    def schemes(self) -> dict[str, Scheme | None]:
+        """How each of these linears is quantized; None is float."""
+        return _schemes(self.policies)
 
 
 def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, linears: list[str]) -> Plan:
@@ -54,8 +59,7 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
             where=where,
             hint="correct the `layers` patterns; they must match the whole name",
         )
-    modes: dict[str, Mode] = {n: p.activations.mode if p else "float" for n, p in policies.items()}
-    problems = formats.get(format_name).problems(modes)
+    problems = formats.get(format_name).problems({name: mode_of(scheme) for name, scheme in _schemes(policies).items()})
     fatal = [problem for problem in problems if problem.fatal]
     if fatal:
         raise InputError(
@@ -64,6 +68,10 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
             hint="give the layers that the runtime fuses one policy",
         )
     return Plan(policies, [str(problem) for problem in problems])
+
+
+def _schemes(policies: Mapping[str, Policy | None]) -> dict[str, Scheme | None]:
+    return {name: None if policy is None else policy.scheme for name, policy in policies.items()}
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -90,16 +98,15 @@ def describe(policy: Policy | None) -> str:
     if policy is None:
         return "float"
     activations = policy.activations
-    range_ = "per-token dynamic" if activations.mode == "dynamic" else f"per-tensor static ({activations.observer})"
+    range_ = f"per-tensor static ({activations.observer})" if policy.scheme.is_static else "per-token dynamic"
     extras = [policy.smoothing, "clip" if policy.clip else "", policy.rounding]
     return f"W8A8 {range_}, {', '.join(e for e in extras if e and e != 'none')}"
 
 
-def output_bytes(floats: FloatReader, modes: Mapping[str, Mode]) -> int:
-    """Size of the output's tensors: a byte per quantized weight, scales, and the rest in the model's float type."""
+def output_bytes(weights: ModelWeights, schemes: Mapping[str, Scheme | None]) -> int:
+    """Size of the output's tensors: quantized weights with their scales, and the rest in the model's float type."""
     total = 0
-    for name in floats.checkpoint.names:
-        info = floats.checkpoint.info(name)
-        mode = modes.get(name.removesuffix(".weight"), "float") if name.endswith(".weight") else "float"
-        total += floats.nbytes(name) if mode == "float" else info.shape[0] * info.shape[1] + 4 * info.shape[0]
+    for name in weights.names:
+        scheme = schemes.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        total += weights.nbytes(name) if scheme is None else scheme.weights.nbytes(weights.shape(name))
     return total
