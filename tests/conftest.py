@@ -72,7 +72,7 @@ def run_qtool(qtool_environment: dict[str, str], launcher: Launcher) -> Callable
         cwd: Path | None = None,
         timeout: float = 300,
     ) -> Finished:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        pipes: dict[str, Any] = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
         environment = {**qtool_environment, **(env or {})}
         with launcher.start(args, env=environment, cwd=cwd, encoding="utf-8", **pipes) as process:
             try:

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -71,6 +72,7 @@ _READ_ON_IMPORT = (
 )
 _MOST = 1 << 20  # bytes of a request
 _READY = "-ready"
+_POPEN = subprocess.Popen
 
 
 class Launcher:
@@ -85,6 +87,7 @@ class Launcher:
         self._folder = tempfile.TemporaryDirectory(prefix="qtool-launcher-")
         self._path = str(Path(self._folder.name) / "socket")
         self._process: subprocess.Popen[bytes] | None = None
+        self._starting = threading.Lock()
 
     def start(
         self, arguments: Sequence[str | Path], *, env: Mapping[str, str], prepare: str = "", **options: Any
@@ -93,11 +96,11 @@ class Launcher:
 
         Args:
             env: its variables.
-            prepare: Python code that the process runs before anything of qtool's.
+            prepare: Python code that runs before the process begins anew as qtool: limits, privileges.
         """
         words = [*map(str, arguments)]
-        if self._suits(words, env):
-            return _Command(self.connect, words, prepare, env=env, **options)
+        if not prepare and self._suits(words, env):
+            return _Command(self.connect, words, env=env, **options)
         code = f"import os, sys\n{prepare}\nos.execv(sys.argv[1], sys.argv[1:])"
         before = [sys.executable, "-c", code] if prepare else []
         return subprocess.Popen([*before, sys.executable, "-m", "qtool", *words], env=env, **options)
@@ -111,17 +114,22 @@ class Launcher:
 
     def connect(self) -> socket.socket:
         """To the process that is forked."""
-        if self._process is None:
-            with socket.socket(socket.AF_UNIX) as ready:
-                ready.bind(self._path + _READY)
-                ready.listen(1)
-                command = [sys.executable, "-m", "tests.launcher", self._path]
-                self._process = subprocess.Popen(command, env=self._environment, stdin=subprocess.DEVNULL)
-                ready.settimeout(300)
-                ready.accept()[0].close()
+        with self._starting:
+            if self._process is None:
+                self._process = self._started()
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(self._path)
         return connection
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        with socket.socket(socket.AF_UNIX) as ready:
+            ready.bind(self._path + _READY)
+            ready.listen(1)
+            command = [sys.executable, "-m", "tests.launcher", self._path]
+            process = subprocess.Popen(command, env=self._environment, stdin=subprocess.DEVNULL)
+            ready.settimeout(300)
+            ready.accept()[0].close()
+        return process
 
     def close(self) -> None:
         if self._process is not None:
@@ -130,13 +138,11 @@ class Launcher:
         self._folder.cleanup()
 
 
-class _Command(subprocess.Popen):  # type: ignore[type-arg]
+class _Command(subprocess.Popen[Any]):
     """A process that is a child of the launcher's; its exit code comes through a connection."""
 
-    def __init__(
-        self, connect: Callable[[], socket.socket], arguments: Sequence[str], prepare: str, **options: Any
-    ) -> None:
-        self._connect, self._prepare = connect, prepare
+    def __init__(self, connect: Callable[[], socket.socket], arguments: Sequence[str], **options: Any) -> None:
+        self._connect = connect
         self._said = b""
         super().__init__(["qtool", *arguments], **options)
 
@@ -144,7 +150,6 @@ class _Command(subprocess.Popen):  # type: ignore[type-arg]
         started = _Started(*rest)
         request = {
             "arguments": args,
-            "prepare": self._prepare,
             "env": dict(started.env),
             "cwd": os.fspath(started.cwd or Path.cwd()),
             "new_session": started.new_session,
@@ -267,8 +272,7 @@ def _command(connection: socket.socket, others: Sequence[int]) -> NoReturn:
         _become(descriptors, asked["env"], asked["arguments"], asked["cwd"])
         with connection:  # the launcher has its own
             connection.send(f"{os.getpid()}\n".encode())
-        exec(asked["prepare"], {"__name__": "prepare"})
-        subprocess.Popen = _Fork  # type: ignore[misc, assignment]
+        subprocess.Popen = _Fork  # type: ignore[misc]
         from qtool.__main__ import main
 
         main()
@@ -305,7 +309,7 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-class _Fork(subprocess.Popen):  # type: ignore[type-arg]
+class _Fork(subprocess.Popen[Any]):
     """A process that is a fork of this one where it would be one of WORKERS in the same interpreter."""
 
     def _execute_child(self, args: Any, *rest: Any) -> None:
@@ -341,7 +345,7 @@ def _worker(started: _Started, arguments: Sequence[str]) -> NoReturn:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        subprocess.Popen = _Fork.__bases__[0]  # type: ignore[misc]
+        subprocess.Popen = _POPEN  # type: ignore[misc]
         from qtool import workers
 
         workers._serve()
