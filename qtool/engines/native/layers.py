@@ -149,11 +149,10 @@ class Layers:
     def _layer(self, index: int, hidden: Activations, leaving: Activations, done: Mapping[str, Any]) -> None:
         """Run one layer, from `hidden` to `leaving`, and submit its units but those that are `done`."""
         stream = self._stream
-        prefix = stream.layer_name(index) + "."
         routed = stream.routed(index)
         with ExitStack() as stack:
             with stream.layer(index) as layer:
-                stored = {name: stream.stored_name(prefix + name) for name, _ in layer.named_parameters()}
+                stored = {name: stream.stored(index, name) for name, _ in layer.named_parameters()}
                 policies = {
                     name: self._policies[stored[f"{name}.weight"].removesuffix(".weight")]
                     for name in linear_layers(layer)

@@ -170,7 +170,7 @@ def quantize_experts(task: ExpertTask) -> Iterator[Piece]:
             seen = (inputs.x[torch.cat((tokens, extra))] if len(extra) else inputs.x[tokens]).to(stream.device)
             inner = None
             if len(seen):
-                expert = stream.expert(module, number)
+                expert = module.expert(number)
                 inner = expert.inner(seen)
                 if len(tokens):
                     routed = expert.output(inner[: len(tokens)]).float().cpu() * weights[:, None].float()
