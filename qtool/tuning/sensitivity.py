@@ -245,7 +245,7 @@ def _observe(
 ) -> dict[str, InputStatistics]:
     """Statistics of every group's input on the calibration text; moves `states` on to the layer's output."""
     stride = max(1, states.shape[0] * states.shape[1] // _SAMPLE_TOKENS)
-    statistics = {group.linears[0]: InputStatistics(stride=stride, with_gram=True) for group in groups}
+    statistics = {group.linears[0]: InputStatistics(stride=stride, with_hessian=True) for group in groups}
     handles = [
         layer.get_submodule(name).register_forward_pre_hook(lambda _m, args, seen=seen: seen.update(args[0]))
         for name, seen in statistics.items()
