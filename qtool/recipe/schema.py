@@ -111,7 +111,7 @@ class Generate(Sampling):
     reasoning_parser: str | None = Field(
         default=None, description="vLLM's name for how the model marks its thinking; splits it from the answer"
     )
-    tensor_parallel_size: int = Field(default=1, gt=0, description="cards, for vLLM-MindSpore")
+    tensor_parallel_size: int = Field(default=1, gt=0, description="cards that vLLM runs it over")
     distributed_executor: Literal["mp", "ray"] = Field(default="mp", description="ray where cards are in several hosts")
 
 

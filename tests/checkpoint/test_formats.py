@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qtool import runtimes
 from qtool.checkpoint import formats
 from qtool.checkpoint.formats.compressed_tensors import targets
 from qtool.checkpoint.reader import Checkpoint
@@ -232,12 +233,12 @@ def test_the_rules_object_to_what_problems_warns_of(
     made = quantize_folder(tiny_llama, tmp_path / "m", "golden-stick", "mixed")
     description = json.loads((tmp_path / "m" / "quantization_description.json").read_text())
     assert any("W8A8_DYNAMIC" in objection for objection in vllm_mindspore_objections(description, list(made)))
-    problems = formats.get("golden-stick").problems(
-        {name: "static" if layer.is_static else "dynamic" for name, layer in made.items()}
-    )
-    assert [problem.fatal for problem in problems] == [False]
-    assert "6 layers" in problems[0]
-    assert "MindFormers" in problems[0]
+    schemes = {name: W8A8 if layer.is_static else W8A8_DYNAMIC for name, layer in made.items()}
+    (problem,) = runtimes.problems("golden-stick", {"architectures": ["Qwen3ForCausalLM"]}, schemes)
+    assert not problem.fatal
+    assert not problem.unread
+    assert "6 layers" in problem.text
+    assert "MindFormers" in problem.text
 
 
 @pytest.mark.parametrize("name", formats.NAMES)

@@ -1,4 +1,4 @@
-"""compressed-tensors, `int-quantized`: read by vLLM (CPU, CUDA, ROCm), SGLang and transformers.
+"""compressed-tensors, `int-quantized`: read by vLLM (CPU, CUDA, ROCm) and transformers.
 
 Per layer: `weight` int8 [out, in]; `weight_scale` [out, 1]; with static activations also `input_scale` [1] and
 `input_zero_point` int8 [1]; the layer's own `bias`. Which layer is which stands in config.json, as groups of

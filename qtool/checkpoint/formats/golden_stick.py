@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qtool.checkpoint.formats.common import Description, Format, Mode, Problem, Stored, check_scales, mixed_fusions
+from qtool.checkpoint.formats.common import Description, Format, Mode, Stored, check_scales
 from qtool.checkpoint.reader import GOLDEN_STICK_DESCRIPTION
 from qtool.quant.types import QuantizedLinear
 from qtool.scheme import W8A8, W8A8_DYNAMIC
@@ -64,20 +64,6 @@ class GoldenStick(Format):
         # Every parameter of a layer, its bias too, gets the layer's type: vLLM-MindSpore refuses a mixture.
         types = {name: TYPES[linears.get(name.rpartition(".")[0], "float")] for name in names}
         return Description(None, {GOLDEN_STICK_DESCRIPTION: types})
-
-    def problems(self, linears: Mapping[str, Mode]) -> list[Problem]:
-        found = mixed_fusions(linears)
-        dynamic = [name for name, mode in linears.items() if mode == "dynamic"]
-        if dynamic:
-            which = dynamic[0] if len(dynamic) == 1 else f"{dynamic[0]}, ..."
-            found.append(
-                Problem(
-                    f"{len(dynamic)} layers ({which}) have dynamic activations (W8A8_DYNAMIC), which only the "
-                    "MindFormers models of vLLM-MindSpore run; its native models take W8A8 and FLOAT",
-                    fatal=False,
-                )
-            )
-        return found
 
     def mode(self, checkpoint: Checkpoint, name: str) -> Mode | None:
         return described_mode(checkpoint, name)

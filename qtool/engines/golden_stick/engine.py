@@ -19,12 +19,13 @@ from qtool import workers
 from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.formats.common import mode_of
 from qtool.checkpoint.reader import Checkpoint
-from qtool.checkpoint.storage import PartialFolder, check_free_space
+from qtool.checkpoint.storage import PartialFolder
 from qtool.engines import native
 from qtool.engines.golden_stick import config, mindformers, mindone, view
 from qtool.engines.native import plan
 from qtool.environments.lookup import interpreter
 from qtool.errors import InputError
+from qtool.files import check_free_space
 from qtool.recipe.schema import Recipe
 
 _LINEAR = re.compile(r"((?:.*\.)?(?:layers|h)\.(\d+)\..+)\.weight")

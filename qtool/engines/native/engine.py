@@ -16,12 +16,13 @@ import qtool
 from qtool.calibration.text import Calibration, load, load_tokenizer
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
-from qtool.checkpoint.storage import check_free_space, resumable_bytes
+from qtool.checkpoint.storage import resumable_bytes
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.engines.native import executor, memory, plan
 from qtool.engines.native.layers import Layers
 from qtool.engines.native.units import Source
 from qtool.errors import InputError
+from qtool.files import check_free_space
 from qtool.model.decoder import DecoderStream
 from qtool.recipe.schema import Recipe
 

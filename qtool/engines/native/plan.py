@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qtool import runtimes
 from qtool.checkpoint import formats
 from qtool.checkpoint.floats import FORMATS
 from qtool.checkpoint.formats.common import mode_of
 from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.summary import float_dtype
 from qtool.errors import InputError
 from qtool.recipe.schema import Policy, Recipe
 from qtool.scheme import Scheme
@@ -59,7 +61,8 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
             where=where,
             hint="correct the `layers` patterns; they must match the whole name",
         )
-    problems = formats.get(format_name).problems({name: mode_of(scheme) for name, scheme in _schemes(policies).items()})
+    schemes = _schemes(policies)
+    problems = formats.get(format_name).problems({name: mode_of(scheme) for name, scheme in schemes.items()})
     fatal = [problem for problem in problems if problem.fatal]
     if fatal:
         raise InputError(
@@ -67,7 +70,11 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
             where=f"{where}, format {format_name}",
             hint="give the layers that the runtime fuses one policy",
         )
-    return Plan(policies, [str(problem) for problem in problems])
+    limitations = runtimes.problems(format_name, checkpoint.config, schemes, float_dtype(checkpoint, ()))
+    for limitation in limitations:
+        if limitation.fatal:
+            raise InputError(limitation.text, where=f"{where}, format {format_name}", hint=limitation.hint)
+    return Plan(policies, [str(problem) for problem in (*problems, *limitations)])
 
 
 def _schemes(policies: Mapping[str, Policy | None]) -> dict[str, Scheme | None]:
