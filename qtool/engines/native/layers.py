@@ -27,7 +27,7 @@ from qtool.model.probe import probe
 from qtool.model.recorder import Recorder
 from qtool.model.weights import refuse_damage
 from qtool.quant import exact
-from qtool.quant.layer import GroupReport, policy_of
+from qtool.quant.layer import GroupReport, needs_hessian, policy_of
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, linear_layers, signature
 from qtool.recipe.schema import Policy
@@ -205,7 +205,7 @@ class Layers:
         samples, length = self._shape
         stride = max(1, samples * length // units.SAMPLE_TOKENS)
         statistics = {
-            group.linears[0]: InputStatistics(stride=stride, with_gram=policy.rounding == "gptq")
+            group.linears[0]: InputStatistics(stride=stride, with_hessian=needs_hessian(policy))
             for group in groups
             if (policy := policy_of(group, policies)) is not None
         }
@@ -245,7 +245,7 @@ class Layers:
     ) -> list[dict[str, Any]]:
         samples, length = self._shape
         statistics = {
-            group.linears[0]: InputStatistics(stride=1, with_gram=False)
+            group.linears[0]: InputStatistics(stride=1, with_hessian=False)
             for group in groups
             if policy_of(group, policies) is not None
         }
