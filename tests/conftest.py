@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,15 +71,11 @@ def run_qtool(qtool_environment: dict[str, str], launcher: Launcher) -> Callable
         cwd: Path | None = None,
         timeout: float = 300,
     ) -> Finished:
-        pipes: dict[str, Any] = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
         environment = {**qtool_environment, **(env or {})}
-        with launcher.start(args, env=environment, cwd=cwd, encoding="utf-8", **pipes) as process:
-            try:
-                stdout, stderr = process.communicate(stdin, timeout=timeout)
-            except BaseException:
-                process.kill()
-                raise
-        return Finished(process.returncode, stdout, stderr)
+        done = launcher.run(
+            args, input=stdin, env=environment, cwd=cwd, timeout=timeout, capture_output=True, encoding="utf-8"
+        )
+        return Finished(done.returncode, done.stdout, done.stderr)
 
     return run
 
