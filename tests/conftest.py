@@ -25,6 +25,18 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+_PEERS = {"golden_stick", "openmind_python", "modelers"}  # fixtures that install other projects' packages
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs packages that `make env` doesn't install."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if _PEERS.intersection(item.fixturenames) or parameters.get("hub") == "modelers":
+            item.add_marker("peers")
+
+
 @dataclass(frozen=True)
 class Finished:
     """What a `qtool` process left behind."""
