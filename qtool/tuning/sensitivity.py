@@ -23,7 +23,8 @@ from torch import nn
 
 from qtool.engines.native.units import Source
 from qtool.model.activations import Activations
-from qtool.model.decoder import DecoderStream, input_quantizer
+from qtool.model.decoder import DecoderStream
+from qtool.model.loader import input_quantizer
 from qtool.model.observe import forward, observe, sample_stride
 from qtool.model.probe import probe
 from qtool.model.recorder import Recorder
@@ -90,15 +91,13 @@ def measure(
             key = signature(layer)
             if key not in topology:
                 topology[key] = probe(stream, index, layer)
-            prefix = stream.layer_name(index) + "."
             stored = {
-                name: stream.stored_name(f"{prefix}{name}.weight").removesuffix(".weight")
-                for name in linear_layers(layer)
+                name: stream.stored(index, f"{name}.weight").removesuffix(".weight") for name in linear_layers(layer)
             }
             recorder = stack.enter_context(_recording(states)) if routed is not None else None
             experts = recorder.before(routed.handler) if routed is not None and recorder is not None else None
             stride = sample_stride(states[..., 0].numel())
-            statistics = {g.linears[0]: InputStatistics(stride=stride, with_gram=True) for g in topology[key]}
+            statistics = {g.linears[0]: InputStatistics(stride=stride, with_hessian=True) for g in topology[key]}
             parts = states.split(_windows(states.shape[1]))
             for part, output in zip(parts, observe(stream, index, layer, parts, statistics, experts), strict=True):
                 part.copy_(output)
@@ -160,14 +159,14 @@ def _head_gradient(stream: DecoderStream, hidden: torch.Tensor, report: Report) 
         tokens = slice(start, start + _HEAD_TOKENS)
         with torch.enable_grad():
             x = flat[tokens].detach().requires_grad_()
-            normalized = stream.normalize(x)
+            normalized = stream.head.normalize(x)
         drawn, normalizer = _draw(stream, normalized.detach())
         total = torch.zeros(_DRAWS, *normalized.shape)
-        for first, stop in _slices(stream.vocabulary):
-            head = stream.head(first, stop)
+        for first, stop in _slices(stream.head.vocabulary):
+            rows = stream.head.rows(first, stop)
             with torch.enable_grad():
                 leaf = normalized.detach().requires_grad_()
-                logits = stream.logits(leaf, head)
+                logits = stream.head.logits(leaf, rows)
             p = (logits.detach() - normalizer[:, None]).exp()
             for draw in range(_DRAWS):
                 wanted = -p
@@ -191,8 +190,8 @@ def _draw(stream: DecoderStream, normalized: torch.Tensor) -> tuple[torch.Tensor
     best = torch.full((_DRAWS, count), -torch.inf)
     drawn = torch.zeros((_DRAWS, count), dtype=torch.int64)
     sums = []
-    for first, stop in _slices(stream.vocabulary):
-        logits = stream.logits(normalized, stream.head(first, stop))
+    for first, stop in _slices(stream.head.vocabulary):
+        logits = stream.head.logits(normalized, stream.head.rows(first, stop))
         sums.append(logits.logsumexp(dim=1))
         for draw in range(_DRAWS):
             gumbel = -torch.empty_like(logits).exponential_().log_()

@@ -41,17 +41,18 @@ def differences(policies: Sequence[dict[str, Any]]) -> list[str]:
     """One sentence for each choice of a scheme that Golden Stick makes differently."""
     found = []
     quantized = [policy for policy in policies if policy["quantize"]]
-    if any(policy["rounding"] == "gptq" for policy in quantized):
+    if any(policy["rounding"]["method"] == "gptq" for policy in quantized):
         found.append("Golden Stick rounds W8A8 weights to nearest; `rounding: gptq` has no effect")
-    if any(policy["smoothing"] == "osl" and not policy["clip"] for policy in quantized):
+    if any(policy["smoothing"]["method"] == "osl" and not policy["clip"] for policy in quantized):
         found.append("Golden Stick always clips weights after OSL; `clip: false` has no effect there")
-    observers = {p["activations"]["observer"] for p in quantized if p["activations"]["mode"] == "static"} - {"minmax"}
+    static = [policy["activations"] for policy in quantized if policy["activations"]["mode"] == "static"]
+    observers = {activations["observer"]["method"] for activations in static} - {"minmax"}
     if observers:
         found.append(
             f"Golden Stick fixes static ranges by minimum and maximum; `observer: {min(observers)}` has no effect"
         )
-    if any(policy["smoothing"] == "smoothquant" and policy["smoothquant_alpha"] != _ALPHA for policy in quantized):
-        found.append(f"Golden Stick smooths with alpha {_ALPHA}; `smoothquant_alpha` has no effect")
+    if any(policy["smoothing"].get("alpha", _ALPHA) != _ALPHA for policy in quantized):
+        found.append(f"Golden Stick smooths with alpha {_ALPHA}; `alpha` has no effect")
     return found
 
 
@@ -83,6 +84,6 @@ def _config(policy: dict[str, Any]) -> Any:
         weight_quant_dtype=dtype.int8,
         act_quant_dtype=dtype.int8,
         act_quant_granularity=QuantGranularity.PER_TENSOR if static else QuantGranularity.PER_TOKEN,
-        outliers_suppression=smoothing[policy["smoothing"]],
+        outliers_suppression=smoothing[policy["smoothing"]["method"]],
         weight_clip=policy["clip"],
     )

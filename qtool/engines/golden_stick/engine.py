@@ -226,7 +226,7 @@ def _groups(planned: plan.Plan, alphas: dict[str, float]) -> list[dict[str, Any]
                 "layer": layer,
                 "linears": [],
                 "activations": policy.activations.mode,
-                "smoothing": policy.smoothing,
+                "smoothing": policy.smoothing.method,
                 "alpha": None,
             },
         )

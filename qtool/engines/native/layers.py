@@ -27,7 +27,7 @@ from qtool.model.probe import probe
 from qtool.model.recorder import Recorder
 from qtool.model.weights import refuse_damage
 from qtool.quant import exact
-from qtool.quant.layer import GroupReport, policy_of
+from qtool.quant.layer import GroupReport, needs_hessian, policy_of
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, linear_layers, signature
 from qtool.recipe.schema import Policy
@@ -149,11 +149,10 @@ class Layers:
     def _layer(self, index: int, hidden: Activations, leaving: Activations, done: Mapping[str, Any]) -> None:
         """Run one layer, from `hidden` to `leaving`, and submit its units but those that are `done`."""
         stream = self._stream
-        prefix = stream.layer_name(index) + "."
         routed = stream.routed(index)
         with ExitStack() as stack:
             with stream.layer(index) as layer:
-                stored = {name: stream.stored_name(prefix + name) for name, _ in layer.named_parameters()}
+                stored = {name: stream.stored(index, name) for name, _ in layer.named_parameters()}
                 policies = {
                     name: self._policies[stored[f"{name}.weight"].removesuffix(".weight")]
                     for name in linear_layers(layer)
@@ -206,7 +205,7 @@ class Layers:
         samples, length = self._shape
         stride = max(1, samples * length // units.SAMPLE_TOKENS)
         statistics = {
-            group.linears[0]: InputStatistics(stride=stride, with_gram=policy.rounding == "gptq")
+            group.linears[0]: InputStatistics(stride=stride, with_hessian=needs_hessian(policy))
             for group in groups
             if (policy := policy_of(group, policies)) is not None
         }
@@ -246,7 +245,7 @@ class Layers:
     ) -> list[dict[str, Any]]:
         samples, length = self._shape
         statistics = {
-            group.linears[0]: InputStatistics(stride=1, with_gram=False)
+            group.linears[0]: InputStatistics(stride=1, with_hessian=False)
             for group in groups
             if policy_of(group, policies) is not None
         }

@@ -22,7 +22,7 @@ from qtool.errors import InputError, QtoolError
 from qtool.model.decoder import DecoderStream
 from qtool.model.recorder import ExpertInputs
 from qtool.model.weights import ModelWeights, StoredWeights, refuse_damage
-from qtool.quant.layer import GroupReport, Storage, policy_of, quantize_group, smooth
+from qtool.quant.layer import GroupReport, Storage, needs_hessian, needs_tokens, policy_of, quantize_group, smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups
 from qtool.quant.types import QuantizedLinear
@@ -170,7 +170,7 @@ def quantize_experts(task: ExpertTask) -> Iterator[Piece]:
             seen = (inputs.x[torch.cat((tokens, extra))] if len(extra) else inputs.x[tokens]).to(stream.device)
             inner = None
             if len(seen):
-                expert = stream.expert(module, number)
+                expert = module.expert(number)
                 inner = expert.inner(seen)
                 if len(tokens):
                     routed = expert.output(inner[: len(tokens)]).float().cpu() * weights[:, None].float()
@@ -184,9 +184,7 @@ def quantize_experts(task: ExpertTask) -> Iterator[Piece]:
 
 def needs_statistics(policy: Policy | None) -> bool:
     """Whether calibration tokens matter to a linear of this policy."""
-    return policy is not None and (
-        policy.scheme.is_static or policy.smoothing != "none" or policy.clip or policy.rounding == "gptq"
-    )
+    return policy is not None and (needs_tokens(policy))
 
 
 def _quantize_expert(
@@ -277,8 +275,8 @@ def _statistics(policies: Sequence[Policy | None], x: torch.Tensor | None) -> In
     """Of the tokens x [n, in]; None when there are none."""
     if x is None or not len(x):
         return None
-    with_gram = any(policy is not None and policy.rounding == "gptq" for policy in policies)
-    observed = InputStatistics(stride=max(1, len(x) // SAMPLE_TOKENS), with_gram=with_gram, gram_stride=1)
+    with_hessian = any(policy is not None and needs_hessian(policy) for policy in policies)
+    observed = InputStatistics(stride=max(1, len(x) // SAMPLE_TOKENS), with_hessian=with_hessian, hessian_stride=1)
     observed.update(x)
     return observed
 
