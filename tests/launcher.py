@@ -99,7 +99,7 @@ class Launcher:
             prepare: Python code that runs before the process begins anew as qtool: limits, privileges.
         """
         words = [*map(str, arguments)]
-        if not prepare and self._suits(words, env):
+        if not prepare and "preexec_fn" not in options and self._suits(words, env):
             return _Command(self.connect, words, env=env, **options)
         code = f"import os, sys\n{prepare}\nos.execv(sys.argv[1], sys.argv[1:])"
         before = [sys.executable, "-c", code] if prepare else []
