@@ -17,7 +17,6 @@ from typing import Any
 import qtool
 from qtool import workers
 from qtool.checkpoint.floats import FloatReader
-from qtool.checkpoint.formats.common import mode_of
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import PartialFolder
 from qtool.engines import native
@@ -27,6 +26,7 @@ from qtool.environments.lookup import interpreter
 from qtool.errors import InputError
 from qtool.files import check_free_space
 from qtool.recipe.schema import Recipe
+from qtool.scheme import name_of
 
 _LINEAR = re.compile(r"((?:.*\.)?(?:layers|h)\.(\d+)\..+)\.weight")
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -107,7 +107,9 @@ def quantize(job: dict[str, Any], on_event: OnEvent) -> dict[str, Any]:
                 "format": job["format"],
                 "overwrite": job["overwrite"],
                 "max_shard_gb": recipe.export.max_shard_gb,
-                "modes": {name: mode_of(how) for name, how in planned.schemes.items()} if through_mindone else None,
+                "schemes": {name: how and name_of(how) for name, how in planned.schemes.items()}
+                if through_mindone
+                else None,
                 "report": report,
             },
             python=torch_python,

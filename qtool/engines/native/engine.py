@@ -17,7 +17,7 @@ from qtool.calibration.text import Calibration, load, load_tokenizer
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import resumable_bytes
-from qtool.checkpoint.writer import CheckpointWriter
+from qtool.checkpoint.writer import CheckpointWriter, Resume, Sharding
 from qtool.engines.native import executor, memory, plan
 from qtool.engines.native.layers import Layers
 from qtool.engines.native.units import Source
@@ -103,11 +103,8 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
         Path(job["output"]),
         formats.get(job["format"]),
         overwrite=job["overwrite"],
-        max_shard_bytes=int(recipe.export.max_shard_gb * 1e9),
-        expected_tensors=6 * len(checkpoint.names),
-        key=_key(checkpoint, source, recipe, scheme, calibration),
-        resume=job["resume"],
-        restart=job["restart"],
+        sharding=Sharding(int(recipe.export.max_shard_gb * 1e9), 6 * len(checkpoint.names)),
+        resume=Resume(_key(checkpoint, source, recipe, scheme, calibration), job["resume"], job["restart"]),
     )
     with writer, executor.make(job["workers"], job["ray"]) as units:
         layers = Layers(

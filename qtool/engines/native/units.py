@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from qtool.checkpoint import formats
-from qtool.checkpoint.formats.common import mode_of
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError, QtoolError
 from qtool.model.decoder import DecoderStream
@@ -59,7 +58,7 @@ class Source:
         output_format = formats.get(self.format)
         return Storage(
             dtype=dtype,
-            weight_scale=lambda scale, scheme: output_format.storable_weight_scale(scale, mode_of(scheme), dtype),
+            weight_scale=lambda scale, scheme: output_format.storable_weight_scale(scale, scheme, dtype),
             input_scale=lambda scale: output_format.storable_scale(scale, dtype),
         )
 
