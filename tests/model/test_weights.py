@@ -155,7 +155,8 @@ def quantized(stream: DecoderStream, ids: torch.Tensor) -> dict[str, QuantizedLi
             }
             list(observe(stream, 1, layer, [hidden], statistics))
             stored = {name: stream.stored(1, name) for name, _ in layer.named_parameters()}
-        policies: dict[str, Policy | None] = dict.fromkeys(names, Policy(layers=".*", rounding="nearest"))
+        nearest = Policy.model_validate({"layers": ".*", "rounding": "nearest"})
+        policies: dict[str, Policy | None] = dict.fromkeys(names, nearest)
         weights = StoredWeights(stream.weights, stored)
         folded, scales = smooth(weights, groups, policies, statistics, torch.float32)
         for group in groups:
