@@ -1,9 +1,10 @@
-"""A float model's tensors as numbers to compute with, however they are stored."""
+"""A model's tensors as numbers to compute with, however they are stored."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from qtool.checkpoint import dtypes, fp8
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from qtool.checkpoint.reader import Checkpoint
+    from qtool.quant.types import QuantizedLinear
 
 FORMATS = ("float", fp8.METHOD)
 
@@ -20,10 +22,10 @@ FORMATS = ("float", fp8.METHOD)
 class FloatReader:
     """Reads float tensors, whole or row by row, in float32, float16, bfloat16 or block-scaled FP8.
 
-    Every number that it hands out is finite.
+    Every number that it hands out is finite, but for those of `linear`.
 
     Args:
-        checkpoint: of a format in FORMATS.
+        checkpoint: of a format in FORMATS; of another, `linear` tells which tensors can't be read here.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -44,9 +46,29 @@ class FloatReader:
         finally:
             self._held = {}
 
-    def is_part_of_another(self, name: str) -> bool:
-        """Whether this tensor only says how to read another one: the scales of an FP8 weight."""
-        return name.endswith(fp8.SCALE_SUFFIX) and name.removesuffix(fp8.SCALE_SUFFIX) in self.checkpoint
+    @property
+    def where(self) -> str:
+        """The checkpoint's folder, for messages."""
+        return str(self.checkpoint.path)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Of the float model's tensors, in the order in which the bytes lie in the files.
+
+        What only says how to read another one isn't among them: the scales of an FP8 weight.
+        """
+        return [
+            name
+            for name in self.checkpoint.names
+            if not name.endswith(fp8.SCALE_SUFFIX) or name.removesuffix(fp8.SCALE_SUFFIX) not in self.checkpoint
+        ]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.checkpoint
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises InputError when there is no such tensor."""
+        return tuple(self.checkpoint.info(name).shape)
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a tensor in the float model: as stored, or bfloat16 where it is FP8.
@@ -68,10 +90,8 @@ class FloatReader:
         return dtype
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor in the float model; none for what is only part of another."""
+        """Bytes of a tensor in the float model."""
         info = self.checkpoint.info(name)
-        if self.is_part_of_another(name):
-            return 0
         is_fp8 = info.dtype == "F8_E4M3" and self._block is not None
         return info.nbytes * (2 if is_fp8 else 1)  # a byte becomes a bfloat16
 
@@ -112,6 +132,33 @@ class FloatReader:
         scales = self.finite(scale_name, self.checkpoint.row_range(scale_name, first // height, -(-stop // height)))
         codes = self._range(name, first, stop)
         return self.finite(name, fp8.dequantize(codes, scales, self._block)[start - first :])
+
+    def gather(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        """Rows [n, in] of a matrix by their numbers, int64 [n], in its type of the float model.
+
+        Raises InputError as `tensor`, or when there is no such row.
+        """
+        import torch
+
+        own = self.dtype(name)
+        if self.checkpoint.info(name).dtype != "F8_E4M3":
+            return self.finite(name, self.checkpoint.rows(name, ids))
+        return torch.cat([self.rows(name, row, row + 1) for row in ids.tolist()]).to(own)
+
+    def unchanged(self, name: str) -> torch.Tensor:
+        """A tensor as the float model has it; what is neither a float nor a weight (a mask, positions) as it is stored.
+
+        Raises InputError as `tensor`.
+        """
+        is_number = self.checkpoint.info(name).dtype in dtypes.FLOATS or name.endswith(".weight")
+        return self.tensor(name) if is_number else self.checkpoint.tensor(name)
+
+    def linear(self, name: str) -> QuantizedLinear | None:
+        """A quantized linear by its name without ".weight"; None when it is float.
+
+        Raises InputError for a quantization that qtool doesn't read, or tensors that don't fit together.
+        """
+        return None if self.checkpoint.format in FORMATS else self.checkpoint.linear(name)
 
     def row_step(self, name: str, elements: int = 1 << 22) -> int:
         """How many rows to read at a time for about so many elements, in whole blocks."""

@@ -297,10 +297,8 @@ def _add_float(writer: CheckpointWriter, name: str, linear: QuantizedLinear) -> 
 
     weight = torch.empty(linear.weight.shape, dtype=torch.bfloat16)
     rows = max(1, _CHUNK // max(1, weight.shape[1]))
-    for some, integers, scale in zip(
-        weight.split(rows), linear.weight.split(rows), linear.weight_scale.split(rows), strict=True
-    ):
-        some.copy_(integers.float() * scale[:, None])
+    for start in range(0, len(weight), rows):
+        weight[start : start + rows] = linear.dequantize(start, start + rows)
     writer.add(f"{name}.weight", weight)
     if linear.bias is not None:
         writer.add(f"{name}.bias", linear.bias.bfloat16())

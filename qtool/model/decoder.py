@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtool.checkpoint.floats import FORMATS, FloatReader
+from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError, in_one_line
 from qtool.model import experts
 from qtool.model.experts import Expert, RoutedExperts, Routing
 from qtool.model.names import ExpertNames, Names
+from qtool.model.weights import ModelWeights
 from qtool.quant.integer import fake_quantize_tensor, fake_quantize_tokens
 from qtool.quant.topology import linear_layers
 from qtool.quant.types import QuantizedLinear
@@ -41,18 +42,25 @@ class DecoderStream:
         device: where the layers and experts run. What is learnt from them (hidden states, routing, statistics, groups)
             comes to main memory at once, and weights are searched and rounded there.
         trust_remote_code: allow the checkpoint's own modelling code.
+        weights: what all weights are read through; None for the checkpoint as it is.
 
     Raises:
         InputError: transformers doesn't know the architecture, or it is no decoder with a list of layers.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str = "cpu", trust_remote_code: bool = False
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        trust_remote_code: bool = False,
+        weights: ModelWeights | None = None,
     ) -> None:
         self.checkpoint = checkpoint
+        self.weights: ModelWeights = FloatReader(checkpoint) if weights is None else weights
         self.dtype = dtype
         self.device = torch.device(device)
-        self.floats = FloatReader(checkpoint)
         self._model = _skeleton(checkpoint, dtype, trust_remote_code)
         self._base = self._model.base_model
         self._layers_name, self._layers = _decoder_layers(self._model, checkpoint)
@@ -83,7 +91,7 @@ class DecoderStream:
         for name, parameter in layer.state_dict().items():
             owner, _, part = name.rpartition(".")
             stored = self.stored_name(prefix + name)
-            linear = self._quantized(stored.removesuffix(".weight")) if part == "weight" else None
+            linear = self.weights.linear(stored.removesuffix(".weight")) if part == "weight" else None
             if linear is None:
                 state[name] = self._load(stored, parameter.shape)
             else:
@@ -124,7 +132,7 @@ class DecoderStream:
         unique, compact = torch.unique(ids, return_inverse=True)
         name = f"{self._embedding_name}.weight"
         self._check_shape(name, self._embedding.get_parameter("weight").shape)
-        rows = self._checked(name, self.checkpoint.rows(name, unique))
+        rows = self.weights.gather(name, unique).to(device=self.device, dtype=self.dtype)
         return torch.func.functional_call(self._embedding, {"weight": rows}, (compact.to(self.device),))
 
     @torch.no_grad()
@@ -215,12 +223,11 @@ class DecoderStream:
         if bias is not None:
             bias = self._load(f"{name}.bias", bias.shape)[start:stop]
         if (linear := self._head_linear) is not None:
-            scale = linear.weight_scale[start:stop, None]
-            weight = (linear.weight[start:stop] * scale).to(device=self.device, dtype=self.dtype)
+            weight = linear.dequantize(start, stop).to(device=self.device, dtype=self.dtype)
             return Head(weight, bias, input_quantizer(linear))
         self._check_shape(f"{name}.weight", self._model.get_output_embeddings().weight.shape)
-        weight = self.checkpoint.rows(f"{name}.weight", torch.arange(start, stop))
-        return Head(self._checked(f"{name}.weight", weight), bias, None)
+        weight = self.weights.rows(f"{name}.weight", start, stop)
+        return Head(weight.to(device=self.device, dtype=self.dtype), bias, None)
 
     def logits(self, hidden: torch.Tensor, head: Head) -> torch.Tensor:
         """Logits [tokens, rows] float32 of normalized hidden states [tokens, hidden], by the model's own code.
@@ -242,18 +249,18 @@ class DecoderStream:
     def _head_name(self) -> str:
         name = self._name_of(self._model.get_output_embeddings())
         tied = self._model.config.get_text_config().tie_word_embeddings
-        return self._embedding_name if tied and f"{name}.weight" not in self.checkpoint else name
+        return self._embedding_name if tied and f"{name}.weight" not in self.weights else name
 
     @cached_property
     def _head_linear(self) -> QuantizedLinear | None:
-        linear = self._quantized(self._head_name)
+        linear = self.weights.linear(self._head_name)
         if linear is not None:
             self._check_shape(f"{self._head_name}.weight", self._model.get_output_embeddings().weight.shape)
         return linear
 
     def stored_name(self, name: str) -> str:
         """The checkpoint's name of a parameter of the model."""
-        return name if name in self.checkpoint else self._names.stored(name)
+        return name if name in self.weights else self._names.stored(name)
 
     def routed(self, index: int) -> RoutedExperts | None:
         """The routed experts of a layer; None where it has none."""
@@ -291,12 +298,12 @@ class DecoderStream:
             InputError: a tensor is missing, of another shape, or holds NaN.
         """
         names = module.names[number]
-        shape = self.checkpoint.info(f"{names.gate}.weight").shape
+        shape = self.weights.shape(f"{names.gate}.weight")
         shapes = {names.gate: shape, names.up: shape, names.down: shape[::-1]}
         loaded = {}
         quantizers: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = {}
         for name in names:
-            linear = self._quantized(name)
+            linear = self.weights.linear(name)
             size = torch.Size(shapes[name])
             if linear is None:
                 loaded[name] = self._load(f"{name}.weight", size)
@@ -342,7 +349,7 @@ class DecoderStream:
 
     @cached_property
     def _names(self) -> Names:
-        return Names(self._model, self.checkpoint.names)
+        return Names(self._model, self.weights.names)
 
     def skeleton_layer(self, index: int) -> nn.Module:
         """The layer without weights (meta device), for planning."""
@@ -351,34 +358,25 @@ class DecoderStream:
     def _load(self, name: str, shape: torch.Size) -> torch.Tensor:
         self._check_shape(name, shape)
         dtype = torch.float32 if self.is_kept_in_float32(name) else self.dtype
-        return self.floats.tensor(name, dtype).to(self.device)
-
-    def _quantized(self, name: str) -> QuantizedLinear | None:
-        """A quantized linear by its name without ".weight"; None when it is float."""
-        return None if self.checkpoint.format in FORMATS else self.checkpoint.linear(name)
+        return self.weights.tensor(name, dtype).to(self.device)
 
     def _dequantized(self, name: str, linear: QuantizedLinear, shape: torch.Size) -> torch.Tensor:
         self._check_shape(name, shape)
-        return (linear.weight * linear.weight_scale[:, None]).to(device=self.device, dtype=self.dtype)
+        return linear.dequantize().to(device=self.device, dtype=self.dtype)
 
     def _check_shape(self, name: str, shape: torch.Size) -> None:
-        if name not in self.checkpoint:
+        if name not in self.weights:
             raise InputError(
                 f"tensor {name} is missing",
                 where=str(self.checkpoint.path),
                 hint="the checkpoint is incomplete or its config.json belongs to another model",
             )
-        if tuple(self.checkpoint.info(name).shape) != tuple(shape):
+        if self.weights.shape(name) != tuple(shape):
             raise InputError(
-                f"tensor {name} has shape {list(self.checkpoint.info(name).shape)}, config.json makes it {list(shape)}",
+                f"tensor {name} has shape {list(self.weights.shape(name))}, config.json makes it {list(shape)}",
                 where=str(self.checkpoint.path),
                 hint="check that config.json belongs to these weights",
             )
-
-    def _checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A float tensor in the compute type, on the device."""
-        self.floats.dtype(name)
-        return self.floats.finite(name, tensor).to(device=self.device, dtype=self.dtype)
 
     def _name_of(self, wanted: nn.Module) -> str:
         return next(name for name, module in self._model.named_modules() if module is wanted)

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
-from qtool.engines.native.units import ExpertTask, Source
 from qtool.model.activations import Activations
 from qtool.model.experts import Handler, Routing
-from qtool.recipe.schema import Policy
 
 _STEP = 4096  # tokens that are scored at a time
+
+
+@dataclass(frozen=True)
+class ExpertInputs:
+    """What some experts of a layer see.
+
+    Attributes:
+        x: the inputs [n, hidden] of all tokens that any of them sees.
+        rows: the numbers of these tokens, int64 [n], ascending.
+        tokens: per expert its tokens' places in x, int64.
+        weights: per expert their routing weights.
+        extra: per expert the places of further tokens that only its statistics count.
+    """
+
+    x: torch.Tensor
+    rows: torch.Tensor
+    tokens: list[torch.Tensor]
+    weights: list[torch.Tensor]
+    extra: list[torch.Tensor]
 
 
 class Recorder:
@@ -94,31 +113,16 @@ class Recorder:
         tokens = routing.tokens(expert)[0]
         return self._inputs.gather(torch.cat((tokens, extra[expert])) if expert in extra else tokens)
 
-    def task(
-        self,
-        source: Source,
-        index: int,
-        experts: list[int],
-        policies: list[dict[str, Policy | None]],
-        routing: Routing,
-        extra: dict[int, torch.Tensor],
-        *,
-        quantize: bool,
-    ) -> tuple[ExpertTask, torch.Tensor]:
-        """The unit of some experts of layer `index`, and the numbers of the tokens that its output is for."""
+    def inputs(self, experts: list[int], routing: Routing, extra: Mapping[int, torch.Tensor]) -> ExpertInputs:
+        """What these experts see; `extra` holds the numbers of tokens that fill up, per expert that needs some."""
         none = torch.empty(0, dtype=torch.int64)
         routed = [routing.tokens(expert) for expert in experts]
-        more = [extra.get(expert, none) if quantize else none for expert in experts]
+        more = [extra.get(expert, none) for expert in experts]
         rows = torch.cat([*(tokens for tokens, _ in routed), *more]).unique()
-        task = ExpertTask(
-            source=source,
-            index=index,
-            experts=experts,
-            policies=policies,
+        return ExpertInputs(
             x=self._inputs.gather(rows),
+            rows=rows,
             tokens=[torch.searchsorted(rows, tokens) for tokens, _ in routed],
             weights=[weights for _, weights in routed],
             extra=[torch.searchsorted(rows, tokens) for tokens in more],
-            quantize=quantize,
         )
-        return task, rows

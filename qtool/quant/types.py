@@ -34,3 +34,7 @@ class QuantizedLinear:
     @property
     def is_static(self) -> bool:
         return self.input_scale is not None
+
+    def dequantize(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows of the float weight that the integers stand for, float32 [stop - start, in]."""
+        return self.weight[start:stop] * self.weight_scale[start:stop, None]

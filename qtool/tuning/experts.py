@@ -18,7 +18,6 @@ from qtool.engines.native.units import DOWN, GATE, PARTS, UP, SmoothedExpert, So
 from qtool.model.decoder import DecoderStream, input_quantizer
 from qtool.model.experts import RoutedExperts, handled
 from qtool.model.recorder import Recorder
-from qtool.quant.types import QuantizedLinear
 from qtool.recipe.schema import Policy
 from qtool.tuning.noise import Sensitivity, Tally
 
@@ -159,14 +158,14 @@ class ExpertNoise:
         for number in range(count):
             names = dict(zip(PARTS, module.names[number], strict=True))
             seen = recorder.seen(number, routing, extra)
-            with stream.floats.holding(f"{name}.weight" for name in names.values()):
+            with stream.weights.holding(f"{name}.weight" for name in names.values()):
                 inner = stream.expert(module, number).inner(seen) if len(seen) else None
                 for way, tally in tallies.items():
                     policies = {part: ways[way][name] for part, name in names.items()}
                     if not any(policies.values()):
                         continue
                     groups = units.expert_groups(module.apply_gate)
-                    expert = SmoothedExpert(source, stream.floats, names, policies, groups, seen, inner)
+                    expert = SmoothedExpert(source, stream.weights, names, policies, groups, seen, inner)
                     self._add(tally, number, module, names, expert)
         together: list[Sensitivity] = []
         each: list[Sensitivity] = []
@@ -194,7 +193,7 @@ class ExpertNoise:
                 entering = inner.detach() if part == DOWN else x
                 output = outputs[part].detach()
                 rounded = input_quantizer(linear)(entering) if len(entering) else entering
-                noise[part] = nn.functional.linear(rounded, _dequantized(linear)).sub_(output)
+                noise[part] = nn.functional.linear(rounded, linear.dequantize()).sub_(output)
                 tally.count(names[part], noise[part], output)
             for draw, all_tokens in enumerate(by_output):
                 g = all_tokens[tokens] * routing_weights
@@ -204,7 +203,3 @@ class ExpertNoise:
                     products = torch.zeros(len(all_tokens))
                     products[tokens] = (by[part] * noise[part]).sum(dim=-1)
                     tally.add(names[part], products)
-
-
-def _dequantized(linear: QuantizedLinear) -> torch.Tensor:
-    return linear.weight * linear.weight_scale[:, None]

@@ -270,7 +270,7 @@ class _Noise:
 
     def __init__(self, linears: Mapping[str, QuantizedLinear]) -> None:
         self._linears = linears
-        self._weights = {name: linear.weight * linear.weight_scale[:, None] for name, linear in linears.items()}
+        self._weights = {name: linear.dequantize() for name, linear in linears.items()}
         self._tally = Tally()
         self.of = self._tally.of
         self.experts = ExpertNoise()

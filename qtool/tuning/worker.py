@@ -59,7 +59,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     calibration = load(
         wanted["data"], tokenizer, samples=wanted["samples"], seq_len=wanted["seq_len"], seed=wanted["seed"]
     )
-    dtype = stream.floats.dtype(next(f"{name}.weight" for name, policy in planned.policies.items() if policy))
+    dtype = stream.weights.dtype(next(f"{name}.weight" for name, policy in planned.policies.items() if policy))
     source = Source(
         model=str(checkpoint.path),
         dtype=stream.dtype,
@@ -70,11 +70,11 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     )
     enough = recipe.calibration.expert_tokens
     groups, linears = measure(stream, text.ids, calibration.ids, ways, source, dtype, enough, report)
-    quantized = plan.output_bytes(stream.floats, planned.modes)
+    quantized = plan.output_bytes(stream.weights, planned.modes)
     sizes = {}
     for name in names:
         info = checkpoint.info(f"{name}.weight")
-        sizes[name] = [stream.floats.nbytes(f"{name}.weight"), info.shape[0] * info.shape[1] + 4 * info.shape[0]]
+        sizes[name] = [stream.weights.nbytes(f"{name}.weight"), info.shape[0] * info.shape[1] + 4 * info.shape[0]]
     return {
         "groups": [asdict(group) for group in groups],
         "linears": [asdict(linear) for linear in linears],

@@ -19,7 +19,7 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import check_free_space, resumable_bytes
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.engines.native import executor, memory, plan
-from qtool.engines.native.layers import Layers, add_unchanged
+from qtool.engines.native.layers import Layers
 from qtool.engines.native.units import Source
 from qtool.errors import InputError
 from qtool.model.decoder import DecoderStream
@@ -67,7 +67,7 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
         )
     for warning in planned.warnings:
         report.warning(warning)
-    size = plan.output_bytes(stream.floats, planned.modes)
+    size = plan.output_bytes(stream.weights, planned.modes)
     wanted = job["calibration"]
     estimate = memory.plan(
         stream,
@@ -123,9 +123,9 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
         )
         # What stays as it is comes first, so that damage in it shows at once.
         prefixes = tuple(stream.layer_name(i) + "." for i in range(stream.depth))
-        for name in checkpoint.names:
+        for name in stream.weights.names:
             if not name.startswith(prefixes) and name not in writer:
-                add_unchanged(stream.floats, name, writer)
+                writer.add(name, stream.weights.unchanged(name))
         layers.quantize(calibration.ids)
         result = {
             "qtool": qtool.__version__,

@@ -16,17 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qtool.checkpoint.dtypes import FLOATS
-from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.engines.native import units
 from qtool.engines.native.executor import Executor
-from qtool.engines.native.units import DenseTask, Float, Linear, Output, Piece, Row, Source
+from qtool.engines.native.units import DenseTask, ExpertTask, Float, Linear, Output, Piece, Row, Source
 from qtool.model.activations import Activations
 from qtool.model.decoder import DecoderStream
 from qtool.model.experts import RoutedExperts, handled
 from qtool.model.probe import probe
 from qtool.model.recorder import Recorder
+from qtool.model.weights import refuse_damage
 from qtool.quant import exact
 from qtool.quant.layer import GroupReport, policy_of
 from qtool.quant.statistics import InputStatistics
@@ -223,7 +222,7 @@ class Layers:
 
     def _refuse_damage(self, index: int, statistics: Mapping[str, InputStatistics]) -> None:
         for name, seen in statistics.items():
-            units.refuse_damage(seen.amax, f"{self._stream.layer_name(index)}.{name}", self._stream.floats)
+            refuse_damage(seen.amax, f"{self._stream.layer_name(index)}.{name}", self._stream.weights)
 
     def _run(self, index: int, layer: nn.Module, hidden: Activations, leaving: Activations) -> None:
         samples, length = self._shape
@@ -232,7 +231,7 @@ class Layers:
             start, stop = sample * length, min(sample + batch, samples) * length
             x = hidden.read(start, stop).reshape(-1, length, hidden.width).to(self._stream.device)
             output = self._stream.run(index, layer, x).reshape(-1, hidden.width)
-            units.refuse_damage(output, self._stream.layer_name(index), self._stream.floats)
+            refuse_damage(output, self._stream.layer_name(index), self._stream.weights)
             leaving.write(start, output)
 
     def _quantize_exactly(
@@ -257,7 +256,7 @@ class Layers:
         layer.float()
         inputs = hidden.read(0, hidden.rows).reshape(samples, length, -1)
         runs = [partial(self._stream.run, index, layer, inputs[row : row + 1]) for row in range(samples)]
-        dtype = self._stream.floats.dtype(stored[groups[0].linears[0] + ".weight"])
+        dtype = self._stream.weights.dtype(stored[groups[0].linears[0] + ".weight"])
         result = exact.quantize_layer(layer, groups, policies, statistics, self._source.storage(dtype), runs)
         quantized = {f"{name}.{part}" for name in result.linears for part in ("weight", "bias")}
         pieces: list[Piece] = [
@@ -286,7 +285,7 @@ class Layers:
         short = [e for e in range(count) if needy[e] and counts[e] < self._expert_tokens]
         extra = recorder.likely(short, counts, routing, router, self._expert_tokens)
         stream = self._stream
-        shape = stream.checkpoint.info(f"{module.names[0].gate}.weight").shape
+        shape = stream.weights.shape(f"{module.names[0].gate}.weight")
         size = max(1, _LOT_ELEMENTS // (3 * shape[0] * shape[1]))
 
         def finish(unit: str, rows: torch.Tensor, pieces: Callable[[], Iterable[Piece]]) -> None:
@@ -302,15 +301,17 @@ class Layers:
                 unit = f"experts {lot[0]} to {lot[-1]}"
                 wanted = [policies[expert] for expert in lot]
                 todo = unit not in done
-                task, rows = recorder.task(self._source, index, lot, wanted, routing, extra, quantize=todo)
-                self._waiting.append(partial(finish, unit, rows, self._executor.submit(units.quantize_experts, task)))
-                del task
+                inputs = recorder.inputs(lot, routing, extra if todo else {})
+                task = ExpertTask(self._source, index, lot, wanted, inputs, todo)
+                pieces = self._executor.submit(units.quantize_experts, task)
+                self._waiting.append(partial(finish, unit, inputs.rows, pieces))
+                del task, inputs
                 self._settle(self._executor.ahead)
             self._settle(0)
             for start in range(0, leaving.rows, self._batch_tokens):
                 stop = min(start + self._batch_tokens, leaving.rows)
                 output = leaving.read(start, stop).float() + sums.read(start, stop)
-                units.refuse_damage(output, stream.layer_name(index), stream.floats)
+                refuse_damage(output, stream.layer_name(index), stream.weights)
                 leaving.write(start, output)
         found = [row for unit, record in self._finished.items() if unit != _DENSE for row in record["rows"]]
         return _summarized(found), {"tokens": counts, "topped_up": {str(e): len(extra[e]) for e in short}}
@@ -325,13 +326,13 @@ class Layers:
         """Write what a unit gives; returns its reports, and what its experts give."""
         reports: list[GroupReport] = []
         output = None
-        floats = self._stream.floats
+        weights = self._stream.weights
         for piece in pieces:
             match piece:
                 case Linear(name, linear):
-                    self._writer.add_linear(name, linear, floats.dtype(f"{name}.weight"))
+                    self._writer.add_linear(name, linear, weights.dtype(f"{name}.weight"))
                 case Float(name, tensor):
-                    self._writer.add(name, tensor.to(floats.dtype(name)))
+                    self._writer.add(name, tensor.to(weights.dtype(name)))
                 case Row(report):
                     reports.append(report)
                 case Output(tensor):
@@ -341,25 +342,11 @@ class Layers:
     def _write_rest(self, index: int) -> None:
         """Every tensor of a layer that is not written yet, as it is."""
         prefix = self._stream.layer_name(index) + "."
-        for name in self._stream.checkpoint.names:
+        for name in self._stream.weights.names:
             linear, _, part = name.rpartition(".")
             quantized = part in ("weight", "bias") and self._policies.get(linear) is not None
             if name.startswith(prefix) and name not in self._writer and not quantized:
-                add_unchanged(self._stream.floats, name, self._writer)
-
-
-def add_unchanged(floats: FloatReader, name: str, writer: CheckpointWriter) -> None:
-    """Write a tensor as the float model has it.
-
-    Raises:
-        InputError: it holds NaN or infinite values, or is a weight and no float.
-    """
-    if floats.is_part_of_another(name):
-        return
-    if floats.checkpoint.info(name).dtype in FLOATS or name.endswith(".weight"):
-        writer.add(name, floats.tensor(name))
-    else:
-        writer.add(name, floats.checkpoint.tensor(name))  # a buffer: a mask, positions
+                self._writer.add(name, self._stream.weights.unchanged(name))
 
 
 def _summarized(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

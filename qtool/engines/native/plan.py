@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import formats
-from qtool.checkpoint.floats import FORMATS, FloatReader
+from qtool.checkpoint.floats import FORMATS
 from qtool.checkpoint.formats import Mode
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
 from qtool.recipe.schema import Policy, Recipe
+
+if TYPE_CHECKING:
+    from qtool.model.weights import ModelWeights
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,14 @@ def describe(policy: Policy | None) -> str:
     return f"W8A8 {range_}, {', '.join(e for e in extras if e and e != 'none')}"
 
 
-def output_bytes(floats: FloatReader, modes: Mapping[str, Mode]) -> int:
+def output_bytes(weights: ModelWeights, modes: Mapping[str, Mode]) -> int:
     """Size of the output's tensors: a byte per quantized weight, scales, and the rest in the model's float type."""
     total = 0
-    for name in floats.checkpoint.names:
-        info = floats.checkpoint.info(name)
+    for name in weights.names:
         mode = modes.get(name.removesuffix(".weight"), "float") if name.endswith(".weight") else "float"
-        total += floats.nbytes(name) if mode == "float" else info.shape[0] * info.shape[1] + 4 * info.shape[0]
+        if mode == "float":
+            total += weights.nbytes(name)
+        else:
+            rows, columns = weights.shape(name)
+            total += rows * columns + 4 * rows
     return total

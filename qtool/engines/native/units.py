@@ -7,7 +7,6 @@ one; so it gives the same in this process, in another, and on another machine.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,10 +16,11 @@ import torch
 from torch import nn
 
 from qtool.checkpoint import formats
-from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError, QtoolError
 from qtool.model.decoder import DecoderStream
+from qtool.model.recorder import ExpertInputs
+from qtool.model.weights import ModelWeights, StoredWeights, refuse_damage
 from qtool.quant.layer import GroupReport, Storage, policy_of, quantize_group, smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups
@@ -30,7 +30,6 @@ from qtool.recipe.schema import Policy
 PARTS = GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 SAMPLE_TOKENS = 512  # that a group's sample holds
 _FEW = 8
-_LARGEST = 1e15  # that an activation can be: squares of it, summed over all tokens, are still float32
 Gate = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -120,10 +119,7 @@ class ExpertTask:
         index: the layer's number.
         experts: their numbers.
         policies: per expert, by gate_proj, up_proj, down_proj.
-        x: the inputs [n, hidden] of all tokens that any of them sees.
-        tokens: per expert its tokens' places in x, int64.
-        weights: per expert their routing weights.
-        extra: per expert the places of further tokens that only its statistics count.
+        inputs: what they see.
         quantize: False when they are quantized already and only their output is needed.
     """
 
@@ -131,10 +127,7 @@ class ExpertTask:
     index: int
     experts: list[int]
     policies: list[dict[str, Policy | None]]
-    x: torch.Tensor
-    tokens: list[torch.Tensor]
-    weights: list[torch.Tensor]
-    extra: list[torch.Tensor]
+    inputs: ExpertInputs
     quantize: bool
 
 
@@ -142,9 +135,9 @@ class ExpertTask:
 def quantize_dense(task: DenseTask) -> Iterator[Piece]:
     """Linears and reports of every group, and what smoothing changed in the rest."""
     stream = _stream(task.source)
-    weights = StoredWeights(stream.floats, task.stored)
+    weights = StoredWeights(stream.weights, task.stored)
     first = task.stored[f"{task.groups[0].linears[0]}.weight"]
-    storage = task.source.storage(stream.floats.dtype(first))
+    storage = task.source.storage(stream.weights.dtype(first))
     folded, found = smooth(weights, task.groups, task.policies, task.statistics, storage.dtype)
     for group in task.groups:
         name = group.linears[0]
@@ -168,13 +161,14 @@ def quantize_experts(task: ExpertTask) -> Iterator[Piece]:
     stream = _stream(task.source)
     module = stream.routed(task.index)
     assert module is not None
-    output = torch.zeros(task.x.shape, dtype=torch.float32)
-    per_expert = zip(task.experts, task.policies, task.tokens, task.weights, task.extra, strict=True)
+    inputs = task.inputs
+    output = torch.zeros(inputs.x.shape, dtype=torch.float32)
+    per_expert = zip(task.experts, task.policies, inputs.tokens, inputs.weights, inputs.extra, strict=True)
     for number, policies, tokens, weights, extra in per_expert:
         names = dict(zip(PARTS, module.names[number], strict=True))
         tensors = [f"{name}.weight" for name in names.values()]
-        with stream.floats.holding(tensors):
-            seen = (task.x[torch.cat((tokens, extra))] if len(extra) else task.x[tokens]).to(stream.device)
+        with stream.weights.holding(tensors):
+            seen = (inputs.x[torch.cat((tokens, extra))] if len(extra) else inputs.x[tokens]).to(stream.device)
             inner = None
             if len(seen):
                 expert = stream.expert(module, number)
@@ -187,20 +181,6 @@ def quantize_experts(task: ExpertTask) -> Iterator[Piece]:
                 groups = expert_groups(module.apply_gate)
                 yield from _quantize_expert(task.source, stream, names, policies, groups, seen, inner)
     yield Output(output)
-
-
-def refuse_damage(activations: torch.Tensor, name: str, floats: FloatReader) -> None:
-    """Raises InputError when activations of a layer or linear, or their largest magnitudes, can't be true."""
-    low, high = activations.aminmax()
-    largest = float(torch.maximum(-low, high))
-    if largest <= _LARGEST:  # false for NaN
-        return
-    size = f"as large as {largest:.0e}" if math.isfinite(largest) else "not finite"
-    raise InputError(
-        f"activations of {name} are {size}; the weights up to there are damaged",
-        where=str(floats.checkpoint.path),
-        hint="qtool inspect --tensors shows the range of each; download the model again",
-    )
 
 
 def needs_statistics(policy: Policy | None) -> bool:
@@ -219,7 +199,7 @@ def _quantize_expert(
     seen: torch.Tensor,
     inner: torch.Tensor | None,
 ) -> Iterator[Piece]:
-    expert = SmoothedExpert(source, stream.floats, names, policies, groups, seen, inner)
+    expert = SmoothedExpert(source, stream.weights, names, policies, groups, seen, inner)
     for linears, report in expert.quantize():
         for part, quantized in linears.items():
             yield Linear(names[part], quantized)
@@ -236,7 +216,7 @@ class SmoothedExpert:
 
     Args:
         source: of the job.
-        floats: the checkpoint.
+        weights: of the model.
         names: the checkpoint's names, without ".weight", by gate_proj, up_proj, down_proj.
         policies: by the same.
         groups: from `expert_groups`.
@@ -252,7 +232,7 @@ class SmoothedExpert:
     def __init__(
         self,
         source: Source,
-        floats: FloatReader,
+        weights: ModelWeights,
         names: dict[str, str],
         policies: dict[str, Policy | None],
         groups: Sequence[Group],
@@ -264,10 +244,10 @@ class SmoothedExpert:
             DOWN: _statistics((policies[DOWN],), inner),
         }
         stored = {f"{part}.weight": f"{name}.weight" for part, name in names.items()}
-        weights = StoredWeights(floats, stored)
-        self._storage = source.storage(floats.dtype(stored[f"{GATE}.weight"]))
+        own = StoredWeights(weights, stored)
+        self._storage = source.storage(weights.dtype(stored[f"{GATE}.weight"]))
         self._policies = policies
-        width = weights.shape(DOWN)[1]
+        width = own.shape(DOWN)[1]
         self._groups = [
             group
             if group.fold is None
@@ -276,10 +256,10 @@ class SmoothedExpert:
         ]
         self._observed = {name: value for name, value in statistics.items() if value is not None}
         for part, observed in self._observed.items():
-            refuse_damage(observed.amax, names[part], floats)
+            refuse_damage(observed.amax, names[part], weights)
         if len(self._observed) < len(statistics):
             self._groups = [Group(group.linears) for group in groups]  # nothing to find a smoothing scale from
-        self.folded, self._found = smooth(weights, self._groups, policies, self._observed, self._storage.dtype)
+        self.folded, self._found = smooth(own, self._groups, policies, self._observed, self._storage.dtype)
 
     def quantize(self) -> Iterator[tuple[dict[str, QuantizedLinear], GroupReport | None]]:
         """The linears of each group that its policy quantizes; no report where no token was seen."""
@@ -302,42 +282,6 @@ def _statistics(policies: Sequence[Policy | None], x: torch.Tensor | None) -> In
     observed = InputStatistics(stride=max(1, len(x) // SAMPLE_TOKENS), with_gram=with_gram, gram_stride=1)
     observed.update(x)
     return observed
-
-
-class StoredWeights:
-    """The parameters of a decoder layer or an expert, read from the checkpoint as they are needed.
-
-    Args:
-        floats: the checkpoint.
-        stored: its names of the parameters, by the names to use here.
-    """
-
-    def __init__(self, floats: FloatReader, stored: dict[str, str]) -> None:
-        self._floats, self._stored = floats, stored
-
-    def shape(self, linear: str) -> tuple[int, int]:
-        out, width = self._floats.checkpoint.info(self._stored[f"{linear}.weight"]).shape
-        return out, width
-
-    def rows(self, linear: str, start: int, stop: int) -> torch.Tensor:
-        name = self._stored[f"{linear}.weight"]
-        step = self._floats.row_step(name)
-        if stop - start <= step:
-            return self._floats.rows(name, start, stop)
-        out = torch.empty(stop - start, self.shape(linear)[1])
-        # From the first row of a block on, so that no block of scales is read twice.
-        first = start
-        while first < stop:
-            last = min(stop, first - first % step + step)
-            out[first - start : last - start] = self._floats.rows(name, first, last)
-            first = last
-        return out
-
-    def vector(self, name: str) -> torch.Tensor | None:
-        stored = self._stored.get(name)
-        if stored is None or len(self._floats.checkpoint.info(stored).shape) != 1:
-            return None
-        return self._floats.tensor(stored).float()
 
 
 class _Small(nn.Module):
