@@ -42,6 +42,12 @@ class CalibrationText:
     seed: int = 0
     tokens: CalibrationTokens | None = None
 
+    @classmethod
+    def of(cls, recipe: Recipe) -> CalibrationText:
+        """As the recipe has it."""
+        wanted = recipe.calibration
+        return cls(wanted.data, wanted.samples, wanted.seq_len, wanted.seed)
+
     def shown(self) -> dict[str, Any]:
         """For a dry run's result."""
         return {"data": self.data, "samples": self.samples, "seq_len": self.seq_len}

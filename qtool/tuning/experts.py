@@ -13,8 +13,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from qtool.engines.native import units
-from qtool.engines.native.units import DOWN, GATE, PARTS, UP, SmoothedExpert, Source
+from qtool.checkpoint.formats import Format
+from qtool.engines.native.experts import (
+    DOWN,
+    GATE,
+    PARTS,
+    UP,
+    ExpertLinears,
+    ExpertSamples,
+    SmoothedExpert,
+    expert_groups,
+)
 from qtool.model.decoder import DecoderStream, input_quantizer
 from qtool.model.experts import RoutedExperts, handled
 from qtool.model.recorder import Recorder
@@ -137,7 +146,7 @@ class ExpertNoise:
         recorder: Recorder,
         router: torch.Tensor | None,
         ways: Mapping[str, Mapping[str, Policy | None]],
-        source: Source,
+        output_format: Format,
         expert_tokens: int,
     ) -> tuple[list[Sensitivity], list[Sensitivity]]:
         """(all experts of the layer together, each of their linears), the ways in turn.
@@ -146,7 +155,7 @@ class ExpertNoise:
             recorder: has the calibration tokens that reached the experts.
             router: float32 [experts, hidden], if there is one.
             ways: policies by full linear name; what has none in a way is not measured there.
-            source: of the quantizer.
+            output_format: of the quantized model.
             expert_tokens: how many an expert's statistics need.
         """
         count = len(module.names)
@@ -164,8 +173,8 @@ class ExpertNoise:
                     policies = {part: ways[way][name] for part, name in names.items()}
                     if not any(policies.values()):
                         continue
-                    groups = units.expert_groups(module.apply_gate)
-                    expert = SmoothedExpert(source, stream.weights, names, policies, groups, seen, inner)
+                    linears = ExpertLinears(names, policies, expert_groups(module.apply_gate))
+                    expert = SmoothedExpert(linears, ExpertSamples(seen, inner), stream.weights, output_format)
                     self._add(tally, number, module, names, expert)
         together: list[Sensitivity] = []
         each: list[Sensitivity] = []

@@ -16,6 +16,7 @@ from qtool.checkpoint.formats.golden_stick import TYPES, GoldenStick
 from qtool.checkpoint.reader import GOLDEN_STICK_DESCRIPTION, Checkpoint
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.engines.golden_stick import shards
+from qtool.engines.golden_stick.tasks import Exported, ExportTask
 from qtool.errors import QtoolError
 from qtool.quant.types import QuantizedLinear
 
@@ -29,30 +30,25 @@ if TYPE_CHECKING:
 _INSIDE = re.compile(r".*\.layers\.\d+\..*")
 
 
-def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Write the checkpoint.
-
-    Job keys: source and quantized (model folders), output, format, overwrite, max_shard_gb, modes (linear → static,
-    dynamic or float, as planned; None for MindFormers' output, which is taken over as it is), report (qtool.json).
-
-    Returns:
-        output, output_bytes, input_bytes.
+def main(message: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Do an `ExportTask`; answers with `Exported`.
 
     Raises:
         QtoolError: a layer is not quantized as planned, cards' parts don't fit together, or the disk is full.
     """
-    source, quantized = Checkpoint.open(job["source"]), Path(job["quantized"])
-    if job["modes"] is None:
+    task = ExportTask.from_json(message)
+    source, quantized = Checkpoint.open(task.source), Path(task.quantized)
+    if task.modes is None:
         parts = shards.Parts(quantized)
         tensors: _Tensors = parts.tensors(source)
         output_format: Format = _AsDescribed(parts.types)
     else:
-        tensors, output_format = _layers(source, Checkpoint.open(quantized), job["modes"]), formats.get(job["format"])
+        tensors, output_format = _layers(source, Checkpoint.open(quantized), task.modes), formats.get(task.format)
     writer = CheckpointWriter(
-        Path(job["output"]),
+        Path(task.output),
         output_format,
-        overwrite=job["overwrite"],
-        max_shard_bytes=int(job["max_shard_gb"] * 1e9),
+        overwrite=task.overwrite,
+        max_shard_bytes=int(task.max_shard_gb * 1e9),
         expected_tensors=6 * len(source.names),
     )
     with writer:
@@ -63,9 +59,9 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
                 writer.add_linear(name, value, _dtype(source, f"{name}.weight"))
             else:
                 writer.add(name, value)
-        path = writer.finish(source, source.config, job["report"])
+        path = writer.finish(source, source.config, task.report)
     written = Checkpoint.open(path)
-    return {"output": str(path), "output_bytes": written.nbytes, "input_bytes": source.nbytes}
+    return Exported(output=str(path), output_bytes=written.nbytes, input_bytes=source.nbytes).to_json()
 
 
 def _layers(source: Checkpoint, quantized: Checkpoint, modes: dict[str, Mode]) -> _Tensors:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qtool.checkpoint import formats
 from qtool.checkpoint.floats import FORMATS
 from qtool.checkpoint.formats import Mode
 from qtool.checkpoint.reader import Checkpoint
+from qtool.engines.report import LayersSummary
 from qtool.errors import InputError
 from qtool.recipe.schema import Policy, Recipe
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Plan:
+class QuantizationPlan:
     """Which linears of a checkpoint are quantized, and how.
 
     Attributes:
@@ -35,14 +37,12 @@ class Plan:
         return {name: policy.activations.mode if policy else "float" for name, policy in self.policies.items()}
 
 
-def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, linears: list[str]) -> Plan:
+def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, linears: list[str]) -> QuantizationPlan:
     """Match a recipe's scheme with a checkpoint's linear layers.
 
     Raises:
-        InputError: the input is quantized already, nothing could or would be quantized, or the format can't express
-            the plan.
+        InputError: nothing could or would be quantized, or the format can't express the plan.
     """
-    refuse_quantized(checkpoint)
     if not linears:
         raise InputError(
             "the decoder layers of this architecture hold no torch.nn.Linear, and qtool quantizes nothing else",
@@ -66,10 +66,11 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
             where=f"{where}, format {format_name}",
             hint="give the layers that the runtime fuses one policy",
         )
-    return Plan(policies, [str(problem) for problem in problems])
+    return QuantizationPlan(policies, [str(problem) for problem in problems])
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raises InputError unless the checkpoint is a float model."""
     if checkpoint.format not in FORMATS:
         raise InputError(
             f"this checkpoint is quantized already ({checkpoint.format})",
@@ -78,15 +79,16 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
         )
 
 
-def summary(plan: Plan) -> list[dict[str, Any]]:
+def summary(plan: QuantizationPlan) -> list[LayersSummary]:
     """One row per kind of layer: the name with its numbers replaced by *, how many, and its policy."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    counts: Counter[tuple[str, str]] = Counter()
+    described: dict[tuple[str, str], LayersSummary] = {}
     for name, policy in plan.policies.items():
         pattern = re.sub(r"\.\d+\.", ".*.", name)
         key = (pattern, policy.model_dump_json() if policy else "")
-        row = rows.setdefault(key, {"layers": pattern, "count": 0, "policy": describe(policy)})
-        row["count"] += 1
-    return list(rows.values())
+        counts[key] += 1
+        described[key] = LayersSummary(pattern, counts[key], describe(policy))
+    return list(described.values())
 
 
 def describe(policy: Policy | None) -> str:
