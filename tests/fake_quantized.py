@@ -16,8 +16,8 @@ class FakeQuantized(torch.nn.Module):
         self.weight = layer.weight.float() * layer.weight_scale[:, None]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.layer.input_scale is not None and self.layer.input_offset is not None:
-            scale, offset = torch.tensor(self.layer.input_scale), self.layer.input_offset
+        if self.layer.input_scale is not None and self.layer.input_zero_point is not None:
+            scale, offset = torch.tensor(self.layer.input_scale), self.layer.input_zero_point
         else:
             scale, offset = x.abs().amax(-1, keepdim=True) / 127.5, 0
         x = ((x / scale + offset).round().clamp(-128, 127) - offset) * scale

@@ -223,7 +223,7 @@ class CheckpointWriter:
         Raises QtoolError as `add`, or when runtimes fuse this layer with one that has another input scale.
         """
         mode: Mode = "static" if linear.is_static else "dynamic"
-        self._remember(name, mode, (linear.input_scale, linear.input_offset))
+        self._remember(name, mode, (linear.input_scale, linear.input_zero_point))
         for full_name, tensor in self.format.tensors(name, linear, dtype).items():
             self._write(full_name, tensor)
 

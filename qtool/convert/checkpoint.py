@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import qtool
+from qtool import runtimes
 from qtool.checkpoint import dtypes, formats
 from qtool.checkpoint.formats import Format, Mode
 from qtool.checkpoint.formats.common import Stored, fused_name
@@ -23,7 +24,7 @@ from qtool.checkpoint.storage import check_free_space
 from qtool.checkpoint.summary import float_dtype
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import InputError
-from qtool.runtimes.mindspore import MINDFORMERS
+from qtool.scheme import W8A8, W8A8_DYNAMIC
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 FLOAT = "bfloat16"
 TARGETS = (*formats.NAMES, FLOAT)
+
+_SCHEMES = {"static": W8A8, "dynamic": W8A8_DYNAMIC, "float": None}
 
 # Everything that the formats keep of a layer.
 _PARTS = {"weight", "weight_scale", "weight_offset", "weight_zero_point", "bias", "deq_scale", "quant_bias"} | {
@@ -184,20 +187,12 @@ def _expressible(source: Checkpoint, target: str, modes: Mapping[str, Mode], dty
     problems = formats.get(target).problems(linears)
     if fatal := next((problem for problem in problems if problem.fatal), None):
         raise InputError(f"{target} can't express this: {fatal}", where=where, hint=f"--to {FLOAT} can.")
-    architecture = str((source.config.get("architectures") or [""])[0])
-    dynamic = [name for name, mode in modes.items() if mode == "dynamic"]
-    if target == "golden-stick" and dynamic and architecture not in MINDFORMERS:
-        raise InputError(
-            f"{len(dynamic)} layers have dynamic activations ({dynamic[0]}), which vLLM-MindSpore runs through "
-            f"MindFormers only, and that not for {architecture or 'this model'}",
-            where=where,
-            hint="Quantize the original with --scheme w8a8-static.",
-        )
-    if target == "modelslim" and dtype == "F32" and "static" in modes.values():
-        raise InputError(
-            "a float32 model with static activations: vllm-ascend has them for bfloat16 and float16 only", where=where
-        )
-    return [str(problem) for problem in problems]
+    schemes = {name: _SCHEMES[mode] for name, mode in linears.items()}
+    limitations = runtimes.problems(target, source.config, schemes, dtype)
+    for limitation in limitations:
+        if limitation.fatal or limitation.unread:
+            raise InputError(limitation.text, where=where, hint=limitation.hint)
+    return [str(problem) for problem in (*problems, *limitations)]
 
 
 def _check_inputs(source: Checkpoint, form: Format, modes: Mapping[str, Mode], dtype: str) -> float:

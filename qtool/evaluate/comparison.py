@@ -18,10 +18,11 @@ import torch
 from qtool import memory
 from qtool.calibration.text import BUILTIN, Calibration, held_out, load, load_tokenizer
 from qtool.checkpoint.reader import Checkpoint
-from qtool.errors import InputError, QtoolError
+from qtool.errors import InputError
 from qtool.evaluate.divergence import Divergence
 from qtool.evaluate.intervals import estimate, estimate_quantile
 from qtool.model.decoder import DecoderStream
+from qtool.model.observe import forward
 
 if TYPE_CHECKING:
     from qtool.workers import Report
@@ -115,21 +116,8 @@ def _figures(divergence: Divergence, windows: int) -> dict[str, Any]:
 
 def _run(stream: DecoderStream, ids: torch.Tensor, name: str, report: Report) -> torch.Tensor:
     """What the output projection will multiply for every token that has a next one: [tokens, hidden]."""
-    hidden = stream.prologue(ids)
-    batch = max(1, _TOKENS // ids.shape[1])
-    for index in range(stream.depth):
-        report.progress(name, index, stream.depth, "layers")
-        with stream.layer(index) as layer:
-            for rows in hidden.split(batch):
-                rows.copy_(stream.run(index, layer, rows))
-        if not all(bool(extreme.isfinite()) for extreme in torch.aminmax(hidden)):
-            raise QtoolError(
-                f"the hidden states after {stream.layer_name(index)} are not finite",
-                where=str(stream.checkpoint.path),
-                hint="the checkpoint is damaged, or its scales are wrong",
-            )
-    report.progress(name, stream.depth, stream.depth, "layers")
-    for rows in hidden.split(batch):
+    hidden = list(forward(stream, ids, _TOKENS, name, report))[-1]
+    for rows in hidden.split(max(1, _TOKENS // ids.shape[1])):
         rows.copy_(stream.normalize(rows))
     return hidden[:, :-1].reshape(-1, hidden.shape[2])
 

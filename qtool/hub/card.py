@@ -7,12 +7,10 @@ from typing import Any
 
 import yaml
 
+from qtool.checkpoint import formats
+from qtool.runtimes import read_by
+
 _LICENSE_KEYS = ("license", "license_name", "license_link", "language")
-_NAMES = {
-    "compressed-tensors": "vLLM, SGLang and transformers",
-    "golden-stick": "vLLM-MindSpore",
-    "modelslim": "vllm-ascend and MindIE",
-}
 
 
 def card(name: str, report: Mapping[str, Any], base_readme: str) -> str:
@@ -34,7 +32,7 @@ def card(name: str, report: Mapping[str, Any], base_readme: str) -> str:
     rows = [
         ("base model", f"{base} at `{origin['commit'][:12]}`" if base else str(report.get("source", "unknown"))),
         ("scheme", f"`{scheme}`: 8-bit integer weights and activations" + (f", recipe `{recipe}`" if recipe else "")),
-        ("format", f"`{format}`" + (f", for {_NAMES[format]}" if format in _NAMES else "")),
+        ("format", f"`{format}`" + (f", for {read_by(format)}" if format in formats.NAMES else "")),
         ("calibration", _calibration(calibration)),
     ]
     if isinstance(error := report.get("mean_relative_error"), int | float):

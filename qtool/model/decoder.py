@@ -426,10 +426,10 @@ def input_quantizer(linear: QuantizedLinear) -> Callable[[torch.Tensor], torch.T
     Per token the scale is max|x| / 127.5 over integers -128..127, as in transformers with compressed-tensors and in
     qtool's own calibration; vLLM's int8 kernels take max|x| / 127, which rounds by another 0.4 % step.
     """
-    if linear.input_scale is None or linear.input_offset is None:
+    if linear.input_scale is None or linear.input_zero_point is None:
         return fake_quantize_tokens
-    scale, offset = torch.tensor(linear.input_scale), torch.tensor(float(linear.input_offset))
-    return lambda x: fake_quantize_tensor(x, scale.to(x.device), offset.to(x.device))
+    scale, zero_point = torch.tensor(linear.input_scale), torch.tensor(float(linear.input_zero_point))
+    return lambda x: fake_quantize_tensor(x, scale.to(x.device), zero_point.to(x.device))
 
 
 def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:

@@ -96,7 +96,7 @@ def _smoothing(
     if policy.smoothing == "smoothquant":
         alpha = policy.smoothquant_alpha
         return Smoothing(smoothing.scale(act_max, w_max, alpha), alpha)
-    return osl.search(recordings, group, act_max, w_max, static=policy.activations.mode == "static")
+    return osl.search(recordings, group, act_max, w_max, static=policy.scheme.is_static)
 
 
 def _fold_as_stored(layer: nn.Module, group: Group, s: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -129,12 +129,11 @@ def _clip(
     weight = torch.cat([weight_of(layer, name) for name in members])
     s = chosen.s if chosen is not None else torch.ones(weight.shape[1], device=weight.device)
     sample = statistics.sample.float() / s
-    static = policy.activations.mode == "static"
     scales, bounds = rounding.search_clip(
         weight,
         rounding.ErrorOnTokens(sample[:: max(1, statistics.tokens // osl.CLIP_TOKENS)]),
         osl.CLIP_RATIOS if policy.clip else (1.0,),
-        lambda scale: storage.weight_scale(scale, static),
+        lambda scale: storage.weight_scale(scale, policy.scheme),
     )
     return _Work(members, policy, chosen, weight, scales, bounds, sample, statistics.low / s, statistics.high / s)
 
@@ -164,11 +163,11 @@ def _observe_clipped(layer: nn.Module, prepared: Sequence[_Work], runs: Sequence
 def _round(layer: nn.Module, work: _Work, storage: Storage, result: LayerResult) -> None:
     """Fix the activations' range where it is static, round the weights, and note the error."""
     input_scale: float | None = None
-    input_offset: int | None = None
-    if work.policy.activations.mode == "static":
+    input_zero_point: int | None = None
+    if work.policy.scheme.is_static:
         low, high = observers.static_range(work.low, work.high, work.sample, work.policy.activations)
-        input_scale, input_offset = static_parameters(low, high, storage)
-        noisy = fake_quantize_tensor(work.sample, torch.tensor(input_scale), torch.tensor(float(input_offset)))
+        input_scale, input_zero_point = static_parameters(low, high, storage)
+        noisy = fake_quantize_tensor(work.sample, torch.tensor(input_scale), torch.tensor(float(input_zero_point)))
     else:
         noisy = fake_quantize_tokens(work.sample)
     integers = rounding.integers_within(work.weight, work.scales, work.bounds).to(torch.int8)
@@ -192,10 +191,11 @@ def _round(layer: nn.Module, work: _Work, storage: Storage, result: LayerResult)
         bias = bias_of(layer, name)
         end = start + weight_of(layer, name).shape[0]
         result.linears[name] = QuantizedLinear(
+            scheme=work.policy.scheme,
             weight=integers[start:end],
             weight_scale=work.scales[start:end],
             bias=None if bias is None else bias.detach().clone(),
             input_scale=input_scale,
-            input_offset=input_offset,
+            input_zero_point=input_zero_point,
         )
         start = end

@@ -20,6 +20,7 @@ from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, per_producer_channel
 from qtool.quant.types import QuantizedLinear
 from qtool.recipe.schema import Policy
+from qtool.scheme import Scheme
 
 _CLIP_RATIOS = (1.0, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8)
 # Weights that are in float32 at a time: what the cache takes; error compensation needs more rows to be worth its steps.
@@ -51,12 +52,12 @@ class Storage:
 
     Attributes:
         dtype: of the model's float tensors.
-        weight_scale: rounds float32 weight scales [out] of a layer whose activations are static (True) or dynamic.
+        weight_scale: rounds float32 weight scales [out] of a layer of this scheme.
         input_scale: rounds a static input scale.
     """
 
     dtype: torch.dtype
-    weight_scale: Callable[[torch.Tensor, bool], torch.Tensor]
+    weight_scale: Callable[[torch.Tensor, Scheme], torch.Tensor]
     input_scale: Callable[[float], float]
 
 
@@ -201,19 +202,18 @@ def quantize_group(
     assert policy is not None
     members = [name for name in group.linears if policies[name] is not None]
     s = folded.columns(members[0])
-    static = policy.activations.mode == "static"
     sample = statistics.sample.float() if s is None else statistics.sample.float() / s
     low, high = statistics.low, statistics.high
     before = extent(low, high)
     if s is not None:
         low, high = low / s, high / s
     input_scale: float | None = None
-    input_offset: int | None = None
-    if static:
-        input_scale, input_offset = static_parameters(
+    input_zero_point: int | None = None
+    if policy.scheme.is_static:
+        input_scale, input_zero_point = static_parameters(
             *observers.static_range(low, high, sample, policy.activations), storage
         )
-        noisy = fake_quantize_tensor(sample, torch.tensor(input_scale), torch.tensor(float(input_offset)))
+        noisy = fake_quantize_tensor(sample, torch.tensor(input_scale), torch.tensor(float(input_zero_point)))
     else:
         noisy = fake_quantize_tokens(sample)
     compensation = None
@@ -235,7 +235,10 @@ def quantize_group(
         parts = [folded.rows(name, start, stop) for name, start, stop in chunk]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts)
         scale, bound = rounding.search_clip(
-            weight, row_error, _CLIP_RATIOS if row_error else (1.0,), lambda scale: storage.weight_scale(scale, static)
+            weight,
+            row_error,
+            _CLIP_RATIOS if row_error else (1.0,),
+            lambda scale: storage.weight_scale(scale, policy.scheme),
         )
         if compensation is not None:
             rounded = compensation.round(weight, scale)
@@ -252,11 +255,12 @@ def quantize_group(
             first = last
     linears = {
         name: QuantizedLinear(
+            scheme=policy.scheme,
             weight=integers[name],
             weight_scale=scales[name],
             bias=folded.vector(f"{name}.bias"),
             input_scale=input_scale,
-            input_offset=input_offset,
+            input_zero_point=input_zero_point,
         )
         for name in members
     }
@@ -316,7 +320,7 @@ def _search(weights: Weights, group: Group, policy: Policy, statistics: InputSta
         statistics.low,
         statistics.high,
         statistics.energy,
-        static=policy.activations.mode == "static",
+        static=policy.scheme.is_static,
         compensation=stride * (_GPTQ_REMAINDER if policy.rounding == "gptq" else 1.0),
         weight_energy=energy,
     )

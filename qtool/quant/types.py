@@ -5,35 +5,39 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qtool.scheme import Scheme
+
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A W8A8 linear layer, free of any file format.
+    """A quantized linear layer, free of any file format.
 
-    Static: q = clamp(round(x / input_scale) + input_offset, -128, 127), one scale and offset for the
-    whole tensor, y = ((q - input_offset) @ weight.T) * input_scale * weight_scale + bias.
-    Dynamic (`input_scale` is None): one symmetric scale per token, 2·max|x| / 255, found at run time.
+    Static: q = clamp(round(x / input_scale) + input_zero_point, qmin, qmax), one scale and zero point for the
+    whole tensor, y = ((q - input_zero_point) @ weight.T) * input_scale * weight_scale + bias.
+    Dynamic: one symmetric scale per token, 2·max|x| / steps, found at run time.
 
     Attributes:
-        weight: int8 [out, in], symmetric (zero point 0).
+        scheme: what qmin, qmax and steps are, and what shares a scale.
+        weight: int8 [out, in], symmetric (zero point 0), whatever its number of bits.
         weight_scale: float32 [out]; the float weight is weight * weight_scale[:, None].
         bias: float [out] or None; formats store it in the model's dtype.
-        input_scale: positive float, or None when activations are quantized per token at run time.
-        input_offset: integer in -128..127 (the zero point), or None as above.
+        input_scale: positive float where the scheme is static, else None.
+        input_zero_point: integer in qmin..qmax where the scheme is static, else None.
     """
 
+    scheme: Scheme
     weight: torch.Tensor
     weight_scale: torch.Tensor
     bias: torch.Tensor | None = None
     input_scale: float | None = None
-    input_offset: int | None = None
+    input_zero_point: int | None = None
 
     @property
     def is_static(self) -> bool:
-        return self.input_scale is not None
+        return self.scheme.is_static
 
     def dequantize(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows of the float weight that the integers stand for, float32 [stop - start, in]."""

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from qtool.scheme import W8A8, W8A8_DYNAMIC, Scheme
+
 
 def _valid_regex(pattern: str) -> str:
     try:
@@ -49,6 +51,11 @@ class Policy(Strict):
     smoothquant_alpha: float = Field(default=0.5, ge=0, le=1)
     clip: bool = Field(default=True, description="search a clipping ratio per output channel")
     rounding: Literal["nearest", "gptq"] = "gptq"
+
+    @property
+    def scheme(self) -> Scheme:
+        """How these layers are quantized."""
+        return W8A8 if self.activations.mode == "static" else W8A8_DYNAMIC
 
 
 class Match(Strict):
@@ -144,7 +151,7 @@ class Generate(Sampling):
     reasoning_parser: str | None = Field(
         default=None, description="vLLM's name for how the model marks its thinking; splits it from the answer"
     )
-    tensor_parallel_size: int = Field(default=1, gt=0, description="cards, for vLLM-MindSpore")
+    tensor_parallel_size: int = Field(default=1, gt=0, description="cards that vLLM runs it over")
     distributed_executor: Literal["mp", "ray"] = Field(default="mp", description="ray where cards are in several hosts")
 
 

@@ -6,73 +6,17 @@ heavy is imported here.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from qtool import workers
-from qtool.environments import lookup
 from qtool.errors import InputError
-from qtool.runtimes import mindspore, settings
-from qtool.runtimes.settings import TRANSFORMERS_SAMPLING, dtype, environment, hardware, preload, split
+from qtool.runtimes.facts import NAMES, RUNTIMES, get, problems, read_by, readers
+from qtool.runtimes.launch import Launch, adapted, choose, kind_of
+from qtool.runtimes.settings import dtype, split
 from qtool.runtimes.window import run
-
-NAMES = ("auto", "vllm", "transformers", "vllm-mindspore", "vllm-ascend")
-
-# checkpoint format -> the vLLM plugin that reads it; vLLM by itself reads the others
-PLUGINS = {"golden-stick": "vllm-mindspore", "modelslim": "vllm-ascend"}
-QUANTIZATION = {"golden-stick": "golden-stick", "modelslim": "ascend"}
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """What runs a checkpoint: a worker module, the interpreter for it, and its settings.
-
-    Args:
-        engine: vLLM's EngineArgs.
-        env: variables for the worker.
-        compile_from: new tokens that make it worth while to compile the model; None where nothing is known.
-    """
-
-    name: str
-    python: str
-    engine: dict[str, Any] = field(default_factory=dict)
-    env: dict[str, str] = field(default_factory=dict)
-    compile_from: int | None = None
-
-    @property
-    def module(self) -> str:
-        return f"qtool.runtimes.{'transformers' if self.name == 'transformers' else 'vllm'}_worker"
-
-
-def choose(runtime: str, format: str) -> Runtime:
-    """The runtime for a checkpoint of this format (as `Checkpoint.format` says it).
-
-    `auto` takes vLLM where it is installed, else transformers. golden-stick and modelslim checkpoints
-    have one runtime each, a vLLM plugin, which `vllm` stands for as well; a plugin reads float checkpoints too.
-
-    Raises:
-        InputError: an unknown runtime, one that can't read the format, or one that isn't installed.
-    """
-    if runtime not in NAMES:
-        raise InputError(f"unknown runtime {runtime!r}", where="--runtime", hint=f"One of {', '.join(NAMES)}.")
-    if plugin := PLUGINS.get(format):
-        if runtime not in ("auto", "vllm", plugin):
-            hint = f"Use --runtime {plugin}, or quantize with --format compressed-tensors."
-            raise InputError(f"{runtime} can't read {format} checkpoints", where="--runtime", hint=hint)
-        return _vllm(plugin, {"quantization": QUANTIZATION[format]})
-    if runtime in PLUGINS.values():
-        if format != "float":
-            own = next(name for name, plugin in PLUGINS.items() if plugin == runtime)
-            hint = f"Use --runtime vllm, or quantize with --format {own}."
-            raise InputError(f"{runtime} can't read {format} checkpoints", where="--runtime", hint=hint)
-        return _vllm(runtime, {})
-    if runtime == "transformers" or (runtime == "auto" and not _installed("vllm")):
-        return Runtime("transformers", lookup.interpreter("transformers"), env=environment("cpu"))
-    return _vllm("vllm", {})
 
 
 def stream(
@@ -125,10 +69,9 @@ def stream(
     checkpoint = Checkpoint.open(model)
     chosen = choose(runtime, checkpoint.format)
     check(chosen, sampling, arguments, reasoning_parser)
-    if chosen.name == "vllm-mindspore":
-        chosen = mindspore.adapt(chosen, checkpoint)
+    chosen = adapted(chosen, checkpoint)
     engine, env = split(arguments)
-    own = {"max_num_seqs": 1} if one_at_a_time and chosen.name != "transformers" else {}
+    own = {"max_num_seqs": 1} if one_at_a_time and chosen.runtime.vllm else {}
     job = {
         "model": str(checkpoint.path.resolve()),
         "runtime": chosen.name,
@@ -155,21 +98,19 @@ def stream(
 
 
 def check(
-    runtime: Runtime, sampling: Mapping[str, Any], arguments: Mapping[str, Any], reasoning_parser: str | None = None
+    launch: Launch, sampling: Mapping[str, Any], arguments: Mapping[str, Any], reasoning_parser: str | None = None
 ) -> None:
     """That the runtime can do what is asked of it, as far as can be said without starting it.
 
     Raises:
         InputError: it can't.
     """
-    if runtime.name != "transformers":
-        return
-    hint = "Use --runtime vllm."
-    if unknown := sorted(sampling.keys() - TRANSFORMERS_SAMPLING):
-        raise InputError(f"transformers as a runtime can't do {', '.join(unknown)}", where="--runtime", hint=hint)
-    if arguments or reasoning_parser:
+    runtime, hint = launch.runtime, "Use --runtime vllm."
+    if runtime.sampling is not None and (unknown := sorted(sampling.keys() - runtime.sampling)):
+        raise InputError(f"{runtime.name} as a runtime can't do {', '.join(unknown)}", where="--runtime", hint=hint)
+    if not runtime.vllm and (arguments or reasoning_parser):
         what = "--set" if arguments else "--reasoning-parser"
-        raise InputError(f"{what} is for vLLM", where="--runtime transformers", hint=hint)
+        raise InputError(f"{what} is for vLLM", where=f"--runtime {runtime.name}", hint=hint)
 
 
 def generate(
@@ -262,24 +203,18 @@ def sample(
     return [answer["prompt_ids"] + answer["token_ids"] for answer in answers]
 
 
-def kind_of(runtime: str) -> str:
-    """cpu, cuda or ascend: where a runtime of this name would run."""
-    return "cpu" if runtime == "transformers" else hardware(runtime, PLUGINS.values())
-
-
-def _vllm(name: str, engine: dict[str, Any]) -> Runtime:
-    python, kind = lookup.interpreter(name), kind_of(name)
-    env = {**environment(kind), **preload(kind, python)}
-    arguments = {**settings.engine(kind), **engine}
-    return Runtime(name, python, arguments, env, settings.settings(kind).get("compile_from_tokens"))
-
-
-def _installed(name: str) -> bool:
-    try:
-        lookup.interpreter(name)
-    except InputError:
-        return f"QTOOL_{name.upper()}_PYTHON" in os.environ  # a wrong value is an error to show, not a reason to go on
-    return True
-
-
-__all__ = ["NAMES", "Runtime", "check", "choose", "generate", "sample", "stream"]
+__all__ = [
+    "NAMES",
+    "RUNTIMES",
+    "Launch",
+    "check",
+    "choose",
+    "generate",
+    "get",
+    "kind_of",
+    "problems",
+    "read_by",
+    "readers",
+    "sample",
+    "stream",
+]

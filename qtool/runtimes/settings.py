@@ -7,36 +7,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.environments import lookup, machine
-from qtool.environments.table import ENGINES
+from qtool.environments import machine
 from qtool.errors import InputError
+from qtool.runtimes import facts
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
 
 DTYPES = ("bfloat16", "float16", "float32")
 
-# what the reference runtime's decoding loop can do
-TRANSFORMERS_SAMPLING = frozenset(
-    {
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "repetition_penalty",
-        "seed",
-        "stop_token_ids",
-        "ignore_eos",
-    }
-)
-
 
 def possible(runtime: str, wishes: Mapping[str, Any]) -> dict[str, Any]:
     """What of the sampling that a recipe or a model wishes for this runtime can do; the rest is left out."""
-    if runtime != "transformers":
-        return dict(wishes)
-    return {name: value for name, value in wishes.items() if name in TRANSFORMERS_SAMPLING}
+    known = facts.get(runtime).sampling
+    return {name: value for name, value in wishes.items() if known is None or name in known}
 
 
 def settings(hardware: str) -> dict[str, Any]:
@@ -79,13 +63,6 @@ def dtype(checkpoint: Checkpoint, hardware: str) -> str:
         return named
     halves = sum(i.nbytes for i in map(checkpoint.info, checkpoint.names) if i.dtype in ("F16", "BF16"))
     return "float32" if 2 * halves <= memory["total_bytes"] / 2 else named
-
-
-def hardware(runtime: str, plugins: Iterable[str]) -> str:
-    """cpu, cuda or ascend: where this runtime would run."""
-    if runtime != "vllm" or any(lookup.available(ENGINES[plugin].package) for plugin in plugins):
-        return "ascend"
-    return "cuda" if machine.has_cuda() else "cpu"
 
 
 def preload(hardware: str, python: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.errors import InputError, QtoolError
 from qtool.runtimes.common import Front, Meter, Prepared, failure
-from qtool.runtimes.settings import TRANSFORMERS_SAMPLING
+from qtool.runtimes.transformers import RUNTIME
 from qtool.workers import Report, hide_media_packages
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _take(front: Front, report: Report) -> Iterator[Prepared]:
             return
         try:
             prepared = front.prepare(request)
-            if unknown := sorted(prepared.sampling.keys() - TRANSFORMERS_SAMPLING):
+            if unknown := sorted(prepared.sampling.keys() - (RUNTIME.sampling or set())):
                 raise InputError(f"transformers as a runtime can't do {', '.join(unknown)}")
             yield prepared
         except InputError as error:

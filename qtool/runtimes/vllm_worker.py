@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from qtool.errors import InputError, QtoolError, WorkerDied, in_one_line
-from qtool.runtimes import int8_kernel, mindspore
+from qtool.runtimes import facts, int8_kernel
 from qtool.runtimes.common import Front, Meter, Prepared, failure
 from qtool.workers import POLL_SECONDS, READ_AHEAD, Report, hide_media_packages
 
@@ -31,15 +31,15 @@ QUEUED = 2  # requests that vLLM is given, as a multiple of those it works on at
 def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     """Generate as `qtool.runtimes.stream` says; returns what was done, and the seconds each stage took."""
     hide_media_packages()
-    if job["runtime"] != "vllm-mindspore":
-        return _generate(job, report)
+    runtime = facts.get(job["runtime"])
     try:
-        importlib.import_module("vllm_mindspore")  # it patches vLLM, when imported before it
+        for module in runtime.first:
+            importlib.import_module(module)
         return _generate(job, report)
     except QtoolError:
         raise
     except Exception as error:
-        if (known := mindspore.explain(error)) is not None:
+        if (known := runtime.explain(error)) is not None:
             raise known from error
         raise
 

@@ -6,6 +6,7 @@ written to and read from a checkpoint's config.json as it is.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +56,26 @@ class QuantizationArgs:
     def steps(self) -> int:
         """How many steps lie between the least and the largest integer."""
         return self.qmax - self.qmin
+
+    def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the scales of a weight of `shape` (out, in). Raises ValueError where the groups don't fit."""
+        out, width = shape
+        if self.strategy == "tensor":
+            return (1,)
+        if self.strategy == "group":
+            assert self.group_size is not None
+            if width % self.group_size:
+                raise ValueError(f"{width} input channels are no whole number of groups of {self.group_size}")
+            return (out, width // self.group_size)
+        if self.strategy == "block":
+            assert self.block_structure is not None
+            rows, columns = self.block_structure
+            return (-(-out // rows), -(-width // columns))
+        return (out,)
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a weight of `shape` (out, in) without waste, with its float32 scales."""
+        return -(-math.prod(shape) * self.num_bits // 8) + 4 * math.prod(self.scales_shape(shape))
 
 
 @dataclass(frozen=True)

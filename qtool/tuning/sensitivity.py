@@ -13,7 +13,7 @@ layers: (1 + draws) · depth · tokens · hidden float32.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,9 @@ from torch import nn
 
 from qtool.checkpoint.formats import Format
 from qtool.engines.native.context import storage
-from qtool.errors import QtoolError
 from qtool.model.activations import Activations
 from qtool.model.decoder import DecoderStream, input_quantizer
-from qtool.model.experts import handled
+from qtool.model.observe import forward, observe, sample_stride
 from qtool.model.probe import probe
 from qtool.model.recorder import Recorder
 from qtool.quant.layer import quantize_layer
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 _DRAWS = 2  # tokens drawn per position; each costs a backward pass and steadies the estimate
 _ROWS = 4096  # of the output projection, at a time
 _BATCH_TOKENS = 2048
-_SAMPLE_TOKENS = 512
 _HEAD_TOKENS = 1024  # through the output projection, at a time
 
 Policies = Mapping[str, Policy | None]
@@ -79,7 +77,7 @@ def measure(
         QtoolError: the model's hidden states are not finite.
     """
     torch.manual_seed(0)
-    hidden = _forward(stream, text, report)
+    hidden = [states.clone() for states in forward(stream, text, _BATCH_TOKENS, "forward", report)]
     gradients_of = _backward(stream, hidden, report)
     states = stream.prologue(calibration)
     groups: list[Sensitivity] = []
@@ -99,7 +97,12 @@ def measure(
                 for name in linear_layers(layer)
             }
             recorder = stack.enter_context(_recording(states)) if routed is not None else None
-            statistics = _observe(stream, index, layer, topology[key], states, recorder)
+            experts = recorder.before(routed.handler) if routed is not None and recorder is not None else None
+            stride = sample_stride(states[..., 0].numel())
+            statistics = {g.linears[0]: InputStatistics(stride=stride, with_gram=True) for g in topology[key]}
+            parts = states.split(_windows(states.shape[1]))
+            for part, output in zip(parts, observe(stream, index, layer, parts, statistics, experts), strict=True):
+                part.copy_(output)
             saved = {name: value.clone() for name, value in layer.state_dict().items()}
             seen: ExpertNoise | None = None
             for way, policies in ways.items():
@@ -123,22 +126,6 @@ def measure(
                 linears += each
     report.progress("quantize", stream.depth, stream.depth, "layers")
     return groups, linears
-
-
-def _forward(stream: DecoderStream, text: torch.Tensor, report: Report) -> list[torch.Tensor]:
-    """What enters each layer, and what leaves the last: [windows, length, hidden] each."""
-    hidden = [stream.prologue(text)]
-    for index in range(stream.depth):
-        report.progress("forward", index, stream.depth, "layers")
-        with stream.layer(index) as layer:
-            rows = [stream.run(index, layer, x) for x in hidden[-1].split(_windows(text.shape[1]))]
-        hidden.append(torch.cat(rows))
-        if not bool(hidden[-1].isfinite().all()):
-            raise QtoolError(
-                f"the hidden states after {stream.layer_name(index)} are not finite", where=str(stream.checkpoint.path)
-            )
-    report.progress("forward", stream.depth, stream.depth, "layers")
-    return hidden
 
 
 def _backward(stream: DecoderStream, hidden: list[torch.Tensor], report: Report) -> list[torch.Tensor]:
@@ -234,32 +221,6 @@ def _recording(states: torch.Tensor) -> Iterator[Recorder]:
         Recorder(Path(folder), like) as recorder,
     ):
         yield recorder
-
-
-def _observe(
-    stream: DecoderStream,
-    index: int,
-    layer: nn.Module,
-    groups: Sequence[Group],
-    states: torch.Tensor,
-    recorder: Recorder | None,
-) -> dict[str, InputStatistics]:
-    """Statistics of every group's input on the calibration text; moves `states` on to the layer's output."""
-    stride = max(1, states.shape[0] * states.shape[1] // _SAMPLE_TOKENS)
-    statistics = {group.linears[0]: InputStatistics(stride=stride, with_gram=True) for group in groups}
-    handles = [
-        layer.get_submodule(name).register_forward_pre_hook(lambda _m, args, seen=seen: seen.update(args[0]))
-        for name, seen in statistics.items()
-    ]
-    with ExitStack() as stack:
-        routed = stream.routed(index)
-        if routed is not None and recorder is not None:
-            stack.enter_context(handled(routed, recorder.before(routed.handler)))
-        for rows in states.split(_windows(states.shape[1])):
-            rows.copy_(stream.run(index, layer, rows))
-    for handle in handles:
-        handle.remove()
-    return statistics
 
 
 class _Noise:

@@ -29,11 +29,13 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     from qtool import memory
     from qtool.calibration.text import load, load_tokenizer
     from qtool.checkpoint import formats
+    from qtool.checkpoint.formats.common import mode_of
     from qtool.checkpoint.reader import Checkpoint
     from qtool.engines.native import plan
     from qtool.evaluate.comparison import check_length, windows_of
     from qtool.model.decoder import DecoderStream
     from qtool.recipe.schema import Recipe
+    from qtool.scheme import W8A8
     from qtool.tuning.search import with_mode
     from qtool.tuning.sensitivity import measure
 
@@ -52,7 +54,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
         routed = [stream.routed(i) for i in range(stream.depth)]
         for name in (name for module in routed if module for expert in module.names for name in expert):
             for mode, policies in ways.items():
-                if policies[name] is not None and planned.modes[name] != mode:
+                if policies[name] is not None and mode_of(planned.schemes[name]) != mode:
                     policies[name] = None
     text = windows_of(job, checkpoint)
     wanted = job["calibration"]
@@ -62,14 +64,15 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     )
     dtype = stream.weights.dtype(next(f"{name}.weight" for name, policy in planned.policies.items() if policy))
     enough = recipe.calibration.expert_tokens
-    groups, linears = measure(
-        stream, text.ids, calibration.ids, ways, formats.get(job["format"]), dtype, enough, report
-    )
-    quantized = plan.output_bytes(stream.weights, planned.modes)
+    output_format = formats.get(job["format"])
+    groups, linears = measure(stream, text.ids, calibration.ids, ways, output_format, dtype, enough, report)
+    quantized = plan.output_bytes(stream.weights, planned.schemes)
     sizes = {}
     for name in names:
+        policy = planned.policies[name]
+        weights = W8A8.weights if policy is None else policy.scheme.weights
         info = checkpoint.info(f"{name}.weight")
-        sizes[name] = [stream.weights.nbytes(f"{name}.weight"), info.shape[0] * info.shape[1] + 4 * info.shape[0]]
+        sizes[name] = [stream.weights.nbytes(f"{name}.weight"), weights.nbytes(info.shape)]
     return {
         "groups": [asdict(group) for group in groups],
         "linears": [asdict(linear) for linear in linears],

@@ -34,6 +34,7 @@ def make(model: Path, output: Path, nbytes: int) -> None:
     from qtool.checkpoint.reader import Checkpoint
     from qtool.checkpoint.writer import CheckpointWriter
     from qtool.quant.types import QuantizedLinear
+    from qtool.scheme import W8A8
 
     source, form = Checkpoint.open(model), formats.get("compressed-tensors")
     written, layer = 0, 0
@@ -51,7 +52,7 @@ def make(model: Path, output: Path, nbytes: int) -> None:
                 if tensor.ndim == 2:
                     scale = form.storable_weight_scale(tensor.float().abs().amax(1).clamp(min=1e-6) / 127)
                     integers = (tensor.float() / scale[:, None]).round().clamp(-128, 127).to(torch.int8)
-                    linear = QuantizedLinear(integers, scale, None, form.storable_scale(0.05), 11)
+                    linear = QuantizedLinear(W8A8, integers, scale, None, form.storable_scale(0.05), 11)
                     writer.add_linear(renamed.removesuffix(".weight"), linear, torch.bfloat16)
                 else:
                     writer.add(renamed, tensor)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from qtool.checkpoint.reader import Checkpoint
-from qtool.runtimes import settings
+from qtool.runtimes import kind_of, settings
 from tests.benchmarks._common import DEFAULT_MODEL, REPOSITORY, measure, model_or_exit, spread, table
 
 BARE = """
@@ -117,7 +117,7 @@ def compare(args: argparse.Namespace, folder: Path, count: int, tokens: int, tit
     script.write_text(BARE)
     bare: list[str | Path] = [sys.executable, script, args.model, prompts, str(tokens)]
     given = json.loads(args.bare)
-    hardware = settings.hardware("vllm", ())
+    hardware = kind_of("vllm")
     alike = settings.engine(hardware) | {"max_model_len": 256}
     alike["dtype"] = settings.dtype(Checkpoint.open(args.model), hardware)
     environment = settings.environment(hardware) | settings.preload(hardware, sys.executable)

@@ -15,6 +15,7 @@ from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.quant.types import QuantizedLinear
+from qtool.scheme import W8A8, W8A8_DYNAMIC
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -28,7 +29,7 @@ def round_layer(
     """Plain rounding; `inputs` is a static scale and offset."""
     scale = scale_of(weight.float().abs().amax(1).clamp(min=1e-6) / 127)
     integers = (weight.float() / scale[:, None]).round().clamp(-128, 127).to(torch.int8)
-    return QuantizedLinear(integers, scale, bias, *(inputs or (None, None)))
+    return QuantizedLinear(W8A8 if inputs else W8A8_DYNAMIC, integers, scale, bias, *(inputs or (None, None)))
 
 
 @pytest.fixture

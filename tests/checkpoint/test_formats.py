@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qtool import runtimes
 from qtool.checkpoint import formats
 from qtool.checkpoint.formats.compressed_tensors import targets
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import InputError, QtoolError
 from qtool.quant.types import QuantizedLinear
+from qtool.scheme import W8A8, W8A8_DYNAMIC
 from tests.fake_quantized import FakeQuantized
 
 Layers = dict[str, QuantizedLinear]
@@ -29,7 +32,7 @@ def assert_same(a: QuantizedLinear | None, b: QuantizedLinear) -> None:
     assert a.weight.dtype == torch.int8
     assert torch.equal(a.weight_scale, b.weight_scale)
     assert a.weight_scale.dtype == torch.float32
-    assert (a.input_scale, a.input_offset) == (b.input_scale, b.input_offset)
+    assert (a.input_scale, a.input_zero_point) == (b.input_scale, b.input_zero_point)
     assert (a.bias is None) == (b.bias is None)
     if a.bias is not None and b.bias is not None:
         assert torch.equal(a.bias, b.bias)
@@ -47,11 +50,12 @@ def stored(tmp_path: Path, random_layer: Callable[..., QuantizedLinear]) -> Call
                 layer = random_layer(static=static, bias=bias, seed=i, **settings)
                 scale = form.storable_scale(layer.input_scale, dtype) if layer.input_scale else None
                 layers[f"model.layers.{i}.proj"] = QuantizedLinear(
+                    layer.scheme,
                     layer.weight,
                     layer.weight_scale,
                     None if layer.bias is None else layer.bias.to(dtype),
                     scale,
-                    layer.input_offset,
+                    layer.input_zero_point,
                 )
                 writer.add_linear(f"model.layers.{i}.proj", layers[f"model.layers.{i}.proj"], dtype)
             writer.add("model.norm.weight", torch.ones(20, dtype=dtype))
@@ -139,10 +143,10 @@ def to_numpy(tensors: dict[str, torch.Tensor], name: str) -> dict[str, np.ndarra
 def fake_quantized(layer: QuantizedLinear, x: np.ndarray) -> np.ndarray:
     """What QuantizedLinear promises of a static layer, in float64."""
     assert layer.input_scale is not None
-    assert layer.input_offset is not None
-    q = np.clip(np.round(x / layer.input_scale) + layer.input_offset, -128, 127)
+    assert layer.input_zero_point is not None
+    q = np.clip(np.round(x / layer.input_scale) + layer.input_zero_point, -128, 127)
     weight = layer.weight.numpy().astype(np.float64) * layer.weight_scale.numpy().astype(np.float64)[:, None]
-    y = ((q - layer.input_offset) * layer.input_scale) @ weight.T
+    y = ((q - layer.input_zero_point) * layer.input_scale) @ weight.T
     return y if layer.bias is None else y + layer.bias.double().numpy()
 
 
@@ -154,9 +158,7 @@ def test_golden_stick_runtime_formula(
     form = formats.get("golden-stick")
     given = random_layer(48, 64, bias=bias)
     assert given.input_scale is not None
-    layer = QuantizedLinear(
-        given.weight, given.weight_scale, given.bias, form.storable_scale(given.input_scale, dtype), given.input_offset
-    )
+    layer = dataclasses.replace(given, input_scale=form.storable_scale(given.input_scale, dtype))
     t = to_numpy(form.tensors("q", layer, dtype), "q")
     x = np.random.default_rng(0).normal(0, 1.5, (33, 64))
     q = np.clip(np.round(x / t["input_scale"]) + t["input_offset"], -128, 127).astype(np.int64)
@@ -231,12 +233,12 @@ def test_the_rules_object_to_what_problems_warns_of(
     made = quantize_folder(tiny_llama, tmp_path / "m", "golden-stick", "mixed")
     description = json.loads((tmp_path / "m" / "quantization_description.json").read_text())
     assert any("W8A8_DYNAMIC" in objection for objection in vllm_mindspore_objections(description, list(made)))
-    problems = formats.get("golden-stick").problems(
-        {name: "static" if layer.is_static else "dynamic" for name, layer in made.items()}
-    )
-    assert [problem.fatal for problem in problems] == [False]
-    assert "6 layers" in problems[0]
-    assert "MindFormers" in problems[0]
+    schemes = {name: W8A8 if layer.is_static else W8A8_DYNAMIC for name, layer in made.items()}
+    (problem,) = runtimes.problems("golden-stick", {"architectures": ["Qwen3ForCausalLM"]}, schemes)
+    assert not problem.fatal
+    assert not problem.unread
+    assert "6 layers" in problem.text
+    assert "MindFormers" in problem.text
 
 
 @pytest.mark.parametrize("name", formats.NAMES)
@@ -262,9 +264,7 @@ def test_modelslim_runtime_formula(
     form = formats.get("modelslim")
     given = random_layer(48, 64, bias=bias)
     assert given.input_scale is not None
-    layer = QuantizedLinear(
-        given.weight, given.weight_scale, given.bias, form.storable_scale(given.input_scale, dtype), given.input_offset
-    )
+    layer = dataclasses.replace(given, input_scale=form.storable_scale(given.input_scale, dtype))
     tensors = form.tensors("q", layer, dtype)
     shapes = {name.removeprefix("q."): tuple(tensor.shape) for name, tensor in tensors.items()}
     assert shapes["input_scale"] == shapes["input_offset"] == (1,)
@@ -292,12 +292,12 @@ def test_a_bias_that_the_models_dtype_rounds_is_read_back(
     bias = torch.linspace(-7, 7, 48) / 3
     scale = form.storable_scale(0.0123456, dtype)
     with CheckpointWriter(tmp_path / "m", form) as writer:
-        layer = QuantizedLinear(given.weight, given.weight_scale, bias, scale, given.input_offset)
+        layer = dataclasses.replace(given, bias=bias, input_scale=scale)
         writer.add_linear("model.layers.0.proj", layer, dtype)
         writer.finish(None, {"dtype": str(dtype).removeprefix("torch.")}, {})
     assert float((bias.to(dtype).float() - bias).abs().max()) > 2 * scale * float(given.weight_scale.min())
     found = Checkpoint.open(tmp_path / "m").linear("model.layers.0.proj")
-    assert_same(found, QuantizedLinear(given.weight, given.weight_scale, bias.to(dtype), scale, given.input_offset))
+    assert_same(found, dataclasses.replace(layer, bias=bias.to(dtype)))
 
 
 def test_modelslim_description(tmp_path: Path, make_model: Callable[..., Path], quantize_folder: Any) -> None:
@@ -371,12 +371,8 @@ def test_a_scale_is_stored_without_loss(random_layer: Callable[..., QuantizedLin
     assert tensors["q.weight_scale"].dtype == torch.float32
     assert tensors["q.input_zero_point"].tolist() == [-37]
     assert tensors["q.input_zero_point"].dtype == torch.int8
-    narrow = QuantizedLinear(
-        layer.weight,
-        form.storable_weight_scale(layer.weight_scale),
-        None,
-        form.storable_scale(0.0123456),
-        -37,
+    narrow = dataclasses.replace(
+        layer, weight_scale=form.storable_weight_scale(layer.weight_scale), input_scale=form.storable_scale(0.0123456)
     )
     tensors = form.tensors("q", narrow, torch.bfloat16)
     assert tensors["q.weight_scale"].dtype == tensors["q.input_scale"].dtype == torch.bfloat16
@@ -536,22 +532,23 @@ def test_a_checkpoint_by_llm_compressor(make_folder: Callable[..., Path]) -> Non
     config = scheme()
     config["quantization_config"]["ignore"] = ["lm_head"]
     checkpoint = Checkpoint.open(make_folder({"config.json": config, "model.safetensors": save(tensors)}))
-    assert_same(checkpoint.linear("a"), QuantizedLinear(tensors["a.weight"], torch.full((3,), 0.5)))
+    assert_same(checkpoint.linear("a"), QuantizedLinear(W8A8_DYNAMIC, tensors["a.weight"], torch.full((3,), 0.5)))
     assert checkpoint.linear("norm") is None
     assert checkpoint.linear("lm_head") is None
 
 
 @pytest.mark.parametrize("name", formats.NAMES)
 @pytest.mark.parametrize(
-    "change", [{"weight_scale": torch.tensor([1.0, float("nan")])}, {"input_scale": 0.0}, {"input_offset": 128}]
+    "change", [{"weight_scale": torch.tensor([1.0, float("nan")])}, {"input_scale": 0.0}, {"input_zero_point": 128}]
 )
 def test_layers_that_are_not_written(name: str, change: dict[str, Any]) -> None:
-    fields = {
+    fields: dict[str, Any] = {
+        "scheme": W8A8,
         "weight": torch.ones(2, 3, dtype=torch.int8),
         "weight_scale": torch.ones(2),
         "bias": None,
         "input_scale": 0.1,
-        "input_offset": 0,
+        "input_zero_point": 0,
     }
     with pytest.raises(QtoolError):
         formats.get(name).tensors("q", QuantizedLinear(**(fields | change)), torch.bfloat16)

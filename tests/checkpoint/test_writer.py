@@ -321,7 +321,7 @@ def test_check_free_space(tmp_path: Path) -> None:
 
 def test_siblings_must_share_their_input_scale(tmp_path: Path, random_layer: Callable[..., QuantizedLinear]) -> None:
     layer = random_layer()
-    other = QuantizedLinear(layer.weight, layer.weight_scale, None, 0.02, -37)
+    other = QuantizedLinear(layer.scheme, layer.weight, layer.weight_scale, None, 0.02, -37)
     with CheckpointWriter(tmp_path / "m", formats.get("compressed-tensors")) as writer:
         writer.add_linear("model.layers.0.self_attn.q_proj", layer, torch.bfloat16)
         writer.add_linear("model.layers.1.self_attn.k_proj", other, torch.bfloat16)

@@ -17,6 +17,7 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.summary import summarize
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.quant.types import QuantizedLinear
+from qtool.scheme import W8A8, W8A8_DYNAMIC
 
 
 def quantize(source: Path, output: Path, name: str) -> Path:
@@ -28,7 +29,8 @@ def quantize(source: Path, output: Path, name: str) -> Path:
             if layer.endswith("_proj"):
                 weight = torch.ones(checkpoint.info(tensor).shape, dtype=torch.int8)
                 inputs = (0.5, 3) if "self_attn" in layer else (None, None)
-                linear = QuantizedLinear(weight, torch.ones(weight.shape[0]), None, *inputs)
+                scheme = W8A8 if "self_attn" in layer else W8A8_DYNAMIC
+                linear = QuantizedLinear(scheme, weight, torch.ones(weight.shape[0]), None, *inputs)
                 writer.add_linear(layer, linear, torch.bfloat16)
             else:
                 writer.add(tensor, checkpoint.tensor(tensor))

@@ -88,7 +88,7 @@ def test_there_and_back(
         if layer.is_static:
             assert set(own["input_scale"].float().reshape(-1).tolist()) == {layer.input_scale}
             offset = own["input_zero_point" if second == "compressed-tensors" else "input_offset"]
-            assert set(offset.reshape(-1).tolist()) == {layer.input_offset}
+            assert set(offset.reshape(-1).tolist()) == {layer.input_zero_point}
         if layer.bias is not None:
             assert torch.equal(own["bias"], layer.bias)
     for name, tensor in float_model.items():

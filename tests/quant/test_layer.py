@@ -13,8 +13,8 @@ from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups, linear_layers
 from qtool.recipe.schema import Activations, Policy
 
-EXACT = Storage(torch.float32, lambda scale, static: scale, lambda scale: scale)
-BFLOAT16 = Storage(torch.bfloat16, lambda scale, static: scale, lambda scale: scale)
+EXACT = Storage(torch.float32, lambda scale, scheme: scale, lambda scale: scale)
+BFLOAT16 = Storage(torch.bfloat16, lambda scale, scheme: scale, lambda scale: scale)
 DYNAMIC = Policy(layers=".*")
 HEADS = 4  # of every model that make_model makes
 
@@ -55,7 +55,7 @@ def run_rounded(layer: Any, result: LayerResult) -> torch.Tensor:
             assert torch.equal(module.bias, linear.bias)
         handles.append(
             module.register_forward_pre_hook(
-                lambda _m, args, linear=linear: (fake(args[0], linear.input_scale, linear.input_offset),)
+                lambda _m, args, linear=linear: (fake(args[0], linear.input_scale, linear.input_zero_point),)
             )
         )
     output = layer.run()
@@ -129,7 +129,7 @@ def test_a_layer_left_float_is_untouched(decoder_layer: Callable[[str], Any]) ->
 def test_static_inputs_of_a_group_share_scale_and_offset(decoder_layer: Callable[[str], Any]) -> None:
     result = quantize(decoder_layer("llama"), Policy(layers=".*", activations=Activations(mode="static")))
     inputs = {
-        name: (linear.input_scale, linear.input_offset)
+        name: (linear.input_scale, linear.input_zero_point)
         for name, linear in result.linears.items()
         if name.startswith("self_attn.") and not name.endswith("o_proj")
     }

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from qtool.errors import InputError, QtoolError
+from qtool.scheme import W8A8, W8A8_DYNAMIC, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from qtool.quant.types import QuantizedLinear
 
 Mode = Literal["static", "dynamic", "float"]
+_SCHEMES: dict[Mode, Scheme | None] = {"static": W8A8, "dynamic": W8A8_DYNAMIC, "float": None}
 
 # Runtimes run these side by side as one matrix product, so their schemes and input scales must agree.
 _FUSED = {
@@ -86,7 +88,7 @@ class Format(ABC):
 
     @abstractmethod
     def inputs(self, stored: Stored) -> tuple[float, int]:
-        """Input scale and offset of a static layer, without reading its weight."""
+        """Input scale and zero point of a static layer, without reading its weight."""
 
     def read_linear(self, checkpoint: Checkpoint, name: str) -> QuantizedLinear | None:
         """A layer by its name without ".weight", exactly as it was given to `tensors`; None for a float layer.
@@ -112,6 +114,17 @@ class Format(ABC):
     ) -> torch.Tensor:
         """The same for a float32 weight scale of any shape, of a layer whose activations are `mode`."""
         return scale
+
+
+def mode_of(scheme: Scheme | None) -> Mode:
+    """A scheme in the word that formats have for it. Raises InputError for one that they have none for."""
+    for mode, known in _SCHEMES.items():
+        if known == scheme:
+            return mode
+    assert scheme is not None
+    raise InputError(
+        f"no checkpoint format stores {scheme.label} yet", hint="int8 weights and activations: W8A8 or W8A8-dynamic"
+    )
 
 
 def round_to(value: float, dtype: torch.dtype | None) -> float:
@@ -151,7 +164,7 @@ def mixed_fusions(linears: Mapping[str, Mode]) -> list[Problem]:
 
 
 def check_scales(name: str, linear: QuantizedLinear) -> None:
-    """Raises QtoolError unless every scale is a positive finite number and the offset an int8."""
+    """Raises QtoolError unless every scale is a positive finite number and the zero point an int8."""
     import torch
 
     scale = linear.weight_scale
@@ -161,8 +174,8 @@ def check_scales(name: str, linear: QuantizedLinear) -> None:
         )
     if linear.input_scale is not None and not (math.isfinite(linear.input_scale) and linear.input_scale > 0):
         raise QtoolError(f"input scale {linear.input_scale} is not a positive number", where=name)
-    if linear.is_static and (linear.input_offset is None or not -128 <= linear.input_offset <= 127):
-        raise QtoolError(f"input offset {linear.input_offset} is not an int8", where=name)
+    if linear.is_static and (linear.input_zero_point is None or not -128 <= linear.input_zero_point <= 127):
+        raise QtoolError(f"input zero point {linear.input_zero_point} is not an int8", where=name)
 
 
 class Stored:

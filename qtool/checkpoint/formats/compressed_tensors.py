@@ -1,4 +1,4 @@
-"""compressed-tensors, `int-quantized`: read by vLLM (CPU, CUDA, ROCm), SGLang and transformers.
+"""compressed-tensors, `int-quantized`: read by vLLM (CPU, CUDA, ROCm) and transformers.
 
 Per layer: `weight` int8 [out, in]; `weight_scale` [out, 1]; with static activations also `input_scale` [1] and
 `input_zero_point` int8 [1]; the layer's own `bias`. Which layer is which stands in config.json, as groups of
@@ -21,6 +21,7 @@ from qtool.checkpoint.formats.common import Description, Mode, Stored, check_sca
 from qtool.checkpoint.formats.safetensors import HuggingFaceFiles
 from qtool.errors import InputError
 from qtool.quant.types import QuantizedLinear
+from qtool.scheme import W8A8, W8A8_DYNAMIC
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,7 @@ class CompressedTensors(HuggingFaceFiles):
         }
         if linear.is_static:
             tensors[f"{name}.input_scale"] = _lossless(torch.tensor([linear.input_scale], dtype=torch.float32), dtype)
-            tensors[f"{name}.input_zero_point"] = torch.tensor([linear.input_offset], dtype=torch.int8)
+            tensors[f"{name}.input_zero_point"] = torch.tensor([linear.input_zero_point], dtype=torch.int8)
         if linear.bias is not None:
             tensors[f"{name}.bias"] = linear.bias.to(dtype)
         return tensors
@@ -95,8 +96,8 @@ class CompressedTensors(HuggingFaceFiles):
         stored.zero("weight_zero_point", weight.shape[0])
         scale, bias = stored.scale("weight_scale", weight.shape[0]), stored.bias()
         if mode == "dynamic":
-            return QuantizedLinear(weight, scale, bias)
-        return QuantizedLinear(weight, scale, bias, *self.inputs(stored))
+            return QuantizedLinear(W8A8_DYNAMIC, weight, scale, bias)
+        return QuantizedLinear(W8A8, weight, scale, bias, *self.inputs(stored))
 
     def inputs(self, stored: Stored) -> tuple[float, int]:
         offset = stored.offset("input_zero_point", 1) if stored.has("input_zero_point") else 0

@@ -16,9 +16,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qtool.checkpoint.formats.common import Description, Format, Mode, Problem, Stored, check_scales, mixed_fusions
+from qtool.checkpoint.formats.common import Description, Format, Mode, Stored, check_scales
 from qtool.checkpoint.reader import GOLDEN_STICK_DESCRIPTION
 from qtool.quant.types import QuantizedLinear
+from qtool.scheme import W8A8, W8A8_DYNAMIC
 
 if TYPE_CHECKING:
     import torch
@@ -47,11 +48,11 @@ class GoldenStick(Format):
             "weight_scale": linear.weight_scale.float(),
             "weight_offset": torch.zeros(out_size, dtype=torch.int32),
         }
-        if linear.input_scale is not None and linear.input_offset is not None:
+        if linear.input_scale is not None and linear.input_zero_point is not None:
             scale = self.storable_scale(linear.input_scale, dtype)
             tensors |= {
                 "input_scale": torch.full((in_size,), scale, dtype=dtype),
-                "input_offset": torch.full((in_size,), linear.input_offset, dtype=torch.int8),
+                "input_offset": torch.full((in_size,), linear.input_zero_point, dtype=torch.int8),
                 "deq_scale": torch.tensor(scale, dtype=torch.float32) * linear.weight_scale.float(),
                 "quant_bias": offset_correction(linear),
             }
@@ -63,20 +64,6 @@ class GoldenStick(Format):
         # Every parameter of a layer, its bias too, gets the layer's type: vLLM-MindSpore refuses a mixture.
         types = {name: TYPES[linears.get(name.rpartition(".")[0], "float")] for name in names}
         return Description(None, {GOLDEN_STICK_DESCRIPTION: types})
-
-    def problems(self, linears: Mapping[str, Mode]) -> list[Problem]:
-        found = mixed_fusions(linears)
-        dynamic = [name for name, mode in linears.items() if mode == "dynamic"]
-        if dynamic:
-            which = dynamic[0] if len(dynamic) == 1 else f"{dynamic[0]}, ..."
-            found.append(
-                Problem(
-                    f"{len(dynamic)} layers ({which}) have dynamic activations (W8A8_DYNAMIC), which only the "
-                    "MindFormers models of vLLM-MindSpore run; its native models take W8A8 and FLOAT",
-                    fatal=False,
-                )
-            )
-        return found
 
     def mode(self, checkpoint: Checkpoint, name: str) -> Mode | None:
         return described_mode(checkpoint, name)
@@ -90,11 +77,11 @@ class GoldenStick(Format):
 
 
 def offset_correction(linear: QuantizedLinear) -> torch.Tensor:
-    """int32 [out]: -input_offset · the sum of each output channel's int8 weights."""
+    """int32 [out]: -input_zero_point · the sum of each output channel's int8 weights."""
     import torch
 
-    assert linear.input_offset is not None
-    return -linear.input_offset * linear.weight.sum(dim=1, dtype=torch.int32)
+    assert linear.input_zero_point is not None
+    return -linear.input_zero_point * linear.weight.sum(dim=1, dtype=torch.int32)
 
 
 def described_mode(checkpoint: Checkpoint, name: str) -> Mode | None:
@@ -111,8 +98,8 @@ def read_described(stored: Stored, mode: Mode) -> QuantizedLinear:
     out_size, _ = stored.shape
     stored.zero("weight_offset", out_size)
     if mode == "dynamic":
-        return QuantizedLinear(weight, stored.scale("weight_scale", out_size), bias)
-    input_scale, input_offset = described_inputs(stored)
+        return QuantizedLinear(W8A8_DYNAMIC, weight, stored.scale("weight_scale", out_size), bias)
+    input_scale, input_zero_point = described_inputs(stored)
     if stored.has("weight_scale"):
         weight_scale = stored.scale("weight_scale", out_size)
     else:
@@ -120,7 +107,7 @@ def read_described(stored: Stored, mode: Mode) -> QuantizedLinear:
         if deq_scale.dtype == torch.int64:  # the bits of a float32, as the float16 kernels want them
             deq_scale = deq_scale.to(torch.int32).view(torch.float32)
         weight_scale = deq_scale / input_scale
-    return QuantizedLinear(weight, weight_scale, bias, input_scale, input_offset)
+    return QuantizedLinear(W8A8, weight, weight_scale, bias, input_scale, input_zero_point)
 
 
 def described_inputs(stored: Stored) -> tuple[float, int]:
@@ -129,7 +116,7 @@ def described_inputs(stored: Stored) -> tuple[float, int]:
 
 
 def with_hidden_bias(stored: Stored, linear: QuantizedLinear, known: torch.Tensor | None) -> QuantizedLinear:
-    """A static layer with the bias that its quant_bias may hold beyond the correction of the input offset.
+    """A static layer with the bias that its quant_bias may hold beyond the correction of the input's zero point.
 
     `known` is the bias [out] that quant_bias is expected to hold, in the model's units. Without one, a layer that has
     no `bias` of its own gets what is there. Raises InputError when quant_bias and the rest contradict each other.
@@ -148,5 +135,5 @@ def with_hidden_bias(stored: Stored, linear: QuantizedLinear, known: torch.Tenso
     if bool(((held - expected).abs() <= 1 + correction.abs() * 2**-22 + expected.abs() * 2**-22).all()):
         return linear
     if linear.bias is not None:
-        raise stored.error("quant_bias does not fit the weight, the input offset and the bias")
+        raise stored.error("quant_bias does not fit the weight, the input's zero point and the bias")
     return dataclasses.replace(linear, bias=(held * deq_scale).float())

@@ -62,7 +62,7 @@ class ModelSlim(Format):
             "weight_scale": weight_scale,
             "weight_offset": torch.zeros_like(weight_scale),
         }
-        if linear.input_scale is not None and linear.input_offset is not None:
+        if linear.input_scale is not None and linear.input_zero_point is not None:
             scale = torch.tensor([self.storable_scale(linear.input_scale, dtype)], dtype=torch.float32)
             deq_scale = scale * linear.weight_scale.float()
             quant_bias = offset_correction(linear)
@@ -70,7 +70,7 @@ class ModelSlim(Format):
                 quant_bias = quant_bias + (bias.double() / deq_scale.double()).round().to(torch.int32)
             tensors |= {
                 "input_scale": scale,
-                "input_offset": torch.tensor([float(linear.input_offset)]),
+                "input_offset": torch.tensor([float(linear.input_zero_point)]),
                 "deq_scale": deq_scale if dtype == torch.bfloat16 else deq_scale.view(torch.int32).to(torch.int64),
                 "quant_bias": quant_bias,
             }

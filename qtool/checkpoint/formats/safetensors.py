@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class HuggingFaceFiles(Format):
-    """File names that transformers, vLLM and SGLang look for."""
+    """File names that transformers and vLLM look for."""
 
     def shard_name(self, i: int, n: int) -> str:
         return "model.safetensors" if n == 1 else f"model-{i:05d}-of-{n:05d}.safetensors"

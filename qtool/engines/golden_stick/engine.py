@@ -16,6 +16,7 @@ from pathlib import Path
 
 from qtool import workers
 from qtool.checkpoint.floats import FloatReader
+from qtool.checkpoint.formats.common import mode_of
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import PartialFolder, check_free_space
 from qtool.engines import native
@@ -99,7 +100,7 @@ def _prepare(job: QuantizationJob, on_event: OnEvent) -> _Prepared:
     config.patterns([policy.layers for policy in policies])
     for warning in (*planned.warnings, *config.differences(policies)):
         on_event({"event": "warning", "message": warning})
-    size = plan.output_bytes(FloatReader(checkpoint), planned.modes)
+    size = plan.output_bytes(FloatReader(checkpoint), planned.schemes)
     return _Prepared(job, checkpoint, planned, devices, through_mindone, size)
 
 
@@ -123,7 +124,7 @@ def _execute(prepared: _Prepared, on_event: OnEvent) -> QuantizationResult:
             format=job.output.format,
             overwrite=job.output.overwrite,
             max_shard_gb=job.recipe.export.max_shard_gb,
-            modes=dict(prepared.plan.modes) if prepared.through_mindone else None,
+            modes=_modes(prepared.plan) if prepared.through_mindone else None,
             report=report.to_json(),
         )
         module = "qtool.engines.golden_stick.export"
@@ -238,6 +239,10 @@ def _between(output: Path) -> Iterator[Path]:
         yield partial.path
     finally:
         partial.discard()
+
+
+def _modes(planned: QuantizationPlan) -> dict[str, str]:
+    return {name: mode_of(scheme) for name, scheme in planned.schemes.items()}
 
 
 def _environment() -> dict[str, str]:

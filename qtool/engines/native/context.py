@@ -9,6 +9,7 @@ import torch
 from qtool.checkpoint import formats
 from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.formats import Format
+from qtool.checkpoint.formats.common import mode_of
 from qtool.checkpoint.reader import Checkpoint
 from qtool.model.decoder import DecoderStream
 from qtool.quant.layer import Storage
@@ -75,8 +76,6 @@ def storage(output_format: Format, dtype: torch.dtype) -> Storage:
     """What a format keeps of a layer whose float tensors are `dtype`."""
     return Storage(
         dtype=dtype,
-        weight_scale=lambda scale, static: output_format.storable_weight_scale(
-            scale, "static" if static else "dynamic", dtype
-        ),
+        weight_scale=lambda scale, scheme: output_format.storable_weight_scale(scale, mode_of(scheme), dtype),
         input_scale=lambda scale: output_format.storable_scale(scale, dtype),
     )

@@ -12,6 +12,7 @@ from torch import nn
 
 from qtool.checkpoint.formats import Format
 from qtool.engines.native.context import storage
+from qtool.model.observe import sample_stride
 from qtool.model.weights import ModelWeights, StoredWeights, refuse_damage
 from qtool.quant.layer import GroupReport, policy_of, quantize_group, smooth
 from qtool.quant.statistics import InputStatistics
@@ -20,7 +21,6 @@ from qtool.quant.types import QuantizedLinear
 from qtool.recipe.schema import Policy
 
 PARTS = GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
-SAMPLE_TOKENS = 512  # that a group's sample holds
 _FEW = 8
 Gate = Callable[[torch.Tensor], torch.Tensor]
 
@@ -106,7 +106,7 @@ def _statistics(policies: Sequence[Policy | None], x: torch.Tensor | None) -> In
     if x is None or not len(x):
         return None
     with_gram = any(policy is not None and policy.rounding == "gptq" for policy in policies)
-    observed = InputStatistics(stride=max(1, len(x) // SAMPLE_TOKENS), with_gram=with_gram, gram_stride=1)
+    observed = InputStatistics(stride=sample_stride(len(x)), with_gram=with_gram, gram_stride=1)
     observed.update(x)
     return observed
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,68 +11,65 @@ from torch import nn
 
 from qtool.model.activations import Activations
 from qtool.model.decoder import DecoderStream
+from qtool.model.experts import Handler
+from qtool.model.observe import observe
 from qtool.model.weights import refuse_damage
 from qtool.quant.statistics import InputStatistics
 
 
 @dataclass(frozen=True)
 class FloatPass:
-    """Runs layers that are loaded.
+    """One layer's, while that is loaded.
 
     Attributes:
         model: the float model.
-        samples, length: of the calibration text, which lies in activations sample after sample.
+        index: the layer's number.
+        length: tokens of a sample; samples lie one after the other.
         batch_tokens: how many tokens go through a layer at a time.
+        hidden: what enters the layer.
+        leaving: takes what leaves it.
     """
 
     model: DecoderStream
-    samples: int
+    index: int
     length: int
     batch_tokens: int
+    hidden: Activations
+    leaving: Activations
 
-    def run(
-        self,
-        index: int,
-        layer: nn.Module,
-        hidden: Activations,
-        leaving: Activations,
-        statistics: Mapping[str, InputStatistics],
-    ) -> None:
-        """From `hidden` to `leaving`; what enters the linears that `statistics` names is counted.
+    def run(self, layer: nn.Module, statistics: Mapping[str, InputStatistics], experts: Handler | None = None) -> None:
+        """Run the layer on all samples; what enters the linears that `statistics` names is counted.
+
+        Args:
+            experts: takes the place of the layer's routed experts.
 
         Raises InputError when activations can't be true: the weights before them are damaged.
         """
-        name, weights = self.model.layer_name(index), self.model.weights
-        batch = max(1, self.batch_tokens // self.length)
-        with _observing(layer, statistics):
-            for sample in range(0, self.samples, batch):
-                start, stop = sample * self.length, min(sample + batch, self.samples) * self.length
-                x = hidden.read(start, stop).reshape(-1, self.length, hidden.width).to(self.model.device)
-                output = self.model.run(index, layer, x).reshape(-1, hidden.width)
-                refuse_damage(output, name, weights)
-                leaving.write(start, output)
+        name, weights, start = self.model.layer_name(self.index), self.model.weights, 0
+        for batch in observe(self.model, self.index, layer, self._batches(), statistics, experts):
+            output = batch.reshape(-1, self.hidden.width)
+            refuse_damage(output, name, weights)
+            self.leaving.write(start, output)
+            start += len(output)
         for linear, seen in statistics.items():
             refuse_damage(seen.amax, f"{name}.{linear}", weights)
 
-    def runs(self, index: int, layer: nn.Module, hidden: Activations) -> list[Callable[[], torch.Tensor]]:
+    def runs(self, layer: nn.Module) -> list[Callable[[], torch.Tensor]]:
         """For each sample a call of the layer on it."""
-        inputs = hidden.read(0, hidden.rows).reshape(self.samples, self.length, -1)
-        return [partial(self.model.run, index, layer, inputs[row : row + 1]) for row in range(self.samples)]
+        inputs = self.hidden.read(0, self.hidden.rows).reshape(-1, self.length, self.hidden.width)
+        return [partial(self.model.run, self.index, layer, inputs[row : row + 1]) for row in range(len(inputs))]
 
-    def add(self, index: int, sums: Activations, leaving: Activations) -> None:
-        """Add what a layer's experts give to what leaves the layer. Raises InputError as `run`."""
-        for start in range(0, leaving.rows, self.batch_tokens):
-            stop = min(start + self.batch_tokens, leaving.rows)
-            output = leaving.read(start, stop).float() + sums.read(start, stop)
-            refuse_damage(output, self.model.layer_name(index), self.model.weights)
-            leaving.write(start, output)
+    def add(self, sums: Activations) -> None:
+        """Add what the layer's experts give to what leaves the layer. Raises InputError as `run`."""
+        for start in range(0, self.leaving.rows, self.batch_tokens):
+            stop = min(start + self.batch_tokens, self.leaving.rows)
+            output = self.leaving.read(start, stop).float() + sums.read(start, stop)
+            refuse_damage(output, self.model.layer_name(self.index), self.model.weights)
+            self.leaving.write(start, output)
 
-
-@contextmanager
-def _observing(layer: nn.Module, statistics: Mapping[str, InputStatistics]) -> Iterator[None]:
-    """Within the block, what enters the linears of these names is counted."""
-    with ExitStack() as stack:
-        for name, seen in statistics.items():
-            hook = layer.get_submodule(name).register_forward_pre_hook(lambda _m, args, seen=seen: seen.update(args[0]))
-            stack.callback(hook.remove)
-        yield
+    def _batches(self) -> Iterator[torch.Tensor]:
+        """[samples, length, hidden], whole samples."""
+        rows = max(1, self.batch_tokens // self.length) * self.length
+        for start in range(0, self.hidden.rows, rows):
+            batch = self.hidden.read(start, min(start + rows, self.hidden.rows))
+            yield batch.reshape(-1, self.length, self.hidden.width)

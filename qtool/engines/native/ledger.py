@@ -5,7 +5,8 @@ Units are finished in the order of the layers, so records of units belong to the
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ class LayerEnd:
     name: str
     hidden: Path
     leaving: Path
-    reports: list[GroupReport] = field(default_factory=list)
-    experts: list[ExpertTokens] = field(default_factory=list)
+    reports: Sequence[GroupReport]
+    experts: Sequence[ExpertTokens]
 
 
 class Ledger:
@@ -87,7 +88,7 @@ class Ledger:
         self._count_layer(groups, end.experts)
         self._writer.mark(record, needs=[end.leaving], obsolete=[end.hidden])
 
-    def _count_layer(self, groups: list[QuantizedGroup], experts: list[ExpertTokens]) -> None:
+    def _count_layer(self, groups: Sequence[QuantizedGroup], experts: Sequence[ExpertTokens]) -> None:
         self.layers += 1
         self.groups += groups
         self.experts += experts

@@ -101,5 +101,5 @@ def after_run(prepared: Prepared, index: int, recorder: Recorder, router: torch.
 def _needs_calibration(policy: Policy | None) -> bool:
     """Whether calibration tokens matter to a linear of this policy."""
     return policy is not None and (
-        policy.activations.mode == "static" or policy.smoothing != "none" or policy.clip or policy.rounding == "gptq"
+        policy.scheme.is_static or policy.smoothing != "none" or policy.clip or policy.rounding == "gptq"
     )

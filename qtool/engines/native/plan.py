@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qtool import runtimes
 from qtool.checkpoint import formats
 from qtool.checkpoint.floats import FORMATS
-from qtool.checkpoint.formats import Mode
+from qtool.checkpoint.formats.common import mode_of
 from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.summary import float_dtype
 from qtool.engines.report import LayersSummary
 from qtool.errors import InputError
 from qtool.recipe.schema import Policy, Recipe
+from qtool.scheme import Scheme
 
 if TYPE_CHECKING:
     from qtool.model.weights import ModelWeights
@@ -33,8 +36,9 @@ class QuantizationPlan:
     warnings: list[str]
 
     @property
-    def modes(self) -> dict[str, Mode]:
-        return {name: policy.activations.mode if policy else "float" for name, policy in self.policies.items()}
+    def schemes(self) -> dict[str, Scheme | None]:
+        """How each of these linears is quantized; None is float."""
+        return _schemes(self.policies)
 
 
 def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, linears: list[str]) -> QuantizationPlan:
@@ -57,8 +61,8 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
             where=where,
             hint="correct the `layers` patterns; they must match the whole name",
         )
-    modes: dict[str, Mode] = {n: p.activations.mode if p else "float" for n, p in policies.items()}
-    problems = formats.get(format_name).problems(modes)
+    schemes = _schemes(policies)
+    problems = formats.get(format_name).problems({name: mode_of(scheme) for name, scheme in schemes.items()})
     fatal = [problem for problem in problems if problem.fatal]
     if fatal:
         raise InputError(
@@ -66,7 +70,15 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
             where=f"{where}, format {format_name}",
             hint="give the layers that the runtime fuses one policy",
         )
-    return QuantizationPlan(policies, [str(problem) for problem in problems])
+    limitations = runtimes.problems(format_name, checkpoint.config, schemes, float_dtype(checkpoint, ()))
+    for limitation in limitations:
+        if limitation.fatal:
+            raise InputError(limitation.text, where=f"{where}, format {format_name}", hint=limitation.hint)
+    return QuantizationPlan(policies, [str(problem) for problem in (*problems, *limitations)])
+
+
+def _schemes(policies: Mapping[str, Policy | None]) -> dict[str, Scheme | None]:
+    return {name: None if policy is None else policy.scheme for name, policy in policies.items()}
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -95,19 +107,15 @@ def describe(policy: Policy | None) -> str:
     if policy is None:
         return "float"
     activations = policy.activations
-    range_ = "per-token dynamic" if activations.mode == "dynamic" else f"per-tensor static ({activations.observer})"
+    range_ = f"per-tensor static ({activations.observer})" if policy.scheme.is_static else "per-token dynamic"
     extras = [policy.smoothing, "clip" if policy.clip else "", policy.rounding]
     return f"W8A8 {range_}, {', '.join(e for e in extras if e and e != 'none')}"
 
 
-def output_bytes(weights: ModelWeights, modes: Mapping[str, Mode]) -> int:
-    """Size of the output's tensors: a byte per quantized weight, scales, and the rest in the model's float type."""
+def output_bytes(weights: ModelWeights, schemes: Mapping[str, Scheme | None]) -> int:
+    """Size of the output's tensors: quantized weights with their scales, and the rest in the model's float type."""
     total = 0
     for name in weights.names:
-        mode = modes.get(name.removesuffix(".weight"), "float") if name.endswith(".weight") else "float"
-        if mode == "float":
-            total += weights.nbytes(name)
-        else:
-            rows, columns = weights.shape(name)
-            total += rows * columns + 4 * rows
+        scheme = schemes.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        total += weights.nbytes(name) if scheme is None else scheme.weights.nbytes(weights.shape(name))
     return total

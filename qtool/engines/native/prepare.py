@@ -103,7 +103,7 @@ def prepare(job: QuantizationJob, report: Report) -> Prepared:
             limit=job.resources.memory,
             processes=job.resources.workers or (_CLUSTER if job.resources.ray else 0),
         ),
-        output_bytes=plan.output_bytes(context.model.weights, planned.modes),
+        output_bytes=plan.output_bytes(context.model.weights, planned.schemes),
         started=started,
     )
 

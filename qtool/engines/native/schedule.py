@@ -8,6 +8,7 @@ the order in which their units began, since tensors lie in the files in that ord
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,16 +20,15 @@ from torch import nn
 from qtool.engines.native import lots, units
 from qtool.engines.native.exact import quantize_exactly
 from qtool.engines.native.executor import Executor, Pending
-from qtool.engines.native.experts import SAMPLE_TOKENS
 from qtool.engines.native.float_pass import FloatPass
 from qtool.engines.native.ledger import DENSE, LayerEnd, Ledger
 from qtool.engines.native.pieces import PieceWriter
 from qtool.engines.native.units import DenseTask, LayerLinears
 from qtool.model.activations import Activations
-from qtool.model.experts import handled
+from qtool.model.observe import sample_stride
 from qtool.model.probe import probe
 from qtool.model.recorder import Recorder
-from qtool.quant.layer import policy_of
+from qtool.quant.layer import GroupReport, policy_of
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, linear_layers, signature
 
@@ -95,19 +95,20 @@ class Schedule:
         Raises InputError where weights are damaged, and QtoolError.
         """
         model, done = self._model, self._ledger.layers
-        floats = FloatPass(model, ids.shape[0], ids.shape[1], self._prepared.estimate.batch_tokens)
         hidden = self._hidden(done, ids.numel())
         entering = model.prologue(ids)  # it teaches the model the layers' arguments as well
         if done == 0:
             hidden.write(0, entering.reshape(-1, entering.shape[-1]))
         del entering
         self._report.progress("quantize", done, model.depth, "layers")
+        batch_tokens = self._prepared.estimate.batch_tokens
         for index in range(done, model.depth):
             leaving = self._hidden(index + 1, ids.numel())
+            floats = FloatPass(model, index, ids.shape[1], batch_tokens, hidden, leaving)
             if self._prepared.job.recipe.osl == "exact":
-                self._exact_layer(floats, index, hidden, leaving)
+                self._exact_layer(floats)
             else:
-                self._layer(floats, index, hidden, leaving)
+                self._layer(floats)
             hidden.close()
             self._settle(2 * self._layers_ahead)  # each layer waits twice: for its linears, and to be finished
             hidden = leaving
@@ -125,17 +126,15 @@ class Schedule:
 
     # ------------------------------------------------------------------ one layer
 
-    def _layer(self, floats: FloatPass, index: int, hidden: Activations, leaving: Activations) -> None:
-        """Run a layer from `hidden` to `leaving` and hand out the units of it that aren't finished."""
-        name, routed = self._model.layer_name(index), self._model.routed(index)
+    def _layer(self, floats: FloatPass) -> None:
+        """Run a layer and hand out the units of it that aren't finished."""
+        index, hidden, routed = floats.index, floats.hidden, self._model.routed(floats.index)
         with ExitStack() as stack:
             recorder = stack.enter_context(Recorder(self._ledger.folder, hidden)) if routed else None
-            with self._model.layer(index) as layer, ExitStack() as observing:
+            with self._model.layer(index) as layer:
                 linears = self._linears(index, layer)
-                statistics = _statistics(linears, stride=max(1, hidden.rows // SAMPLE_TOKENS))
-                if routed and recorder:
-                    observing.enter_context(handled(routed, recorder))
-                floats.run(index, layer, hidden, leaving, statistics)
+                statistics = _statistics(linears, sample_stride(hidden.rows))
+                floats.run(layer, statistics, recorder)
                 router = layer.get_parameter(routed.router).cpu().float() if routed and routed.router else None
             # The layer's weights are gone: a unit reads what it needs of them.
             if not self._ledger.is_finished(index, DENSE):
@@ -148,19 +147,25 @@ class Schedule:
             experts: list[ExpertTokens] = []
             if recorder:
                 found = lots.after_run(self._prepared, index, recorder, router)
-                self._experts(floats, found, leaving)
-                experts = [found.tokens(name)]
-        self._waiting.append(LayerEnd(name, hidden.path, leaving.path, experts=experts))
+                self._experts(floats, found)
+                experts = [found.tokens(self._model.layer_name(index))]
+        self._waiting.append(self._end(floats, experts=experts))
 
-    def _exact_layer(self, floats: FloatPass, index: int, hidden: Activations, leaving: Activations) -> None:
+    def _exact_layer(self, floats: FloatPass) -> None:
         """Run a layer and write it, Golden Stick's way."""
-        with self._model.layer(index) as layer:
-            linears = self._linears(index, layer)
+        with self._model.layer(floats.index) as layer:
+            linears = self._linears(floats.index, layer)
             statistics = _statistics(linears, stride=1, with_gram=False)
-            floats.run(index, layer, hidden, leaving, statistics)
-            storage, runs = self._prepared.context.storage(linears.first_weight), floats.runs(index, layer, hidden)
-            written = self._output.write(quantize_exactly(layer, linears, statistics, storage, runs))
-        self._finish(LayerEnd(self._model.layer_name(index), hidden.path, leaving.path, reports=written.reports))
+            floats.run(layer, statistics)
+            storage = self._prepared.context.storage(linears.first_weight)
+            written = self._output.write(quantize_exactly(layer, linears, statistics, storage, floats.runs(layer)))
+        self._finish(self._end(floats, reports=written.reports))
+
+    def _end(
+        self, floats: FloatPass, *, reports: Sequence[GroupReport] = (), experts: Sequence[ExpertTokens] = ()
+    ) -> LayerEnd:
+        name = self._model.layer_name(floats.index)
+        return LayerEnd(name, floats.hidden.path, floats.leaving.path, reports, experts)
 
     def _linears(self, index: int, layer: nn.Module) -> LayerLinears:
         """Of a loaded layer."""
@@ -175,10 +180,10 @@ class Schedule:
             self._groups[key] = probe(self._model, index, layer)
         return LayerLinears(self._groups[key], policies, stored)
 
-    def _experts(self, floats: FloatPass, routed: lots.RoutedLayer, leaving: Activations) -> None:
-        """Write a layer's experts but those that are finished, and add what all of them give to `leaving`."""
-        sums_path = self._ledger.folder / "experts"
-        with Activations(sums_path, leaving.rows, leaving.width, torch.float32) as sums:
+    def _experts(self, floats: FloatPass, routed: lots.RoutedLayer) -> None:
+        """Write a layer's experts but those that are finished, and add what all of them give to what leaves it."""
+        path, leaving = self._ledger.folder / "experts", floats.leaving
+        with Activations(path, leaving.rows, leaving.width, torch.float32) as sums:
             for lot in routed.lots():
                 quantize = not self._ledger.is_finished(routed.index, lot.name)
                 task = routed.task(lot, quantize=quantize)
@@ -187,7 +192,7 @@ class Schedule:
                 del task, pieces
                 self._settle(self._executor.ahead)
             self._settle(0)
-            floats.add(routed.index, sums, leaving)
+            floats.add(sums)
 
     # ------------------------------------------------------------------ results
 

@@ -15,10 +15,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import InputError, in_one_line
+from qtool.runtimes.description import Limit, Limitation, Quantized, Reads, Runtime, architecture
+from qtool.runtimes.vllm import RUNTIME as VLLM
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.runtimes import Runtime
+    from qtool.runtimes.launch import Launch
 
 NATIVE = (
     "Glm4ForCausalLM",
@@ -76,29 +78,27 @@ _CAUSES = (
 )
 
 
-def adapt(runtime: Runtime, checkpoint: Checkpoint) -> Runtime:
-    """The runtime for one checkpoint: which kind of model, and over how many cards.
+def adapt(launch: Launch, checkpoint: Checkpoint) -> Launch:
+    """The launch for one checkpoint: which kind of model.
 
-    Variables that the user has set stay. The cards are those of the recipe in the checkpoint's qtool.json.
+    Variables that the user has set stay.
 
     Raises:
         InputError: no kind of model, or not the one that the user chose, runs this checkpoint.
     """
     dynamic = checkpoint.format == "golden-stick" and "W8A8_DYNAMIC" in checkpoint.description.values()
     chosen = os.environ.get(_VARIABLE, "").lower() or backend(checkpoint.config, dynamic=dynamic)
-    architecture = _architecture(checkpoint.config)
-    if dynamic and (chosen != "mindformers" or architecture not in MINDFORMERS):
+    named = architecture(checkpoint.config)
+    if dynamic and (chosen != "mindformers" or named not in MINDFORMERS):
         raise InputError(
             "this checkpoint has layers with dynamic activations (W8A8_DYNAMIC), which vLLM-MindSpore runs through "
-            f"MindFormers only, and that not for {architecture or 'this model'}"
-            if architecture not in MINDFORMERS
+            f"MindFormers only, and that not for {named or 'this model'}"
+            if named not in MINDFORMERS
             else f"W8A8_DYNAMIC layers need MindFormers' models, but {_VARIABLE} is {chosen}",
             where=str(checkpoint.path),
             hint="Quantize with --scheme w8a8-static.",
         )
-    return dataclasses.replace(
-        runtime, env={**runtime.env, _VARIABLE: chosen}, engine={**runtime.engine, **_parallel(checkpoint)}
-    )
+    return dataclasses.replace(launch, env={**launch.env, _VARIABLE: chosen})
 
 
 def backend(config: Mapping[str, Any], *, dynamic: bool) -> str:
@@ -106,14 +106,10 @@ def backend(config: Mapping[str, Any], *, dynamic: bool) -> str:
 
     Native where it can; MindFormers for what only it has: some architectures, and dynamic activations.
     """
-    architecture = _architecture(config)
-    if architecture in NATIVE and not dynamic:
+    named = architecture(config)
+    if named in NATIVE and not dynamic:
         return "native"
-    return "mindformers" if dynamic or architecture in MINDFORMERS else "mindone"
-
-
-def _architecture(config: Mapping[str, Any]) -> str:
-    return str((config.get("architectures") or [""])[0])
+    return "mindformers" if dynamic or named in MINDFORMERS else "mindone"
 
 
 def explain(error: BaseException) -> InputError | None:
@@ -129,16 +125,47 @@ def explain(error: BaseException) -> InputError | None:
     return None
 
 
-def _parallel(checkpoint: Checkpoint) -> dict[str, Any]:
-    from qtool.checkpoint.reader import REPORT, read_json
-    from qtool.recipe.schema import Generate
+def _dynamic(model: Quantized) -> Limitation | None:
+    if not model.dynamic:
+        return None
+    count, first = len(model.dynamic), model.dynamic[0]
+    if model.architecture in MINDFORMERS:
+        which = first if count == 1 else f"{first}, ..."
+        return Limitation(
+            f"{count} layers ({which}) have dynamic activations (W8A8_DYNAMIC), which only the MindFormers models of "
+            "vLLM-MindSpore run; its native models take W8A8 and FLOAT"
+        )
+    return Limitation(
+        f"{count} layers have dynamic activations ({first}), which vLLM-MindSpore runs through MindFormers only, and "
+        f"that not for {model.architecture or 'this model'}",
+        unread=True,
+        hint="Quantize the original with --scheme w8a8-static.",
+    )
 
-    report = checkpoint.path / REPORT
-    recipe = read_json(report).get("recipe") if report.exists() else None
-    settings = Generate.model_validate((recipe or {}).get("generate") or {})
-    if settings.tensor_parallel_size == 1:
-        return {}
-    return {
-        "tensor_parallel_size": settings.tensor_parallel_size,
-        "distributed_executor_backend": settings.distributed_executor,
-    }
+
+RUNTIME = Runtime(
+    name="vllm-mindspore",
+    title="vLLM-MindSpore",
+    summary="vLLM on Ascend, through MindSpore",
+    reads=(
+        Reads("float"),
+        Reads(
+            "golden-stick",
+            {"quantization": "golden-stick"},
+            (
+                Limit(
+                    "vllm-mindspore 0.5.1: model_executor/layers/quantization/golden_stick; mindformers 1.7.0: models",
+                    _dynamic,
+                ),
+            ),
+        ),
+    ),
+    hardware=("ascend",),
+    plugin_of=VLLM.name,
+    worker=VLLM.worker,
+    # The plugin's own command line patches vLLM before it runs it.
+    server=("vllm_mindspore.scripts", "serve"),
+    first=("vllm_mindspore",),
+    adapt=adapt,
+    explain=explain,
+)

@@ -3,7 +3,6 @@ up to the first thing it misses, and MindSpore's own refusal of a device that is
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 from qtool import runtimes
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
-from qtool.runtimes import mindspore
+from qtool.runtimes import vllm_mindspore
 from tests.managed import unpacked
 
 PLUGIN = "vllm-mindspore==0.5.1"
@@ -51,8 +50,8 @@ def checkpoints(
     return made
 
 
-def base() -> runtimes.Runtime:
-    return runtimes.Runtime("vllm-mindspore", sys.executable, {"quantization": "golden-stick"}, {"X": "1"})
+def base() -> runtimes.Launch:
+    return runtimes.Launch("vllm-mindspore", sys.executable, {"quantization": "golden-stick"}, {"X": "1"})
 
 
 def test_the_plugin_is_imported_before_vllm(
@@ -80,7 +79,7 @@ def test_what_mindspore_says_without_cann(golden_stick: dict[str, str]) -> None:
     python = golden_stick["QTOOL_GOLDEN_STICK_PYTHON"]
     done = subprocess.run([python, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0
-    explained = mindspore.explain(RuntimeError(done.stderr.partition("RuntimeError: ")[2]))
+    explained = vllm_mindspore.explain(RuntimeError(done.stderr.partition("RuntimeError: ")[2]))
     assert explained is not None
     assert "CANN" in explained.what
     assert explained.hint is not None
@@ -106,17 +105,17 @@ def test_what_mindspore_says_without_cann(golden_stick: dict[str, str]) -> None:
     ],
 )
 def test_failures_have_names(error: Exception, what: str) -> None:
-    explained = mindspore.explain(error)
+    explained = vllm_mindspore.explain(error)
     assert explained is not None
     assert what in explained.what
     assert "{" not in explained.what
     wrapped = RuntimeError("Engine core initialization failed. See root cause above.")
     wrapped.__cause__ = error
-    assert mindspore.explain(wrapped) is not None
+    assert vllm_mindspore.explain(wrapped) is not None
 
 
 def test_other_failures_keep_their_own_words() -> None:
-    assert mindspore.explain(ValueError("a prompt is too long")) is None
+    assert vllm_mindspore.explain(ValueError("a prompt is too long")) is None
 
 
 @pytest.mark.parametrize(
@@ -131,7 +130,7 @@ def test_other_failures_keep_their_own_words() -> None:
     ],
 )
 def test_the_kind_of_model(architecture: str, dynamic: bool, expected: str) -> None:
-    assert mindspore.backend({"architectures": [architecture]}, dynamic=dynamic) == expected
+    assert vllm_mindspore.backend({"architectures": [architecture]}, dynamic=dynamic) == expected
 
 
 def test_the_native_architectures_are_the_plugins(plugin: Path) -> None:
@@ -144,50 +143,30 @@ def test_the_native_architectures_are_the_plugins(plugin: Path) -> None:
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_NATIVE_MODELS"
     )
-    assert set(ast.literal_eval(table)) == set(mindspore.NATIVE)
+    assert set(ast.literal_eval(table)) == set(vllm_mindspore.NATIVE)
 
 
 def test_a_static_checkpoint(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    adapted = mindspore.adapt(base(), Checkpoint.open(checkpoints["static"]))
+    adapted = vllm_mindspore.adapt(base(), Checkpoint.open(checkpoints["static"]))
     assert adapted.env == {"X": "1", VARIABLE: "native"}
     assert adapted.engine == {"quantization": "golden-stick"}
     monkeypatch.setenv(VARIABLE, "MindOne")
-    assert mindspore.adapt(base(), Checkpoint.open(checkpoints["static"])).env[VARIABLE] == "mindone"
+    assert vllm_mindspore.adapt(base(), Checkpoint.open(checkpoints["static"])).env[VARIABLE] == "mindone"
 
 
 def test_a_float_checkpoint(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert mindspore.adapt(base(), Checkpoint.open(tiny_llama)).env == {"X": "1", VARIABLE: "native"}
+    assert vllm_mindspore.adapt(base(), Checkpoint.open(tiny_llama)).env == {"X": "1", VARIABLE: "native"}
 
 
 def test_dynamic_layers(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert mindspore.adapt(base(), Checkpoint.open(checkpoints["qwen3"])).env[VARIABLE] == "mindformers"
+    assert vllm_mindspore.adapt(base(), Checkpoint.open(checkpoints["qwen3"])).env[VARIABLE] == "mindformers"
     with pytest.raises(InputError, match="not for LlamaForCausalLM") as caught:
-        mindspore.adapt(base(), Checkpoint.open(checkpoints["dynamic"]))
+        vllm_mindspore.adapt(base(), Checkpoint.open(checkpoints["dynamic"]))
     assert caught.value.hint is not None
     assert "w8a8-static" in caught.value.hint
     monkeypatch.setenv(VARIABLE, "native")
     with pytest.raises(InputError, match=f"{VARIABLE} is native"):
-        mindspore.adapt(base(), Checkpoint.open(checkpoints["qwen3"]))
-
-
-@pytest.mark.parametrize("executor", ["mp", "ray"])
-def test_cards_come_from_the_recipe(
-    executor: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
-    for file in checkpoints["static"].iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    report = json.loads((tmp_path / "qtool.json").read_text())
-    report["recipe"]["generate"] |= {"tensor_parallel_size": 16, "distributed_executor": executor}
-    (tmp_path / "qtool.json").unlink()
-    (tmp_path / "qtool.json").write_text(json.dumps(report))
-    engine = mindspore.adapt(base(), Checkpoint.open(tmp_path)).engine
-    assert (engine["tensor_parallel_size"], engine["distributed_executor_backend"]) == (16, executor)
-    from dataclasses import fields
-
-    from vllm import EngineArgs
-
-    assert set(engine) <= {field.name for field in fields(EngineArgs)}
+        vllm_mindspore.adapt(base(), Checkpoint.open(checkpoints["qwen3"]))

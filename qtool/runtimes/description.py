@@ -1,0 +1,156 @@
+"""What is known of a runtime before it is started: what it reads, where it runs, how it starts. Nothing is heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from qtool.scheme import Scheme
+
+if TYPE_CHECKING:
+    from qtool.checkpoint.reader import Checkpoint
+    from qtool.errors import InputError
+    from qtool.runtimes.launch import Launch
+
+Hardware = Literal["cpu", "cuda", "ascend"]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What of a quantized model decides whether a runtime reads it.
+
+    Attributes:
+        config: its config.json.
+        schemes: every linear layer's scheme by its name without ".weight"; None where it stays float.
+        dtype: safetensors code of its float tensors; None where nobody knows.
+    """
+
+    config: Mapping[str, Any]
+    schemes: Mapping[str, Scheme | None]
+    dtype: str | None = None
+
+    @property
+    def architecture(self) -> str:
+        return architecture(self.config)
+
+    @property
+    def static(self) -> list[str]:
+        """Layers whose input scale is from calibration."""
+        return [name for name, scheme in self.schemes.items() if scheme is not None and scheme.is_static]
+
+    @property
+    def dynamic(self) -> list[str]:
+        """Layers whose input scale is found at run time."""
+        return [
+            name
+            for name, scheme in self.schemes.items()
+            if scheme is not None and scheme.activations is not None and scheme.activations.dynamic
+        ]
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """The name of the model's class in config.json; empty where none is named."""
+    return str((config.get("architectures") or [""])[0])
+
+
+@dataclass(frozen=True)
+class Limitation:
+    """One sentence about what a runtime makes of a model.
+
+    Attributes:
+        fatal: no version of the runtime can read such a checkpoint.
+        unread: the known version doesn't read this model so; another model, or another version, may be read.
+        hint: what to do about it.
+    """
+
+    text: str
+    fatal: bool = False
+    unread: bool = False
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Something that a runtime doesn't read of a format, or under a condition only.
+
+    Attributes:
+        source: package version and file that say so.
+        find: whether it touches a model, and how.
+    """
+
+    source: str
+    find: Callable[[Quantized], Limitation | None]
+
+
+@dataclass(frozen=True)
+class Reads:
+    """A checkpoint format that a runtime reads.
+
+    Attributes:
+        format: its name, as `Checkpoint.format` has it.
+        engine: vLLM's EngineArgs that the runtime must be given for it.
+        limits: what of it the runtime doesn't read.
+    """
+
+    format: str
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    limits: tuple[Limit, ...] = ()
+
+
+def _as_it_is(launch: Launch, checkpoint: Checkpoint) -> Launch:
+    return launch
+
+
+def _in_its_own_words(error: BaseException) -> InputError | None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What generates text from a checkpoint. A new one is a file that holds one of these, and a line in `facts`.
+
+    Attributes:
+        name: for `--runtime`, and of what provides its interpreter (`qtool.environments.table.ENGINES`).
+        title: what people call it.
+        summary: one line about it.
+        reads: the formats that it reads; "float" is a model that is not quantized.
+        others: it is given formats that no runtime names, too, and says itself what it makes of them.
+        hardware: where it runs.
+        plugin_of: the runtime that this one is a part of, and whose name stands for it too.
+        worker: module that runs in its interpreter.
+        server: module of its OpenAI server and the words before the model's path; None where it has none.
+        first: modules that its worker imports before anything else.
+        sampling: what of vLLM's SamplingParams it can do; None is all.
+        vllm: it takes vLLM's EngineArgs and variables.
+        adapt: what it must be told besides for one checkpoint. Raises InputError for a model that it doesn't run.
+        explain: what a failure of its means to a user, or None where its own words must do.
+    """
+
+    name: str
+    title: str
+    summary: str
+    reads: tuple[Reads, ...]
+    others: bool = False
+    hardware: tuple[Hardware, ...]
+    plugin_of: str | None = None
+    worker: str
+    server: tuple[str, ...] | None = None
+    first: tuple[str, ...] = ()
+    sampling: frozenset[str] | None = None
+    vllm: bool = True
+    adapt: Callable[[Launch, Checkpoint], Launch] = _as_it_is
+    explain: Callable[[BaseException], InputError | None] = _in_its_own_words
+
+    def reading(self, format: str) -> Reads | None:
+        """How it reads a format of those that it names, or None."""
+        return next((reads for reads in self.reads if reads.format == format), None)
+
+    def limitations(self, format: str, model: Quantized) -> list[Limitation]:
+        """What it doesn't read of a model in this format."""
+        reads = self.reading(format)
+        found = (limit.find(model) for limit in (reads.limits if reads else ()))
+        return [limitation for limitation in found if limitation is not None]

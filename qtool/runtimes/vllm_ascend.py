@@ -1,0 +1,77 @@
+"""vLLM on Ascend through PyTorch: the plugin vllm-ascend (0.18)."""
+
+from __future__ import annotations
+
+from qtool.runtimes.description import Limit, Limitation, Quantized, Reads, Runtime
+from qtool.runtimes.vllm import RUNTIME as VLLM
+
+# Model types whose experts the plugin finds in a description file.
+EXPERTS = frozenset(
+    {
+        "deepseek_mtp",
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "glm4v_moe",
+        "glm4v_moe_text",
+        "glm_moe_dsa",
+        "kimi_k2",
+        "longcat_flash",
+        "minimax_m2",
+        "pangu_ultra_moe",
+        "pangu_ultra_moe_mtp",
+        "qwen3_5_moe",
+        "qwen3_moe",
+        "qwen3_next",
+        "qwen3_omni_moe",
+        "qwen3_vl_moe",
+    }
+)
+
+
+def _static_in_float32(model: Quantized) -> Limitation | None:
+    if model.dtype != "F32" or not model.static:
+        return None
+    return Limitation(
+        "a float32 model with static activations: vllm-ascend has them for bfloat16 and float16 only",
+        fatal=True,
+        hint="Quantize with --scheme w8a8-dynamic, or in another --format.",
+    )
+
+
+def _experts(model: Quantized) -> Limitation | None:
+    model_type = model.config.get("model_type")
+    routed = [name for name, scheme in model.schemes.items() if scheme is not None and ".experts." in name]
+    if not routed or model_type in EXPERTS:
+        return None
+    return Limitation(
+        f"{len(routed)} linears of routed experts are quantized, which vllm-ascend doesn't load for {model_type}",
+        unread=True,
+        hint="Convert to compressed-tensors, for vLLM.",
+    )
+
+
+RUNTIME = Runtime(
+    name="vllm-ascend",
+    title="vllm-ascend",
+    summary="vLLM on Ascend, through PyTorch",
+    reads=(
+        Reads("float"),
+        Reads(
+            "modelslim",
+            {"quantization": "ascend"},
+            (
+                # no deq_scale is registered for other dtypes than these two
+                Limit("vllm-ascend 0.18.0: quantization/methods/w8a8_static.py", _static_in_float32),
+                # KeyError in get_linear_quant_type: packed_modules_model_mapping names no experts for other models
+                Limit("vllm-ascend 0.18.0: quantization/modelslim_config.py", _experts),
+            ),
+        ),
+    ),
+    hardware=("ascend",),
+    plugin_of=VLLM.name,
+    worker=VLLM.worker,
+    server=VLLM.server,
+)

@@ -1,0 +1,96 @@
+"""What is said of the runtimes, against their own sources."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtool import runtimes
+from qtool.checkpoint import formats
+from qtool.environments.table import ENGINES
+from qtool.errors import InputError
+from qtool.runtimes import vllm_ascend
+from qtool.scheme import W8A8, W8A8_DYNAMIC, Scheme
+from tests.managed import unpacked
+
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+MIXTRAL = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+Q_PROJ, EXPERT = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.0.up_proj"
+
+
+def test_every_format_has_readers() -> None:
+    for format in (*formats.NAMES, "float"):
+        assert runtimes.readers(format)
+    named = [runtime.name for runtime in runtimes.RUNTIMES]
+    assert len(set(named)) == len(named)
+    assert ("auto", *named) == runtimes.NAMES
+    assert set(named) == {name for name, engine in ENGINES.items() if engine.kind == "runtime"}
+
+
+def test_who_reads_what() -> None:
+    assert runtimes.read_by("compressed-tensors") == "vLLM and transformers"
+    assert runtimes.read_by("golden-stick") == "vLLM-MindSpore"
+    assert runtimes.read_by("modelslim") == "vllm-ascend and MindIE"
+    assert [runtime.name for runtime in runtimes.readers("awq")] == ["vllm", "transformers"]
+    with pytest.raises(InputError, match="unknown runtime 'mlx'"):
+        runtimes.get("mlx")
+
+
+@pytest.mark.parametrize(
+    ("format", "config", "schemes", "dtype", "says", "fatal", "unread"),
+    [
+        ("golden-stick", QWEN3, {Q_PROJ: W8A8, EXPERT: None}, "BF16", None, False, False),
+        ("golden-stick", QWEN3, {Q_PROJ: W8A8_DYNAMIC}, "BF16", "only the MindFormers models", False, False),
+        ("golden-stick", LLAMA, {Q_PROJ: W8A8_DYNAMIC}, "BF16", "not for LlamaForCausalLM", False, True),
+        ("golden-stick", {}, {Q_PROJ: W8A8_DYNAMIC}, None, "not for this model", False, True),
+        ("modelslim", LLAMA, {Q_PROJ: W8A8_DYNAMIC}, "F32", None, False, False),
+        ("modelslim", LLAMA, {Q_PROJ: W8A8}, "BF16", None, False, False),
+        ("modelslim", LLAMA, {Q_PROJ: W8A8}, "F32", "bfloat16 and float16 only", True, False),
+        ("modelslim", MIXTRAL, {Q_PROJ: W8A8, EXPERT: None}, "BF16", None, False, False),
+        ("modelslim", MIXTRAL, {EXPERT: W8A8_DYNAMIC}, "BF16", "doesn't load for mixtral", False, True),
+        ("modelslim", {"model_type": "qwen3_moe"}, {EXPERT: W8A8_DYNAMIC}, "BF16", None, False, False),
+        ("compressed-tensors", MIXTRAL, {Q_PROJ: W8A8, EXPERT: W8A8_DYNAMIC}, "F32", None, False, False),
+    ],
+)
+def test_problems(
+    format: str,
+    config: dict[str, Any],
+    schemes: dict[str, Scheme | None],
+    dtype: str | None,
+    says: str | None,
+    fatal: bool,
+    unread: bool,
+) -> None:
+    found = runtimes.problems(format, config, schemes, dtype)
+    assert len(found) == (says is not None)
+    for problem in found:
+        assert str(says) in problem.text
+        assert (problem.fatal, problem.unread) == (fatal, unread)
+
+
+@pytest.fixture(scope="module")
+def quantization() -> Path:
+    return unpacked("vllm-ascend==0.18.0") / "vllm_ascend" / "quantization"
+
+
+def test_the_experts_are_those_that_vllm_ascend_finds(quantization: Path) -> None:
+    tree = ast.parse((quantization / "modelslim_config.py").read_text())
+    (table,) = (
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "packed_modules_model_mapping" and node.value
+    )
+    known = ast.literal_eval(table)
+    assert {name for name, packed in known.items() if "experts" in packed} == vllm_ascend.EXPERTS
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = "import sys, qtool.runtimes; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "transformers", "vllm", "numpy", "pydantic", "yaml", "rich"} & set(found)
