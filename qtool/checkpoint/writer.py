@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ from qtool.checkpoint.journal import FILE as JOURNAL
 from qtool.checkpoint.journal import Journal
 from qtool.checkpoint.reader import REPORT, Checkpoint
 from qtool.checkpoint.shard import Shard
-from qtool.checkpoint.storage import PartialFolder, check_free_space, check_output, disk_errors, sync, tidy
+from qtool.checkpoint.storage import PartialFolder, check_output, tidy
 from qtool.errors import InputError, QtoolError
+from qtool.files import check_free_space, disk_errors, encode_json, sync
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ class CheckpointWriter:
         if self._folder is None:
             self._folder = PartialFolder(self.output)
         if key is not None:
-            with disk_errors(self.output, 0):
+            with disk_errors(self.output):
                 self._restore(entries)
                 self._journal = Journal(self._folder.path, key, entries)
 
@@ -125,7 +125,7 @@ class CheckpointWriter:
         """Where files may lie that must survive as long as the records do; not part of the output."""
         assert self._folder is not None
         scratch = self._folder.path / _SCRATCH
-        with disk_errors(self.output, 0):
+        with disk_errors(self.output):
             scratch.mkdir(exist_ok=True)
         return scratch
 
@@ -140,7 +140,7 @@ class CheckpointWriter:
         """
         if self._journal is None:
             return
-        with disk_errors(self.output, 0):
+        with disk_errors(self.output):
             self._note(record)
             self._marked = True
             self._dirty += needs
@@ -262,7 +262,7 @@ class CheckpointWriter:
         self._complete = True
         check_output(self.output, overwrite=self._overwrite, source=source.path if source else None)
         folder, count = self._folder.path, len(self._shards)
-        with disk_errors(self.output, 0):
+        with disk_errors(self.output):
             if not self._shards[-1].finished:
                 self._shards[-1].finish()
             if self._journal is not None and self._marked:  # before the tails go: an unfinished shard needs its own
@@ -302,4 +302,4 @@ def _carry_over(source: Checkpoint, folder: Path) -> None:
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_bytes(encode_json(content, indent=2))

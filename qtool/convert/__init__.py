@@ -19,7 +19,8 @@ def from_gguf(source: Path, output: Path, dtype: str, *, overwrite: bool, on_eve
     Raises:
         InputError, QtoolError: as the worker does, or the output is there already and `overwrite` is off.
     """
-    from qtool.checkpoint.storage import PartialFolder, check_output, disk_errors, tidy
+    from qtool.checkpoint.storage import PartialFolder, check_output, tidy
+    from qtool.files import disk_errors
 
     output = output.absolute()
     tidy(output)

@@ -20,10 +20,10 @@ from qtool.checkpoint.formats import Format, Mode
 from qtool.checkpoint.formats.common import Stored, fused_name
 from qtool.checkpoint.formats.golden_stick import TYPES
 from qtool.checkpoint.reader import REPORT, Checkpoint, read_json
-from qtool.checkpoint.storage import check_free_space
 from qtool.checkpoint.summary import float_dtype
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import InputError
+from qtool.files import check_free_space
 from qtool.scheme import W8A8, W8A8_DYNAMIC
 
 if TYPE_CHECKING:

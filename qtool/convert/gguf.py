@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.checkpoint.storage import check_free_space, disk_errors
 from qtool.errors import InputError, QtoolError
+from qtool.files import check_free_space, disk_errors
 from qtool.workers import hide_media_packages
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +11,16 @@ from typing import Any
 
 from qtool import convert, engines, runtimes, workers
 from qtool.checkpoint.reader import Checkpoint
-from qtool.checkpoint.storage import write_text
 from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
 from qtool.environments.lookup import interpreter
 from qtool.errors import InputError
+from qtool.files import encode_json, write_json, write_text
 from qtool.jobs import contents, download, quantize
 from qtool.jobs.stages import Done, Job
 from qtool.recipe.schema import Recipe
 from qtool.runtimes import sampling
 from qtool.runtimes.requests import Line
-from qtool.runtimes.results import encode, record
+from qtool.runtimes.results import record
 from qtool.runtimes.settings import possible
 
 OnEvent = Callable[[workers.Event], None]
@@ -192,7 +191,7 @@ class _Run:
             }
             python = interpreter("native")
             result = workers.run("qtool.evaluate.worker", job, python=python, on_event=self.on_event)
-            write_text(target, json.dumps(result, indent=2) + "\n")
+            write_json(target, result)
 
         return self.job.stage("eval", EVALUATION, inputs, make).output
 
@@ -221,7 +220,7 @@ class _Run:
             def collect(item: dict[str, Any]) -> None:
                 if "error" in item:
                     raise InputError(item["error"], where=f"prompt {item['index'] + 1} of the recipe")
-                answers.append(encode(record(lines[item["index"]], item)).decode())
+                answers.append(encode_json(record(lines[item["index"]], item)).decode())
 
             runtimes.stream(
                 model.path,

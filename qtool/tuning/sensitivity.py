@@ -99,7 +99,7 @@ def measure(
             recorder = stack.enter_context(_recording(states)) if routed is not None else None
             experts = recorder.before(routed.handler) if routed is not None and recorder is not None else None
             stride = sample_stride(states[..., 0].numel())
-            statistics = {g.linears[0]: InputStatistics(stride=stride, with_gram=True) for g in topology[key]}
+            statistics = {g.linears[0]: InputStatistics(stride=stride, with_hessian=True) for g in topology[key]}
             parts = states.split(_windows(states.shape[1]))
             for part, output in zip(parts, observe(stream, index, layer, parts, statistics, experts), strict=True):
                 part.copy_(output)

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
-from qtool.checkpoint.storage import disk_errors
 from qtool.checkpoint.writer import CheckpointWriter, check_free_space, check_output
 from qtool.errors import InputError, QtoolError
+from qtool.files import disk_errors
 from qtool.quant.types import QuantizedLinear
 
 PLAIN = formats.get("safetensors")

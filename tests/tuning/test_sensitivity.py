@@ -17,7 +17,7 @@ from qtool.engines.native.prepare import prepare
 from qtool.evaluate.comparison import compare
 from qtool.model.decoder import DecoderStream
 from qtool.recipe.load import load
-from qtool.recipe.schema import Activations, Policy, Recipe
+from qtool.recipe.schema import Policy, Recipe
 from qtool.tuning.experts import gradients, replaced
 from qtool.tuning.worker import main
 from tests import families, simulate
@@ -47,7 +47,7 @@ def sensitivity(model: Path, recipe: Recipe, modes: list[str]) -> dict[str, Any]
 
 def only(linears: list[str], mode: str) -> Recipe:
     pattern = "|".join(name.replace(".", r"\.") for name in linears)
-    policy = Policy(layers=pattern, activations=Activations(mode=mode))  # type: ignore[arg-type]
+    policy = Policy(layers=pattern).with_mode(mode)
     return Recipe(name="only", description="one group", default_scheme="s", schemes={"s": [policy]})
 
 

@@ -48,17 +48,19 @@ def differences(policies: Sequence[Policy]) -> list[str]:
     """One sentence for each choice of a scheme that Golden Stick makes differently."""
     found = []
     quantized = [policy for policy in policies if policy.quantize]
-    if any(policy.rounding == "gptq" for policy in quantized):
+    if any(policy.rounding.method == "gptq" for policy in quantized):
         found.append("Golden Stick rounds W8A8 weights to nearest; `rounding: gptq` has no effect")
-    if any(policy.smoothing == "osl" and not policy.clip for policy in quantized):
+    if any(policy.smoothing.method == "osl" and not policy.clip for policy in quantized):
         found.append("Golden Stick always clips weights after OSL; `clip: false` has no effect there")
-    observers = {p.activations.observer for p in quantized if p.activations.mode == "static"} - {"minmax"}
+    static = [policy.activations for policy in quantized if policy.activations.mode == "static"]
+    observers = {activations.observer.method for activations in static} - {"minmax"}
     if observers:
         found.append(
             f"Golden Stick fixes static ranges by minimum and maximum; `observer: {min(observers)}` has no effect"
         )
-    if any(policy.smoothing == "smoothquant" and policy.smoothquant_alpha != _ALPHA for policy in quantized):
-        found.append(f"Golden Stick smooths with alpha {_ALPHA}; `smoothquant_alpha` has no effect")
+    smoothings = [policy.smoothing for policy in quantized]
+    if any(smoothing.method == "smoothquant" and smoothing.alpha != _ALPHA for smoothing in smoothings):
+        found.append(f"Golden Stick smooths with alpha {_ALPHA}; `alpha` has no effect")
     return found
 
 
@@ -67,8 +69,8 @@ def layer_policy(policy: Policy) -> LayerPolicy:
     return LayerPolicy(
         layers=policy.layers,
         quantize=policy.quantize,
-        per_token=policy.activations.mode == "dynamic",
-        smoothing=policy.smoothing,
+        per_token=not policy.scheme.is_static,
+        smoothing=policy.smoothing.method,
         clip=policy.clip,
     )
 

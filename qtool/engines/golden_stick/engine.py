@@ -18,7 +18,7 @@ from qtool import workers
 from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.formats.common import mode_of
 from qtool.checkpoint.reader import Checkpoint
-from qtool.checkpoint.storage import PartialFolder, check_free_space
+from qtool.checkpoint.storage import PartialFolder
 from qtool.engines import native
 from qtool.engines.golden_stick import config, mindformers, mindone, view
 from qtool.engines.golden_stick.tasks import Calibrated, CalibrateTask, CardsLaunch, Exported, ExportTask
@@ -35,6 +35,7 @@ from qtool.engines.report import (
 )
 from qtool.environments.lookup import interpreter
 from qtool.errors import InputError
+from qtool.files import check_free_space
 
 _LINEAR = re.compile(r"((?:.*\.)?(?:layers|h)\.(\d+)\..+)\.weight")
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -291,7 +292,7 @@ def _groups(planned: QuantizationPlan, alphas: dict[str, float]) -> list[Quantiz
                 layer=layer,
                 linears=linears,
                 activations=policy.activations.mode,
-                smoothing=policy.smoothing,
+                smoothing=policy.smoothing.method,
                 alpha=found[-1] if found else None,
             )
         )

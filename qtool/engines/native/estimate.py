@@ -11,6 +11,7 @@ import torch
 
 from qtool.engines.job import CalibrationText
 from qtool.errors import InputError
+from qtool.quant.layer import needs_hessian
 from qtool.quant.topology import linear_layers
 from qtool.recipe.schema import Policy
 
@@ -136,7 +137,7 @@ class _Layer:
     @property
     def statistics_bytes(self) -> int:
         """What is known of the inputs of all linears that are not experts'."""
-        compensated = {width for _, width, policy in self.linears if policy and policy.rounding == "gptq"}
+        compensated = {width for _, width, policy in self.linears if policy and needs_hessian(policy)}
         return 4 * sum(width**2 for width in compensated) + 4 * 512 * sum({width for _, width, _ in self.linears})
 
     def bytes(self, tokens: int, batch: int, item: int, scores: int, *, exact: bool) -> int:
@@ -144,7 +145,7 @@ class _Layer:
         everything = [*self.linears, *self.experts]
         widest = max((width for _, width, _ in everything), default=0)
         longest = max((out for out, _, _ in everything), default=0)
-        compensated = [width for _, width, policy in everything if policy and policy.rounding == "gptq"]
+        compensated = [width for _, width, policy in everything if policy and needs_hessian(policy)]
         statistics = 4 * sum({width: width**2 for width in compensated}.values()) + 4 * 512 * widest * 6
         running = self.parameters * item + batch * (item * (3 * longest + 4 * widest) + scores) + statistics
         probing = 4 * self.parameters
@@ -165,8 +166,8 @@ class _Layer:
         for linears, share in ((self.linears, 1.0), (self.experts, self.share)):
             for out, width, policy in linears:
                 total += 2 * out * width * tokens * share
-                if policy is not None and policy.rounding == "gptq":
-                    # the Gram matrix (of about every third linear: the others share an input), and compensation,
+                if policy is not None and needs_hessian(policy):
+                    # the Hessian (of about every third linear: the others share an input), and compensation,
                     # in float32 and in small steps
                     total += (2 * width**2 * min(tokens, 4 * 512) + 4 * width**3) / 3 + 4 * 2 * out * width**2
         return total
@@ -175,7 +176,9 @@ class _Layer:
         total = 0.0
         for out, width, policy in (*self.linears, *self.experts):
             if policy is not None:
-                each = _ROUND_SECONDS + _CLIP_SECONDS * policy.clip + _SMOOTH_SECONDS * (policy.smoothing == "osl")
+                each = (
+                    _ROUND_SECONDS + _CLIP_SECONDS * policy.clip + _SMOOTH_SECONDS * (policy.smoothing.method == "osl")
+                )
                 total += out * width * each
         return total
 

@@ -14,7 +14,7 @@ import torch
 import qtool
 from qtool import memory
 from qtool.calibration.text import Calibration, load, load_tokenizer
-from qtool.checkpoint.storage import check_free_space, resumable_bytes
+from qtool.checkpoint.storage import resumable_bytes
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.engines.native import executor
 from qtool.engines.native.ledger import Ledger
@@ -22,6 +22,7 @@ from qtool.engines.native.pieces import PieceWriter
 from qtool.engines.native.prepare import Prepared
 from qtool.engines.native.schedule import Schedule
 from qtool.engines.report import CalibrationUsed, QuantizationReport, QuantizationResult
+from qtool.files import check_free_space
 
 if TYPE_CHECKING:
     from qtool.workers import Report

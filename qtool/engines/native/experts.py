@@ -14,7 +14,7 @@ from qtool.checkpoint.formats import Format
 from qtool.engines.native.context import storage
 from qtool.model.observe import sample_stride
 from qtool.model.weights import ModelWeights, StoredWeights, refuse_damage
-from qtool.quant.layer import GroupReport, policy_of, quantize_group, smooth
+from qtool.quant.layer import GroupReport, needs_hessian, policy_of, quantize_group, smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups
 from qtool.quant.types import QuantizedLinear
@@ -105,8 +105,8 @@ def _statistics(policies: Sequence[Policy | None], x: torch.Tensor | None) -> In
     """Of the tokens x [n, in]; None when there are none."""
     if x is None or not len(x):
         return None
-    with_gram = any(policy is not None and policy.rounding == "gptq" for policy in policies)
-    observed = InputStatistics(stride=sample_stride(len(x)), with_gram=with_gram, gram_stride=1)
+    with_hessian = any(policy is not None and needs_hessian(policy) for policy in policies)
+    observed = InputStatistics(stride=sample_stride(len(x)), with_hessian=with_hessian, hessian_stride=1)
     observed.update(x)
     return observed
 

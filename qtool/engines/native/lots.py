@@ -13,6 +13,7 @@ from qtool.engines.native.units import ExpertTask
 from qtool.engines.report import ExpertTokens
 from qtool.model.experts import Routing
 from qtool.model.recorder import Recorder
+from qtool.quant.layer import needs_tokens
 from qtool.recipe.schema import Policy
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def after_run(prepared: Prepared, index: int, recorder: Recorder, router: torch.
     routing = recorder.routing(len(policies))
     counts = routing.counts(len(policies))
     enough = prepared.job.recipe.calibration.expert_tokens
-    short = [e for e, own in enumerate(policies) if counts[e] < enough and any(map(_needs_calibration, own.values()))]
+    needy = [any(policy and needs_tokens(policy) for policy in own.values()) for own in policies]
+    short = [expert for expert, own in enumerate(counts) if needy[expert] and own < enough]
     rows, columns = prepared.model.weights.shape(f"{module.names[0].gate}.weight")
     return RoutedLayer(
         index=index,
@@ -95,11 +97,4 @@ def after_run(prepared: Prepared, index: int, recorder: Recorder, router: torch.
         routing=routing,
         extra=recorder.likely(short, counts, routing, router, enough),
         size=max(1, _LOT_ELEMENTS // (3 * rows * columns)),
-    )
-
-
-def _needs_calibration(policy: Policy | None) -> bool:
-    """Whether calibration tokens matter to a linear of this policy."""
-    return policy is not None and (
-        policy.scheme.is_static or policy.smoothing != "none" or policy.clip or policy.rounding == "gptq"
     )

@@ -107,9 +107,17 @@ def describe(policy: Policy | None) -> str:
     if policy is None:
         return "float"
     activations = policy.activations
-    range_ = f"per-tensor static ({activations.observer})" if policy.scheme.is_static else "per-token dynamic"
-    extras = [policy.smoothing, "clip" if policy.clip else "", policy.rounding]
-    return f"W8A8 {range_}, {', '.join(e for e in extras if e and e != 'none')}"
+    range_ = "per-token dynamic"
+    if activations.mode == "static":
+        range_ = f"per-tensor static ({activations.observer.method})"
+    extras = [policy.smoothing.method, "clip" if policy.clip else "", policy.rounding.method]
+    return f"{_bits(policy.scheme)} {range_}, {', '.join(e for e in extras if e and e != 'none')}"
+
+
+def _bits(scheme: Scheme) -> str:
+    weights = scheme.weights
+    shared = "" if weights.strategy == "channel" else f" by {weights.strategy}"
+    return f"{scheme.bits}{shared}{f' of {weights.group_size}' if weights.group_size else ''}"
 
 
 def output_bytes(weights: ModelWeights, schemes: Mapping[str, Scheme | None]) -> int:

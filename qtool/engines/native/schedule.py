@@ -28,7 +28,7 @@ from qtool.model.activations import Activations
 from qtool.model.observe import sample_stride
 from qtool.model.probe import probe
 from qtool.model.recorder import Recorder
-from qtool.quant.layer import GroupReport, policy_of
+from qtool.quant.layer import GroupReport, needs_hessian, policy_of
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, linear_layers, signature
 
@@ -155,7 +155,7 @@ class Schedule:
         """Run a layer and write it, Golden Stick's way."""
         with self._model.layer(floats.index) as layer:
             linears = self._linears(floats.index, layer)
-            statistics = _statistics(linears, stride=1, with_gram=False)
+            statistics = _statistics(linears, stride=1, with_hessian=False)
             floats.run(layer, statistics)
             storage = self._prepared.context.storage(linears.first_weight)
             written = self._output.write(quantize_exactly(layer, linears, statistics, storage, floats.runs(layer)))
@@ -220,10 +220,10 @@ class Schedule:
             self._ledger.finish_unit(lot.name, written.reports)
 
 
-def _statistics(linears: LayerLinears, stride: int, *, with_gram: bool = True) -> dict[str, InputStatistics]:
-    """Empty ones of every group that is quantized, by its first linear; Gram matrices only where they are needed."""
+def _statistics(linears: LayerLinears, stride: int, *, with_hessian: bool = True) -> dict[str, InputStatistics]:
+    """Empty ones of every group that is quantized, by its first linear; Hessians only where they are needed."""
     return {
-        group.linears[0]: InputStatistics(stride=stride, with_gram=with_gram and policy.rounding == "gptq")
+        group.linears[0]: InputStatistics(stride=stride, with_hessian=with_hessian and needs_hessian(policy))
         for group in linears.groups
         if (policy := policy_of(group, linears.policies)) is not None
     }
