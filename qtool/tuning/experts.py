@@ -24,8 +24,9 @@ from qtool.engines.native.experts import (
     SmoothedExpert,
     expert_groups,
 )
-from qtool.model.decoder import DecoderStream, input_quantizer
+from qtool.model.decoder import DecoderStream
 from qtool.model.experts import RoutedExperts, handled
+from qtool.model.loader import input_quantizer
 from qtool.model.recorder import Recorder
 from qtool.recipe.schema import Policy
 from qtool.tuning.noise import Sensitivity, Tally
@@ -101,7 +102,7 @@ def gradients(
         tokens, places, weights = passage.of(number)
         if not len(tokens):
             continue
-        expert = stream.expert(module, number)
+        expert = module.expert(number)
         with torch.enable_grad():
             x = passage.hidden.detach()[tokens].requires_grad_()
             given = expert.output(expert.inner(x))
@@ -168,7 +169,7 @@ class ExpertNoise:
             names = dict(zip(PARTS, module.names[number], strict=True))
             seen = recorder.seen(number, routing, extra)
             with stream.weights.holding(f"{name}.weight" for name in names.values()):
-                inner = stream.expert(module, number).inner(seen) if len(seen) else None
+                inner = module.expert(number).inner(seen) if len(seen) else None
                 for way, tally in tallies.items():
                     policies = {part: ways[way][name] for part, name in names.items()}
                     if not any(policies.values()):

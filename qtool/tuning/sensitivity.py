@@ -24,7 +24,8 @@ from torch import nn
 from qtool.checkpoint.formats import Format
 from qtool.engines.native.context import storage
 from qtool.model.activations import Activations
-from qtool.model.decoder import DecoderStream, input_quantizer
+from qtool.model.decoder import DecoderStream
+from qtool.model.loader import input_quantizer
 from qtool.model.observe import forward, observe, sample_stride
 from qtool.model.probe import probe
 from qtool.model.recorder import Recorder
@@ -91,10 +92,8 @@ def measure(
             key = signature(layer)
             if key not in topology:
                 topology[key] = probe(stream, index, layer)
-            prefix = stream.layer_name(index) + "."
             stored = {
-                name: stream.stored_name(f"{prefix}{name}.weight").removesuffix(".weight")
-                for name in linear_layers(layer)
+                name: stream.stored(index, f"{name}.weight").removesuffix(".weight") for name in linear_layers(layer)
             }
             recorder = stack.enter_context(_recording(states)) if routed is not None else None
             experts = recorder.before(routed.handler) if routed is not None and recorder is not None else None
@@ -161,14 +160,14 @@ def _head_gradient(stream: DecoderStream, hidden: torch.Tensor, report: Report) 
         tokens = slice(start, start + _HEAD_TOKENS)
         with torch.enable_grad():
             x = flat[tokens].detach().requires_grad_()
-            normalized = stream.normalize(x)
+            normalized = stream.head.normalize(x)
         drawn, normalizer = _draw(stream, normalized.detach())
         total = torch.zeros(_DRAWS, *normalized.shape)
-        for first, stop in _slices(stream.vocabulary):
-            head = stream.head(first, stop)
+        for first, stop in _slices(stream.head.vocabulary):
+            rows = stream.head.rows(first, stop)
             with torch.enable_grad():
                 leaf = normalized.detach().requires_grad_()
-                logits = stream.logits(leaf, head)
+                logits = stream.head.logits(leaf, rows)
             p = (logits.detach() - normalizer[:, None]).exp()
             for draw in range(_DRAWS):
                 wanted = -p
@@ -192,8 +191,8 @@ def _draw(stream: DecoderStream, normalized: torch.Tensor) -> tuple[torch.Tensor
     best = torch.full((_DRAWS, count), -torch.inf)
     drawn = torch.zeros((_DRAWS, count), dtype=torch.int64)
     sums = []
-    for first, stop in _slices(stream.vocabulary):
-        logits = stream.logits(normalized, stream.head(first, stop))
+    for first, stop in _slices(stream.head.vocabulary):
+        logits = stream.head.logits(normalized, stream.head.rows(first, stop))
         sums.append(logits.logsumexp(dim=1))
         for draw in range(_DRAWS):
             gumbel = -torch.empty_like(logits).exponential_().log_()

@@ -187,9 +187,9 @@ def test_drawn_tokens_follow_the_model(tiny_llama: Path) -> None:
     hidden = torch.randn(1, 1, 64).expand(4000, 1, 64).reshape(4000, 64)
     with torch.no_grad():
         drawn, normalizer = module._draw(stream, hidden)
-        logits = stream.logits(hidden[:1], stream.head(0, stream.vocabulary))[0]
+        logits = stream.head.logits(hidden[:1], stream.head.rows(0, stream.head.vocabulary))[0]
     assert normalizer[0] == pytest.approx(float(logits.logsumexp(0)), rel=1e-5)
-    shares = torch.bincount(drawn.flatten(), minlength=stream.vocabulary) / drawn.numel()
+    shares = torch.bincount(drawn.flatten(), minlength=stream.head.vocabulary) / drawn.numel()
     p = logits.softmax(0)
     assert float((shares - p).abs().sum()) < 0.25  # 8,000 draws over 512 tokens
     assert int(p.argmax()) == int(shares.argmax())

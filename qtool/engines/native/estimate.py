@@ -118,10 +118,9 @@ class _Layer:
 
     def __init__(self, stream: DecoderStream, index: int, policies: Mapping[str, Policy | None]) -> None:
         layer = stream.skeleton_layer(index)
-        prefix = f"{stream.layer_name(index)}."
         self.linears: list[tuple[int, int, Policy | None]] = []
         for name, linear in linear_layers(layer).items():
-            stored = stream.stored_name(f"{prefix}{name}.weight").removesuffix(".weight")
+            stored = stream.stored(index, f"{name}.weight").removesuffix(".weight")
             self.linears.append((linear.out_features, linear.in_features, policies.get(stored)))
         self.parameters = sum(p.numel() for p in layer.parameters())
         self.experts: list[tuple[int, int, Policy | None]] = []

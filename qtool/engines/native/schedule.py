@@ -169,8 +169,7 @@ class Schedule:
 
     def _linears(self, index: int, layer: nn.Module) -> LayerLinears:
         """Of a loaded layer."""
-        prefix = f"{self._model.layer_name(index)}."
-        stored = {name: self._model.stored_name(prefix + name) for name, _ in layer.named_parameters()}
+        stored = {name: self._model.stored(index, name) for name, _ in layer.named_parameters()}
         policies = {
             name: self._prepared.plan.policies[stored[f"{name}.weight"].removesuffix(".weight")]
             for name in linear_layers(layer)

@@ -114,7 +114,7 @@ def quantize_experts(context: Context, task: ExpertTask) -> Iterator[Piece]:
             seen = (inputs.x[torch.cat((tokens, extra))] if len(extra) else inputs.x[tokens]).to(model.device)
             inner = None
             if len(seen):
-                expert = model.expert(module, number)
+                expert = module.expert(number)
                 inner = expert.inner(seen)
                 if len(tokens):
                     routed = expert.output(inner[: len(tokens)]).float().cpu() * weights[:, None].float()
