@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from qtool.checkpoint import formats
 from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin, size
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ def quantize(
         str | None, typer.Option(help="A recipe's name or file. Default: the one that matches the model.")
     ] = None,
     scheme: Annotated[str | None, typer.Option(help="One of the recipe's schemes. Default: the recipe's own.")] = None,
-    format: Annotated[
-        Literal["compressed-tensors", "golden-stick", "modelslim"] | None, typer.Option(help="Checkpoint format.")
-    ] = None,
+    format: Annotated[formats.Name | None, typer.Option(help="Checkpoint format.")] = None,
     engine: Annotated[Literal["auto", "native", "golden-stick"], typer.Option(help="Who quantizes.")] = "auto",
     calibration: Annotated[
         str | None, typer.Option(metavar="FILE|builtin|self", help="Text: .txt, .jsonl, .parquet, built-in or its own.")

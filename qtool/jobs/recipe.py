@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool import convert, engines, runtimes, workers
+from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
 from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
 from qtool.environments.lookup import interpreter
@@ -84,13 +85,14 @@ class _Run:
         model = self._model(given)
         evaluation = None
         quantized = model
-        if (found := Checkpoint.open(model.path).format) == "float":
+        found = formats.of(Checkpoint.open(model.path))
+        if found.is_float:
             quantized = self._quantize(model)
             if self.recipe.eval.windows:
                 evaluation = self._eval(model, quantized)
         else:
-            self.job.say(f"quantize, eval: left out, the model is {found} already")
-        checkpoints = {Checkpoint.open(quantized.path).format: quantized}
+            self.job.say(f"quantize, eval: left out, the model is {found.name} already")
+        checkpoints = {formats.of(Checkpoint.open(quantized.path)).name: quantized}
         for target in self.recipe.export.also:
             if target not in checkpoints:
                 checkpoints[target] = self._convert(quantized, target)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from qtool.checkpoint.formats import Format
+from qtool.checkpoint.formats import QuantizedFormat
 from qtool.engines.native.experts import (
     DOWN,
     GATE,
@@ -147,7 +147,7 @@ class ExpertNoise:
         recorder: Recorder,
         router: torch.Tensor | None,
         ways: Mapping[str, Mapping[str, Policy | None]],
-        output_format: Format,
+        output_format: QuantizedFormat,
         expert_tokens: int,
     ) -> tuple[list[Sensitivity], list[Sensitivity]]:
         """(all experts of the layer together, each of their linears), the ways in turn.

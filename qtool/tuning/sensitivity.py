@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qtool.checkpoint.formats import Format
+from qtool.checkpoint.formats import QuantizedFormat
 from qtool.engines.native.context import storage
 from qtool.model.activations import Activations
 from qtool.model.decoder import DecoderStream
@@ -54,7 +54,7 @@ def measure(
     text: torch.Tensor,
     calibration: torch.Tensor,
     ways: Mapping[str, Policies],
-    output_format: Format,
+    output_format: QuantizedFormat,
     dtype: torch.dtype,
     expert_tokens: int,
     report: Report,

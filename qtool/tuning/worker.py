@@ -29,7 +29,6 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     from qtool import memory
     from qtool.calibration.text import load, load_tokenizer
     from qtool.checkpoint import formats
-    from qtool.checkpoint.formats.common import mode_of
     from qtool.checkpoint.reader import Checkpoint
     from qtool.engines.native import plan
     from qtool.evaluate.comparison import check_length, windows_of
@@ -54,7 +53,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
         routed = [stream.routed(i) for i in range(stream.depth)]
         for name in (name for module in routed if module for expert in module.names for name in expert):
             for mode, policies in ways.items():
-                if policies[name] is not None and mode_of(planned.schemes[name]) != mode:
+                if (scheme := planned.schemes[name]) is not None and scheme.is_static != (mode == "static"):
                     policies[name] = None
     text = windows_of(job, checkpoint)
     wanted = job["calibration"]

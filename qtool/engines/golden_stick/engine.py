@@ -16,7 +16,6 @@ from pathlib import Path
 
 from qtool import workers
 from qtool.checkpoint.floats import FloatReader
-from qtool.checkpoint.formats.common import mode_of
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import PartialFolder
 from qtool.engines import native
@@ -36,6 +35,7 @@ from qtool.engines.report import (
 from qtool.environments.lookup import interpreter
 from qtool.errors import InputError
 from qtool.files import check_free_space
+from qtool.scheme import name_of
 
 _LINEAR = re.compile(r"((?:.*\.)?(?:layers|h)\.(\d+)\..+)\.weight")
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -125,7 +125,7 @@ def _execute(prepared: _Prepared, on_event: OnEvent) -> QuantizationResult:
             format=job.output.format,
             overwrite=job.output.overwrite,
             max_shard_gb=job.recipe.export.max_shard_gb,
-            modes=_modes(prepared.plan) if prepared.through_mindone else None,
+            schemes=_schemes(prepared.plan) if prepared.through_mindone else None,
             report=report.to_json(),
         )
         module = "qtool.engines.golden_stick.export"
@@ -242,8 +242,8 @@ def _between(output: Path) -> Iterator[Path]:
         partial.discard()
 
 
-def _modes(planned: QuantizationPlan) -> dict[str, str]:
-    return {name: mode_of(scheme) for name, scheme in planned.schemes.items()}
+def _schemes(planned: QuantizationPlan) -> dict[str, str | None]:
+    return {name: None if scheme is None else name_of(scheme) for name, scheme in planned.schemes.items()}
 
 
 def _environment() -> dict[str, str]:

@@ -111,8 +111,8 @@ class ExportTask(Message):
         format: of the output.
         overwrite: replace the output.
         max_shard_gb: the largest file, in 10^9 bytes.
-        modes: linear to static, dynamic or float, as planned; None for MindFormers' output, which is taken over as
-            it is.
+        schemes: linear to a preset's name, or None for float, as planned; None altogether for MindFormers' output,
+            which is taken over as it is.
         report: qtool.json.
     """
 
@@ -122,7 +122,7 @@ class ExportTask(Message):
     format: str
     overwrite: bool
     max_shard_gb: float
-    modes: dict[str, Any] | None
+    schemes: dict[str, str | None] | None
     report: dict[str, Any]
 
 

@@ -8,8 +8,7 @@ import torch
 
 from qtool.checkpoint import formats
 from qtool.checkpoint.floats import FloatReader
-from qtool.checkpoint.formats import Format
-from qtool.checkpoint.formats.common import mode_of
+from qtool.checkpoint.formats import QuantizedFormat
 from qtool.checkpoint.reader import Checkpoint
 from qtool.model.decoder import DecoderStream
 from qtool.quant.layer import Storage
@@ -25,7 +24,7 @@ class Context:
     """
 
     model: DecoderStream
-    format: Format
+    format: QuantizedFormat
 
     def storage(self, weight: str) -> Storage:
         """What the output keeps of the numbers of this weight's layer."""
@@ -72,10 +71,10 @@ class Setup:
         return Context(model, formats.get(self.format))
 
 
-def storage(output_format: Format, dtype: torch.dtype) -> Storage:
+def storage(output_format: QuantizedFormat, dtype: torch.dtype) -> Storage:
     """What a format keeps of a layer whose float tensors are `dtype`."""
     return Storage(
         dtype=dtype,
-        weight_scale=lambda scale, scheme: output_format.storable_weight_scale(scale, mode_of(scheme), dtype),
+        weight_scale=lambda scale, scheme: output_format.storable_weight_scale(scale, scheme, dtype),
         input_scale=lambda scale: output_format.storable_scale(scale, dtype),
     )

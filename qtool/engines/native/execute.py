@@ -15,7 +15,7 @@ import qtool
 from qtool import memory
 from qtool.calibration.text import Calibration, load, load_tokenizer
 from qtool.checkpoint.storage import resumable_bytes
-from qtool.checkpoint.writer import CheckpointWriter
+from qtool.checkpoint.writer import CheckpointWriter, Resume, Sharding
 from qtool.engines.native import executor
 from qtool.engines.native.ledger import Ledger
 from qtool.engines.native.pieces import PieceWriter
@@ -73,11 +73,8 @@ def _writer(prepared: Prepared, calibration: Calibration) -> CheckpointWriter:
         output.path,
         prepared.context.format,
         overwrite=output.overwrite,
-        max_shard_bytes=int(prepared.job.recipe.export.max_shard_gb * 1e9),
-        expected_tensors=6 * len(prepared.model.checkpoint.names),
-        key=_key(prepared, calibration),
-        resume=output.resume,
-        restart=output.restart,
+        sharding=Sharding(int(prepared.job.recipe.export.max_shard_gb * 1e9), 6 * len(prepared.model.checkpoint.names)),
+        resume=Resume(_key(prepared, calibration), output.resume, output.restart),
     )
 
 

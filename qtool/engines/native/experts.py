@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from qtool.checkpoint.formats import Format
+from qtool.checkpoint.formats import QuantizedFormat
 from qtool.engines.native.context import storage
 from qtool.model.observe import sample_stride
 from qtool.model.weights import ModelWeights, StoredWeights, refuse_damage
@@ -63,7 +63,7 @@ class SmoothedExpert:
     """
 
     def __init__(
-        self, linears: ExpertLinears, samples: ExpertSamples, weights: ModelWeights, output_format: Format
+        self, linears: ExpertLinears, samples: ExpertSamples, weights: ModelWeights, output_format: QuantizedFormat
     ) -> None:
         policies = linears.policies
         statistics = {

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 from qtool import runtimes
 from qtool.checkpoint import formats
-from qtool.checkpoint.floats import FORMATS
-from qtool.checkpoint.formats.common import mode_of
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.summary import float_dtype
 from qtool.engines.report import LayersSummary
@@ -62,19 +60,18 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
             hint="correct the `layers` patterns; they must match the whole name",
         )
     schemes = _schemes(policies)
-    problems = formats.get(format_name).problems({name: mode_of(scheme) for name, scheme in schemes.items()})
-    fatal = [problem for problem in problems if problem.fatal]
-    if fatal:
+    problems = formats.get(format_name).problems(schemes)
+    if problems:
         raise InputError(
-            str(fatal[0]) + (f" (and {len(fatal) - 1} more)" if len(fatal) > 1 else ""),
+            problems[0].text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""),
             where=f"{where}, format {format_name}",
-            hint="give the layers that the runtime fuses one policy",
+            hint=problems[0].hint,
         )
     limitations = runtimes.problems(format_name, checkpoint.config, schemes, float_dtype(checkpoint, ()))
     for limitation in limitations:
         if limitation.fatal:
             raise InputError(limitation.text, where=f"{where}, format {format_name}", hint=limitation.hint)
-    return QuantizationPlan(policies, [str(problem) for problem in (*problems, *limitations)])
+    return QuantizationPlan(policies, [str(limitation) for limitation in limitations])
 
 
 def _schemes(policies: Mapping[str, Policy | None]) -> dict[str, Scheme | None]:
@@ -83,9 +80,10 @@ def _schemes(policies: Mapping[str, Policy | None]) -> dict[str, Scheme | None]:
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raises InputError unless the checkpoint is a float model."""
-    if checkpoint.format not in FORMATS:
+    format = formats.of(checkpoint)
+    if not format.is_float:
         raise InputError(
-            f"this checkpoint is quantized already ({checkpoint.format})",
+            f"this checkpoint is quantized already ({format.name})",
             where=str(checkpoint.path),
             hint="quantize the original float model",
         )
