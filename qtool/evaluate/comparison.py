@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qtool import memory
 from qtool.calibration.text import BUILTIN, Calibration, held_out, load, load_tokenizer
 from qtool.checkpoint.reader import Checkpoint
-from qtool.engines.native import memory
 from qtool.errors import InputError
 from qtool.evaluate.divergence import Divergence
 from qtool.evaluate.intervals import estimate, estimate_quantile

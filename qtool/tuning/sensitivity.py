@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qtool.engines.native.units import Source
+from qtool.checkpoint.formats import QuantizedFormat
+from qtool.engines.native.context import storage
 from qtool.model.activations import Activations
 from qtool.model.decoder import DecoderStream
 from qtool.model.loader import input_quantizer
@@ -53,7 +54,7 @@ def measure(
     text: torch.Tensor,
     calibration: torch.Tensor,
     ways: Mapping[str, Policies],
-    source: Source,
+    output_format: QuantizedFormat,
     dtype: torch.dtype,
     expert_tokens: int,
     report: Report,
@@ -65,7 +66,7 @@ def measure(
         text: int64 [windows, length], to estimate KL on.
         calibration: int64 [samples, length], for the quantizer; another text.
         ways: policies by the checkpoint's linear names, by a name for them.
-        source: of the quantizer.
+        output_format: of the quantized model.
         dtype: of the checkpoint's float tensors.
         expert_tokens: how many calibration tokens an expert's statistics need.
 
@@ -108,7 +109,7 @@ def measure(
                 if not any(own.values()) and (routed is None or seen is not None):
                     continue
                 layer.load_state_dict(saved)
-                result = quantize_layer(layer, topology[key], own, statistics, source.storage(dtype))
+                result = quantize_layer(layer, topology[key], own, statistics, storage(output_format, dtype))
                 noise = _Noise(result.linears)
                 noise.measure(stream, index, layer, hidden[index], gradients_of[index])
                 seen = seen or noise.experts
@@ -119,7 +120,7 @@ def measure(
                     linears += [Sensitivity([stored[n]], *facts, *noise.of([n])) for n in group.linears]
             if routed is not None and recorder is not None and seen is not None:
                 router = saved[routed.router].float() if routed.router else None
-                together, each = seen.measure(stream, routed, recorder, router, ways, source, expert_tokens)
+                together, each = seen.measure(stream, routed, recorder, router, ways, output_format, expert_tokens)
                 groups += together
                 linears += each
     report.progress("quantize", stream.depth, stream.depth, "layers")

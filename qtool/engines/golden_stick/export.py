@@ -17,6 +17,7 @@ from qtool.checkpoint.formats.golden_stick import DESCRIPTION, GoldenStick
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import CheckpointWriter, Sharding
 from qtool.engines.golden_stick import shards
+from qtool.engines.golden_stick.tasks import Exported, ExportTask
 from qtool.errors import QtoolError
 from qtool.quant.types import QuantizedLinear
 from qtool.scheme import PRESETS, Scheme
@@ -31,32 +32,26 @@ if TYPE_CHECKING:
 _INSIDE = re.compile(r".*\.layers\.\d+\..*")
 
 
-def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Write the checkpoint.
-
-    Job keys: source and quantized (model folders), output, format, overwrite, max_shard_gb, schemes (linear → a
-    preset's name, or None for float, as planned; None for MindFormers' output, which is taken over as it is), report
-    (qtool.json).
-
-    Returns:
-        output, output_bytes, input_bytes.
+def main(message: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Do an `ExportTask`; answers with `Exported`.
 
     Raises:
         QtoolError: a layer is not quantized as planned, cards' parts don't fit together, or the disk is full.
     """
-    source, quantized = Checkpoint.open(job["source"]), Path(job["quantized"])
-    if job["schemes"] is None:
+    task = ExportTask.from_json(message)
+    source, quantized = Checkpoint.open(task.source), Path(task.quantized)
+    if task.schemes is None:
         parts = shards.Parts(quantized)
         tensors: _Tensors = parts.tensors(source)
         output_format: Writable = _AsDescribed(parts.types)
     else:
-        schemes = {name: PRESETS[scheme] for name, scheme in job["schemes"].items() if scheme is not None}
-        tensors, output_format = _layers(source, Checkpoint.open(quantized), schemes), formats.get(job["format"])
+        schemes = {name: PRESETS[scheme] for name, scheme in task.schemes.items() if scheme is not None}
+        tensors, output_format = _layers(source, Checkpoint.open(quantized), schemes), formats.get(task.format)
     writer = CheckpointWriter(
-        Path(job["output"]),
+        Path(task.output),
         output_format,
-        overwrite=job["overwrite"],
-        sharding=Sharding(int(job["max_shard_gb"] * 1e9), 6 * len(source.names)),
+        overwrite=task.overwrite,
+        sharding=Sharding(int(task.max_shard_gb * 1e9), 6 * len(source.names)),
     )
     with writer:
         for index, (name, value) in enumerate(tensors):
@@ -66,9 +61,9 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
                 writer.add_linear(name, value, _dtype(source, f"{name}.weight"))
             else:
                 writer.add(name, value)
-        path = writer.finish(source, source.config, job["report"])
+        path = writer.finish(source, source.config, task.report)
     written = Checkpoint.open(path)
-    return {"output": str(path), "output_bytes": written.nbytes, "input_bytes": source.nbytes}
+    return Exported(output=str(path), output_bytes=written.nbytes, input_bytes=source.nbytes).to_json()
 
 
 def _layers(source: Checkpoint, quantized: Checkpoint, schemes: Mapping[str, Scheme]) -> _Tensors:
