@@ -150,7 +150,7 @@ def test_the_worker_imports_nothing_but_the_standard_library_and_qtool(run: Any)
     startup = subprocess.check_output([sys.executable, "-c", "import sys; print(*sys.modules)"], text=True).split()
     assert packages - sys.stdlib_module_names - set(startup) == {"qtool", "misbehave"}
     assert "" not in result["path"]  # nothing in the current folder can stand in for a real module
-    assert str(Path(workers.__file__).parent) not in result["path"]
+    assert not {str(folder) for folder in Path(workers.__file__).parents} & set(result["path"])
 
 
 def test_an_interpreter_of_its_own(run: Any, env: dict[str, str], tmp_path: Path, logs: Path) -> None:
@@ -260,7 +260,7 @@ def start_parent(env: dict[str, str], tmp_path: Path, **job: Any) -> tuple[subpr
     """A process of its own that waits for a hanging worker; and the worker's id."""
     started = tmp_path / "started"
     job = {"do": "hangs", "started": str(started), **job}
-    root = str(Path(workers.__file__).parent.parent)
+    root = str(Path(workers.__file__).parents[2])
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, json.dumps(job)],
         env={**os.environ, "XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": f"{env['PYTHONPATH']}:{root}"},
@@ -323,6 +323,6 @@ for package in ("torchaudio", "torchcodec", "torchvision"):
     except ImportError as error:
         print("hidden" if "None in sys.modules" in str(error) else error)
 """
-    root = str(Path(workers.__file__).parent.parent)
+    root = str(Path(workers.__file__).parents[2])
     output = subprocess.check_output([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, text=True)
     assert output.split() == ["hidden"] * 3
