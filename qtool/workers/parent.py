@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -150,7 +149,7 @@ class _Stdin:
         self.end.close()
 
 
-def _events(child: subprocess.Popen[bytes], pipe: IO[bytes], log: Path, timeout: float | None) -> Iterator[Event]:
+def _events(child: processes.Child, pipe: IO[bytes], log: Path, timeout: float | None) -> Iterator[Event]:
     """What the worker says, and a warning when it has been silent for long."""
     end = float("inf") if timeout is None else time.monotonic() + timeout
     heard, patience = time.monotonic(), SILENCE_SECONDS
@@ -206,10 +205,8 @@ def _named(error: Exception, log: Path) -> Exception:
     return error
 
 
-def _post_mortem(child: subprocess.Popen[bytes], module: str, log: Path) -> Exception:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(processes.GRACE_SECONDS)
-    code = child.returncode
+def _post_mortem(child: processes.Child, module: str, log: Path) -> Exception:
+    code = processes.exit_code(child)
     hint = f"The worker's log has the details: {log}"
     if code is None or code >= 0:
         return WorkerDied(f"the worker ended without a result (exit code {code})", hint=hint)

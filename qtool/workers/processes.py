@@ -20,6 +20,7 @@ from typing import IO
 
 from qtool.workers.protocol import Lines
 
+Child = subprocess.Popen[bytes]
 PROGRAM = Path(__file__).with_name("program.py")
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.1
@@ -54,7 +55,7 @@ def start(
     stdout: IO[bytes] | int,
     env: Mapping[str, str],
     inherit: Sequence[int] = (),
-) -> subprocess.Popen[bytes]:
+) -> Child:
     """Start a child, its errors where its output goes; `end` it whatever happens.
 
     Args:
@@ -75,19 +76,25 @@ def start(
     )
 
 
-def end(child: subprocess.Popen[bytes]) -> None:
+def exit_code(child: Child) -> int | None:
+    """How a child ended, negative for a signal; None if it has not within GRACE_SECONDS."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(GRACE_SECONDS)
+    return child.returncode
+
+
+def end(child: Child) -> None:
     """Ask a child to end, so that it can clean up; then end it and all that is left of its process group."""
     try:
         child.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(GRACE_SECONDS)
+        exit_code(child)
     finally:  # a second Ctrl-C waits no longer
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
 
 
-def lines(child: subprocess.Popen[bytes], stream: IO[bytes]) -> Iterator[bytes | None]:
+def lines(child: Child, stream: IO[bytes]) -> Iterator[bytes | None]:
     """The lines of an unbuffered pipe as they come, and None in between, every POLL_SECONDS or so.
 
     They end when the pipe is closed or the child is gone, for a helper that it left may keep the pipe open.

@@ -47,7 +47,10 @@ def encode(line: Mapping[str, Any]) -> bytes:
 
 def decode(line: bytes) -> Event:
     """The event that a line is. Raises ValueError: it is none."""
-    event = json.loads(line)
+    try:
+        event = json.loads(line)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     fields = _FIELDS.get(str(event.get("event"))) if isinstance(event, dict) else None
     if fields is None or not all(isinstance(event.get(name, ...), kind) for name, kind in fields.items()):
         raise ValueError("no event")
