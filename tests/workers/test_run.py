@@ -345,7 +345,7 @@ for package in ("torchaudio", "torchcodec", "torchvision"):
 
 def test_a_worker_that_says_nonsense(run: Any, logs: Path) -> None:
     for said, shown in (
-        ('nonsense "é"', r"'nonsense \"\\xe9\"'"),
+        ('nonsense "é"', r"\xe9"),
         ('{"event": "result"}', "result"),
         ("x" * 70_000_000, "'" + "x" * 100 + "', 70.0 MB"),
     ):
@@ -353,7 +353,7 @@ def test_a_worker_that_says_nonsense(run: Any, logs: Path) -> None:
             run("babbles", said=said)
         assert shown in caught.value.what
         assert len(caught.value.what) < 200
-        assert str(sorted(logs.iterdir())[-1]) in (caught.value.hint or "")
+        assert Path((caught.value.hint or "").rpartition(": ")[2]) in set(logs.iterdir())
 
 
 def test_a_large_result(run: Any) -> None:
