@@ -135,9 +135,11 @@ def test_a_server(run: Any) -> None:
 def test_several_cards(run: Any, tmp_path: Path) -> None:
     code = "; ".join(
         [
-            "from qtool.engines.golden_stick import launch",
+            "from qtool.engines.golden_stick import launch, tasks",
             "import json",
-            "job = {'scratch': sys.argv[1], 'yaml': '', 'msrun': ['msrun']}",
+            "start = tasks.CardsLaunch(yaml='', msrun=['msrun'])",
+            "rest = {'policies': [], 'ids': [], 'seed': 0, 'output': '', 'model': ''}",
+            "job = tasks.CalibrateTask(**rest, scratch=sys.argv[1], launch=start).to_json()",
             "report = type('Report', (), {'progress': lambda *_: None})()",
             "print(json.dumps(launch.main(job, report)))",
         ]
