@@ -68,7 +68,6 @@ def quantize(
       qtool quantize ./DeepSeek-R1 --recipe deepseek-r1-osl --memory 8GB --workers 8 --resume
     """
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.checkpoint.storage import check_output
     from qtool.engines import choose
     from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob, Resources
     from qtool.jobs.quantize import dry_run as plan
@@ -84,8 +83,6 @@ def quantize(
     scheme = scheme_of(chosen, scheme)
     target = (output or folder.with_name(f"{folder.name}-{scheme}")).expanduser().absolute()
     chosen_engine, why = choose() if engine == "auto" else (engine, "as asked for")
-    if not dry_run:
-        check_output(target, overwrite=overwrite, source=folder)
     job = QuantizationJob(
         model=folder,
         output=OutputFolder(target, format or chosen.export.format, overwrite=overwrite, resume=resume),
@@ -109,14 +106,14 @@ def quantize(
         else:
             result = run(chosen_engine, job, out.event)
     if dry_run:
-        out.result(planned.to_json() if json else _lines(planned, chosen, out))
+        out.result(planned.printed() if json else _lines(planned, chosen, out))
         return
     out.info(
         f"{len(result.report.layers)} layer groups in {result.seconds:.0f} s, "
         f"{result.input_bytes / 1e6:,.0f} MB to {result.output_bytes / 1e6:,.0f} MB, "
         f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
     )
-    out.result(result.to_json() if json else result.output)
+    out.result(result.printed() if json else result.output)
 
 
 def _lines(plan: DryRun, recipe: Recipe, out: Console) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qtool import engines, workers
-from qtool.checkpoint.storage import tidy
+from qtool.checkpoint.storage import check_output, tidy
 from qtool.engines.job import CalibrationTokens, QuantizationJob
 from qtool.engines.report import DryRun, QuantizationResult
 from qtool.errors import InputError
@@ -34,9 +34,10 @@ def run(engine: str, job: QuantizationJob, on_event: OnEvent) -> QuantizationRes
         job: its paths are absolute, or relative to the current folder.
 
     Raises:
-        InputError, QtoolError: as the engine does.
+        InputError: an output that must not be written. InputError, QtoolError: as the engine does.
     """
     job = _absolute(job)
+    check_output(job.output.path, overwrite=job.output.overwrite, source=job.model)
     if job.calibration.data == "self":
         job = _with_own_samples(job, on_event)
     try:
