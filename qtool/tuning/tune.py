@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,7 @@ def tune(job: TuningJob, on_event: OnEvent) -> Tuned:
     )
 
 
-def sensitivities(job: TuningJob, modes: list[str], on_event: OnEvent) -> Sensitivities:
+def sensitivities(job: TuningJob, modes: Sequence[str], on_event: OnEvent) -> Sensitivities:
     """What each linear costs, with these kinds of activations."""
     text, calibration = job.text, job.calibration
     return measuring.run(
@@ -220,7 +220,7 @@ class _Space:
         default: what the scheme chooses.
     """
 
-    def __init__(self, job: TuningJob, found: Sensitivities, modes: list[str]) -> None:
+    def __init__(self, job: TuningJob, found: Sensitivities, modes: Sequence[str]) -> None:
         self._job, self._total = job, found.total_bytes
         policies = {name: job.recipe.policy(job.scheme, name) for name in found.bytes}
         self._ways = {mode: search.with_mode(policies, mode) for mode in modes}
