@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 LOGS_KEPT = 20
-LESS_AT_ONCE = {"qtool.runtimes.vllm_worker": " (--set max_num_seqs=8, or fewer)"}  # how a user asks a worker for it
+LESS_AT_ONCE = {"qtool.runtimes.worker.vllm": " (--set max_num_seqs=8, or fewer)"}  # how a user asks a worker for it
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.1
 READ_AHEAD = 256  # inputs that a worker holds before it needs them
