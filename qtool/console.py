@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from qtool import sizes
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -208,13 +210,7 @@ def _bar(console: rich.console.Console) -> rich.progress.Progress:
 
 def amount(count: float, unit: str) -> str:
     """A number of things, bytes in the unit that suits them."""
-    if unit != "bytes":
-        return f"{count} {unit}"
-    names = ("bytes", "kB", "MB", "GB", "TB")
-    power = 0
-    while count >= 1000 and power < len(names) - 1:
-        count, power = count / 1000, power + 1
-    return f"{count:.0f} {names[power]}" if power == 0 else f"{count:.1f} {names[power]}"
+    return sizes.show(count) if unit == "bytes" else f"{count} {unit}"
 
 
 def _cell(value: object) -> str:

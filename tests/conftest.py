@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.launcher import Launcher
 from tests.managed import managed_python
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -54,7 +54,15 @@ def qtool_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
 
 
 @pytest.fixture(scope="session")
-def run_qtool(qtool_environment: dict[str, str]) -> Callable[..., Finished]:
+def launcher(qtool_environment: dict[str, str]) -> Iterator[Launcher]:
+    """Starts `qtool` with everything heavy loaded."""
+    launcher = Launcher(qtool_environment)
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="session")
+def run_qtool(qtool_environment: dict[str, str], launcher: Launcher) -> Callable[..., Finished]:
     """run_qtool(*args, stdin="", env={}, cwd=None, timeout=300) -> Finished: `qtool ARGS`, its output piped."""
 
     def run(
@@ -64,16 +72,15 @@ def run_qtool(qtool_environment: dict[str, str]) -> Callable[..., Finished]:
         cwd: Path | None = None,
         timeout: float = 300,
     ) -> Finished:
-        done = subprocess.run(
-            [sys.executable, "-m", "qtool", *map(str, args)],
-            input=stdin,
-            env={**qtool_environment, **(env or {})},
-            cwd=cwd,
-            timeout=timeout,
-            capture_output=True,
-            encoding="utf-8",
-        )
-        return Finished(done.returncode, done.stdout, done.stderr)
+        pipes: dict[str, Any] = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+        environment = {**qtool_environment, **(env or {})}
+        with launcher.start(args, env=environment, cwd=cwd, encoding="utf-8", **pipes) as process:
+            try:
+                stdout, stderr = process.communicate(stdin, timeout=timeout)
+            except BaseException:
+                process.kill()
+                raise
+        return Finished(process.returncode, stdout, stderr)
 
     return run
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import qtool
-from qtool.console import Console, amount
+from qtool.console import Console
 
 ROOT = str(Path(qtool.__file__).parent.parent)
 LONG = "/a/very/long/path/" + "x" * 200
@@ -111,9 +111,6 @@ def test_importing_it_is_cheap() -> None:
 
 
 def test_bytes_have_a_unit_that_suits_them(capsys: pytest.CaptureFixture[str]) -> None:
-    assert [amount(n, "bytes") for n in (0, 999, 1000, 1_234_567, 7e11, 5e15)] == [
-        "0 bytes", "999 bytes", "1.0 kB", "1.2 MB", "700.0 GB", "5000.0 TB",
-    ]  # fmt: skip
     with Console() as console:
         console.progress("downloading", 0, 2_500_000, "bytes")
     assert capsys.readouterr().err == "downloading (2.5 MB)\n"

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from qtool.files import write_text
+
 FILE = "journal.jsonl"
 _SYNC_SECONDS = 5.0
 
@@ -28,8 +30,7 @@ class Journal:
     def __init__(self, folder: Path, key: str, entries: list[dict[str, Any]]) -> None:
         lines = [{"key": key, "boot": _boot()}, *({"entry": entry} for entry in entries)]
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / (FILE + ".new")).write_text(text, encoding="utf-8")
-        (folder / (FILE + ".new")).replace(folder / FILE)
+        write_text(folder / FILE, text)
         self._file = (folder / FILE).open("ab", buffering=0)
         self._synced = time.monotonic()
 

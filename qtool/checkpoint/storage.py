@@ -1,44 +1,25 @@
-"""Files and folders on disk, for a writer that never leaves anything half-done."""
+"""Folders on disk, for a writer that never leaves anything half-done."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qtool import locks
 from qtool.checkpoint import journal
-from qtool.errors import InputError, QtoolError
-
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-def check_free_space(path: str | Path, nbytes: int, option: str = "--output") -> None:
-    """Raises QtoolError unless the file system of `path` (which need not exist yet) has room for `nbytes`.
-
-    `option` is the one that names another place.
-    """
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < nbytes:
-        raise QtoolError(
-            f"needs {nbytes:,} bytes, {free:,} are free",
-            where=str(path),
-            hint=f"Free some space or choose another {option}.",
-        )
+from qtool.errors import InputError
+from qtool.files import disk_errors, sync, used_space
 
 
 def resumable_bytes(output: Path) -> int:
     """What an ended writer to `output` left on the disk for another one to go on with: that takes no space again."""
     left = output.parent.glob(f".{glob.escape(output.name)}.partial-*")
-    return sum(file.stat().st_blocks * 512 for folder in left if journal.read(folder) for file in folder.rglob("*"))
+    return sum(used_space(folder) for folder in left if journal.read(folder))
 
 
 def check_output(output: Path, *, overwrite: bool, source: Path | None = None) -> None:
@@ -71,57 +52,6 @@ def check_output(output: Path, *, overwrite: bool, source: Path | None = None) -
         )
 
 
-@contextlib.contextmanager
-def disk_errors(output: Path, nbytes: int) -> Iterator[None]:
-    """Turn the operating system's errors while `nbytes` are written into a QtoolError that names `output`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise QtoolError(f"can't be written: {error.strerror}", where=str(output)) from error
-        limit = ", the size limit for files (ulimit -f) is reached" if error.errno == errno.EFBIG else ""
-        raise QtoolError(
-            f"no space left: {nbytes:,} bytes could not be written{limit or _free(output)}",
-            where=str(output),
-            hint="Free some space or choose another --output.",
-        ) from error
-
-
-def _free(output: Path) -> str:
-    try:
-        return f", {shutil.disk_usage(output.parent).free:,} are free"
-    except OSError:
-        return ""
-
-
-def sync(path: Path) -> None:
-    """Have the file or folder on the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def draft(file: Path) -> Path:
-    """Where `write_text` writes before the whole takes its place."""
-    return file.with_name(f".{file.name}.new")
-
-
-def write_text(file: Path, text: str) -> None:
-    """A text file, complete or not at all; what it replaces stays until then. Raises QtoolError if it can't be."""
-    new = draft(file)
-    with disk_errors(file, len(text)):
-        try:
-            new.write_text(text, encoding="utf-8")
-            sync(new)
-            new.replace(file)
-        except BaseException:
-            new.unlink(missing_ok=True)
-            raise
-        sync(file.parent)
-
-
 def tidy(output: Path, *, keep_resumable: bool = False) -> Path | None:
     """Remove what dead writers to `output` left beside it and their journal in it; put back a model just moved aside.
 
@@ -129,7 +59,7 @@ def tidy(output: Path, *, keep_resumable: bool = False) -> Path | None:
         What can be resumed and was kept, if any.
     """
     kept = None
-    with disk_errors(output, 0):
+    with disk_errors(output):
         if journal.read(output) is not None:  # its writer died when all but this was done
             (output / journal.FILE).unlink(missing_ok=True)
         siblings = [*output.parent.iterdir()] if output.parent.is_dir() else []
@@ -137,15 +67,12 @@ def tidy(output: Path, *, keep_resumable: bool = False) -> Path | None:
             if path.name.startswith(f".{output.name}.replaced-") and not os.path.lexists(output):
                 path.rename(output)
             elif path.name.startswith((f".{output.name}.partial-", f".{output.name}.replaced-")):
-                handle = _lock(path)
-                if handle is None:
-                    continue
-                os.close(handle)
-                found = journal.read(path) if keep_resumable else None
-                if found is not None and found[1]:
-                    kept = path
-                else:
-                    shutil.rmtree(path, ignore_errors=True)
+                with locks.abandoned(path) as ours:
+                    found = journal.read(path) if keep_resumable else None
+                    if ours and found is not None and found[1]:
+                        kept = path
+                    elif ours:
+                        shutil.rmtree(path, ignore_errors=True)
     return kept
 
 
@@ -181,20 +108,25 @@ class PartialFolder:
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        with disk_errors(output, 0):
+        with disk_errors(output):
             output.parent.mkdir(parents=True, exist_ok=True)
-            self.path = self._make()
-            self._handle = _lock(self.path)
+            self._handle: int | None
+            self.path, self._handle = self._make()
 
-    def _make(self) -> Path:
+    def _make(self) -> tuple[Path, int]:
         prefix, number = f".{self.output.name}.partial-{os.getpid()}", 1
         while True:
             path = self.output.with_name(prefix if number == 1 else f"{prefix}-{number}")
+            number += 1
             try:
                 path.mkdir()
-                return path
             except FileExistsError:  # another writer of this process, or the same number in another container
-                number += 1
+                continue
+            with contextlib.suppress(FileNotFoundError):  # another process has tidied it away
+                handle = locks.open_folder(path)
+                if locks.lock(handle) and locks.is_still(handle, path):
+                    return path, handle
+                os.close(handle)
 
     @classmethod
     def resume(
@@ -212,8 +144,10 @@ class PartialFolder:
             if found[0] != key:
                 other = path
                 continue
-            handle = _lock(path)
-            if handle is None:
+            with disk_errors(output):
+                handle = locks.open_folder(path)
+            if not locks.lock(handle):
+                os.close(handle)
                 raise InputError("another process is writing this output", where=str(output), hint="Wait for it.")
             folder = cls.__new__(cls)
             folder.output, folder.path, folder._handle = output, path, handle
@@ -255,17 +189,3 @@ class PartialFolder:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
-
-
-def _lock(folder: Path) -> int | None:
-    """An open, locked handle of the folder, or None when somebody else holds it or the file system has no locks."""
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return handle
-    except OSError:
-        os.close(handle)
-        return None

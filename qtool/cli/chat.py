@@ -84,9 +84,10 @@ def chat(
 
 def _job(checkpoint: Checkpoint, template: Template, asked: Mapping[str, Any], running: Running) -> GenerationJob:
     from qtool import runtimes
+    from qtool.checkpoint import formats
     from qtool.runtimes import sampling, settings
 
-    chosen = runtimes.choose(running.runtime, checkpoint.format)
+    chosen = runtimes.choose(running.runtime, formats.of(checkpoint).name)
     recipe = sampling.of_recipe(checkpoint)
     words = {name: value for name, value in recipe.given().items() if name != "max_tokens"}  # meant for a prompt
     arguments = settings.parse(running.set_ or ())

@@ -6,6 +6,7 @@ from typing import Any
 
 import typer
 
+from qtool import sizes
 from qtool.cli.options import Debug, Json, Quiet, console
 
 
@@ -33,7 +34,7 @@ def _text(report: dict[str, Any]) -> str:
         "system": machine["system"],
         "cores": str(machine["cpus"]),
         "memory": _of(memory["available_bytes"], memory["total_bytes"]) if memory else "unknown",
-        "disk": f"{_gigabytes(machine['disk']['free_bytes'])} free for {machine['disk']['folder']}",
+        "disk": f"{sizes.show(machine['disk']['free_bytes'])} free for {machine['disk']['folder']}",
         "CUDA": f"driver {cuda['driver']}, {cuda['devices']} GPUs" if cuda else "none",
         "Ascend": f"{ascend['devices']} NPUs, driver {ascend['driver']}, CANN {ascend['cann']}" if ascend else "none",
     }
@@ -57,8 +58,4 @@ def _versions(row: dict[str, Any]) -> str:
 
 
 def _of(free: int, total: int) -> str:
-    return f"{_gigabytes(free)} of {_gigabytes(total)} free"
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
+    return f"{sizes.show(free)} of {sizes.show(total)} free"

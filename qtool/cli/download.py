@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qtool import sizes
 from qtool.cli.options import Debug, Json, Quiet, console
 from qtool.errors import InputError, QtoolError
 
@@ -139,30 +140,28 @@ def _downloadable() -> list[str]:
 
 
 def _summary(planned: Plan) -> str:
-    from qtool.console import amount
     from qtool.hub.listing import HUBS
 
     listing = planned.listing
     left = f", {len(planned.left)} left out" if planned.left else ""
     return (
         f"{listing.repo} from {HUBS[listing.hub]} ({listing.endpoint}), {listing.revision} at {listing.commit[:12]}: "
-        f"{len(listing.files)} files, {amount(planned.nbytes, 'bytes')}{left}"
+        f"{len(listing.files)} files, {sizes.show(planned.nbytes)}{left}"
     )
 
 
 def _show(planned: Plan, target: Path, out: Console) -> None:
-    from qtool.checkpoint.storage import check_free_space
-    from qtool.console import amount
+    from qtool.files import check_free_space
     from qtool.hub.storage import partial_path, present
 
     files = planned.listing.files
     there = present(partial_path(target), files)
-    rows = [["download", amount(file.size, "bytes"), file.path] for file in files]
+    rows = [["download", sizes.show(file.size), file.path] for file in files]
     rows += [["leave", "", ascii(file.path)[1:-1]] for file in planned.left]
     out.table(f"to {target}", ["", "size", "file"], rows)
     check_free_space(target, planned.nbytes - there, option="--to")
     facts = _facts(planned, target) | {"bytes_there": there}
-    out.result(facts if out.json else f"{len(files)} files, {amount(planned.nbytes - there, 'bytes')} to download")
+    out.result(facts if out.json else f"{len(files)} files, {sizes.show(planned.nbytes - there)} to download")
 
 
 def _facts(planned: Plan, target: Path) -> dict[str, Any]:

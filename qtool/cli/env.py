@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qtool import sizes
 from qtool.cli.options import Debug, Json, Quiet, console
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ def list_(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> Non
     if json:
         out.result(rows)
     elif sys.stdout.isatty():
-        cells = [[row["name"], row["state"], _version(row), _gigabytes(row["bytes"]), row["for"]] for row in rows]
+        cells = [
+            [row["name"], row["state"], _version(row), sizes.show(row["bytes"]) if row["bytes"] else "", row["for"]]
+            for row in rows
+        ]
         out.table("", ["name", "state", "versions", "size", "for"], cells)
     else:
         out.result("\n".join(f"{row['name']} {row['state']}" for row in rows))
@@ -119,7 +123,7 @@ def remove(name: Name, json: Json = False, quiet: Quiet = False, debug: Debug = 
         with store.locked(name, lambda: out.warning(f"another qtool is changing {name}: waiting for it")):
             store.remove(name)
         removed = before["folder"] is not None
-        out.info(f"{name} removed, {_gigabytes(before['bytes'])} freed" if removed else f"{name} was not installed")
+        out.info(f"{name} removed, {sizes.show(before['bytes'])} freed" if removed else f"{name} was not installed")
         if json:
             out.result({"name": name, "removed": removed, "bytes": before["bytes"] or 0})
 
@@ -173,12 +177,6 @@ def _version(row: dict[str, Any]) -> str:
     return ", ".join([f"Python {row['python_version']}", *versions])
 
 
-def _gigabytes(count: int | None) -> str:
-    if count is None:
-        return ""
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
 def _summary(plan: Plan) -> str:
     """What an installation will fetch, in one line."""
     size = f"about {plan.download_gigabytes:g} GB" if plan.download_gigabytes else "how much, no index tells in advance"
@@ -199,4 +197,4 @@ def _say_outcome(out: Console, name: str, before: str, changed: bool, seconds: f
         return
     what = {store.ABSENT: "installed", store.BROKEN: "repaired"}.get(before, "renewed")
     found = store.marker(name)
-    out.info(f"{name} {what} in {seconds:.0f} s, {_gigabytes(found.bytes if found else None)}")
+    out.info(f"{name} {what} in {seconds:.0f} s, {sizes.show(found.bytes) if found else ''}")

@@ -151,10 +151,11 @@ def _job(
 ) -> GenerationJob:
     """The job, with what the recipe and the model wish for. Whatever is wrong shows before anybody types prompts."""
     from qtool import runtimes
+    from qtool.checkpoint import formats
     from qtool.runtimes import sampling, settings
 
     recipe, words = sampling.of_recipe(checkpoint), sampling.of_model(checkpoint)
-    chosen = runtimes.choose(running.runtime, checkpoint.format)
+    chosen = runtimes.choose(running.runtime, formats.of(checkpoint).name)
     arguments = settings.parse(running.set_ or ())
     runtimes.check(chosen, asked, arguments, chat.reasoning_parser)
     splits = chosen.runtime.vllm and not as_text

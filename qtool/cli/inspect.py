@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qtool import sizes
 from qtool.cli.options import Debug, Json, Quiet, console, path_or_stdin
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _tensors(checkpoint: Checkpoint, pattern: re.Pattern[str]) -> None:
 
         job = {"model": str(checkpoint.path.absolute()), "filter": pattern.pattern or None}
         found = workers.run("qtool.checkpoint.ranges", job, python=python, on_event=show)
-        out.info(f"{found['tensors']} tensors, {_size(found['bytes'])}")
+        out.info(f"{found['tensors']} tensors, {sizes.show(found['bytes'])}")
 
 
 _TITLES = ("name", "dtype", "shape", "bytes", "min", "max", "scheme", "scales")
@@ -121,19 +122,14 @@ def _number(value: float | None) -> str:
 
 def _facts(summary: dict[str, Any]) -> list[list[str]]:
     parameters, float_bytes = summary["parameters"], summary["bytes_bf16"]
+    files = f"{summary['files']} file{'s' if summary['files'] > 1 else ''}"
     facts = {
         "architecture": summary["architecture"],
         "format": summary["format"],
         "dtype": summary["dtype"],
         "parameters": None if parameters is None else f"{parameters:,}",
-        "size": f"{_size(summary['bytes_on_disk'])} in {summary['files']} file{'s' if summary['files'] > 1 else ''}",
-        "in bfloat16": float_bytes and f"{_size(float_bytes)}, so this is {summary['bytes'] / float_bytes:.0%} of it",
+        "size": f"{sizes.show(summary['bytes_on_disk'])} in {files}",
+        "in bfloat16": float_bytes
+        and f"{sizes.show(float_bytes)}, so this is {summary['bytes'] / float_bytes:.0%} of it",
     }
     return [[name, str(value)] for name, value in facts.items() if value]
-
-
-def _size(nbytes: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= size:
-            return f"{nbytes / size:.1f} {unit}"
-    return f"{nbytes} B"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qtool import sizes
 from qtool.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,15 +21,10 @@ if TYPE_CHECKING:
 
 def size(text: str, option: str) -> int:
     """Bytes of a size such as 4GB, 500MiB or 12345. Raises InputError."""
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    try:
-        nbytes = TypeAdapter(ByteSize).validate_python(text)
-    except ValidationError:
-        nbytes = ByteSize(0)
-    if nbytes <= 0:
+    nbytes = sizes.parse(text)
+    if nbytes is None:
         raise InputError(f"{text!r} is not a size", where=option, hint="write it as 4GB or 500MiB")
-    return int(nbytes)
+    return nbytes
 
 
 @dataclass

@@ -50,7 +50,7 @@ def run(
 
       qtool run smollm2 ./SmolLM2-135M-Instruct --work ./job --json
     """
-    from qtool.checkpoint.storage import write_text
+    from qtool.files import write_text
     from qtool.jobs import recipe as service
     from qtool.jobs import stages, summary
     from qtool.recipe.load import load

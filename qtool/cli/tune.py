@@ -61,8 +61,8 @@ def tune(
       qtool quantize ./SmolLM2-135M --recipe smollm2-tuned.yaml
     """
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.checkpoint.storage import write_text
     from qtool.cli.analyze import recipe_for
+    from qtool.files import write_text
     from qtool.tuning.tune import Goal, Job
     from qtool.tuning.tune import tune as find
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from qtool import sizes
 from qtool.cli.options import Debug, Json, Quiet, console, path_or_stdin
 from qtool.errors import InputError
 
@@ -38,7 +39,6 @@ def upload(
 
       qtool quantize ./SmolLM2-135M | qtool upload - me/SmolLM2-135M-w8a8 --to modelers --token-file ~/.modelers-token
     """
-    from qtool.console import amount
     from qtool.hub import tokens
     from qtool.hub.download import ask
     from qtool.hub.listing import HUBS
@@ -52,7 +52,7 @@ def upload(
     texts = {README: parcel.card} if parcel.card else {}
     names = sorted([*parcel.files, *texts])
     with console() as out:
-        out.info(f"{path} to {repo} on {HUBS[to]}: {len(names)} files, {amount(parcel.nbytes, 'bytes')}")
+        out.info(f"{path} to {repo} on {HUBS[to]}: {len(names)} files, {sizes.show(parcel.nbytes)}")
         if parcel.card:
             out.info(f"\n{parcel.card}")
         if dry_run:

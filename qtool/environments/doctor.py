@@ -12,6 +12,7 @@ from qtool import workers
 from qtool.environments import lookup, machine, store
 from qtool.environments.table import ENGINES, Engine
 from qtool.errors import InputError, QtoolError, in_one_line
+from qtool.files import free_space
 
 PROBE = "qtool.environments.probe"
 PROBE_SECONDS = 120.0
@@ -49,7 +50,7 @@ def describe() -> dict[str, Any]:
         "system": platform.platform(),
         "cpus": machine.cpus(),
         "memory": machine.memory(),
-        "disk": {"folder": str(store.root()), "free_bytes": machine.free_disk(store.root())},
+        "disk": {"folder": str(store.root()), "free_bytes": free_space(store.root())},
         "cuda": machine.cuda(),
         "ascend": machine.ascend(),
     }

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from qtool import workers
-from qtool.environments import machine, store, supervise
+from qtool.environments import store, supervise
 from qtool.environments.installers import Installer, Pip, Uv
 from qtool.environments.table import Environment
 from qtool.errors import InputError, QtoolError
+from qtool.files import disk_errors, free_space, used_space
 
 PROBE = """import importlib.util as u, json, platform, sys
 print(json.dumps([platform.python_version(), bool(u.find_spec("venv")), bool(u.find_spec("ensurepip"))]))"""
@@ -181,7 +182,7 @@ class Build:
             python=self.base.version,
             installer=installer.name,
             pins=self.environment.digest,
-            bytes=store.tree_bytes(self.folder),
+            bytes=used_space(self.folder),
             packages=store.packages(self.folder),
         )
 
@@ -228,7 +229,7 @@ class Build:
     def _failure(self, what: str) -> QtoolError:
         said = self.error or self.last
         if "No space left" in said or "Disk quota" in said:
-            hint = f"Free some space, or name another folder in QTOOL_ENVIRONMENTS.  (log: {self.log})"
+            hint = f"{store.ELSEWHERE}  (log: {self.log})"
         elif self.environment.elsewhere and self.installer.not_found in said:
             hint = f"{self.environment.elsewhere}  (log: {self.log})"
         else:
@@ -240,7 +241,7 @@ class Build:
 def _taken_back(folder: Path) -> Iterator[None]:
     """Remove `folder` if what is done in it fails or is interrupted."""
     try:
-        with store.disk_errors(folder):
+        with disk_errors(folder.parent, hint=store.ELSEWHERE):
             folder.parent.mkdir(exist_ok=True)
             yield
     except BaseException:
@@ -251,12 +252,12 @@ def _taken_back(folder: Path) -> Iterator[None]:
 
 
 def _check_space(environment: Environment) -> None:
-    needed, free = environment.gigabytes * 1e9, machine.free_disk(store.root())
+    needed, free = environment.gigabytes * 1e9, free_space(store.root())
     if free < needed:
         raise QtoolError(
             f"{environment.name} takes about {environment.gigabytes:g} GB, {free / 1e9:.1f} GB are free",
             where=str(store.root()),
-            hint="Free some space, or name another folder in QTOOL_ENVIRONMENTS.",
+            hint=store.ELSEWHERE,
         )
 
 

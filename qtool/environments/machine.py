@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +44,6 @@ def memory() -> dict[str, int] | None:
     except (OSError, ValueError):  # no control group, or "max"
         return {"total_bytes": total, "available_bytes": free}
     return {"total_bytes": min(total, limit), "available_bytes": max(0, min(free, limit - used))}
-
-
-def free_disk(path: Path) -> int:
-    """Free bytes where `path`, which need not exist yet, is or would be."""
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
 
 
 def has_cuda(root: Path = Path("/")) -> bool:

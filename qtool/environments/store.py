@@ -9,7 +9,6 @@ What no marker names is rubbish of a killed install: it never counts, and the ne
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -19,11 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from qtool import locks
 from qtool.environments.table import ENGINES, find
-from qtool.errors import QtoolError
+from qtool.files import disk_errors, write_json
 
 INSTALLED, OUTDATED, BROKEN, ABSENT = "installed", "outdated", "broken", "absent"
 BUILD = "build-"
+ELSEWHERE = "Free some space, or name another folder in QTOOL_ENVIRONMENTS."
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,7 @@ def new_build(name: str) -> Path:
 def commit(name: str, found: Marker) -> None:
     """Make the build that `found` names the one that counts, from one moment to the next."""
     home = root() / name
-    with disk_errors(home):
-        partial = home / f"environment.json.{os.getpid()}"
-        with partial.open("w", encoding="utf-8") as handle:
-            json.dump(asdict(found), handle, indent=1)
-            handle.flush()
-            os.fsync(handle.fileno())
-        partial.replace(home / "environment.json")
-        folder = os.open(home, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    write_json(home / "environment.json", asdict(found), indent=1, hint=ELSEWHERE)
 
 
 def sweep(name: str) -> None:
@@ -119,16 +109,14 @@ def sweep(name: str) -> None:
     found = marker(name)
     home = root() / name
     for path in [*home.iterdir()] if home.is_dir() else []:
-        if path.name.startswith("environment.json."):
-            path.unlink()
-        elif path.name.startswith(BUILD) and (found is None or path.name != found.build):
+        if path.name.startswith(BUILD) and (found is None or path.name != found.build):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def remove(name: str) -> None:
     """Remove environment `name`, whatever its state. Call it with the lock held."""
     home = root() / name
-    with disk_errors(home):
+    with disk_errors(home, hint=ELSEWHERE):
         (home / "environment.json").unlink(missing_ok=True)  # from here on it doesn't count
         if home.exists():
             shutil.rmtree(home)
@@ -143,34 +131,9 @@ def locked(name: str, on_wait: Callable[[], None]) -> Iterator[IO[str]]:
     Raises:
         QtoolError: the folder of the environments can't be written.
     """
-    with disk_errors(root()):
+    with disk_errors(root(), hint=ELSEWHERE):
         root().mkdir(parents=True, exist_ok=True)
         handle = (root() / f"{name}.lock").open("w")
     with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        locks.wait(handle, on_wait)
         yield handle
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors into a QtoolError that names the file, or else `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise QtoolError(
-            f"can't be written: {error.strerror}",
-            where=error.filename or str(path),
-            hint="Name another folder in QTOOL_ENVIRONMENTS.",
-        ) from error
-
-
-def tree_bytes(folder: Path) -> int:
-    """The size of all files below `folder`, as the file system counts them."""
-    total = 0
-    for path, _, files in os.walk(folder):
-        total += sum(os.lstat(os.path.join(path, file)).st_blocks for file in files) * 512
-    return total

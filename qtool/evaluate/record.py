@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from qtool.checkpoint.reader import LOCK, REPORT, read_json
-from qtool.checkpoint.storage import sync
+from qtool.errors import QtoolError
+from qtool.files import write_json
 
 _KEPT = (
     *("text", "runtime", "base_perplexity", "quantized_perplexity", "perplexity_ratio"),
@@ -37,20 +34,7 @@ def keep(folder: Path, result: Mapping[str, Any]) -> str | None:
         "evaluation": {"base": Path(result["base"]).name, **{key: result[key] for key in _KEPT}}
     }
     try:
-        descriptor, path = tempfile.mkstemp(prefix=f".{REPORT}-", dir=folder)
-    except OSError as error:
-        return f"its folder can't be written: {error.strerror}"
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as out:
-            json.dump(report, out, indent=2, ensure_ascii=False)
-            out.write("\n")
-        os.chmod(path, file.stat().st_mode & 0o777)
-        sync(Path(path))
-        os.replace(path, file)
-    except OSError as error:
-        return f"its folder can't be written: {error.strerror}"
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-    sync(folder)
+        write_json(file, report)
+    except QtoolError as error:
+        return f"it {error.what}"
     return None

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import qtool
-from qtool.checkpoint.storage import write_text
 from qtool.errors import InputError
+from qtool.files import write_text
 
 # key of the result: (what it is called, how it is written)
 FIGURES = {

@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from functools import cache
 from pathlib import Path
 
-from qtool.checkpoint.storage import NO_SPACE
-from qtool.errors import InputError, QtoolError
+from qtool import locks
+from qtool.errors import InputError
+from qtool.files import disk_errors
 from qtool.hub.listing import RemoteFile
 
 COMPLETE = "complete"
 INCOMPLETE = "incomplete"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what a file system says that has none
 
 
 def partial_path(target: Path) -> Path:
@@ -47,23 +47,14 @@ def locked(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
     """
     with errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    told = False
+    tell = cache(waiting)  # once
     while True:
         with errors(folder):
             folder.mkdir(mode=0o755, exist_ok=True)
             handle = _open_own(folder)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    if not told:
-                        waiting()
-                    told = True
-                    fcntl.flock(handle, fcntl.LOCK_EX)
-                elif error.errno not in _NO_LOCKS:  # without them, go on without
-                    raise
-            if _same(handle, folder):  # not removed, or made anew, while we waited
+            locks.wait(handle, tell)
+            if locks.is_still(handle, folder):
                 yield
                 return
         finally:
@@ -186,24 +177,18 @@ def remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def errors(where: Path) -> Iterator[None]:
-    """Turn the operating system's errors into a QtoolError that names `where`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+    """As `disk_errors`; what says that a link or a file stands in the way is an InputError."""
+    with disk_errors(where, hint="Once there is room the same command continues where it stopped."):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                raise
             raise InputError(
                 "refused: a link or a file stands where a folder or a file of the download belongs",
                 where=str(where),
                 hint="Somebody else put it there: remove it, or choose another --to.",
             ) from None
-        if error.errno in NO_SPACE:
-            limit = " (the size limit for files, ulimit -f)" if error.errno == errno.EFBIG else ""
-            raise QtoolError(
-                f"no space left{limit}",
-                where=str(where),
-                hint="Free some and run the same command again: it continues where it stopped.",
-            ) from None
-        raise QtoolError(f"can't be used: {error.strerror}", where=str(where)) from None
 
 
 def _key(file: RemoteFile) -> str:
@@ -225,10 +210,3 @@ def _regular(handle: int, where: Path) -> int:
         os.close(handle)
         raise InputError("refused: it is not a regular file", where=str(where), hint="Remove it and try again.")
     return handle
-
-
-def _same(handle: int, folder: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), folder.lstat())
-    except FileNotFoundError:
-        return False

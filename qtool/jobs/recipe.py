@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qtool import convert, engines, runtimes, workers
+from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
-from qtool.checkpoint.storage import write_text
+from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
 from qtool.environments.lookup import interpreter
 from qtool.errors import InputError
+from qtool.files import encode_json, write_json, write_text
 from qtool.jobs import contents, download, quantize
 from qtool.jobs.stages import Done, Job
 from qtool.recipe.schema import Recipe
 from qtool.runtimes import sampling
 from qtool.runtimes.lines import Line
-from qtool.runtimes.results import encode, record
+from qtool.runtimes.results import record
 from qtool.runtimes.settings import possible
 
 OnEvent = Callable[[workers.Event], None]
@@ -84,13 +85,14 @@ class _Run:
         model = self._model(given)
         evaluation = None
         quantized = model
-        if (found := Checkpoint.open(model.path).format) == "float":
+        found = formats.of(Checkpoint.open(model.path))
+        if found.is_float:
             quantized = self._quantize(model)
             if self.recipe.eval.windows:
                 evaluation = self._eval(model, quantized)
         else:
-            self.job.say(f"quantize, eval: left out, the model is {found} already")
-        checkpoints = {Checkpoint.open(quantized.path).format: quantized}
+            self.job.say(f"quantize, eval: left out, the model is {found.name} already")
+        checkpoints = {formats.of(Checkpoint.open(quantized.path)).name: quantized}
         for target in self.recipe.export.also:
             if target not in checkpoints:
                 checkpoints[target] = self._convert(quantized, target)
@@ -154,19 +156,17 @@ class _Run:
         }
 
         def make(target: Path) -> None:
-            quantize.run(
-                model.path,
-                target,
-                recipe,
+            job = QuantizationJob(
+                model=model.path,
+                # With restart: this folder is the job's own, whatever has changed in or around the recipe.
+                output=OutputFolder(target, recipe.export.format, resume=True, restart=True),
+                recipe=recipe,
                 scheme=scheme,
-                engine=engine,
-                calibration=recipe.calibration.model_dump(),
+                calibration=CalibrationText.of(recipe),
                 device=settings.device,
                 trust_remote_code=settings.trust_remote_code,
-                resume=True,
-                restart=True,  # this folder is the job's own, whatever has changed in or around the recipe
-                on_event=self.on_event,
             )
+            quantize.run(engine, job, self.on_event)
 
         done = self.job.stage("quantize", f"{model.path.name}-{scheme}", inputs, make)
         return _Made(done.output, done.digest)
@@ -193,7 +193,7 @@ class _Run:
             }
             python = interpreter("native")
             result = workers.run("qtool.evaluate.worker", job, python=python, on_event=self.on_event)
-            write_text(target, json.dumps(result, indent=2) + "\n")
+            write_json(target, result)
 
         return self.job.stage("eval", EVALUATION, inputs, make).output
 
@@ -222,7 +222,7 @@ class _Run:
             def collect(item: dict[str, Any]) -> None:
                 if "error" in item:
                     raise InputError(item["error"], where=f"prompt {item['index'] + 1} of the recipe")
-                answers.append(encode(record(lines[item["index"]], item)).decode())
+                answers.append(encode_json(record(lines[item["index"]], item)).decode())
 
             job = runtimes.GenerationJob(
                 model=str(model.path),

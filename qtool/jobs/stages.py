@@ -9,7 +9,6 @@ again when it has ended.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -19,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import qtool
+from qtool import locks
 from qtool.checkpoint.reader import REPORT, read_json
-from qtool.checkpoint.storage import disk_errors, draft, tidy, write_text
+from qtool.checkpoint.storage import tidy
 from qtool.errors import InputError, QtoolError
+from qtool.files import disk_errors, draft, write_json
 from qtool.jobs import contents
 from qtool.jobs.contents import Files
-from qtool.workers import lock
 
 STATE = "qtool-run.json"
 
@@ -128,7 +128,7 @@ class Job:
 
     def _save(self) -> None:
         content = {"qtool": qtool.__version__, "stages": self._records}
-        write_text(self.folder / STATE, json.dumps(content, indent=1) + "\n")
+        write_json(self.folder / STATE, content, indent=1)
 
 
 def _wrong(recorded: Files, found: Files) -> list[str]:
@@ -150,14 +150,14 @@ def opened(folder: Path, say: Callable[[str], None], progress: Callable[[str, in
     Raises:
         InputError: the folder holds something else. QtoolError: another process is at work in it.
     """
-    with disk_errors(folder, 0):
+    with disk_errors(folder):
         state = folder / STATE
         if folder.exists() and not state.exists() and not _is_empty(folder):
             raise InputError("is not empty and no job's folder", where=str(folder), hint="Choose another --work.")
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        handle = locks.open_folder(folder)
     try:
-        if not lock(handle):
+        if not locks.lock(handle):
             raise QtoolError("another qtool run is at work here", where=str(folder))
         job = Job(folder, say, progress)
         if state.exists():

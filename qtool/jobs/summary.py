@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qtool import sizes
 from qtool.checkpoint.reader import Checkpoint
-from qtool.console import amount
 from qtool.jobs.recipe import Outcome
 from qtool.recipe.schema import Recipe
 
@@ -77,7 +77,7 @@ def size_rows(summary: dict[str, Any]) -> list[list[str]]:
     for name, found in summary["checkpoints"].items():
         path, share = Path(found["path"]), f"{found['bytes'] / whole:.0%}" if whole else ""
         shown = path.relative_to(summary["work"]) if path.is_relative_to(summary["work"]) else path
-        rows.append([name, amount(found["bytes"], "bytes"), share, str(shown)])
+        rows.append([name, sizes.show(found["bytes"]), share, str(shown)])
     return rows
 
 

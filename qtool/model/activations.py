@@ -11,8 +11,8 @@ from types import TracebackType
 
 import torch
 
-from qtool.checkpoint.storage import disk_errors
 from qtool.errors import QtoolError
+from qtool.files import disk_errors
 
 
 class Activations:
@@ -32,7 +32,7 @@ class Activations:
         self.rows, self.width, self.dtype = rows, width, dtype
         self._row_bytes = width * dtype.itemsize
         self._file = -1
-        with disk_errors(path, 0):
+        with disk_errors(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o600)
             os.ftruncate(self._file, rows * self._row_bytes)
 

@@ -88,13 +88,13 @@ class _Work:
 def _smoothing(
     layer: nn.Module, group: Group, policy: Policy, statistics: InputStatistics, recordings: Sequence[Recording]
 ) -> Smoothing | None:
-    if policy.smoothing == "none" or group.fold is None:
+    if policy.smoothing.method == "none" or group.fold is None:
         return None
     weight = torch.cat([weight_of(layer, name) for name in group.linears])
     act_max = per_producer_channel(group.fold, statistics.amax)
     w_max = per_producer_channel(group.fold, weight.abs().amax(dim=0))
-    if policy.smoothing == "smoothquant":
-        alpha = policy.smoothquant_alpha
+    if policy.smoothing.method == "smoothquant":
+        alpha = policy.smoothing.alpha
         return Smoothing(smoothing.scale(act_max, w_max, alpha), alpha)
     return osl.search(recordings, group, act_max, w_max, static=policy.scheme.is_static)
 
@@ -140,7 +140,7 @@ def _clip(
 
 def _observe_clipped(layer: nn.Module, prepared: Sequence[_Work], runs: Sequence[Run]) -> None:
     """Ranges of the inputs as they are once the weights before them are clipped, for every group."""
-    seen = {work.members[0]: InputStatistics(stride=1, with_gram=False) for work in prepared}
+    seen = {work.members[0]: InputStatistics(stride=1, with_hessian=False) for work in prepared}
     with ExitStack() as stack:
         for work in prepared:
             start = 0
@@ -164,8 +164,8 @@ def _round(layer: nn.Module, work: _Work, storage: Storage, result: LayerResult)
     """Fix the activations' range where it is static, round the weights, and note the error."""
     input_scale: float | None = None
     input_zero_point: int | None = None
-    if work.policy.scheme.is_static:
-        low, high = observers.static_range(work.low, work.high, work.sample, work.policy.activations)
+    if work.policy.activations.mode == "static":
+        low, high = observers.static_range(work.low, work.high, work.sample, work.policy.activations.observer)
         input_scale, input_zero_point = static_parameters(low, high, storage)
         noisy = fake_quantize_tensor(work.sample, torch.tensor(input_scale), torch.tensor(float(input_zero_point)))
     else:
@@ -179,7 +179,7 @@ def _round(layer: nn.Module, work: _Work, storage: Storage, result: LayerResult)
         GroupReport(
             linears=work.members,
             activations=work.policy.activations.mode,
-            smoothing=work.policy.smoothing if work.smoothing is not None else "none",
+            smoothing=work.policy.smoothing.method if work.smoothing is not None else "none",
             alpha=work.smoothing.alpha if work.smoothing is not None else None,
             relative_error=float(error / reference.square_().sum().clamp(min=1e-30)),
             input=extent(work.low * s, work.high * s),

@@ -172,7 +172,7 @@ def smooth(
     folded, found = Folded(weights), {}
     for group in groups:
         policy = policy_of(group, policies)
-        if policy is None or policy.smoothing == "none" or group.fold is None:
+        if policy is None or policy.smoothing.method == "none" or group.fold is None:
             continue
         found[group.linears[0]] = _search(weights, group, policy, statistics[group.linears[0]])
     for group in groups:
@@ -209,17 +209,17 @@ def quantize_group(
         low, high = low / s, high / s
     input_scale: float | None = None
     input_zero_point: int | None = None
-    if policy.scheme.is_static:
+    if policy.activations.mode == "static":
         input_scale, input_zero_point = static_parameters(
-            *observers.static_range(low, high, sample, policy.activations), storage
+            *observers.static_range(low, high, sample, policy.activations.observer), storage
         )
         noisy = fake_quantize_tensor(sample, torch.tensor(input_scale), torch.tensor(float(input_zero_point)))
     else:
         noisy = fake_quantize_tokens(sample)
     compensation = None
-    if policy.rounding == "gptq":
+    if needs_hessian(policy):
         noise = float((noisy - sample).square_().mean())
-        gram = statistics.gram if s is None else statistics.gram / s / s[:, None]
+        gram = statistics.hessian if s is None else statistics.hessian / s / s[:, None]
         compensation = rounding.Compensation(gram, noise)
     row_error = None
     if policy.clip:
@@ -267,7 +267,7 @@ def quantize_group(
     report = GroupReport(
         linears=members,
         activations=policy.activations.mode,
-        smoothing=policy.smoothing if chosen is not None else "none",
+        smoothing=policy.smoothing.method if chosen is not None else "none",
         alpha=chosen.alpha if chosen is not None else None,
         relative_error=error / max(signal, 1e-30),
         input=before,
@@ -279,6 +279,16 @@ def quantize_group(
 def policy_of(group: Group, policies: Mapping[str, Policy | None]) -> Policy | None:
     """The policy of a group's quantized members; None when there are none."""
     return next((policy for name in group.linears if (policy := policies[name]) is not None), None)
+
+
+def needs_hessian(policy: Policy) -> bool:
+    """Whether `quantize_group` wants the Hessian of the group's input."""
+    return policy.rounding.method == "gptq"
+
+
+def needs_tokens(policy: Policy) -> bool:
+    """Whether what comes out depends on calibration tokens at all."""
+    return policy.scheme.is_static or policy.smoothing.method != "none" or policy.clip or needs_hessian(policy)
 
 
 def extent(low: torch.Tensor, high: torch.Tensor) -> dict[str, float]:
@@ -311,8 +321,8 @@ def _search(weights: Weights, group: Group, policy: Policy, statistics: InputSta
             energy += rows.square().sum(dim=0)
     act_max = per_producer_channel(group.fold, statistics.amax)
     w_max = per_producer_channel(group.fold, maximum)
-    if policy.smoothing == "smoothquant":
-        alpha = policy.smoothquant_alpha
+    if policy.smoothing.method == "smoothquant":
+        alpha = policy.smoothing.alpha
         return Smoothing(smoothing.scale(act_max, w_max, alpha), alpha)
     model = smoothing.NoiseModel(
         statistics.sample.float(),
@@ -321,7 +331,7 @@ def _search(weights: Weights, group: Group, policy: Policy, statistics: InputSta
         statistics.high,
         statistics.energy,
         static=policy.scheme.is_static,
-        compensation=stride * (_GPTQ_REMAINDER if policy.rounding == "gptq" else 1.0),
+        compensation=stride * (_GPTQ_REMAINDER if needs_hessian(policy) else 1.0),
         weight_energy=energy,
     )
     return smoothing.fit(model, act_max, w_max, group.fold.channel_map)

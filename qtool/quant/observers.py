@@ -5,31 +5,31 @@ from __future__ import annotations
 import torch
 
 from qtool.quant.integer import asymmetric_scale_offset, fake_quantize_tensor
-from qtool.recipe.schema import Activations
+from qtool.recipe.policy import Observer
 
 _SHRINKS = 60
 
 
 def static_range(
-    low: torch.Tensor, high: torch.Tensor, sample: torch.Tensor, activations: Activations
+    low: torch.Tensor, high: torch.Tensor, sample: torch.Tensor, observer: Observer
 ) -> tuple[float, float]:
     """The range to quantize.
 
     Args:
         low, high: per-channel extremes over all tokens, float32 [in].
         sample: some of the tokens, float32 [tokens, in]; the percentile and MSE observers work on these.
-        activations: which observer.
+        observer: how to choose.
 
     Returns:
         (minimum, maximum).
     """
     bottom, top = float(low.min()), float(high.max())
-    if activations.observer == "minmax":
+    if observer.method == "minmax":
         return bottom, top
     flat = sample.flatten().float()
-    if activations.observer == "percentile":
+    if observer.method == "percentile":
         # kthvalue, unlike quantile, takes any number of elements.
-        k = max(1, round(flat.numel() * activations.percentile / 100))
+        k = max(1, round(flat.numel() * observer.percentile / 100))
         return -float((-flat).kthvalue(k).values), float(flat.kthvalue(k).values)
     return _least_error_range(flat, bottom, top)
 

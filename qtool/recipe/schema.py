@@ -9,53 +9,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from qtool.scheme import W8A8, W8A8_DYNAMIC, Scheme
+from qtool.checkpoint import formats
+from qtool.recipe.policy import Policy
+from qtool.recipe.strict import Strict
 
-
-def _valid_regex(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from None
-    return pattern
-
-
-Regex = Annotated[str, AfterValidator(_valid_regex)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]  # what generators of random numbers take
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Activations(Strict):
-    """How a linear's input is quantized: per token at run time, or per tensor with a range fixed in calibration."""
-
-    mode: Literal["dynamic", "static"] = "dynamic"
-    observer: Literal["minmax", "percentile", "mse"] = Field(
-        default="minmax", description="static only: how the range is chosen from calibration"
-    )
-    percentile: float = Field(default=99.99, gt=50, le=100, description="for the percentile observer")
-
-
-class Policy(Strict):
-    """What happens to the linear layers whose full name matches `layers`."""
-
-    layers: Regex
-    quantize: bool = Field(default=True, description="false leaves the layer as it is")
-    activations: Activations = Activations()
-    smoothing: Literal["osl", "smoothquant", "none"] = "osl"
-    smoothquant_alpha: float = Field(default=0.5, ge=0, le=1)
-    clip: bool = Field(default=True, description="search a clipping ratio per output channel")
-    rounding: Literal["nearest", "gptq"] = "gptq"
-
-    @property
-    def scheme(self) -> Scheme:
-        """How these layers are quantized."""
-        return W8A8 if self.activations.mode == "static" else W8A8_DYNAMIC
 
 
 class Match(Strict):
@@ -78,8 +39,8 @@ class Calibration(Strict):
 
 
 class Export(Strict):
-    format: Literal["compressed-tensors", "golden-stick", "modelslim"] = "compressed-tensors"
-    also: list[Literal["compressed-tensors", "golden-stick", "modelslim", "bfloat16"]] = Field(
+    format: formats.Name = "compressed-tensors"
+    also: list[formats.Target] = Field(
         default_factory=list, description="further formats that `qtool run` converts the result to"
     )
     max_shard_gb: float = Field(default=4.0, gt=0, le=4.0)

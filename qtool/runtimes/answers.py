@@ -12,11 +12,13 @@ from types import TracebackType
 from typing import IO, Any
 
 from qtool.errors import InputError, QtoolError
+from qtool.files import disk_errors, encode_json, write_json
+from qtool.locks import lock
 from qtool.runtimes.lines import Line
-from qtool.runtimes.results import belongs, encode
-from qtool.workers import lock
+from qtool.runtimes.results import belongs
 
 _CHUNK = 1 << 16
+_LATER = "The same command with --resume goes on where it stopped, once there is room."
 _ANEW = "Give the prompts and options of then, or begin anew with --overwrite."
 
 
@@ -107,10 +109,7 @@ class Answers:
         if not self._to_come:
             what = "it was finished with fewer prompts, and with which settings is not known any more"
             raise InputError(what, where=str(self.path), hint=_ANEW)
-        part = self._settings.with_name(self._settings.name + ".part")
-        with self._writing(part):
-            part.write_text(json.dumps(self._now, indent=1))
-            part.replace(self._settings)
+        write_json(self._settings, self._now, indent=1, hint=_LATER)
         self._file.seek(0, os.SEEK_END)
 
     def write(self, value: Mapping[str, Any]) -> None:
@@ -119,24 +118,14 @@ class Answers:
         Raises:
             QtoolError: it could not be written, or not all of it.
         """
-        with self._writing(self.path):
-            self._file.write(encode(value))
+        with disk_errors(self.path, hint=_LATER):
+            self._file.write(encode_json(value))
             self._file.flush()
 
     def finish(self) -> None:
         """All prompts are answered."""
-        with self._writing(self._settings):
+        with disk_errors(self._settings, hint=_LATER):
             self._settings.unlink(missing_ok=True)
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _writing(file: Path) -> Iterator[None]:
-        """A disk that is full, or gone, is no bug."""
-        try:
-            yield
-        except OSError as error:
-            hint = "The same command with --resume goes on where it stopped, once there is room."
-            raise QtoolError(f"can't be written: {error.strerror}", where=str(file), hint=hint) from None
 
     def _cut_torn_line(self) -> None:
         """A process that was killed while it wrote leaves half a line."""
@@ -159,7 +148,7 @@ class Answers:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
-            with self._writing(self.path):
+            with disk_errors(self.path, hint=_LATER):
                 self._file.close()
         except QtoolError:
             if kind is None:  # else what could not be written has been told already, and would be in the way here

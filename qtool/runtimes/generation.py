@@ -77,10 +77,11 @@ def prepare(job: GenerationJob) -> tuple[Launch, WorkerJob]:
     Raises:
         InputError: a folder that is no checkpoint, no runtime for it, settings or sampling that it doesn't know.
     """
+    from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint
 
     checkpoint = Checkpoint.open(job.model)
-    launch = choose(job.runtime, checkpoint.format)
+    launch = choose(job.runtime, formats.of(checkpoint).name)
     check(launch, job.sampling, job.arguments, job.chat.reasoning_parser)
     launch = adapted(launch, checkpoint)
     given, variables = split(job.arguments)

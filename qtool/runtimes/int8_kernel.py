@@ -31,6 +31,7 @@ def needed() -> bool:
 
 def register() -> None:
     """Have vLLM in this process take the kernel in place of its own, where it is needed (`vllm.general_plugins`)."""
+    allow_tiles()
     if not needed():
         return
     from vllm.platforms import current_platform
@@ -44,6 +45,18 @@ def register() -> None:
 
     os.environ["VLLM_DISABLED_KERNELS"] = ",".join(filter(None, [*disabled, _REPLACED]))
     register_linear_kernel(kernel(), current_platform._enum, "int8")
+
+
+def allow_tiles() -> None:
+    """Ask Linux for this process's use of AMX tiles, where the processor has them.
+
+    vLLM 0.32's attention on CPUs takes them for granted. oneDNN asks for them when it first multiplies with them, which
+    a model with small matrices never makes it do: its process dies of SIGILL at the first `tilezero`.
+    """
+    import torch
+
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
 
 
 def kernel() -> type:

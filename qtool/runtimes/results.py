@@ -25,14 +25,6 @@ ANSWERS_OWN = frozenset(
 )
 
 
-def encode(value: Mapping[str, Any]) -> bytes:
-    """One line of JSON. Half a surrogate pair, which UTF-8 can't say, is written as an escape."""
-    try:
-        return json.dumps(value, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:
-        return json.dumps(value).encode() + b"\n"
-
-
 def record(line: Line, item: Mapping[str, Any]) -> dict[str, Any]:
     """The answer to a line: in the shape of OpenAI's batch output for lines of a batch, else the line's own fields and
     text, finish_reason, prompt_tokens, completion_tokens, or error."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qtool.errors import InputError, in_one_line
 from qtool.runtimes.description import Limit, Limitation, Quantized, Reads, Runtime, architecture
 from qtool.runtimes.vllm import RUNTIME as VLLM
+from qtool.scheme import W8A8_DYNAMIC
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
@@ -86,7 +87,9 @@ def adapt(launch: Launch, checkpoint: Checkpoint) -> Launch:
     Raises:
         InputError: no kind of model, or not the one that the user chose, runs this checkpoint.
     """
-    dynamic = checkpoint.format == "golden-stick" and "W8A8_DYNAMIC" in checkpoint.description.values()
+    from qtool.checkpoint.summary import schemes
+
+    dynamic = W8A8_DYNAMIC in schemes(checkpoint).values()
     chosen = os.environ.get(_VARIABLE, "").lower() or backend(checkpoint.config, dynamic=dynamic)
     named = architecture(checkpoint.config)
     if dynamic and (chosen != "mindformers" or named not in MINDFORMERS):

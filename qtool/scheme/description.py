@@ -99,6 +99,10 @@ class Scheme:
     def label(self) -> str:
         """For people: "W8A8 static"."""
         if self.activations is None:
-            return f"W{self.weights.num_bits}A16"
-        kind = "dynamic" if self.activations.dynamic else "static"
-        return f"W{self.weights.num_bits}A{self.activations.num_bits} {kind}"
+            return self.bits
+        return f"{self.bits} {'dynamic' if self.activations.dynamic else 'static'}"
+
+    @property
+    def bits(self) -> str:
+        """For people: "W8A8"; float activations count as 16."""
+        return f"W{self.weights.num_bits}A{self.activations.num_bits if self.activations else 16}"

@@ -19,10 +19,7 @@ _ANY = "<any>"  # no name of a tensor has it, and re.escape leaves it alone
 
 def with_mode(policies: Mapping[str, Policy | None], mode: str) -> dict[str, Policy | None]:
     """The same policies with activations static or dynamic throughout; what is float (None) stays float."""
-    return {
-        name: policy and policy.model_copy(update={"activations": policy.activations.model_copy(update={"mode": mode})})
-        for name, policy in policies.items()
-    }
+    return {name: policy and policy.with_mode(mode) for name, policy in policies.items()}
 
 
 @dataclass(frozen=True)

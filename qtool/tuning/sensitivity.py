@@ -13,7 +13,7 @@ layers: (1 + draws) · depth · tokens · hidden float32.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qtool.engines.native.units import Source
-from qtool.errors import QtoolError
+from qtool.checkpoint.formats import QuantizedFormat
+from qtool.engines.native.context import storage
 from qtool.model.activations import Activations
-from qtool.model.decoder import DecoderStream, input_quantizer
-from qtool.model.experts import handled
+from qtool.model.decoder import DecoderStream
+from qtool.model.loader import input_quantizer
+from qtool.model.observe import forward, observe, sample_stride
 from qtool.model.probe import probe
 from qtool.model.recorder import Recorder
 from qtool.quant.layer import quantize_layer
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 _DRAWS = 2  # tokens drawn per position; each costs a backward pass and steadies the estimate
 _ROWS = 4096  # of the output projection, at a time
 _BATCH_TOKENS = 2048
-_SAMPLE_TOKENS = 512
 _HEAD_TOKENS = 1024  # through the output projection, at a time
 
 Policies = Mapping[str, Policy | None]
@@ -54,7 +54,7 @@ def measure(
     text: torch.Tensor,
     calibration: torch.Tensor,
     ways: Mapping[str, Policies],
-    source: Source,
+    output_format: QuantizedFormat,
     dtype: torch.dtype,
     expert_tokens: int,
     report: Report,
@@ -66,7 +66,7 @@ def measure(
         text: int64 [windows, length], to estimate KL on.
         calibration: int64 [samples, length], for the quantizer; another text.
         ways: policies by the checkpoint's linear names, by a name for them.
-        source: of the quantizer.
+        output_format: of the quantized model.
         dtype: of the checkpoint's float tensors.
         expert_tokens: how many calibration tokens an expert's statistics need.
 
@@ -78,7 +78,7 @@ def measure(
         QtoolError: the model's hidden states are not finite.
     """
     torch.manual_seed(0)
-    hidden = _forward(stream, text, report)
+    hidden = [states.clone() for states in forward(stream, text, _BATCH_TOKENS, "forward", report)]
     gradients_of = _backward(stream, hidden, report)
     states = stream.prologue(calibration)
     groups: list[Sensitivity] = []
@@ -92,13 +92,16 @@ def measure(
             key = signature(layer)
             if key not in topology:
                 topology[key] = probe(stream, index, layer)
-            prefix = stream.layer_name(index) + "."
             stored = {
-                name: stream.stored_name(f"{prefix}{name}.weight").removesuffix(".weight")
-                for name in linear_layers(layer)
+                name: stream.stored(index, f"{name}.weight").removesuffix(".weight") for name in linear_layers(layer)
             }
             recorder = stack.enter_context(_recording(states)) if routed is not None else None
-            statistics = _observe(stream, index, layer, topology[key], states, recorder)
+            experts = recorder.before(routed.handler) if routed is not None and recorder is not None else None
+            stride = sample_stride(states[..., 0].numel())
+            statistics = {g.linears[0]: InputStatistics(stride=stride, with_hessian=True) for g in topology[key]}
+            parts = states.split(_windows(states.shape[1]))
+            for part, output in zip(parts, observe(stream, index, layer, parts, statistics, experts), strict=True):
+                part.copy_(output)
             saved = {name: value.clone() for name, value in layer.state_dict().items()}
             seen: ExpertNoise | None = None
             for way, policies in ways.items():
@@ -106,7 +109,7 @@ def measure(
                 if not any(own.values()) and (routed is None or seen is not None):
                     continue
                 layer.load_state_dict(saved)
-                result = quantize_layer(layer, topology[key], own, statistics, source.storage(dtype))
+                result = quantize_layer(layer, topology[key], own, statistics, storage(output_format, dtype))
                 noise = _Noise(result.linears)
                 noise.measure(stream, index, layer, hidden[index], gradients_of[index])
                 seen = seen or noise.experts
@@ -117,27 +120,11 @@ def measure(
                     linears += [Sensitivity([stored[n]], *facts, *noise.of([n])) for n in group.linears]
             if routed is not None and recorder is not None and seen is not None:
                 router = saved[routed.router].float() if routed.router else None
-                together, each = seen.measure(stream, routed, recorder, router, ways, source, expert_tokens)
+                together, each = seen.measure(stream, routed, recorder, router, ways, output_format, expert_tokens)
                 groups += together
                 linears += each
     report.progress("quantize", stream.depth, stream.depth, "layers")
     return groups, linears
-
-
-def _forward(stream: DecoderStream, text: torch.Tensor, report: Report) -> list[torch.Tensor]:
-    """What enters each layer, and what leaves the last: [windows, length, hidden] each."""
-    hidden = [stream.prologue(text)]
-    for index in range(stream.depth):
-        report.progress("forward", index, stream.depth, "layers")
-        with stream.layer(index) as layer:
-            rows = [stream.run(index, layer, x) for x in hidden[-1].split(_windows(text.shape[1]))]
-        hidden.append(torch.cat(rows))
-        if not bool(hidden[-1].isfinite().all()):
-            raise QtoolError(
-                f"the hidden states after {stream.layer_name(index)} are not finite", where=str(stream.checkpoint.path)
-            )
-    report.progress("forward", stream.depth, stream.depth, "layers")
-    return hidden
 
 
 def _backward(stream: DecoderStream, hidden: list[torch.Tensor], report: Report) -> list[torch.Tensor]:
@@ -173,14 +160,14 @@ def _head_gradient(stream: DecoderStream, hidden: torch.Tensor, report: Report) 
         tokens = slice(start, start + _HEAD_TOKENS)
         with torch.enable_grad():
             x = flat[tokens].detach().requires_grad_()
-            normalized = stream.normalize(x)
+            normalized = stream.head.normalize(x)
         drawn, normalizer = _draw(stream, normalized.detach())
         total = torch.zeros(_DRAWS, *normalized.shape)
-        for first, stop in _slices(stream.vocabulary):
-            head = stream.head(first, stop)
+        for first, stop in _slices(stream.head.vocabulary):
+            rows = stream.head.rows(first, stop)
             with torch.enable_grad():
                 leaf = normalized.detach().requires_grad_()
-                logits = stream.logits(leaf, head)
+                logits = stream.head.logits(leaf, rows)
             p = (logits.detach() - normalizer[:, None]).exp()
             for draw in range(_DRAWS):
                 wanted = -p
@@ -204,8 +191,8 @@ def _draw(stream: DecoderStream, normalized: torch.Tensor) -> tuple[torch.Tensor
     best = torch.full((_DRAWS, count), -torch.inf)
     drawn = torch.zeros((_DRAWS, count), dtype=torch.int64)
     sums = []
-    for first, stop in _slices(stream.vocabulary):
-        logits = stream.logits(normalized, stream.head(first, stop))
+    for first, stop in _slices(stream.head.vocabulary):
+        logits = stream.head.logits(normalized, stream.head.rows(first, stop))
         sums.append(logits.logsumexp(dim=1))
         for draw in range(_DRAWS):
             gumbel = -torch.empty_like(logits).exponential_().log_()
@@ -233,32 +220,6 @@ def _recording(states: torch.Tensor) -> Iterator[Recorder]:
         Recorder(Path(folder), like) as recorder,
     ):
         yield recorder
-
-
-def _observe(
-    stream: DecoderStream,
-    index: int,
-    layer: nn.Module,
-    groups: Sequence[Group],
-    states: torch.Tensor,
-    recorder: Recorder | None,
-) -> dict[str, InputStatistics]:
-    """Statistics of every group's input on the calibration text; moves `states` on to the layer's output."""
-    stride = max(1, states.shape[0] * states.shape[1] // _SAMPLE_TOKENS)
-    statistics = {group.linears[0]: InputStatistics(stride=stride, with_gram=True) for group in groups}
-    handles = [
-        layer.get_submodule(name).register_forward_pre_hook(lambda _m, args, seen=seen: seen.update(args[0]))
-        for name, seen in statistics.items()
-    ]
-    with ExitStack() as stack:
-        routed = stream.routed(index)
-        if routed is not None and recorder is not None:
-            stack.enter_context(handled(routed, recorder.before(routed.handler)))
-        for rows in states.split(_windows(states.shape[1])):
-            rows.copy_(stream.run(index, layer, rows))
-    for handle in handles:
-        handle.remove()
-    return statistics
 
 
 class _Noise:

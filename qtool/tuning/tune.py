@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from qtool import workers
+from qtool import sizes, workers
 from qtool.engines import native
+from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
 from qtool.environments.lookup import interpreter
 from qtool.errors import InputError
 from qtool.jobs import quantize
@@ -21,7 +22,6 @@ from qtool.tuning import search
 from qtool.tuning.search import FLOAT, Choice, Option, Unit
 
 SCHEME = "tuned"
-_UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _CAUTION = 0.97  # of the KL divergence asked for, once a prediction has been too low
 
 
@@ -43,11 +43,12 @@ class Goal:
         Raises:
             InputError: it is none of these.
         """
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[kMGT]?B)?", self.max_size or "")
-        if not found:
-            raise InputError(f"{self.max_size!r} is no size", where="--max-size", hint="such as 165MB, 1.2GB or 102%")
-        number, unit = float(found[1]), found[2] or ""
-        return round(number * default / 100) if unit == "%" else round(number * _UNITS[unit.removesuffix("B") and unit])
+        text = self.max_size or ""
+        share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text, re.ASCII)
+        nbytes = round(float(share[1]) * default / 100) if share else sizes.parse(text)
+        if nbytes is None:
+            raise InputError(f"{text!r} is no size", where="--max-size", hint="such as 165MB, 1.2GB or 102%")
+        return nbytes
 
 
 @dataclass
@@ -242,17 +243,15 @@ def _evaluated(job: Job, recipe: Recipe, scheme: str) -> dict[str, Any]:
     """Quantize, evaluate, and forget the quantized model."""
     with tempfile.TemporaryDirectory(prefix="qtool-tune-", dir=job.scratch) as folder:
         output = Path(folder) / "model"
-        quantize.run(
-            job.model,
-            output,
-            recipe,
+        wanted = QuantizationJob(
+            model=job.model,
+            output=OutputFolder(output, job.format),
+            recipe=recipe,
             scheme=scheme,
-            engine="native",
-            calibration=job.calibration,
-            format=job.format,
+            calibration=CalibrationText(**job.calibration),
             trust_remote_code=job.trust_remote_code,
-            on_event=job.on_event,
         )
+        quantize.run("native", wanted, job.on_event)
         compared = {
             "base": str(job.model),
             "quantized": str(output),

@@ -22,6 +22,8 @@ from typing import Any, cast
 
 import pytest
 
+from tests.launcher import Launcher
+
 SHARD = "model.safetensors"
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 UP_PROJ = "model.layers.0.mlp.up_proj.weight"
@@ -515,16 +517,17 @@ def contents(folder: Path) -> set[tuple[str, int, int]]:
     }
 
 
-def run(bad: Case, model: Path, folder: Path, environment: dict[str, str]) -> Outcome:
+def run(bad: Case, model: Path, folder: Path, environment: dict[str, str], launcher: Launcher) -> Outcome:
     """Set the scene of a case and run its command."""
     folder.mkdir()
     shutil.copytree(model, folder / "model")
     scene = Scene(folder, folder / "model", folder / "out")
     with scene.cleanup:
-        command = [sys.executable, "-m", "qtool", *bad.spoil(scene), "--quiet"]
+        command = [*bad.spoil(scene), "--quiet"]
         before = contents(folder)
-        process = subprocess.Popen(
-            [sys.executable, "-c", f"import os, sys\n{scene.prepare}\nos.execv(sys.argv[1], sys.argv[1:])", *command],
+        process = launcher.start(
+            command,
+            prepare=scene.prepare,
             cwd=folder,
             env=environment,
             stdin=subprocess.PIPE,
@@ -550,15 +553,16 @@ def outcomes(
     tiny_llama: Path,
     tmp_path_factory: pytest.TempPathFactory,
     qtool_environment: dict[str, str],
+    launcher: Launcher,
 ) -> Iterator[dict[str, Future[Outcome]]]:
-    """The selected cases; two run at a time, which nearly halves the wait for all those interpreters to start."""
+    """The selected cases; two run at a time."""
     folder = tmp_path_factory.mktemp("bad")
     environment = qtool_environment | {"OMP_NUM_THREADS": "1"}
     items = [item for item in request.session.items if isinstance(item, pytest.Function)]
     wanted = [cast(Case, item.callspec.params["bad"]) for item in items if item.function is test_bad_input]
     with ThreadPoolExecutor(2) as pool:
         yield {
-            bad.name: pool.submit(run, bad, tiny_llama, folder / str(number), environment)
+            bad.name: pool.submit(run, bad, tiny_llama, folder / str(number), environment, launcher)
             for number, bad in enumerate(wanted)
         }
 

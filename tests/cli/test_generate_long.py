@@ -107,10 +107,10 @@ def test_a_disk_that_is_full_is_told_and_can_be_mended(
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, most),
         )
 
-    for limit, file in ((10_000, output), (100, tmp_path / ".answers.jsonl.qtool.json.part")):
+    for limit, file in ((10_000, output), (100, tmp_path / ".answers.jsonl.qtool.json")):
         done = run(limit)
         assert (done.returncode, done.stdout) == (1, "")
-        assert f"error: can't be written: File too large\n  at: {file}\n" in done.stderr
+        assert f"the size limit for files (ulimit -f) is reached\n  at: {file}\n" in done.stderr
         assert "bug" not in done.stderr
     done = run(resource.RLIM_INFINITY)
     assert done.returncode == 0, done.stderr

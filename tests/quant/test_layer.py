@@ -11,7 +11,7 @@ import torch
 from qtool.quant.layer import LayerResult, ModuleWeights, Storage, quantize_layer, smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups, linear_layers
-from qtool.recipe.schema import Activations, Policy
+from qtool.recipe.policy import Policy, SmoothQuant, Static
 
 EXACT = Storage(torch.float32, lambda scale, scheme: scale, lambda scale: scale)
 BFLOAT16 = Storage(torch.bfloat16, lambda scale, scheme: scale, lambda scale: scale)
@@ -20,7 +20,7 @@ HEADS = 4  # of every model that make_model makes
 
 
 def observe(layer: Any, groups: list[Group]) -> dict[str, InputStatistics]:
-    statistics = {group.linears[0]: InputStatistics(stride=1, with_gram=True) for group in groups}
+    statistics = {group.linears[0]: InputStatistics(stride=1, with_hessian=True) for group in groups}
     handles = [
         layer.module.get_submodule(name).register_forward_pre_hook(lambda _m, args, seen=seen: seen.update(args[0]))
         for name, seen in statistics.items()
@@ -91,7 +91,7 @@ def test_folded_weights_compute_the_same(
 def test_rounded_layer_is_close(mode: Any, rounding: Any, smoothing: Any, decoder_layer: Callable[[str], Any]) -> None:
     layer = decoder_layer("qwen2")
     before = layer.run()
-    policy = Policy(layers=".*", activations=Activations(mode=mode), rounding=rounding, smoothing=smoothing)
+    policy = Policy.model_validate({"layers": ".*", "activations": mode, "rounding": rounding, "smoothing": smoothing})
     result = quantize(layer, policy)
     assert set(result.linears) == set(linear_layers(layer.module))
     for name, linear in result.linears.items():
@@ -127,7 +127,7 @@ def test_a_layer_left_float_is_untouched(decoder_layer: Callable[[str], Any]) ->
 
 
 def test_static_inputs_of_a_group_share_scale_and_offset(decoder_layer: Callable[[str], Any]) -> None:
-    result = quantize(decoder_layer("llama"), Policy(layers=".*", activations=Activations(mode="static")))
+    result = quantize(decoder_layer("llama"), Policy(layers=".*", activations=Static(mode="static")))
     inputs = {
         name: (linear.input_scale, linear.input_zero_point)
         for name, linear in result.linears.items()
@@ -147,7 +147,7 @@ def test_smoothquant_uses_the_alpha_it_is_given(decoder_layer: Callable[[str], A
     layer.run()
     handle.remove()
     act_max = seen[0].abs().amax(dim=(0, 1))
-    result = quantize(layer, Policy(layers=".*", smoothing="smoothquant", smoothquant_alpha=0.3))
+    result = quantize(layer, Policy(layers=".*", smoothing=SmoothQuant(method="smoothquant", alpha=0.3)))
     assert {group.alpha for group in result.groups} == {0.3}
     expected = norm / (act_max**0.3 / w_max**0.7)
     torch.testing.assert_close(layer.module.input_layernorm.weight, expected, rtol=1e-4, atol=1e-6)

@@ -8,7 +8,7 @@ import torch
 
 from qtool.quant.observers import static_range
 from qtool.quant.statistics import InputStatistics
-from qtool.recipe.schema import Activations
+from qtool.recipe.policy import LeastError, MinMax, Percentile
 
 
 def batches(samples: int = 7, length: int = 12, width: int = 5) -> list[torch.Tensor]:
@@ -18,8 +18,8 @@ def batches(samples: int = 7, length: int = 12, width: int = 5) -> list[torch.Te
     return list(x.split(3))
 
 
-def observed(parts: list[torch.Tensor], *, stride: int = 4, with_gram: bool = False) -> InputStatistics:
-    statistics = InputStatistics(stride=stride, with_gram=with_gram)
+def observed(parts: list[torch.Tensor], *, stride: int = 4, with_hessian: bool = False) -> InputStatistics:
+    statistics = InputStatistics(stride=stride, with_hessian=with_hessian)
     for part in parts:
         statistics.update(part)
     return statistics
@@ -49,16 +49,16 @@ def test_gram_of_every_other_token() -> None:
         used.append(part.reshape(-1, 5)[seen % 2 :: 2].double().numpy())
         seen += len(part)
     tokens = np.concatenate(used)
-    statistics = observed(parts, with_gram=True)
-    np.testing.assert_allclose(statistics.gram.numpy(), tokens.T @ tokens / len(tokens), rtol=1e-4, atol=1e-4)
+    statistics = observed(parts, with_hessian=True)
+    np.testing.assert_allclose(statistics.hessian.numpy(), tokens.T @ tokens / len(tokens), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(statistics.energy.numpy(), (tokens**2).mean(0), rtol=1e-5)
 
 
 def test_gram_of_bfloat16_is_summed_in_float32() -> None:
     part = torch.ones(1, 64, 4, dtype=torch.bfloat16)
-    statistics = observed([part] * 100, with_gram=True)
-    assert statistics.gram.dtype == torch.float32
-    assert torch.equal(statistics.gram, torch.ones(4, 4))
+    statistics = observed([part] * 100, with_hessian=True)
+    assert statistics.hessian.dtype == torch.float32
+    assert torch.equal(statistics.hessian, torch.ones(4, 4))
 
 
 def test_sample_takes_every_position_alike() -> None:
@@ -80,14 +80,14 @@ def test_batching_does_not_matter() -> None:
 
 def test_nothing_observed() -> None:
     with pytest.raises(ValueError, match="no batch"):
-        _ = InputStatistics(stride=1, with_gram=False).low
-    with pytest.raises(ValueError, match="Gram"):
-        _ = observed(batches()).gram
+        _ = InputStatistics(stride=1, with_hessian=False).low
+    with pytest.raises(ValueError, match="Hessian"):
+        _ = observed(batches()).hessian
 
 
 def test_minmax_range() -> None:
     statistics = observed(batches())
-    low, high = static_range(statistics.low, statistics.high, statistics.sample, Activations(mode="static"))
+    low, high = static_range(statistics.low, statistics.high, statistics.sample, MinMax(method="minmax"))
     whole = torch.cat(batches()).numpy()
     assert (low, high) == (whole.min(), whole.max())
 
@@ -95,8 +95,8 @@ def test_minmax_range() -> None:
 @pytest.mark.parametrize("percentile", [90.0, 99.0, 100.0])
 def test_percentile_range(percentile: float) -> None:
     sample = torch.randn(400, 25, generator=torch.Generator().manual_seed(0))
-    activations = Activations(mode="static", observer="percentile", percentile=percentile)
-    low, high = static_range(sample.amin(0), sample.amax(0), sample, activations)
+    observer = Percentile(method="percentile", percentile=percentile)
+    low, high = static_range(sample.amin(0), sample.amax(0), sample, observer)
     flat = sample.numpy().ravel()
     assert high == pytest.approx(np.percentile(flat, percentile), abs=0.05)
     assert low == pytest.approx(np.percentile(flat, 100 - percentile), abs=0.05)
@@ -113,7 +113,7 @@ def mean_squared_error(flat: np.ndarray, low: float, high: float) -> float:
 def test_mse_range() -> None:
     sample = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
     sample[7, 3] = 60.0  # one outlier that is not worth a coarse step for all the rest
-    low, high = static_range(sample.amin(0), sample.amax(0), sample, Activations(mode="static", observer="mse"))
+    low, high = static_range(sample.amin(0), sample.amax(0), sample, LeastError(method="mse"))
     flat = sample.double().numpy().ravel()
     candidates = [1 - i / 60 for i in range(60)]
     best = min(mean_squared_error(flat, float(sample.min()) * f, float(sample.max()) * f) for f in candidates)

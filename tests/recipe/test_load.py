@@ -72,10 +72,10 @@ def test_shipped_schemes_cover_the_linears_of_decoder_layers(name: str, linear: 
     policy = recipe.policy("w8a8", linear)
     assert policy is not None
     assert policy.activations.mode == ("static" if static else "dynamic")
-    assert policy.smoothing == "osl"
+    assert policy.smoothing.method == "osl"
     dynamic = recipe.policy("w8a8-dynamic", linear)
     assert dynamic is not None
-    assert (dynamic.activations.mode, dynamic.smoothing) == ("dynamic", "osl")
+    assert (dynamic.activations.mode, dynamic.smoothing.method) == ("dynamic", "osl")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_deepseek_in_the_names_of_both_frameworks(name: str, linear: str, mode: 
     policy = load.load(name).policy("w8a8", linear)
     assert (policy.activations.mode if policy else None) == mode
     if policy:
-        assert (policy.smoothing, policy.clip) == (("osl", True) if mode == "static" else ("none", False))
+        assert (policy.smoothing.method, policy.clip) == (("osl", True) if mode == "static" else ("none", False))
 
 
 @pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "glm4-moe"])
@@ -237,6 +237,68 @@ def test_resolved_is_the_same_recipe_without_extends(name: str, write: Any) -> N
         ("'.*'", "'.*'\n      zebra: 1", 7, r"schemes\.s\[0\]\.zebra: unknown key; known are layers, quantize"),
         ("'.*'", "'.*'\n      smoothing: awq", 7, "must be 'osl', 'smoothquant' or 'none', not 'awq'"),
         ("'.*'", "'.*'\n      activations:\n        mod: static", 8, r"activations\.mod: unknown key.*'mode'"),
+        (
+            "'.*'",
+            "'.*'\n      smoothing: {method: awq}",
+            7,
+            r"smoothing\.method: must be 'osl', 'smoothquant' or 'none'",
+        ),
+        ("'.*'", "'.*'\n      smoothing: {alpha: 0.5}", 7, r"schemes\.s\[0\]\.smoothing\.method: is missing"),
+        ("'.*'", "'.*'\n      smoothing: 3", 7, r"schemes\.s\[0\]\.smoothing: must be a mapping .*, not 3"),
+        (
+            "'.*'",
+            "'.*'\n      smoothing:\n        method: smoothquant\n        alpha: 2",
+            9,
+            r"\[0\]\.smoothing\.alpha: should be less than or equal to 1, it is 2",
+        ),
+        (
+            "'.*'",
+            "'.*'\n      smoothing: smoothquant\n      smoothquant_alpha: 2",
+            8,
+            r"^schemes\.s\[0\]\.smoothquant_alpha: should be less than or equal to 1",
+        ),
+        (
+            "'.*'",
+            "'.*'\n      smoothing:\n        method: osl\n        alpha: 0.5",
+            9,
+            r"smoothing\.alpha: unknown key; known are method$",
+        ),
+        (
+            "'.*'",
+            "'.*'\n      activations:\n        mode: static\n        observer: percentile\n        percentile: 10",
+            10,
+            r"^schemes\.s\[0\]\.activations\.percentile: should be greater than 50",
+        ),
+        (
+            "'.*'",
+            "'.*'\n      activations:\n        mode: static\n        observer: mean",
+            9,
+            r"activations\.observer: must be 'minmax', 'percentile' or 'mse', not 'mean'",
+        ),
+        (
+            "'.*'",
+            "'.*'\n      rounding: gtpq",
+            7,
+            r"schemes\.s\[0\]\.rounding: must be 'nearest' or 'gptq', not 'gtpq'",
+        ),
+        (
+            "'.*'",
+            "'.*'\n      scheme: W8A7",
+            7,
+            r"schemes\.s\[0\]\.scheme: must be 'W8A8' or 'W8A8-dynamic', not 'W8A7'",
+        ),
+        ("'.*'", "'.*'\n      scheme: W8A8\n      activations: static", 8, r"\.activations: scheme says it already"),
+        ("'.*'", "'.*'\n      weights: {type: float}", 7, r"\[0\]\.weights\.type: must be 'int', not 'float'"),
+        ("'.*'", "'.*'\n      weights: {num_bits: 9}", 7, r"weights\.num_bits: should be less than or equal to 8"),
+        ("'.*'", "'.*'\n      weights:\n        symmetric: false", 8, r"weights\.symmetric: must be true"),
+        ("'.*'", "'.*'\n      weights: {strategy: group}", 7, r"weights\.group_size: is missing"),
+        (
+            "'.*'",
+            "'.*'\n      weights: {strategy: block}",
+            7,
+            "weights.strategy: must be 'tensor', 'channel' or 'group'",
+        ),
+        ("'.*'", "'.*'\n      weights: int4", 7, r"\[0\]\.weights: must be a mapping of keys to values, not 'int4'"),
         ("name: mine", "name: mine\ncalibration: {samples: 0}", 2, r"calibration\.samples: should be greater than 0"),
         ("name: mine", "name: mine\nexport: {max_shard_gb: 5}", 2, r"export\.max_shard_gb: .* it is 5"),
         ("name: mine", "name: mine\nname: yours", 2, "name: duplicate key, first on line 1"),

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from qtool.errors import InputError
+from qtool.files import encode_json
 from qtool.runtimes.answers import Answers
 from qtool.runtimes.batch import CHAT_URL, COMPLETIONS_URL
 from qtool.runtimes.identity import decisive, fingerprint
 from qtool.runtimes.lines import Line
-from qtool.runtimes.results import belongs, encode, record
+from qtool.runtimes.results import belongs, record
 
 PLACES = [
     {"token": "a", "token_id": 5, "logprob": -0.5, "top_logprobs": [{"token": "a", "token_id": 5, "logprob": -0.5}]},
@@ -68,7 +69,7 @@ def test_fields_that_are_named_like_the_answers_are_kept() -> None:
 def test_a_lines_own_fields_are_no_part_of_the_answer(fields: dict[str, Any], outcome: dict[str, Any]) -> None:
     """What is left of the line comes out again, under `input` where an answer might say it; and is known again."""
     asked = line(prompt="x", **fields)
-    found = json.loads(encode(record(asked, outcome)))
+    found = json.loads(encode_json(record(asked, outcome)))
     assert ("error" in found, "text" in found) == ("error" in outcome, "error" not in outcome)
     kept = found["input"] if {"error", "text"} & fields.keys() else found
     assert all(repr(kept[name]) == repr(value) for name, value in fields.items())
@@ -111,7 +112,7 @@ def test_openais_shapes_are_read_by_openais_client() -> None:
 
 def test_any_text_makes_one_line() -> None:
     for text in ("é\u2028\n\x00", "\ud800 half"):
-        encoded = encode({"text": text})
+        encoded = encode_json({"text": text})
         assert encoded.count(b"\n") == 1
         assert json.loads(encoded) == {"text": text}
 

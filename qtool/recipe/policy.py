@@ -1,0 +1,216 @@
+"""What a recipe says of some linear layers: their weights, activations, smoothing and rounding.
+
+Where there is a choice of methods, `method` (of activations: `mode`) says which, and the other keys are those of that
+one; a string is short for a method without further keys. Recipes and qtool.json files of earlier versions, which had
+those keys elsewhere, still load.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from qtool.recipe.strict import Regex, Strict, short_for, wrong
+from qtool.scheme import PRESETS, QuantizationArgs, Scheme
+
+
+class Weights(Strict):
+    """How weights are stored, in the terms of `qtool.scheme`: as symmetric integers."""
+
+    num_bits: int = Field(default=8, ge=2, le=8)
+    type: Literal["int"] = "int"
+    strategy: Literal["tensor", "channel", "group"] = Field(default="channel", description="what shares a scale")
+    group_size: int | None = Field(default=None, gt=0, description="for group: input channels that share a scale")
+    symmetric: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _group_size_says_group(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("group_size") is not None:
+            return {"strategy": "group", **data}
+        return data
+
+    @model_validator(mode="after")
+    def _possible(self) -> Weights:
+        if not self.symmetric:
+            raise wrong("symmetric", "must be true: qtool gives weights no zero point")
+        if self.strategy == "group" and self.group_size is None:
+            raise wrong("group_size", "is missing, which strategy group needs")
+        if self.strategy != "group" and self.group_size is not None:
+            raise wrong("group_size", f"has no meaning with strategy {self.strategy}")
+        return self
+
+    @property
+    def args(self) -> QuantizationArgs:
+        return QuantizationArgs(
+            num_bits=self.num_bits, type=self.type, strategy=self.strategy, group_size=self.group_size
+        )
+
+
+class MinMax(Strict):
+    """From the least to the largest value."""
+
+    method: Literal["minmax"]
+
+
+class Percentile(Strict):
+    """Without the values beyond a percentile, on both sides."""
+
+    method: Literal["percentile"]
+    percentile: float = Field(default=99.99, gt=50, le=100)
+
+
+class LeastError(Strict):
+    """With the least mean squared error."""
+
+    method: Literal["mse"]
+
+
+Observer = Annotated[
+    MinMax | Percentile | LeastError, Field(discriminator="method"), BeforeValidator(short_for("method"))
+]
+
+
+class Dynamic(Strict):
+    """A scale per token, found at run time."""
+
+    mode: Literal["dynamic"]
+
+    @property
+    def args(self) -> QuantizationArgs:
+        return QuantizationArgs(strategy="token", dynamic=True)
+
+
+class Static(Strict):
+    """One scale and zero point for the whole tensor; its range is fixed in calibration."""
+
+    mode: Literal["static"]
+    observer: Observer = Field(default=MinMax(method="minmax"), description="how the range is chosen")
+
+    @property
+    def args(self) -> QuantizationArgs:
+        return QuantizationArgs(strategy="tensor", symmetric=False)
+
+
+def _one_observer(activations: Any) -> Any:
+    """The observer's percentile used to stand beside its name, and both were let pass with dynamic activations."""
+    if not isinstance(activations, dict) or not isinstance(activations.get("observer", ""), str):
+        return activations
+    found = dict(activations)
+    percentile = found.pop("percentile", None)
+    if found.get("mode") == "dynamic":
+        found.pop("observer", None)
+    elif found.get("observer") == "percentile" and percentile is not None:
+        found["observer"] = {"method": "percentile", "percentile": percentile}
+    return found
+
+
+Activations = Annotated[
+    Dynamic | Static,
+    Field(discriminator="mode"),
+    BeforeValidator(_one_observer),  # validators that come before run from the last to the first
+    BeforeValidator(short_for("mode", "dynamic")),
+]
+
+
+class Osl(Strict):
+    """The exponent of OutlierSuppressionLite's search; `osl` of the recipe says whose search."""
+
+    method: Literal["osl"]
+
+
+class SmoothQuant(Strict):
+    """SmoothQuant with one exponent everywhere."""
+
+    method: Literal["smoothquant"]
+    alpha: float = Field(default=0.5, ge=0, le=1)
+
+
+class NoSmoothing(Strict):
+    method: Literal["none"]
+
+
+Smoothing = Annotated[
+    Osl | SmoothQuant | NoSmoothing, Field(discriminator="method"), BeforeValidator(short_for("method"))
+]
+
+
+class Nearest(Strict):
+    method: Literal["nearest"]
+
+
+class Gptq(Strict):
+    """Each column's error moves on to the columns still to come."""
+
+    method: Literal["gptq"]
+
+
+Rounding = Annotated[Nearest | Gptq, Field(discriminator="method"), BeforeValidator(short_for("method"))]
+
+_PARTS_OF_A_SCHEME = ("weights", "activations")
+
+
+class Policy(Strict):
+    """What happens to the linear layers whose full name matches `layers`.
+
+    A mapping to validate may also hold `scheme`, a name of `qtool.scheme.PRESETS`, for weights and activations.
+    """
+
+    layers: Regex
+    quantize: bool = Field(default=True, description="false leaves the layer as it is")
+    weights: Weights = Weights()
+    activations: Activations = Dynamic(mode="dynamic")
+    smoothing: Smoothing = Osl(method="osl")
+    clip: bool = Field(default=True, description="search a clipping ratio for each scale")
+    rounding: Rounding = Gptq(method="gptq")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_spellings(cls, data: Any) -> Any:
+        return _with_preset(_with_alpha(data)) if isinstance(data, dict) else data
+
+    @property
+    def scheme(self) -> Scheme:
+        """How these layers are quantized."""
+        return Scheme(self.weights.args, self.activations.args)
+
+    def with_mode(self, mode: str) -> Policy:
+        """The same with activations static or dynamic."""
+        if mode == self.activations.mode:
+            return self
+        return self.model_copy(
+            update={"activations": Static(mode="static") if mode == "static" else Dynamic(mode="dynamic")}
+        )
+
+
+def _with_preset(data: dict[str, Any]) -> dict[str, Any]:
+    if "scheme" not in data:
+        return data
+    name, rest = data["scheme"], {key: value for key, value in data.items() if key != "scheme"}
+    preset = PRESETS.get(name) if isinstance(name, str) else None
+    if preset is None:
+        raise wrong("scheme", f"must be {' or '.join(map(repr, PRESETS))}, not {name!r}")
+    for key in _PARTS_OF_A_SCHEME:
+        if key in rest:
+            raise wrong(key, "scheme says it already")
+    weights = preset.weights
+    rest["weights"] = {
+        "num_bits": weights.num_bits,
+        "type": weights.type,
+        "strategy": weights.strategy,
+        "group_size": weights.group_size,
+        "symmetric": weights.symmetric,
+    }
+    return rest | {"activations": {"mode": "static" if preset.is_static else "dynamic"}}
+
+
+def _with_alpha(data: dict[str, Any]) -> dict[str, Any]:
+    """SmoothQuant's alpha used to be a key of the policy, which meant nothing to other methods."""
+    smoothing = data.get("smoothing", "osl")
+    if "smoothquant_alpha" not in data or not isinstance(smoothing, str):
+        return data
+    rest = {key: value for key, value in data.items() if key != "smoothquant_alpha"}
+    if smoothing == "smoothquant":
+        rest["smoothing"] = {"method": smoothing, "alpha": data["smoothquant_alpha"]}
+    return rest

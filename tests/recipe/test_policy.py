@@ -1,0 +1,101 @@
+"""Policies in all their spellings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qtool.recipe.policy import Policy
+from qtool.scheme import W8A8, W8A8_DYNAMIC, QuantizationArgs, Scheme
+
+
+def policy(**keys: Any) -> Policy:
+    return Policy.model_validate({"layers": ".*", **keys})
+
+
+# the spelling of the first version, and today's
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"smoothing": "osl"}, {"smoothing": {"method": "osl"}}),
+        ({"smoothing": "none", "smoothquant_alpha": 0.5}, {"smoothing": {"method": "none"}}),
+        (
+            {"smoothing": "smoothquant", "smoothquant_alpha": 0.3},
+            {"smoothing": {"method": "smoothquant", "alpha": 0.3}},
+        ),
+        ({"smoothing": "smoothquant"}, {"smoothing": {"method": "smoothquant", "alpha": 0.5}}),
+        ({"smoothquant_alpha": 0.3}, {}),
+        ({"rounding": "nearest"}, {"rounding": {"method": "nearest"}}),
+        ({"activations": {"mode": "dynamic", "observer": "minmax", "percentile": 99.99}}, {}),
+        ({"activations": {"observer": "mse"}}, {"activations": {"mode": "dynamic"}}),
+        (
+            {"activations": {"mode": "static", "observer": "minmax", "percentile": 99.99}},
+            {"activations": {"mode": "static", "observer": {"method": "minmax"}}},
+        ),
+        ({"activations": {"mode": "static", "percentile": 99.0}}, {"activations": {"mode": "static"}}),
+        (
+            {"activations": {"mode": "static", "observer": "percentile", "percentile": 99.5}},
+            {"activations": {"mode": "static", "observer": {"method": "percentile", "percentile": 99.5}}},
+        ),
+        (
+            {"activations": {"mode": "static", "observer": "percentile"}},
+            {"activations": {"mode": "static", "observer": {"method": "percentile", "percentile": 99.99}}},
+        ),
+        (
+            {"activations": {"mode": "static", "observer": "mse"}},
+            {"activations": {"mode": "static", "observer": {"method": "mse"}}},
+        ),
+    ],
+)
+def test_earlier_spellings(old: dict[str, Any], new: dict[str, Any]) -> None:
+    given = dict(old)
+    assert policy(**old) == policy(**new)
+    assert old == given
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"quantize": False},
+        {"activations": "static"},
+        {"activations": {"mode": "static", "observer": {"method": "percentile", "percentile": 98.0}}},
+        {"smoothing": {"method": "smoothquant", "alpha": 0.25}, "clip": False, "rounding": "nearest"},
+        {"scheme": "W8A8"},
+        {"weights": {"num_bits": 4, "group_size": 32}},
+        {"weights": {"num_bits": 3, "strategy": "tensor"}, "smoothing": "none"},
+    ],
+)
+def test_what_is_dumped_loads_again(keys: dict[str, Any]) -> None:
+    made = policy(**keys)
+    for options in ({}, {"exclude_unset": True}, {"exclude_defaults": True}):
+        assert Policy.model_validate(made.model_dump(mode="json", **options)) == made  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("keys", "scheme"),
+    [
+        ({}, W8A8_DYNAMIC),
+        ({"activations": {"mode": "static", "observer": "mse"}}, W8A8),
+        ({"scheme": "W8A8"}, W8A8),
+        ({"scheme": "W8A8-dynamic", "smoothing": "none"}, W8A8_DYNAMIC),
+        (
+            {"weights": {"num_bits": 4, "group_size": 128}},
+            Scheme(QuantizationArgs(num_bits=4, strategy="group", group_size=128), W8A8_DYNAMIC.activations),
+        ),
+        (
+            {"weights": {"strategy": "tensor"}, "activations": "static"},
+            Scheme(QuantizationArgs(strategy="tensor"), W8A8.activations),
+        ),
+    ],
+)
+def test_the_scheme_of_a_policy(keys: dict[str, Any], scheme: Scheme) -> None:
+    assert policy(**keys).scheme == scheme
+
+
+def test_with_mode() -> None:
+    static = policy(activations={"mode": "static", "observer": "mse"}, clip=False)
+    assert static.with_mode("static") is static
+    assert static.with_mode("dynamic") == policy(activations="dynamic", clip=False)
+    assert policy(clip=False).with_mode("static") == policy(activations="static", clip=False)
