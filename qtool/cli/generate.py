@@ -15,8 +15,8 @@ import typer
 
 from qtool.cli import sampling
 from qtool.cli.bundle import expanded
-from qtool.cli.generation import ChatTemplateKwargs, Running, Shown, Thinking, template_kwargs
-from qtool.cli.options import Json, console, path_or_stdin
+from qtool.cli.generation import ChatTemplateKwargs, Printed, Running, Thinking, template_kwargs
+from qtool.cli.options import console, path_or_stdin
 from qtool.cli.printers import Printer, ToFile, ToPipe, ToTerminal
 from qtool.errors import InputError
 
@@ -77,9 +77,7 @@ def generate(
     chat: Chat,
     asked: Annotated[dict[str, Any], sampling.ALL],
     running: Running,
-    *,
-    json: Json = False,
-    shown: Shown,
+    printed: Printed,
 ) -> None:
     """Generate text with a model, quantized or not.
 
@@ -104,7 +102,7 @@ def generate(
     from qtool.checkpoint.reader import Checkpoint
 
     checkpoint = Checkpoint.open(folder)
-    as_text = sys.stdout.isatty() and not json and output.output is None
+    as_text = sys.stdout.isatty() and not printed.json and output.output is None
     job = _job(checkpoint, chat, asked, running, as_text=as_text)
     lines = _lines(prompts, job, chat.system)
     with console() as out, contextlib.ExitStack() as stack:
