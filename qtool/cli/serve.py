@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shlex
 import sys
@@ -43,6 +44,7 @@ def serve(
     """Serve a model with vLLM's OpenAI server, set up for this hardware as `qtool generate` is.
 
     This process becomes the server: what it prints, how it ends and any further option (--set KEY=VALUE) are vLLM's.
+    The key that requests must have, if any, is taken from the variable VLLM_API_KEY.
 
     Examples:
 
@@ -59,12 +61,24 @@ def serve(
     command, env = server.command(checkpoint, runtime, settings.parse(set_ or ()), own)
     with console() as out:
         if dry_run:
-            out.result(shlex.join(["env", *(f"{key}={value}" for key, value in env.items()), *command]))
+            told = {**env, server.KEY_VARIABLE: "…"} if server.KEY_VARIABLE in env else env
+            out.result(shlex.join(["env", *(f"{key}={value}" for key, value in told.items()), *command]))
             return
-        out.info(f"serving {name} at http://{listening.host}:{listening.port}/v1")
+        address, key = f"{listening.host}:{listening.port}", server.KEY_VARIABLE
+        if not _is_loopback(listening.host) and not (env.get(key) or os.environ.get(key)):
+            out.warning(f"whoever reaches {address} can use the model: ask for a key by setting {key}")
+        out.info(f"serving {name} at http://{address}/v1")
     sys.stdout.flush()
     sys.stderr.flush()
     try:
         os.execvpe(command[0], command, {**os.environ, **env})
     except OSError as error:
         raise QtoolError(f"cannot start the server: {error.strerror}", where=command[0]) from None
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address; a name is taken for one that others can, but for localhost."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
