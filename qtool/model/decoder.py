@@ -28,7 +28,7 @@ from qtool.model import experts
 from qtool.model.experts import Expert, RoutedExperts, Routing
 from qtool.model.names import ExpertNames, Names
 from qtool.model.weights import ModelWeights
-from qtool.quant.integer import fake_quantize_tensor, fake_quantize_tokens
+from qtool.quant.integer import InputQuantizer
 from qtool.quant.topology import linear_layers
 from qtool.quant.types import QuantizedLinear
 
@@ -426,10 +426,7 @@ def input_quantizer(linear: QuantizedLinear) -> Callable[[torch.Tensor], torch.T
     Per token the scale is max|x| / 127.5 over integers -128..127, as in transformers with compressed-tensors and in
     qtool's own calibration; vLLM's int8 kernels take max|x| / 127, which rounds by another 0.4 % step.
     """
-    if linear.input_scale is None or linear.input_zero_point is None:
-        return fake_quantize_tokens
-    scale, zero_point = torch.tensor(linear.input_scale), torch.tensor(float(linear.input_zero_point))
-    return lambda x: fake_quantize_tensor(x, scale.to(x.device), zero_point.to(x.device))
+    return InputQuantizer.of(linear)
 
 
 def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:

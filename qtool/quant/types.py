@@ -22,7 +22,7 @@ class QuantizedLinear:
     Attributes:
         scheme: what qmin, qmax and steps are, and what shares a scale.
         weight: int8 [out, in], symmetric (zero point 0), whatever its number of bits.
-        weight_scale: float32 [out]; the float weight is weight * weight_scale[:, None].
+        weight_scale: float32 [out], [1] or [out, groups], as the scheme has it; `integer.dequantize` multiplies them.
         bias: float [out] or None; formats store it in the model's dtype.
         input_scale: positive float where the scheme is static, else None.
         input_zero_point: integer in qmin..qmax where the scheme is static, else None.
