@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from qtool.checkpoint import dtypes, fp8
+from qtool.checkpoint import dtypes, formats, fp8
 from qtool.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
     from qtool.quant.types import QuantizedLinear
 
-FORMATS = ("float", fp8.METHOD)
-
 
 class FloatReader:
     """Reads float tensors, whole or row by row, in float32, float16, bfloat16 or block-scaled FP8.
@@ -25,14 +23,15 @@ class FloatReader:
     Every number that it hands out is finite, but for those of `linear`.
 
     Args:
-        checkpoint: of a format in FORMATS; of another, `linear` tells which tensors can't be read here.
+        checkpoint: of a format whose `is_float` is set; of another, `linear` tells which tensors can't be read here.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+        self._format = formats.of(checkpoint)
         self._block = (
             fp8.block_shape(checkpoint.config, str(checkpoint.path / "config.json"))
-            if checkpoint.format == fp8.METHOD
+            if self._format.name == fp8.METHOD
             else None
         )
         self._held: dict[str, torch.Tensor] = {}
@@ -158,7 +157,7 @@ class FloatReader:
 
         Raises InputError for a quantization that qtool doesn't read, or tensors that don't fit together.
         """
-        return None if self.checkpoint.format in FORMATS else self.checkpoint.linear(name)
+        return self._format.read_linear(self.checkpoint, name)
 
     def row_step(self, name: str, elements: int = 1 << 22) -> int:
         """How many rows to read at a time for about so many elements, in whole blocks."""

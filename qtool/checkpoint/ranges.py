@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import dtypes, formats
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.summary import schemes
+from qtool.scheme import Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -34,19 +36,25 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     checkpoint = Checkpoint.open(job["model"])
     wanted = [name for name in checkpoint.names if job["filter"] is None or re.search(job["filter"], name)]
     total = sum(checkpoint.info(name).nbytes for name in wanted)
-    known = schemes(checkpoint) if checkpoint.format in formats.NAMES else {}
+    known = schemes(checkpoint)
+    format = formats.of(checkpoint)
+    scale_parts = format.scale_parts if isinstance(format, formats.QuantizedFormat) else ()
     done = 0
     for name in wanted:
         report.progress("reading", done, total, "bytes")
-        report.item(_describe(checkpoint, name, known))
+        row = _describe(checkpoint, name)
+        owner, _, part = name.rpartition(".")
+        if part == "weight" and (scheme := known.get(owner)):
+            row |= _scales(checkpoint, owner, scheme, scale_parts)
+        report.item(row)
         done += checkpoint.info(name).nbytes
     report.progress("reading", total, total, "bytes")
     return {"tensors": len(wanted), "bytes": total}
 
 
-def _describe(checkpoint: Checkpoint, name: str, known: dict[str, str]) -> dict[str, Any]:
+def _describe(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     info = checkpoint.info(name)
-    row = {
+    return {
         "name": name,
         "dtype": info.dtype,
         "shape": list(info.shape),
@@ -54,14 +62,13 @@ def _describe(checkpoint: Checkpoint, name: str, known: dict[str, str]) -> dict[
         "file": info.file.name,
         **measure(checkpoint, name),
     }
-    owner = name.removesuffix(".weight")
-    scheme = known.get(owner, "")
-    if owner != name and scheme.startswith("W8A8"):
-        # golden-stick checkpoints by older versions keep deq_scale alone
-        part = next((p for p in ("weight_scale", "deq_scale") if f"{owner}.{p}" in checkpoint), "weight_scale")
-        scales = measure(checkpoint, f"{owner}.{part}")
-        row |= {"scheme": scheme, "scale_min": scales["min"], "scale_max": scales["max"]}
-    return row
+
+
+def _scales(checkpoint: Checkpoint, name: str, scheme: Scheme, parts: Sequence[str]) -> dict[str, Any]:
+    """Of the first of these parts that the layer has."""
+    part = next((part for part in parts if f"{name}.{part}" in checkpoint), parts[0])
+    scales = measure(checkpoint, f"{name}.{part}")
+    return {"scheme": scheme.label, "scale_min": scales["min"], "scale_max": scales["max"]}
 
 
 def measure(checkpoint: Checkpoint, name: str) -> dict[str, Any]:

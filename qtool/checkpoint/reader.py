@@ -20,20 +20,11 @@ from qtool.errors import InputError, QtoolError
 if TYPE_CHECKING:
     import torch
 
-    from qtool.quant.types import QuantizedLinear
-
-GOLDEN_STICK_DESCRIPTION = "quantization_description.json"
-MODELSLIM_DESCRIPTION = "quant_model_description.json"
 REPORT = "qtool.json"
 LOCK = "qtool.lock.json"
 
 _MAX_JSON_BYTES = 500_000_000
 _SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
-_COMPANIONS = re.compile(
-    r".+\.(json|txt|jinja|model|tiktoken|md|spm|vocab|bpe)"
-    r"|(LICEN[CS]E|NOTICE|COPYING|README|USE_POLICY|USAGE_POLICY)([._-].*)?",
-    re.IGNORECASE,
-)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -56,20 +47,22 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 class Checkpoint:
-    """A model folder: config.json and safetensors, float or in one of qtool's quantized formats.
+    """A model folder: config.json and safetensors. What the tensors mean is the format's to say (`formats.of`).
 
     Attributes:
         path: the folder.
         config: config.json.
+        files: names of all that lay in the folder when it was opened.
         nbytes: size of all tensors in bytes.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
         self.path = path
         self.config = config
+        self.files = frozenset(entry.name for entry in path.iterdir())
         self.nbytes = sum(info.nbytes for info in tensors.values())
         self._tensors = tensors
-        self._description: dict[str, Any] | None = None
+        self._json: dict[str, dict[str, Any]] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -183,75 +176,11 @@ class Checkpoint:
         lock = read_json(self.path / LOCK)
         return {key: str(lock.get(key, "")) for key in ("hub", "repo", "commit")}
 
-    @property
-    def format(self) -> str:
-        """float, compressed-tensors, golden-stick, modelslim, or another quantization method as config.json has it."""
-        if (self.path / GOLDEN_STICK_DESCRIPTION).exists():
-            return "golden-stick"
-        if (self.path / MODELSLIM_DESCRIPTION).exists():
-            return "modelslim"
-        quantization = self.config.get("quantization_config")
-        if not quantization:
-            return "float"
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        return str(method or "unknown")
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """The description file of a golden-stick or modelslim checkpoint: parameter name to quantization type."""
-        if self._description is None:
-            golden = self.path / GOLDEN_STICK_DESCRIPTION
-            self._description = read_json(golden if golden.exists() else self.path / MODELSLIM_DESCRIPTION)
-        return self._description
-
-    def linear(self, name: str) -> QuantizedLinear | None:
-        """A quantized layer by its name without ".weight", or None when that layer is float.
-
-        Raises:
-            InputError: no such layer, a quantization that qtool doesn't read, or tensors that don't fit together.
-        """
-        from qtool.checkpoint import formats
-
-        self.info(f"{name}.weight")
-        if self.format == "float":
-            return None
-        if self.format not in formats.NAMES:
-            raise InputError(
-                f"quantized with {self.format}, which qtool doesn't read",
-                where=str(self.path),
-                hint=f"It reads float models and {', '.join(formats.NAMES)}.",
-            )
-        return formats.get(self.format).read_linear(self, name)
-
-    def companions(self, *, code: bool = False) -> list[Path]:
-        """Files that belong with the weights (tokenizer, templates, license, readme), relative to `path`.
-
-        Left out: weights, indexes, what a format or qtool wrote, pickles, links that leave the model's own storage,
-        and Python code unless `code`.
-        """
-        found = [*self.path.iterdir()]
-        templates = self.path / "additional_chat_templates"
-        if templates.is_dir() and not templates.is_symlink():
-            found += templates.iterdir()
-        own = {"config.json", REPORT, LOCK, GOLDEN_STICK_DESCRIPTION, MODELSLIM_DESCRIPTION}
-        return sorted(
-            file.relative_to(self.path)
-            for file in found
-            if file.is_file()
-            and file.name not in own
-            and not file.name.startswith(".")
-            and not file.name.endswith(".index.json")
-            and (_COMPANIONS.fullmatch(file.name) or (code and file.suffix == ".py"))
-            and self._is_own(file)
-        )
-
-    def _is_own(self, file: Path) -> bool:
-        """False for a link out of the folder; the blobs of a Hugging Face cache belong to its snapshots."""
-        target, folder = file.resolve(), self.path.resolve()
-        homes = [folder]
-        if folder.parent.name == "snapshots":
-            homes.append(folder.parent.parent / "blobs")
-        return any(target.is_relative_to(home) for home in homes)
+    def json(self, file: str) -> dict[str, Any]:
+        """A JSON file of the folder, read once. Raises InputError when it isn't there or holds no object."""
+        if file not in self._json:
+            self._json[file] = read_json(self.path / file)
+        return self._json[file]
 
 
 def _runs(sorted_ids: list[int]) -> Iterable[tuple[int, int]]:

@@ -10,8 +10,7 @@ from typing import Any
 from qtool.checkpoint import formats
 from qtool.checkpoint.dtypes import FLOATS
 from qtool.checkpoint.reader import Checkpoint
-
-_SCHEMES = {"static": "W8A8 static", "dynamic": "W8A8 dynamic"}
+from qtool.scheme import Scheme
 
 
 def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -23,15 +22,17 @@ def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     infos = [checkpoint.info(name) for name in checkpoint.names]
     files = {info.file for info in infos}
+    format = formats.of(checkpoint)
     found = schemes(checkpoint)
-    quantized = {name for name, scheme in found.items() if scheme in _SCHEMES.values()}
-    parameters = _parameters(checkpoint, quantized)
+    quantized = {name for name, scheme in found.items() if scheme is not None}
+    # Other formats have scales that count for nothing.
+    parameters = _parameters(checkpoint, quantized) if isinstance(format, formats.Writable) else None
     architectures = checkpoint.config.get("architectures") or [None]
     return {
         "path": str(checkpoint.path.resolve()),
         "architecture": architectures[0] if isinstance(architectures, list) else str(architectures),
         "model_type": checkpoint.config.get("model_type"),
-        "format": checkpoint.format,
+        "format": format.name,
         "dtype": float_dtype(checkpoint, quantized),
         "parameters": parameters,
         "tensors": len(infos),
@@ -43,17 +44,20 @@ def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def schemes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Scheme of every matrix, by its layer's name: W8A8 static, W8A8 dynamic, or what its dtype is called."""
-    known = checkpoint.format in formats.NAMES
-    found = {}
+def schemes(checkpoint: Checkpoint) -> dict[str, Scheme | None]:
+    """Scheme of every matrix, by its layer's name; None where it is float, or quantized in a way that qtool can't read.
+
+    Raises InputError for a description that makes no sense.
+    """
+    format = formats.of(checkpoint)
+    found: dict[str, Scheme | None] = {}
     for tensor in checkpoint.names:
-        info = checkpoint.info(tensor)
         name = tensor.removesuffix(".weight")
-        if name == tensor or len(info.shape) != 2:
-            continue
-        mode = formats.get(checkpoint.format).mode(checkpoint, name) if known else "float"
-        found[name] = _SCHEMES.get(mode or "", info.dtype)
+        if name != tensor and len(checkpoint.info(tensor).shape) == 2:
+            try:
+                found[name] = format.scheme(checkpoint, name)
+            except formats.UnknownScheme:
+                found[name] = None
     return found
 
 
@@ -70,10 +74,8 @@ def float_dtype(checkpoint: Checkpoint, quantized: Container[str]) -> str | None
     return max(sizes, key=lambda code: sizes[code], default=None)
 
 
-def _parameters(checkpoint: Checkpoint, quantized: Container[str]) -> int | None:
+def _parameters(checkpoint: Checkpoint, quantized: Container[str]) -> int:
     """Numbers that the float model has: weights and biases, without what quantization added."""
-    if checkpoint.format not in ("float", *formats.NAMES):
-        return None
     count = 0
     for name in checkpoint.names:
         owner, _, part = name.rpartition(".")
@@ -82,11 +84,11 @@ def _parameters(checkpoint: Checkpoint, quantized: Container[str]) -> int | None
     return count
 
 
-def _groups(checkpoint: Checkpoint, found: dict[str, str]) -> list[dict[str, Any]]:
+def _groups(checkpoint: Checkpoint, found: dict[str, Scheme | None]) -> list[dict[str, Any]]:
     counts: dict[tuple[str, str, tuple[int, ...]], int] = {}
     for name, scheme in found.items():
-        shape = checkpoint.info(f"{name}.weight").shape
-        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name), scheme, shape
+        info = checkpoint.info(f"{name}.weight")
+        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name), scheme.label if scheme else info.dtype, info.shape
         counts[key] = counts.get(key, 0) + 1
     return [
         {"layers": pattern, "count": count, "scheme": scheme, "shape": list(shape)}

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from qtool.checkpoint.formats import Format, Mode
-from qtool.checkpoint.formats.common import fused_name
+from qtool.checkpoint.companions import companions
+from qtool.checkpoint.formats import Writable
 from qtool.checkpoint.journal import FILE as JOURNAL
-from qtool.checkpoint.journal import Journal
+from qtool.checkpoint.linears import Linears
+from qtool.checkpoint.marks import Marks
 from qtool.checkpoint.reader import REPORT, Checkpoint
-from qtool.checkpoint.shard import Shard
+from qtool.checkpoint.shards import Sharding, Shards
 from qtool.checkpoint.storage import PartialFolder, check_output, tidy
 from qtool.errors import InputError, QtoolError
-from qtool.files import check_free_space, disk_errors, encode_json, sync
+from qtool.files import disk_errors, encode_json
 
 if TYPE_CHECKING:
     import torch
@@ -26,27 +28,37 @@ if TYPE_CHECKING:
 _MAX_NAME = 1000
 _SCRATCH = "scratch"
 
-__all__ = ["CheckpointWriter", "check_free_space", "check_output"]
+__all__ = ["CheckpointWriter", "Resume", "Sharding"]
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Lets a writer go on where another one ended.
+
+    Attributes:
+        key: what the output is made from; equal only when a job could go on where another one ended.
+        wanted: go on now. Without it everything is made anew, and can be resumed later.
+        restart: what is left of another key is removed, rather than refused.
+    """
+
+    key: str
+    wanted: bool = False
+    restart: bool = False
 
 
 class CheckpointWriter:
     """Streams a model to `output`, which comes into being complete, in `finish`, or not at all.
 
-    A context manager: leaving it without `finish` (an error, Ctrl-C) removes everything written, unless there is a
-    `key` and something was marked: then a writer with the same key can go on there. An InputError before `finish` still
-    removes it, since whoever went on would meet it again. No tensor is kept in memory.
-
-    Attributes:
-        records: what `mark` was given in the run that this one resumes.
+    A context manager: leaving it without `finish` (an error, Ctrl-C) removes everything written, unless it can be
+    resumed and something was marked. An InputError before `finish` still removes it, since whoever went on would meet
+    it again. No tensor is kept in memory.
 
     Args:
         output: the folder to make.
-        format: from `formats.get`.
+        format: from `formats.get`, or `formats.PLAIN`.
         overwrite: replace a model folder at `output`, in `finish`.
-        max_shard_bytes: upper bound for a file, unless a single tensor is larger.
-        expected_tensors: how many tensors will come, roughly; more only means more shards.
-        key: what the output is made from; equal only when a job could go on where another one ended.
-        resume: go on where a writer of the same key ended.
+        sharding: sizes of files.
+        resume: for work that can be resumed.
 
     Raises:
         InputError: the output exists (without `overwrite`), or is something else than a model folder, or what is to
@@ -56,44 +68,32 @@ class CheckpointWriter:
     def __init__(
         self,
         output: str | Path,
-        format: Format,
+        format: Writable,
         *,
         overwrite: bool = False,
-        max_shard_bytes: int = 4 * 10**9,
-        expected_tensors: int = 4096,
-        key: str | None = None,
-        resume: bool = False,
-        restart: bool = False,
+        sharding: Sharding | None = None,
+        resume: Resume | None = None,
     ) -> None:
         self.output = Path(output).expanduser().absolute()
         self.format = format
         self._overwrite = overwrite
-        self._max_shard_bytes = max_shard_bytes
-        self._expected_tensors = expected_tensors
-        self._shards: list[Shard] = []
-        self._names: dict[str, int] = {}
-        self._linears: dict[str, Mode] = {}
-        self._inputs: dict[str, tuple[float | None, int | None]] = {}
-        self._new_linears: dict[str, tuple[Mode, float | None, int | None]] = {}
-        self._first_open = 1
-        self._marked = False
         self._complete = False
-        self._journal: Journal | None = None
-        self.records: list[dict[str, Any]] = []
-        self._obsolete: list[Path] = []
-        self._dirty: list[Path] = []
-        tidy(self.output, keep_resumable=resume)
+        tidy(self.output, keep_resumable=resume is not None and resume.wanted)
         check_output(self.output, overwrite=overwrite)
-        entries: list[dict[str, Any]] = []
-        self._folder: PartialFolder | None = None
-        if key is not None and resume:
-            self._folder, entries = PartialFolder.resume(self.output, key, restart=restart) or (None, [])
-        if self._folder is None:
-            self._folder = PartialFolder(self.output)
-        if key is not None:
+        found = None
+        if resume is not None and resume.wanted:
+            found = PartialFolder.resume(self.output, resume.key, restart=resume.restart)
+        folder, entries = found or (PartialFolder(self.output), [])
+        self._folder: PartialFolder | None = folder
+        self._linears = Linears()
+        self._shards = Shards(folder.path, sharding or Sharding())
+        self._marks: Marks | None = None
+        if resume is not None:
             with disk_errors(self.output):
-                self._restore(entries)
-                self._journal = Journal(self._folder.path, key, entries)
+                for entry in entries:
+                    self._linears.restore(entry["linears"])
+                self._shards.restore((entry["shards"] for entry in entries), format.shard_name)
+                self._marks = Marks(folder.path, resume.key, entries, self._shards, self._linears)
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -101,30 +101,34 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._folder is not None:
-            for shard in self._shards:
-                shard.close()
-            if self._journal is not None:
-                self._journal.close()
-            # The input is at fault: going on would only meet it again. In `finish` it is what lies at the output path.
-            damaged = isinstance(error, InputError) and not self._complete
-            if self._journal is None or damaged or not self._marked:
-                self._folder.discard()
-            else:
-                self._folder.leave()
-                if isinstance(error, InputError):
-                    error.hint = "Move that away or pass --overwrite, and --resume: all of the work is kept."
-            self._folder = None
+        if self._folder is None:
+            return
+        self._shards.close()
+        if self._marks is not None:
+            self._marks.close()
+        # The input is at fault: going on would only meet it again. In `finish` it is what lies at the output path.
+        damaged = isinstance(error, InputError) and not self._complete
+        if self._marks is None or damaged or not self._marks.any:
+            self._folder.discard()
+        else:
+            self._folder.leave()
+            if isinstance(error, InputError):
+                error.hint = "Move that away or pass --overwrite, and --resume: all of the work is kept."
+        self._folder = None
 
     def __contains__(self, name: str) -> bool:
         """Whether a tensor of this name has been written."""
-        return name in self._names
+        return name in self._shards.numbers
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """What `mark` was given in the runs that this one resumes."""
+        return self._marks.records if self._marks else []
 
     @property
     def folder(self) -> Path:
         """Where files may lie that must survive as long as the records do; not part of the output."""
-        assert self._folder is not None
-        scratch = self._folder.path / _SCRATCH
+        scratch = self._open().path / _SCRATCH
         with disk_errors(self.output):
             scratch.mkdir(exist_ok=True)
         return scratch
@@ -138,75 +142,9 @@ class CheckpointWriter:
 
         Raises QtoolError when the disk is full.
         """
-        if self._journal is None:
-            return
-        with disk_errors(self.output):
-            self._note(record)
-            self._marked = True
-            self._dirty += needs
-            self._obsolete += obsolete
-            if self._journal.due:
-                self._sync()
-
-    def _note(self, record: dict[str, Any] | None) -> None:
-        """Journal what the shards hold; without a record it is no more than that."""
-        assert self._journal is not None
-        shards = {str(i): s.state() for i, s in enumerate(self._shards, 1) if i >= self._first_open}
-        self._journal.append({"record": record, "shards": shards, "linears": self._new_linears})
-        self._new_linears = {}
-        self._first_open = next((i for i, s in enumerate(self._shards, 1) if not s.finished), len(self._shards) + 1)
-
-    def _sync(self) -> None:
-        assert self._journal is not None
-        for shard in self._shards:
-            shard.flush()
-        for path in self._dirty:
-            if path.exists():
-                sync(path)
-        self._journal.synced()
-        for path in self._obsolete:
-            path.unlink(missing_ok=True)
-        for shard in self._shards:
-            if shard.finished:
-                shard.remove_tail()
-        self._dirty, self._obsolete = [], []
-
-    def _restore(self, entries: list[dict[str, Any]]) -> None:
-        assert self._folder is not None
-        states: dict[int, list[dict[str, Any]]] = {}
-        for entry in entries:
-            for number, state in entry["shards"].items():
-                states.setdefault(int(number), []).append(state)
-                self._names |= dict.fromkeys((part["name"] for _, part in state["entries"]), int(number))
-            for name, (mode, scale, offset) in entry["linears"].items():
-                self._remember(name, mode, (scale, offset))
-        self._new_linears = {}
-        for number, of_shard in sorted(states.items()):
-            path = self._folder.path / f"shard-{number}"
-            named = self._folder.path / self.format.shard_name(number, len(states))
-            if named.exists() and not path.exists():  # it ended in `finish`
-                named.rename(path)
-            self._shards.append(Shard.restore(path, of_shard))
-        self._first_open = next((i for i, s in enumerate(self._shards, 1) if not s.finished), len(self._shards) + 1)
-        known = {path for shard in self._shards for path in (shard.path, shard.tail_path)}
-        for path in self._folder.path.glob("shard-*"):
-            if path not in known:
-                path.unlink()
-        self.records = [entry["record"] for entry in entries if entry["record"] is not None]
-        self._marked = bool(entries)
-
-    def _remember(self, name: str, mode: Mode, inputs: tuple[float | None, int | None]) -> None:
-        self._linears[name] = mode
-        self._new_linears[name] = (mode, *inputs)
-        fused = fused_name(name)
-        if mode == "float" or not fused:
-            return
-        if self._inputs.setdefault(fused, inputs) != inputs:
-            raise QtoolError(
-                f"input scale and offset {inputs} differ from {self._inputs[fused]} of its siblings; "
-                "runtimes load one of them for all",
-                where=name,
-            )
+        if self._marks is not None:
+            with disk_errors(self.output):
+                self._marks.mark(record, needs=needs, obsolete=obsolete)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Write a tensor as it is, under its full name ("model.norm.weight").
@@ -214,7 +152,7 @@ class CheckpointWriter:
         Raises QtoolError when the disk is full or the name is taken.
         """
         if tensor.ndim == 2 and name.endswith(".weight"):
-            self._remember(name.removesuffix(".weight"), "float", (None, None))
+            self._linears.add(name.removesuffix(".weight"), None)
         self._write(name, tensor)
 
     def add_linear(self, name: str, linear: QuantizedLinear, dtype: torch.dtype) -> None:
@@ -222,28 +160,19 @@ class CheckpointWriter:
 
         Raises QtoolError as `add`, or when runtimes fuse this layer with one that has another input scale.
         """
-        mode: Mode = "static" if linear.is_static else "dynamic"
-        self._remember(name, mode, (linear.input_scale, linear.input_zero_point))
+        self._linears.add(name, linear.scheme, (linear.input_scale, linear.input_zero_point))
         for full_name, tensor in self.format.tensors(name, linear, dtype).items():
             self._write(full_name, tensor)
 
     def _write(self, name: str, tensor: torch.Tensor) -> None:
-        if self._folder is None:
-            raise QtoolError("the checkpoint is closed", where=str(self.output))
-        if name in self._names:
+        self._open()
+        if name in self:
             raise QtoolError(f"tensor {name!r} was written before", where=str(self.output))
         if len(name) > _MAX_NAME:
             raise QtoolError(f"tensor name of {len(name)} characters", where=str(self.output))
         tensor = tensor.detach().cpu().contiguous()
         with disk_errors(self.output, tensor.nbytes):
-            last = self._shards[-1] if self._shards else None
-            if last is None or last.finished or not last.fits(name, tensor, self._max_shard_bytes):
-                if self._shards and not self._shards[-1].finished:
-                    self._shards[-1].finish()
-                path = self._folder.path / f"shard-{len(self._shards) + 1}"
-                self._shards.append(Shard(path, max(16, self._expected_tensors - len(self._names))))
-            self._shards[-1].add(name, tensor)
-        self._names[name] = len(self._shards)
+            self._shards.add(name, tensor)
 
     def finish(self, source: Checkpoint | None, config: Mapping[str, Any], report: Mapping[str, Any]) -> Path:
         """Complete the checkpoint and put it at the output path.
@@ -257,45 +186,51 @@ class CheckpointWriter:
             InputError: output and source overlap, or the output has come into being meanwhile; what was marked is kept.
             QtoolError: the disk is full, or no tensor was written.
         """
-        if self._folder is None or not self._shards:
+        if self._folder is None or not len(self._shards):
             raise QtoolError("no tensors were written", where=str(self.output))
         self._complete = True
         check_output(self.output, overwrite=self._overwrite, source=source.path if source else None)
-        folder, count = self._folder.path, len(self._shards)
         with disk_errors(self.output):
-            if not self._shards[-1].finished:
-                self._shards[-1].finish()
-            if self._journal is not None and self._marked:  # before the tails go: an unfinished shard needs its own
-                self._note(None)
-                self._sync()
-            files = [self.format.shard_name(i, count) for i in range(1, count + 1)]
-            for shard, file in zip(self._shards, files, strict=True):
-                shard.path.rename(folder / file)
+            self._shards.finish()
+            if self._marks is not None:
+                self._marks.finish()
+            self._name_shards()
             if source is not None:
-                _carry_over(source, folder)
-            index = self.format.index_name(count)
-            if index:
-                size = sum(shard.nbytes for shard in self._shards)
-                weight_map = {name: files[number - 1] for name, number in self._names.items()}
-                _write_json(folder / index, {"metadata": {"total_size": size}, "weight_map": weight_map})
-            description = self.format.describe(list(self._names), self._linears, config)
-            config = {key: value for key, value in config.items() if key != "quantization_config"}
-            if description.quantization_config:
-                config["quantization_config"] = description.quantization_config
-            _write_json(folder / "config.json", config)
-            for name, content in description.files.items():
-                _write_json(folder / name, content)
-            _write_json(folder / REPORT, report)
-            for shard in self._shards:
-                shard.remove_tail()
-            shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
+                _carry_over(source, self._folder.path)
+            self._describe(config)
+            _write_json(self._folder.path / REPORT, report)
+            self._shards.remove_tails()
+            shutil.rmtree(self._folder.path / _SCRATCH, ignore_errors=True)
             self._folder.commit(overwrite=self._overwrite, without=JOURNAL)
         self._folder = None
         return self.output
 
+    def _name_shards(self) -> None:
+        count = len(self._shards)
+        files = [self.format.shard_name(i, count) for i in range(1, count + 1)]
+        self._shards.name(files)
+        if index := self.format.index_name(count):
+            weight_map = {name: files[number - 1] for name, number in self._shards.numbers.items()}
+            content = {"metadata": {"total_size": self._shards.nbytes}, "weight_map": weight_map}
+            _write_json(self._open().path / index, content)
+
+    def _describe(self, config: Mapping[str, Any]) -> None:
+        description = self.format.describe(list(self._shards.numbers), self._linears.schemes, config)
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
+        if description.quantization_config:
+            config["quantization_config"] = description.quantization_config
+        folder = self._open().path
+        for name, content in {"config.json": config, **description.files}.items():
+            _write_json(folder / name, content)
+
+    def _open(self) -> PartialFolder:
+        if self._folder is None:
+            raise QtoolError("the checkpoint is closed", where=str(self.output))
+        return self._folder
+
 
 def _carry_over(source: Checkpoint, folder: Path) -> None:
-    for file in source.companions():
+    for file in companions(source):
         target = folder / file
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(source.path / file, target)

@@ -56,12 +56,13 @@ def chat(
     asked = options.sampling(context.params)
 
     from qtool import runtimes
+    from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint
     from qtool.runtimes import sampling, settings
     from qtool.runtimes.conversation import Conversation
 
     checkpoint = Checkpoint.open(model)
-    chosen = runtimes.choose(runtime, checkpoint.format)
+    chosen = runtimes.choose(runtime, formats.of(checkpoint).name)
     recipe = sampling.of_recipe(checkpoint)
     words = {name: value for name, value in recipe.given().items() if name != "max_tokens"}  # meant for a prompt
     arguments = settings.parse(set_ or ())

@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from qtool.checkpoint import formats
 from qtool.cli.options import Debug, Json, Quiet, console, path_or_stdin
 from qtool.errors import InputError
 
+SAFETENSORS = "safetensors"  # what a GGUF file becomes
+
 if TYPE_CHECKING:
     from qtool.console import Console
+
+    Target = str
+else:
+    Target = Literal[(*formats.TARGETS, SAFETENSORS)]
 
 
 def convert(
@@ -19,7 +26,7 @@ def convert(
         str, typer.Argument(metavar="DIR|MODEL.gguf", help="A W8A8 model folder or a GGUF file; - reads it from stdin.")
     ],
     to: Annotated[
-        Literal["compressed-tensors", "golden-stick", "modelslim", "bfloat16", "safetensors"] | None,
+        Target | None,
         typer.Option(help="The format to convert to. A GGUF file becomes safetensors."),
     ] = None,
     output: Annotated[
@@ -61,8 +68,8 @@ def _checkpoint(source: Path, to: str | None, output: Path | None, dtype: str | 
     from qtool import convert as service
     from qtool.checkpoint.reader import Checkpoint
 
-    if to is None or to == "safetensors":
-        hint = "Say which: --to compressed-tensors, golden-stick, modelslim or bfloat16."
+    if to is None or to == SAFETENSORS:
+        hint = f"Say which: --to {', '.join(formats.NAMES)} or {formats.DEQUANTIZED}."
         raise InputError("a folder can be converted to several formats", where="--to", hint=hint)
     if dtype is not None:
         raise InputError("goes with a GGUF file; a folder keeps its dtype", where="--dtype")
@@ -74,7 +81,7 @@ def _checkpoint(source: Path, to: str | None, output: Path | None, dtype: str | 
         rounding = result["input_scale_rounding"]
         scales = f"input scales rounded by up to {rounding:.2%}" if rounding else "scales unchanged"
         integers = f"{result['integers']:,} integers" + (
-            " dequantized" if to == "bfloat16" else f" unchanged, {scales}"
+            " dequantized" if to == formats.DEQUANTIZED else f" unchanged, {scales}"
         )
         out.info(f"{result['from']} to {to}: {layers} layers, {integers}, in {result['seconds']:.1f} s")
         _print(out, result)
@@ -85,7 +92,7 @@ def _gguf(source: Path, to: str | None, output: Path | None, dtype: str, *, over
 
     if not source.is_file():
         raise InputError("no such file", where=str(source))
-    if to not in (None, "safetensors"):
+    if to not in (None, SAFETENSORS):
         hint = "Convert it to a folder first (--to safetensors), then: qtool quantize DIR"
         raise InputError(f"a file is a GGUF file, and can't become {to} at once", where="--to", hint=hint)
     target = (output or source.with_name(source.stem)).expanduser().absolute()

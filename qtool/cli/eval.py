@@ -71,6 +71,7 @@ def evaluate(
       qtool quantize ./SmolLM2-135M | qtool eval ./SmolLM2-135M - --json
     """
     from qtool import workers
+    from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint as Opened
     from qtool.environments.lookup import interpreter
     from qtool.evaluate import facts, record
@@ -116,7 +117,7 @@ def evaluate(
     details = {"sizes": sizes, "groups": facts.groups(checkpoints[1])}
     with console() as out:
         result = workers.run("qtool.evaluate.worker", job, python=python, env=env, on_event=out.event) | details
-        if checkpoints[1].format != "float" and (reason := record.keep(folders[1], result)):
+        if not formats.of(checkpoints[1]).is_float and (reason := record.keep(folders[1], result)):
             out.info(f"the figures are not kept in the quantized model: {reason}")
     out.info(f"{result['seconds']:.0f} s, peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB")
     piped = json or not sys.stdout.isatty()
@@ -131,12 +132,14 @@ def evaluate(
 def _vllm(checkpoint: Checkpoint) -> tuple[str, dict[str, Any], dict[str, str]]:
     """vLLM's interpreter, arguments and environment on this machine."""
     from qtool import runtimes
+    from qtool.checkpoint import formats
     from qtool.runtimes.settings import dtype
 
-    chosen = runtimes.choose("vllm", checkpoint.format)
+    format = formats.of(checkpoint).name
+    chosen = runtimes.choose("vllm", format)
     if chosen.name != "vllm":
         raise InputError(
-            f"vLLM reads {checkpoint.format} checkpoints through {chosen.name} only, whose logits it can't have",
+            f"vLLM reads {format} checkpoints through {chosen.name} only, whose logits it can't have",
             where="--runtime",
             hint="leave it out: qtool computes what that runtime does with the same integers",
         )

@@ -112,6 +112,7 @@ def generate(
     folder = path_or_stdin(model)
 
     from qtool import runtimes
+    from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint
     from qtool.runtimes import sampling, settings
     from qtool.runtimes.requests import count
@@ -119,7 +120,9 @@ def generate(
 
     checkpoint = Checkpoint.open(folder)
     recipe, words = sampling.of_recipe(checkpoint), sampling.of_model(checkpoint)
-    chosen = runtimes.choose(runtime, checkpoint.format)  # whatever is wrong should show before anybody types prompts
+    chosen = runtimes.choose(
+        runtime, formats.of(checkpoint).name
+    )  # whatever is wrong should show before anybody types prompts
     arguments = settings.parse(set_ or ())
     runtimes.check(chosen, asked, arguments, reasoning_parser)
     parser = reasoning_parser or recipe.reasoning_parser

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from qtool.checkpoint import formats
 from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin, size
 
 if TYPE_CHECKING:
     from qtool.console import Console
+    from qtool.engines.report import DryRun
     from qtool.recipe.schema import Recipe
 
 
@@ -23,9 +25,7 @@ def quantize(
         str | None, typer.Option(help="A recipe's name or file. Default: the one that matches the model.")
     ] = None,
     scheme: Annotated[str | None, typer.Option(help="One of the recipe's schemes. Default: the recipe's own.")] = None,
-    format: Annotated[
-        Literal["compressed-tensors", "golden-stick", "modelslim"] | None, typer.Option(help="Checkpoint format.")
-    ] = None,
+    format: Annotated[formats.Name | None, typer.Option(help="Checkpoint format.")] = None,
     engine: Annotated[Literal["auto", "native", "golden-stick"], typer.Option(help="Who quantizes.")] = "auto",
     calibration: Annotated[
         str | None, typer.Option(metavar="FILE|builtin|self", help="Text: .txt, .jsonl, .parquet, built-in or its own.")
@@ -70,7 +70,9 @@ def quantize(
     from qtool.checkpoint.reader import Checkpoint
     from qtool.checkpoint.storage import check_output
     from qtool.engines import choose
-    from qtool.jobs.quantize import Resources, run, scheme_of
+    from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob, Resources
+    from qtool.jobs.quantize import dry_run as plan
+    from qtool.jobs.quantize import run, scheme_of
     from qtool.recipe.load import load, match
 
     folder = Path(path_or_stdin(model)).expanduser().absolute()
@@ -84,60 +86,53 @@ def quantize(
     chosen_engine, why = choose() if engine == "auto" else (engine, "as asked for")
     if not dry_run:
         check_output(target, overwrite=overwrite, source=folder)
-    wanted: dict[str, Any] = {
-        "data": calibration or chosen.calibration.data,
-        "samples": samples or chosen.calibration.samples,
-        "seq_len": seq_len or chosen.calibration.seq_len,
-        "seed": chosen.calibration.seed if seed is None else seed,
-    }
+    job = QuantizationJob(
+        model=folder,
+        output=OutputFolder(target, format or chosen.export.format, overwrite=overwrite, resume=resume),
+        recipe=chosen,
+        scheme=scheme,
+        calibration=CalibrationText(
+            data=calibration or chosen.calibration.data,
+            samples=samples or chosen.calibration.samples,
+            seq_len=seq_len or chosen.calibration.seq_len,
+            seed=chosen.calibration.seed if seed is None else seed,
+        ),
+        device=device,
+        devices=devices,
+        trust_remote_code=trust_remote_code,
+        resources=Resources(None if memory is None else size(memory, "--memory"), workers, ray, threads),
+    )
     with console() as out:
         out.info(f"recipe {chosen.name} ({reason}), scheme {scheme}, engine {chosen_engine} ({why})")
-        result = run(
-            folder,
-            target,
-            chosen,
-            scheme=scheme,
-            engine=chosen_engine,
-            calibration=wanted,
-            format=format,
-            device=device,
-            devices=devices,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            dry_run=dry_run,
-            resume=resume,
-            resources=Resources(None if memory is None else size(memory, "--memory"), workers, ray, threads),
-            on_event=out.event,
-        )
+        if dry_run:
+            planned = plan(chosen_engine, job, out.event)
+        else:
+            result = run(chosen_engine, job, out.event)
     if dry_run:
-        _show_plan(result, chosen, out, json)
+        out.result(planned.to_json() if json else _lines(planned, chosen, out))
         return
     out.info(
-        f"{len(result['layers'])} layer groups in {result['seconds']:.0f} s, "
-        f"{result['input_bytes'] / 1e6:,.0f} MB to {result['output_bytes'] / 1e6:,.0f} MB, "
-        f"peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB"
+        f"{len(result.report.layers)} layer groups in {result.seconds:.0f} s, "
+        f"{result.input_bytes / 1e6:,.0f} MB to {result.output_bytes / 1e6:,.0f} MB, "
+        f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
     )
-    out.result(result if json else Path(result["output"]))
+    out.result(result.to_json() if json else result.output)
 
 
-def _show_plan(result: dict[str, Any], recipe: Recipe, out: Console, json: bool) -> None:
-    if json:
-        out.result(result)
-        return
-    rows = [[row["layers"], row["count"], row["policy"]] for row in result["layers"]]
+def _lines(plan: DryRun, recipe: Recipe, out: Console) -> str:
+    """The plan in words; its table goes to the console."""
+    rows = [[row.layers, row.count, row.policy] for row in plan.layers]
     out.table(f"Plan: recipe {recipe.name}", ["layers", "count", "scheme"], rows)
-    calibration = result["calibration"]
+    calibration = plan.calibration
     lines = [
         f"calibration: {calibration['data']}, {calibration['samples']} x {calibration['seq_len']} tokens",
-        f"output: {result['output_bytes'] / 1e6:,.0f} MB of {result['input_bytes'] / 1e6:,.0f} MB",
+        f"output: {plan.output_bytes / 1e6:,.0f} MB of {plan.input_bytes / 1e6:,.0f} MB",
     ]
-    if "estimated_seconds" in result:
-        seconds, peak = result["estimated_seconds"], result["estimated_peak_bytes"]
-        scratch = result["scratch_bytes"]
+    if (needed := plan.resources) is not None:
         lines.append(
-            f"estimated: {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB, "
-            f"{scratch / 1e6:,.0f} MB of disk besides the output while it works"
+            f"estimated: {needed.estimated_seconds:.0f} s, peak memory {needed.estimated_peak_bytes / 1e9:.2f} GB, "
+            f"{needed.scratch_bytes / 1e6:,.0f} MB of disk besides the output while it works"
         )
-    if "msrun" in result:
-        lines += ["", result["yaml"], result["msrun"]]
-    out.result("\n".join(lines))
+    if plan.launch is not None:
+        lines += ["", plan.launch.yaml, plan.launch.msrun]
+    return "\n".join(lines)

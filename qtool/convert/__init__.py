@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qtool import workers
+from qtool.checkpoint.storage import PartialFolder, check_output, tidy
+from qtool.convert.job import FormatJob, GgufJob
 from qtool.engines import native
 from qtool.environments.lookup import interpreter
+from qtool.files import disk_errors
 
 OnEvent = Callable[[workers.Event], None]
 
@@ -19,17 +23,14 @@ def from_gguf(source: Path, output: Path, dtype: str, *, overwrite: bool, on_eve
     Raises:
         InputError, QtoolError: as the worker does, or the output is there already and `overwrite` is off.
     """
-    from qtool.checkpoint.storage import PartialFolder, check_output, tidy
-    from qtool.files import disk_errors
-
     output = output.absolute()
     tidy(output)
     check_output(output, overwrite=overwrite, source=source)
     python = interpreter("native")
     partial = PartialFolder(output)
     try:
-        job = {"source": str(source.absolute()), "folder": str(partial.path), "output": str(output), "dtype": dtype}
-        result = workers.run("qtool.convert.gguf", job, python=python, on_event=on_event)
+        job = GgufJob(str(source.absolute()), str(partial.path), str(output), dtype)
+        result = workers.run("qtool.convert.gguf", dataclasses.asdict(job), python=python, on_event=on_event)
         with disk_errors(output, result["nbytes"]):
             partial.commit(overwrite=overwrite)
     finally:
@@ -38,20 +39,17 @@ def from_gguf(source: Path, output: Path, dtype: str, *, overwrite: bool, on_eve
 
 
 def to_format(source: Path, output: Path, to: str, *, overwrite: bool, on_event: OnEvent) -> dict[str, Any]:
-    """Make `output` the W8A8 checkpoint `source` in another format; see `convert.checkpoint.main`.
+    """Make `output` the quantized checkpoint `source` in another format; see `convert.checkpoint.main`.
 
     Raises:
         InputError, QtoolError: as the worker does, or the output is there already and `overwrite` is off.
     """
-    from qtool.checkpoint.storage import check_output, tidy
-
     output = output.absolute()
     tidy(output)
     check_output(output, overwrite=overwrite, source=source)
-    job = {"source": str(source.absolute()), "output": str(output), "to": to, "overwrite": overwrite}
+    job = dataclasses.asdict(FormatJob(str(source.absolute()), str(output), to, overwrite))
+    python, env = interpreter("native"), native.environment()
     try:
-        return workers.run(
-            "qtool.convert.checkpoint", job, python=interpreter("native"), on_event=on_event, env=native.environment()
-        )
+        return workers.run("qtool.convert.checkpoint", job, python=python, on_event=on_event, env=env)
     finally:
         tidy(output)  # what a killed worker could not remove

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtool.convert.job import GgufJob
 from qtool.errors import InputError, QtoolError
 from qtool.files import check_free_space, disk_errors
 from qtool.workers import hide_media_packages
@@ -23,9 +24,7 @@ CARRIED = ("license", "licence", "notice", "copying", "readme")
 
 
 def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Convert job["source"] into the existing, empty folder job["folder"]; parameters become job["dtype"].
-
-    job["output"] is what the folder will be called: errors name that.
+    """Do a `GgufJob`.
 
     Returns:
         architecture, parameters (how many), nbytes (of the weights).
@@ -36,11 +35,12 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     hide_media_packages()
-    source, folder, output = Path(job["source"]), Path(job["folder"]), Path(job["output"])
+    wanted = GgufJob(**job)
+    source, folder, output = Path(wanted.source), Path(wanted.folder), Path(wanted.output)
     _check(source)
-    check_free_space(output, _weight_bytes(source, job["dtype"]))
+    check_free_space(output, _weight_bytes(source, wanted.dtype))
     report.progress("loading", 0, 1, "file")
-    model, tokenizer = _load(source, job["dtype"])
+    model, tokenizer = _load(source, wanted.dtype)
     report.progress("loading", 1, 1, "file")
     _forget_gguf(model)
     report.progress("writing", 0, 1, "file")

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qtool import workers
-from qtool.environments.lookup import interpreter
+
+if TYPE_CHECKING:
+    from qtool.engines.job import QuantizationJob
+    from qtool.engines.report import DryRun, QuantizationResult
+
+    OnEvent = Callable[[workers.Event], None]
 
 _ASCEND = Path("/dev/davinci_manager")
 
@@ -19,17 +24,27 @@ def choose() -> tuple[str, str]:
     return "native", "no Ascend NPU here"
 
 
-def run(engine: str, job: dict[str, Any], on_event: Callable[[workers.Event], None]) -> dict[str, Any]:
-    """Have `engine` ("native" or "golden-stick") do a job; the result is the report, or for a dry run the plan.
+def quantize(engine: str, job: QuantizationJob, on_event: OnEvent) -> QuantizationResult:
+    """Have `engine` ("native" or "golden-stick") do a job.
 
     Raises:
         InputError, QtoolError: as the engine does.
     """
     if engine == "golden-stick":
-        from qtool.engines.golden_stick.engine import quantize
+        from qtool.engines.golden_stick import engine as golden_stick
 
-        return quantize(job, on_event)
+        return golden_stick.quantize(job, on_event)
     from qtool.engines import native
 
-    python, env = interpreter("native"), native.environment()
-    return workers.run("qtool.engines.native.worker", job, python=python, on_event=on_event, env=env)
+    return native.quantize(job, on_event)
+
+
+def dry_run(engine: str, job: QuantizationJob, on_event: OnEvent) -> DryRun:
+    """What `quantize` would do. Raises InputError and QtoolError as the engine does."""
+    if engine == "golden-stick":
+        from qtool.engines.golden_stick import engine as golden_stick
+
+        return golden_stick.dry_run(job, on_event)
+    from qtool.engines import native
+
+    return native.dry_run(job, on_event)

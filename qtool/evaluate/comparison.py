@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qtool import memory
 from qtool.calibration.text import BUILTIN, Calibration, held_out, load, load_tokenizer
 from qtool.checkpoint.reader import Checkpoint
-from qtool.engines.native import memory
 from qtool.errors import InputError
 from qtool.evaluate.divergence import Divergence
 from qtool.evaluate.intervals import estimate, estimate_quantile
@@ -118,7 +118,7 @@ def _run(stream: DecoderStream, ids: torch.Tensor, name: str, report: Report) ->
     """What the output projection will multiply for every token that has a next one: [tokens, hidden]."""
     hidden = list(forward(stream, ids, _TOKENS, name, report))[-1]
     for rows in hidden.split(max(1, _TOKENS // ids.shape[1])):
-        rows.copy_(stream.normalize(rows))
+        rows.copy_(stream.head.normalize(rows))
     return hidden[:, :-1].reshape(-1, hidden.shape[2])
 
 
@@ -126,16 +126,14 @@ def _divergence(
     streams: list[DecoderStream], states: list[torch.Tensor], targets: torch.Tensor, report: Report
 ) -> Divergence:
     divergence = Divergence(targets)
-    rows = streams[0].vocabulary
+    rows = streams[0].head.vocabulary
     for first in range(0, rows, _ROWS):
         report.progress("compare", first, rows, "tokens of the vocabulary")
-        heads = [stream.head(first, min(first + _ROWS, rows)) for stream in streams]
+        parts = [stream.head.rows(first, min(first + _ROWS, rows)) for stream in streams]
         for start in range(0, len(targets), _TOKENS):
             tokens = slice(start, start + _TOKENS)
-            base, quantized = (
-                stream.logits(state[tokens], head) for stream, state, head in zip(streams, states, heads, strict=True)
-            )
-            divergence.add(tokens, first, base, quantized)
+            both = zip(streams, states, parts, strict=True)
+            divergence.add(tokens, first, *(stream.head.logits(state[tokens], part) for stream, state, part in both))
     report.progress("compare", rows, rows, "tokens of the vocabulary")
     return divergence
 
@@ -155,9 +153,9 @@ def _against_vllm(
         report.progress("vLLM", window, windows, "windows")
         logits = run(ids[window].tolist())
         tokens = slice(window * (length - 1), (window + 1) * (length - 1))
-        for first in range(0, base.vocabulary, _ROWS):
-            part = slice(first, min(first + _ROWS, base.vocabulary))
-            own = base.logits(states[tokens], base.head(part.start, part.stop))
+        for first in range(0, base.head.vocabulary, _ROWS):
+            part = slice(first, min(first + _ROWS, base.head.vocabulary))
+            own = base.head.logits(states[tokens], base.head.rows(part.start, part.stop))
             divergence.add(tokens, first, own, logits[:, part])
     report.progress("vLLM", windows, windows, "windows")
     return divergence, run.dtype
@@ -166,7 +164,7 @@ def _against_vllm(
 def _check_pair(base: DecoderStream, quantized: DecoderStream) -> None:
     sizes = {
         "decoder layers": (base.depth, quantized.depth),
-        "vocabulary entries": (base.vocabulary, quantized.vocabulary),
+        "vocabulary entries": (base.head.vocabulary, quantized.head.vocabulary),
         "hidden channels": (base.hidden_size, quantized.hidden_size),
     }
     for what, (of_base, of_quantized) in sizes.items():

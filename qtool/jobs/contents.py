@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from qtool.checkpoint.companions import companions
 from qtool.checkpoint.reader import REPORT, Checkpoint
 from qtool.errors import QtoolError
 
@@ -41,7 +42,7 @@ def of_model(folder: Path, progress: Callable[[int, int], None]) -> Files:
         InputError: no checkpoint, or a damaged one. QtoolError: a file can't be read.
     """
     checkpoint = Checkpoint.open(folder)
-    paths = {"config.json", *(path.as_posix() for path in checkpoint.companions(code=True))}
+    paths = {"config.json", *(path.as_posix() for path in companions(checkpoint, code=True))}
     paths |= {path.name for path in folder.glob("*.json") if path.name not in _VOLATILE}
     paths |= {checkpoint.info(name).file.name for name in checkpoint.names}
     return of_files(folder, sorted(paths), progress)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qtool import convert, engines, runtimes, workers
+from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
+from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
 from qtool.environments.lookup import interpreter
 from qtool.errors import InputError
 from qtool.files import encode_json, write_json, write_text
@@ -83,13 +85,14 @@ class _Run:
         model = self._model(given)
         evaluation = None
         quantized = model
-        if (found := Checkpoint.open(model.path).format) == "float":
+        found = formats.of(Checkpoint.open(model.path))
+        if found.is_float:
             quantized = self._quantize(model)
             if self.recipe.eval.windows:
                 evaluation = self._eval(model, quantized)
         else:
-            self.job.say(f"quantize, eval: left out, the model is {found} already")
-        checkpoints = {Checkpoint.open(quantized.path).format: quantized}
+            self.job.say(f"quantize, eval: left out, the model is {found.name} already")
+        checkpoints = {formats.of(Checkpoint.open(quantized.path)).name: quantized}
         for target in self.recipe.export.also:
             if target not in checkpoints:
                 checkpoints[target] = self._convert(quantized, target)
@@ -153,19 +156,17 @@ class _Run:
         }
 
         def make(target: Path) -> None:
-            quantize.run(
-                model.path,
-                target,
-                recipe,
+            job = QuantizationJob(
+                model=model.path,
+                # With restart: this folder is the job's own, whatever has changed in or around the recipe.
+                output=OutputFolder(target, recipe.export.format, resume=True, restart=True),
+                recipe=recipe,
                 scheme=scheme,
-                engine=engine,
-                calibration=recipe.calibration.model_dump(),
+                calibration=CalibrationText.of(recipe),
                 device=settings.device,
                 trust_remote_code=settings.trust_remote_code,
-                resume=True,
-                restart=True,  # this folder is the job's own, whatever has changed in or around the recipe
-                on_event=self.on_event,
             )
+            quantize.run(engine, job, self.on_event)
 
         done = self.job.stage("quantize", f"{model.path.name}-{scheme}", inputs, make)
         return _Made(done.output, done.digest)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from qtool.errors import InputError
+from qtool.model.architectures import FusedExperts
+from qtool.model.loader import Loader, Quantizer
 from qtool.model.names import ExpertNames
+from qtool.model.skeleton import Skeleton
 
 # (hidden states [tokens, hidden], expert numbers [tokens, k], their weights [tokens, k]) -> output [tokens, hidden]
 Handler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -20,22 +21,62 @@ Handler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class RoutedExperts(nn.Module):
     """Stands in a decoder layer for its fused experts, without their weights.
 
+    Args:
+        fused: what it stands for.
+        names: of each expert's linears, in the checkpoint.
+        loader: of the model.
+
     Attributes:
-        names: of each expert's linears.
+        names: as given.
         apply_gate: [tokens, gate and up] -> [tokens, intermediate], the architecture's own.
         router: the parameter [experts, hidden] that scores the experts, by its name inside the decoder layer, if any.
-        handler: what a call does.
+        handler: what a call does; at first each expert in use is loaded and run.
+
+    Raises:
+        InputError: an expert's tensor is missing or of another shape.
     """
 
-    def __init__(self, fused: nn.Module, names: list[ExpertNames], router: str | None) -> None:
+    def __init__(self, fused: FusedExperts, names: list[ExpertNames], loader: Loader) -> None:
         super().__init__()
         self.names = names
-        self.apply_gate: Callable[[torch.Tensor], torch.Tensor] = fused._apply_gate  # type: ignore[assignment]
-        self.router = router
-        self.handler: Handler = lambda hidden, _chosen, _weights: hidden
+        self.apply_gate: Callable[[torch.Tensor], torch.Tensor] = fused.apply_gate
+        self.router = fused.router
+        self.handler: Handler = self._run
+        self._loader = loader
+        self._outer, self._inner = (fused.intermediate, fused.hidden), (fused.hidden, fused.intermediate)
+        for expert in names:
+            for name, shape in zip(expert, (self._outer, self._outer, self._inner), strict=True):
+                loader.check(f"{name}.weight", shape)
 
     def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return self.handler(hidden, chosen, weights)
+
+    def expert(self, number: int) -> Expert:
+        """An expert with its weights loaded. Raises InputError when a tensor holds NaN."""
+        names = self.names[number]
+        gate, quantize = self._loader.linear(names.gate, self._outer)
+        up, _ = self._loader.linear(names.up, self._outer)
+        down, quantize_inner = self._loader.linear(names.down, self._inner)
+        return Expert(gate, up, down, self.apply_gate, quantize, quantize_inner)
+
+    def _run(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        count = len(self.names)
+        routing = Routing(chosen, weights, count)
+        busy = (number for number, tokens in enumerate(routing.counts(count)) if tokens)
+        return run_all(((number, self.expert(number)) for number in busy), routing, hidden)
+
+
+def take_out(skeleton: Skeleton, loader: Loader) -> None:
+    """Put a RoutedExperts in place of every fused module, so that a layer's parameters are those of the rest.
+
+    Raises InputError for experts of a kind that isn't known, or that the checkpoint lacks.
+    """
+    where = loader.weights.where
+    for index, layer in enumerate(skeleton.layers):
+        layer_name = f"{skeleton.layers_name}.{index}"
+        for fused in [*skeleton.architecture.experts(layer, layer_name, where)]:
+            names = loader.names.experts(f"{layer_name}.{fused.name}", fused, where)
+            layer.set_submodule(fused.name, RoutedExperts(fused, names, loader))
 
 
 @contextmanager
@@ -46,32 +87,6 @@ def handled(module: RoutedExperts, handler: Handler) -> Iterator[None]:
         yield
     finally:
         module.handler = saved
-
-
-def is_fused(module: nn.Module) -> bool:
-    """Whether this module holds all experts of a layer as three-dimensional parameters."""
-    return {name: p.dim() for name, p in module.named_parameters(recurse=False)}.get("down_proj") == 3
-
-
-def refuse_unusual(module: Any, name: str, where: str) -> None:
-    """Raises InputError unless the experts are gated linears without biases, as DeepSeek's are."""
-    usual = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-    unusual = [key for key, value in usual.items() if getattr(module, key, value) != value]
-    if unusual or not hasattr(module, "_apply_gate"):
-        raise InputError(
-            f"the experts of {name} are of a kind that qtool doesn't read ({', '.join(unusual) or 'no gate'})",
-            where=where,
-            hint="it reads experts of three linears: gate, up, down",
-        )
-
-
-def router_of(layer: nn.Module, experts_name: str, count: int, width: int) -> str | None:
-    """The parameter [count, width] beside the experts, by its name inside the layer."""
-    parent = experts_name.rpartition(".")[0]
-    for name, parameter in layer.get_submodule(parent).named_parameters():
-        if tuple(parameter.shape) == (count, width) and name.count(".") == 1:
-            return f"{parent}.{name}" if parent else name
-    return None
 
 
 @dataclass(frozen=True)
@@ -89,8 +104,8 @@ class Expert:
     up: torch.Tensor
     down: torch.Tensor
     apply_gate: Callable[[torch.Tensor], torch.Tensor]
-    quantize: Callable[[torch.Tensor], torch.Tensor] | None = None
-    quantize_inner: Callable[[torch.Tensor], torch.Tensor] | None = None
+    quantize: Quantizer | None = None
+    quantize_inner: Quantizer | None = None
 
     def inner(self, x: torch.Tensor) -> torch.Tensor:
         """What enters down, [tokens, intermediate], of x [tokens, hidden]."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from qtool.errors import InputError
+from qtool.model.architectures import FusedExperts
 
 
 class ExpertNames(NamedTuple):
@@ -46,13 +47,13 @@ class Names:
         """The checkpoint's name of a parameter that it holds as one tensor; `name` itself where nothing is known."""
         return self._stored.get(name, name)
 
-    def experts(self, name: str, count: int, where: str) -> list[ExpertNames]:
-        """The linears of each of `count` fused experts, by the module's name.
+    def experts(self, name: str, experts: FusedExperts, where: str) -> list[ExpertNames]:
+        """The linears of each of these experts, by the whole name of their module.
 
-        Raises InputError when one is missing.
+        Raises InputError, about the model at `where`, when one is missing.
         """
-        fused, down = (self._parts.get(f"{name}.{part}", {}) for part in ("gate_up_proj", "down_proj"))
-        found = []
+        fused, down = (self._parts.get(f"{name}.{part}", {}) for part in (experts.gate_up, experts.down))
+        count, found = experts.count, []
         for number in range(count):
             gate_up, last = fused.get(number, {}), down.get(number, {})
             if len(gate_up) != 2 or len(last) != 1:

@@ -91,10 +91,3 @@ class InputQuantizer:
             return fake_quantize_tokens(x, self.args)
         scale, zero_point = torch.tensor(self.scale), torch.tensor(float(self.zero_point))
         return fake_quantize_tensor(x, scale.to(x.device), zero_point.to(x.device), self.args)
-
-
-def dequantize(integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float32 [out, in] of integers [out, in] and scales [out], [1] or [out, groups]."""
-    if scale.dim() == 1:
-        return integers * scale[:, None]
-    return (integers.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qtool.quant import observers
-from qtool.quant.integer import InputQuantizer, asymmetric_parameters, dequantize
+from qtool.quant.integer import InputQuantizer, asymmetric_parameters
 from qtool.quant.report import GroupReport, extent, report
 from qtool.quant.rounding.clipping import Scales, ScaleSearch
 from qtool.quant.rounding.errors import ErrorByEnergy
@@ -22,7 +22,7 @@ from qtool.quant.rounding.nearest import round_to_nearest
 from qtool.quant.statistics import InputStatistics, Smoothed
 from qtool.quant.topology import Group
 from qtool.quant.transforms import Diagonal, Folded, transform_of
-from qtool.quant.types import QuantizedLinear
+from qtool.quant.types import QuantizedLinear, dequantize
 from qtool.quant.weights import ModuleWeights, Rows, Weights, chunks
 from qtool.recipe.policy import Policy
 from qtool.scheme import Scheme

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from qtool.checkpoint import formats
 from qtool.recipe.policy import Policy
 from qtool.recipe.strict import Strict
 
@@ -38,8 +39,8 @@ class Calibration(Strict):
 
 
 class Export(Strict):
-    format: Literal["compressed-tensors", "golden-stick", "modelslim"] = "compressed-tensors"
-    also: list[Literal["compressed-tensors", "golden-stick", "modelslim", "bfloat16"]] = Field(
+    format: formats.Name = "compressed-tensors"
+    also: list[formats.Target] = Field(
         default_factory=list, description="further formats that `qtool run` converts the result to"
     )
     max_shard_gb: float = Field(default=4.0, gt=0, le=4.0)

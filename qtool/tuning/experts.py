@@ -13,10 +13,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from qtool.engines.native import units
-from qtool.engines.native.units import DOWN, GATE, PARTS, UP, SmoothedExpert, Source
-from qtool.model.decoder import DecoderStream, input_quantizer
+from qtool.checkpoint.formats import QuantizedFormat
+from qtool.engines.native.experts import (
+    DOWN,
+    GATE,
+    PARTS,
+    UP,
+    ExpertLinears,
+    ExpertSamples,
+    SmoothedExpert,
+    expert_groups,
+)
+from qtool.model.decoder import DecoderStream
 from qtool.model.experts import RoutedExperts, handled
+from qtool.model.loader import input_quantizer
 from qtool.model.recorder import Recorder
 from qtool.recipe.schema import Policy
 from qtool.tuning.noise import Sensitivity, Tally
@@ -92,7 +102,7 @@ def gradients(
         tokens, places, weights = passage.of(number)
         if not len(tokens):
             continue
-        expert = stream.expert(module, number)
+        expert = module.expert(number)
         with torch.enable_grad():
             x = passage.hidden.detach()[tokens].requires_grad_()
             given = expert.output(expert.inner(x))
@@ -137,7 +147,7 @@ class ExpertNoise:
         recorder: Recorder,
         router: torch.Tensor | None,
         ways: Mapping[str, Mapping[str, Policy | None]],
-        source: Source,
+        output_format: QuantizedFormat,
         expert_tokens: int,
     ) -> tuple[list[Sensitivity], list[Sensitivity]]:
         """(all experts of the layer together, each of their linears), the ways in turn.
@@ -146,7 +156,7 @@ class ExpertNoise:
             recorder: has the calibration tokens that reached the experts.
             router: float32 [experts, hidden], if there is one.
             ways: policies by full linear name; what has none in a way is not measured there.
-            source: of the quantizer.
+            output_format: of the quantized model.
             expert_tokens: how many an expert's statistics need.
         """
         count = len(module.names)
@@ -159,13 +169,13 @@ class ExpertNoise:
             names = dict(zip(PARTS, module.names[number], strict=True))
             seen = recorder.seen(number, routing, extra)
             with stream.weights.holding(f"{name}.weight" for name in names.values()):
-                inner = stream.expert(module, number).inner(seen) if len(seen) else None
+                inner = module.expert(number).inner(seen) if len(seen) else None
                 for way, tally in tallies.items():
                     policies = {part: ways[way][name] for part, name in names.items()}
                     if not any(policies.values()):
                         continue
-                    groups = units.expert_groups(module.apply_gate)
-                    expert = SmoothedExpert(source, stream.weights, names, policies, groups, seen, inner)
+                    linears = ExpertLinears(names, policies, expert_groups(module.apply_gate))
+                    expert = SmoothedExpert(linears, ExpertSamples(seen, inner), stream.weights, output_format)
                     self._add(tally, number, module, names, expert)
         together: list[Sensitivity] = []
         each: list[Sensitivity] = []

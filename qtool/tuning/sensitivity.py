@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qtool.engines.native.units import Source
+from qtool.checkpoint.formats import QuantizedFormat
+from qtool.engines.native.context import storage
 from qtool.model.activations import Activations
-from qtool.model.decoder import DecoderStream, input_quantizer
+from qtool.model.decoder import DecoderStream
+from qtool.model.loader import input_quantizer
 from qtool.model.observe import forward, observe, sample_stride
 from qtool.model.probe import probe
 from qtool.model.recorder import Recorder
@@ -52,7 +54,7 @@ def measure(
     text: torch.Tensor,
     calibration: torch.Tensor,
     ways: Mapping[str, Policies],
-    source: Source,
+    output_format: QuantizedFormat,
     dtype: torch.dtype,
     expert_tokens: int,
     report: Report,
@@ -64,7 +66,7 @@ def measure(
         text: int64 [windows, length], to estimate KL on.
         calibration: int64 [samples, length], for the quantizer; another text.
         ways: policies by the checkpoint's linear names, by a name for them.
-        source: of the quantizer.
+        output_format: of the quantized model.
         dtype: of the checkpoint's float tensors.
         expert_tokens: how many calibration tokens an expert's statistics need.
 
@@ -90,10 +92,8 @@ def measure(
             key = signature(layer)
             if key not in topology:
                 topology[key] = probe(stream, index, layer)
-            prefix = stream.layer_name(index) + "."
             stored = {
-                name: stream.stored_name(f"{prefix}{name}.weight").removesuffix(".weight")
-                for name in linear_layers(layer)
+                name: stream.stored(index, f"{name}.weight").removesuffix(".weight") for name in linear_layers(layer)
             }
             recorder = stack.enter_context(_recording(states)) if routed is not None else None
             experts = recorder.before(routed.handler) if routed is not None and recorder is not None else None
@@ -109,7 +109,7 @@ def measure(
                 if not any(own.values()) and (routed is None or seen is not None):
                     continue
                 layer.load_state_dict(saved)
-                result = quantize_layer(layer, topology[key], own, statistics, source.storage(dtype))
+                result = quantize_layer(layer, topology[key], own, statistics, storage(output_format, dtype))
                 noise = _Noise(result.linears)
                 noise.measure(stream, index, layer, hidden[index], gradients_of[index])
                 seen = seen or noise.experts
@@ -120,7 +120,7 @@ def measure(
                     linears += [Sensitivity([stored[n]], *facts, *noise.of([n])) for n in group.linears]
             if routed is not None and recorder is not None and seen is not None:
                 router = saved[routed.router].float() if routed.router else None
-                together, each = seen.measure(stream, routed, recorder, router, ways, source, expert_tokens)
+                together, each = seen.measure(stream, routed, recorder, router, ways, output_format, expert_tokens)
                 groups += together
                 linears += each
     report.progress("quantize", stream.depth, stream.depth, "layers")
@@ -160,14 +160,14 @@ def _head_gradient(stream: DecoderStream, hidden: torch.Tensor, report: Report) 
         tokens = slice(start, start + _HEAD_TOKENS)
         with torch.enable_grad():
             x = flat[tokens].detach().requires_grad_()
-            normalized = stream.normalize(x)
+            normalized = stream.head.normalize(x)
         drawn, normalizer = _draw(stream, normalized.detach())
         total = torch.zeros(_DRAWS, *normalized.shape)
-        for first, stop in _slices(stream.vocabulary):
-            head = stream.head(first, stop)
+        for first, stop in _slices(stream.head.vocabulary):
+            rows = stream.head.rows(first, stop)
             with torch.enable_grad():
                 leaf = normalized.detach().requires_grad_()
-                logits = stream.logits(leaf, head)
+                logits = stream.head.logits(leaf, rows)
             p = (logits.detach() - normalizer[:, None]).exp()
             for draw in range(_DRAWS):
                 wanted = -p
@@ -191,8 +191,8 @@ def _draw(stream: DecoderStream, normalized: torch.Tensor) -> tuple[torch.Tensor
     best = torch.full((_DRAWS, count), -torch.inf)
     drawn = torch.zeros((_DRAWS, count), dtype=torch.int64)
     sums = []
-    for first, stop in _slices(stream.vocabulary):
-        logits = stream.logits(normalized, stream.head(first, stop))
+    for first, stop in _slices(stream.head.vocabulary):
+        logits = stream.head.logits(normalized, stream.head.rows(first, stop))
         sums.append(logits.logsumexp(dim=1))
         for draw in range(_DRAWS):
             gumbel = -torch.empty_like(logits).exponential_().log_()

@@ -13,6 +13,7 @@ import yaml
 
 from qtool import sizes, workers
 from qtool.engines import native
+from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
 from qtool.environments.lookup import interpreter
 from qtool.errors import InputError
 from qtool.jobs import quantize
@@ -242,17 +243,15 @@ def _evaluated(job: Job, recipe: Recipe, scheme: str) -> dict[str, Any]:
     """Quantize, evaluate, and forget the quantized model."""
     with tempfile.TemporaryDirectory(prefix="qtool-tune-", dir=job.scratch) as folder:
         output = Path(folder) / "model"
-        quantize.run(
-            job.model,
-            output,
-            recipe,
+        wanted = QuantizationJob(
+            model=job.model,
+            output=OutputFolder(output, job.format),
+            recipe=recipe,
             scheme=scheme,
-            engine="native",
-            calibration=job.calibration,
-            format=job.format,
+            calibration=CalibrationText(**job.calibration),
             trust_remote_code=job.trust_remote_code,
-            on_event=job.on_event,
         )
+        quantize.run("native", wanted, job.on_event)
         compared = {
             "base": str(job.model),
             "quantized": str(output),

@@ -26,11 +26,11 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     hide_media_packages()
     import torch
 
+    from qtool import memory
     from qtool.calibration.text import load, load_tokenizer
-    from qtool.checkpoint.formats.common import mode_of
+    from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.engines.native import memory, plan
-    from qtool.engines.native.units import Source
+    from qtool.engines.native import plan
     from qtool.evaluate.comparison import check_length, windows_of
     from qtool.model.decoder import DecoderStream
     from qtool.recipe.schema import Recipe
@@ -53,7 +53,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
         routed = [stream.routed(i) for i in range(stream.depth)]
         for name in (name for module in routed if module for expert in module.names for name in expert):
             for mode, policies in ways.items():
-                if policies[name] is not None and mode_of(planned.schemes[name]) != mode:
+                if (scheme := planned.schemes[name]) is not None and scheme.is_static != (mode == "static"):
                     policies[name] = None
     text = windows_of(job, checkpoint)
     wanted = job["calibration"]
@@ -62,16 +62,9 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
         wanted["data"], tokenizer, samples=wanted["samples"], seq_len=wanted["seq_len"], seed=wanted["seed"]
     )
     dtype = stream.weights.dtype(next(f"{name}.weight" for name, policy in planned.policies.items() if policy))
-    source = Source(
-        model=str(checkpoint.path),
-        dtype=stream.dtype,
-        device=str(stream.device),
-        trust_remote_code=trust,
-        format=job["format"],
-        threads=torch.get_num_threads(),
-    )
     enough = recipe.calibration.expert_tokens
-    groups, linears = measure(stream, text.ids, calibration.ids, ways, source, dtype, enough, report)
+    output_format = formats.get(job["format"])
+    groups, linears = measure(stream, text.ids, calibration.ids, ways, output_format, dtype, enough, report)
     quantized = plan.output_bytes(stream.weights, planned.schemes)
     sizes = {}
     for name in names:

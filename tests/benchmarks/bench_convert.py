@@ -32,13 +32,13 @@ def make(model: Path, output: Path, nbytes: int) -> None:
 
     from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.checkpoint.writer import CheckpointWriter
+    from qtool.checkpoint.writer import CheckpointWriter, Sharding
     from qtool.quant.types import QuantizedLinear
     from qtool.scheme import W8A8
 
     source, form = Checkpoint.open(model), formats.get("compressed-tensors")
     written, layer = 0, 0
-    with CheckpointWriter(output, form, expected_tensors=200_000) as writer:
+    with CheckpointWriter(output, form, sharding=Sharding(expected_tensors=200_000)) as writer:
         outside = [name for name in source.names if ".layers." not in name]
         inside = [name for name in source.names if ".layers." in name]
         for name in outside:
@@ -50,9 +50,10 @@ def make(model: Path, output: Path, nbytes: int) -> None:
                 renamed = f"{before}.layers.{layer + int(number)}.{rest}"
                 tensor = source.tensor(name)
                 if tensor.ndim == 2:
-                    scale = form.storable_weight_scale(tensor.float().abs().amax(1).clamp(min=1e-6) / 127)
+                    scale = tensor.float().abs().amax(1).clamp(min=1e-6) / 127
+                    scale = form.storable_weight_scale(scale, W8A8, torch.bfloat16)
                     integers = (tensor.float() / scale[:, None]).round().clamp(-128, 127).to(torch.int8)
-                    linear = QuantizedLinear(W8A8, integers, scale, None, form.storable_scale(0.05), 11)
+                    linear = QuantizedLinear(W8A8, integers, scale, None, form.storable_scale(0.05, torch.bfloat16), 11)
                     writer.add_linear(renamed.removesuffix(".weight"), linear, torch.bfloat16)
                 else:
                     writer.add(renamed, tensor)

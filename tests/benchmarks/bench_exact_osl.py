@@ -13,14 +13,12 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from qtool import workers
 from qtool.engines import native
-from qtool.engines.job import Job
+from qtool.engines.job import CalibrationText, CalibrationTokens, OutputFolder, QuantizationJob
 from qtool.recipe.load import load
 
 
@@ -34,24 +32,17 @@ def main(model: Path, reference: Path) -> None:
     ids = json.loads((reference / "calibration_ids.json").read_text())
     laps: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        job = asdict(
-            Job(
-                model=str(model),
-                output=f"{folder}/out",
-                format="golden-stick",
-                recipe=load("golden-stick-osl").model_dump(mode="json"),
-                scheme="w8a8",
-                calibration={"ids": ids, "digest": "", "source": "", "samples": len(ids), "seq_len": 0, "seed": 0},
-            )
+        job = QuantizationJob(
+            model=model,
+            output=OutputFolder(Path(folder) / "out", "golden-stick"),
+            recipe=load("golden-stick-osl"),
+            scheme="w8a8",
+            calibration=CalibrationText("given", len(ids), len(ids[0]), tokens=CalibrationTokens(ids, "", "")),
+            device="cpu",
         )
-        report = workers.run(
-            "qtool.engines.native.worker",
-            job,
-            on_event=lambda _event: laps.append(time.perf_counter()),
-            env=native.environment(),
-        )
+        done = native.quantize(job, lambda _event: laps.append(time.perf_counter()))
         mine, theirs = tensors(Path(folder) / "out"), tensors(reference)
-    print("alphas", [row["alpha"] for row in report["layers"]])
+    print("alphas", [group.alpha for group in done.report.layers])
     weights = {n: float((mine[n] == t).float().mean()) for n, t in theirs.items() if n.endswith("_proj.weight")}
     scales = [float(((mine[n] - t).abs() / t).max()) for n, t in theirs.items() if n.endswith("input_scale")]
     offsets = [bool((mine[n] == t).all()) for n, t in theirs.items() if n.endswith("input_offset")]

@@ -14,7 +14,6 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=128)
     arguments = parser.parse_args()
     from qtool import engines
-    from qtool.engines.job import Job
+    from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
     from qtool.environments.lookup import interpreter
     from qtool.errors import InputError
     from qtool.recipe.load import load
@@ -81,36 +80,29 @@ def main() -> None:
         model = cut(model_or_exit(arguments.model), arguments.layers, Path(folder) / "model")
         in_float32(model)
         for engine in ("native", "golden-stick"):
-            job = asdict(
-                Job(
-                    model=str(model),
-                    output=f"{folder}/{engine}",
-                    format="golden-stick",
-                    recipe=load("golden-stick-osl").model_dump(mode="json"),
-                    scheme="w8a8",
-                    calibration={
-                        "data": "builtin",
-                        "samples": arguments.samples,
-                        "seq_len": arguments.seq_len,
-                        "seed": 0,
-                    },
-                )
+            job = QuantizationJob(
+                model=model,
+                output=OutputFolder(Path(folder) / engine, "golden-stick"),
+                recipe=load("golden-stick-osl"),
+                scheme="w8a8",
+                calibration=CalibrationText("builtin", arguments.samples, arguments.seq_len),
+                device="cpu",
             )
             clocks[engine] = Clock()
-            reports[engine] = engines.run(engine, job, clocks[engine].event)
+            reports[engine] = engines.quantize(engine, job, clocks[engine].event)
             results[engine] = tensors(Path(folder) / engine)
     rows = [
         [
             engine,
             ", ".join(f"{s:.2f}" for s in clock.seconds),
             f"{sum(clock.seconds):.2f}",
-            f"{reports[engine]['peak_memory_bytes'] / 1e9:.2f} GB",
+            f"{reports[engine].peak_memory_bytes / 1e9:.2f} GB",
         ]
         for engine, clock in clocks.items()
     ]
     print(table(["engine", "seconds per layer", "together", "peak memory"], rows))
     print(f"native is {sum(clocks['golden-stick'].seconds) / sum(clocks['native'].seconds):.0f} times faster")
-    chosen = {engine: [row["alpha"] for row in report["layers"]] for engine, report in reports.items()}
+    chosen = {engine: [group.alpha for group in done.report.layers] for engine, done in reports.items()}
     print(f"alphas {'equal' if chosen['native'] == chosen['golden-stick'] else chosen}")
     mine, theirs = results["native"], results["golden-stick"]
     weights = {

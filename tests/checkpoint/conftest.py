@@ -77,7 +77,7 @@ def quantize_folder() -> Callable[..., dict[str, QuantizedLinear]]:
                 if layer.endswith(LINEARS) and layer != tensor:
                     static = mode == "static" or (mode == "mixed" and "self_attn" in layer)
                     bias = f"{layer}.bias"
-                    storable = partial(form.storable_weight_scale, mode="static" if static else "dynamic", dtype=dtype)
+                    storable = partial(form.storable_weight_scale, scheme=W8A8 if static else W8A8_DYNAMIC, dtype=dtype)
                     made[layer] = round_layer(
                         checkpoint.tensor(tensor),
                         checkpoint.tensor(bias) if bias in checkpoint else None,

@@ -15,15 +15,19 @@ from safetensors.torch import load_file
 
 from qtool import runtimes
 from qtool.checkpoint import formats
-from qtool.checkpoint.formats.compressed_tensors import targets
+from qtool.checkpoint.formats.targets import targets
 from qtool.checkpoint.reader import Checkpoint
-from qtool.checkpoint.writer import CheckpointWriter
+from qtool.checkpoint.writer import CheckpointWriter, Sharding
 from qtool.errors import InputError, QtoolError
 from qtool.quant.types import QuantizedLinear
-from qtool.scheme import W8A8, W8A8_DYNAMIC
+from qtool.scheme import W8A8, W8A8_DYNAMIC, Scheme
 from tests.fake_quantized import FakeQuantized
 
 Layers = dict[str, QuantizedLinear]
+
+
+def linear(checkpoint: Checkpoint, name: str) -> QuantizedLinear | None:
+    return formats.of(checkpoint).read_linear(checkpoint, name)
 
 
 def assert_same(a: QuantizedLinear | None, b: QuantizedLinear) -> None:
@@ -70,13 +74,13 @@ def stored(tmp_path: Path, random_layer: Callable[..., QuantizedLinear]) -> Call
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_round_trip(stored: Callable[..., tuple[Checkpoint, Layers]], name: str, dtype: torch.dtype) -> None:
     checkpoint, layers = stored(name, dtype)
-    assert checkpoint.format == name
-    for layer, linear in layers.items():
-        assert_same(checkpoint.linear(layer), linear)
-    assert checkpoint.linear("lm_head") is None
-    assert checkpoint.linear("model.norm") is None
+    assert formats.of(checkpoint).name == name
+    for layer, expected in layers.items():
+        assert_same(linear(checkpoint, layer), expected)
+    assert linear(checkpoint, "lm_head") is None
+    assert linear(checkpoint, "model.norm") is None
     with pytest.raises(InputError, match="no tensor"):
-        checkpoint.linear("model.layers.9.proj")
+        linear(checkpoint, "model.layers.9.proj")
 
 
 @pytest.mark.parametrize("name", formats.NAMES)
@@ -88,13 +92,13 @@ def test_round_trip_of_a_whole_model(
     made = quantize_folder(source, tmp_path / "m", name, mode)
     checkpoint, original = Checkpoint.open(tmp_path / "m"), Checkpoint.open(source)
     assert len(made) == 14
-    for layer, linear in made.items():
-        assert_same(checkpoint.linear(layer), linear)
+    for layer, expected in made.items():
+        assert_same(linear(checkpoint, layer), expected)
     for tensor in original.names:
         owner = tensor.rpartition(".")[0]
         if owner not in made:
             assert torch.equal(checkpoint.tensor(tensor), original.tensor(tensor))
-            assert checkpoint.linear(owner) is None
+            assert linear(checkpoint, owner) is None
     assert "lm_head.weight" not in checkpoint  # tied to the embedding, as in the source
     assert checkpoint.config["tie_word_embeddings"] is True
 
@@ -204,7 +208,7 @@ def test_golden_stick_satisfies_vllm_mindspore(
     tmp_path: Path, make_model: Callable[..., Path], quantize_folder: Callable[..., Layers], model_type: str
 ) -> None:
     source = make_model(model_type, num_hidden_layers=12)  # so that layers.1 is also a prefix of layers.10
-    made = quantize_folder(source, tmp_path / "m", "golden-stick", "static", max_shard_bytes=300_000)
+    made = quantize_folder(source, tmp_path / "m", "golden-stick", "static", sharding=Sharding(300_000))
     files = sorted(file.name for file in (tmp_path / "m").glob("*.safetensors"))
     assert files == [f"quant-model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     assert len(files) > 1
@@ -233,7 +237,7 @@ def test_the_rules_object_to_what_problems_warns_of(
     made = quantize_folder(tiny_llama, tmp_path / "m", "golden-stick", "mixed")
     description = json.loads((tmp_path / "m" / "quantization_description.json").read_text())
     assert any("W8A8_DYNAMIC" in objection for objection in vllm_mindspore_objections(description, list(made)))
-    schemes = {name: W8A8 if layer.is_static else W8A8_DYNAMIC for name, layer in made.items()}
+    schemes = {name: layer.scheme for name, layer in made.items()}
     (problem,) = runtimes.problems("golden-stick", {"architectures": ["Qwen3ForCausalLM"]}, schemes)
     assert not problem.fatal
     assert not problem.unread
@@ -245,11 +249,10 @@ def test_the_rules_object_to_what_problems_warns_of(
 def test_fused_layers_must_agree(name: str) -> None:
     attention = "model.layers.0.self_attn"
     problems = formats.get(name).problems(
-        {f"{attention}.q_proj": "static", f"{attention}.k_proj": "static", f"{attention}.v_proj": "float"}
+        {f"{attention}.q_proj": W8A8, f"{attention}.k_proj": W8A8, f"{attention}.v_proj": None}
     )
-    assert [problem.fatal for problem in problems] == [True]
-    assert "q_proj static, k_proj static, v_proj float" in problems[0]
-    assert not formats.get(name).problems({f"{attention}.q_proj": "static", f"{attention}.o_proj": "float"})
+    assert ["q_proj W8A8 static, k_proj W8A8 static, v_proj float" in problem.text for problem in problems] == [True]
+    assert not formats.get(name).problems({f"{attention}.q_proj": W8A8, f"{attention}.o_proj": None})
 
 
 # ------------------------------------------------------------------ modelslim
@@ -296,7 +299,7 @@ def test_a_bias_that_the_models_dtype_rounds_is_read_back(
         writer.add_linear("model.layers.0.proj", layer, dtype)
         writer.finish(None, {"dtype": str(dtype).removeprefix("torch.")}, {})
     assert float((bias.to(dtype).float() - bias).abs().max()) > 2 * scale * float(given.weight_scale.min())
-    found = Checkpoint.open(tmp_path / "m").linear("model.layers.0.proj")
+    found = linear(Checkpoint.open(tmp_path / "m"), "model.layers.0.proj")
     assert_same(found, dataclasses.replace(layer, bias=bias.to(dtype)))
 
 
@@ -324,7 +327,7 @@ def test_a_checkpoint_by_msmodelslim_itself_has_no_weight_scale(
         for part in ("weight_scale", "weight_offset"):
             del tensors[f"q.{part}"]
         files = {"quant_model_weights.safetensors": save(tensors), "quant_model_description.json": {"q.weight": "W8A8"}}
-        read = Checkpoint.open(make_folder(files, name=str(dtype))).linear("q")
+        read = linear(Checkpoint.open(make_folder(files, name=str(dtype))), "q")
         assert read is not None
         torch.testing.assert_close(read.weight_scale, layer.weight_scale)
 
@@ -333,35 +336,35 @@ def test_a_checkpoint_by_msmodelslim_itself_has_no_weight_scale(
 
 
 def test_targets_are_few_and_exact() -> None:
-    linears: dict[str, formats.Mode] = {}
+    schemes: dict[str, Scheme | None] = {}
     for i in range(11):
         for last in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            linears[f"model.layers.{i}.self_attn.{last}"] = "static"
-        linears[f"model.layers.{i}.mlp.up_proj"] = "dynamic"
-        linears[f"model.layers.{i}.mlp.down_proj"] = "float" if i == 3 else "dynamic"
-        linears[f"model.layers.{i}.cross.self_attn.q_proj"] = "dynamic"
+            schemes[f"model.layers.{i}.self_attn.{last}"] = W8A8
+        schemes[f"model.layers.{i}.mlp.up_proj"] = W8A8_DYNAMIC
+        schemes[f"model.layers.{i}.mlp.down_proj"] = None if i == 3 else W8A8_DYNAMIC
+        schemes[f"model.layers.{i}.cross.self_attn.q_proj"] = W8A8_DYNAMIC
     for i in range(4, 11):  # experts, float in the last layer
         for e in range(3):
-            for last, its in (("w1", "dynamic"), ("w2", "static"), ("w3", "dynamic")):
-                linears[f"model.layers.{i}.experts.{e}.{last}"] = "float" if i == 10 else its  # type: ignore[assignment]
-    linears["lm_head"] = "float"
+            for last, its in (("w1", W8A8_DYNAMIC), ("w2", W8A8), ("w3", W8A8_DYNAMIC)):
+                schemes[f"model.layers.{i}.experts.{e}.{last}"] = None if i == 10 else its
+    schemes["lm_head"] = None
     import re
 
-    for mode in ("static", "dynamic", "float"):
-        found = targets(linears, mode)
+    for scheme in (W8A8, W8A8_DYNAMIC, None):
+        found = targets(schemes, scheme)
         matched = {
             name
-            for name in linears
+            for name in schemes
             for target in found
             if (re.match(target[3:], name) if target.startswith("re:") else target == name)
         }
-        assert matched == {name for name, its in linears.items() if its == mode}
+        assert matched == {name for name, its in schemes.items() if its == scheme}
         assert len(found) <= 16
-    assert "re:.*\\.mlp\\.up_proj$" in targets(linears, "dynamic")
-    assert r"re:model\.layers\.(4|5|6|7|8|9)\.experts\.[0-9]+\.w1$" in targets(linears, "dynamic")
-    assert "model.layers.3.mlp.down_proj" in targets(linears, "float")
-    assert "re:.*\\.self_attn\\.q_proj$" not in targets(linears, "static")  # it would match the cross layers too
-    assert "re:.*\\.self_attn\\.k_proj$" in targets(linears, "static")
+    assert "re:.*\\.mlp\\.up_proj$" in targets(schemes, W8A8_DYNAMIC)
+    assert r"re:model\.layers\.(4|5|6|7|8|9)\.experts\.[0-9]+\.w1$" in targets(schemes, W8A8_DYNAMIC)
+    assert "model.layers.3.mlp.down_proj" in targets(schemes, None)
+    assert "re:.*\\.self_attn\\.q_proj$" not in targets(schemes, W8A8)  # it would match the cross layers too
+    assert "re:.*\\.self_attn\\.k_proj$" in targets(schemes, W8A8)
 
 
 def test_a_scale_is_stored_without_loss(random_layer: Callable[..., QuantizedLinear]) -> None:
@@ -372,7 +375,9 @@ def test_a_scale_is_stored_without_loss(random_layer: Callable[..., QuantizedLin
     assert tensors["q.input_zero_point"].tolist() == [-37]
     assert tensors["q.input_zero_point"].dtype == torch.int8
     narrow = dataclasses.replace(
-        layer, weight_scale=form.storable_weight_scale(layer.weight_scale), input_scale=form.storable_scale(0.0123456)
+        layer,
+        weight_scale=form.storable_weight_scale(layer.weight_scale, W8A8, torch.bfloat16),
+        input_scale=form.storable_scale(0.0123456, torch.bfloat16),
     )
     tensors = form.tensors("q", narrow, torch.bfloat16)
     assert tensors["q.weight_scale"].dtype == tensors["q.input_scale"].dtype == torch.bfloat16
@@ -390,7 +395,7 @@ def test_storable_scales_stay_put_and_above_zero() -> None:
                 assert form.storable_scale(stored, dtype) == stored
             assert form.storable_scale(0.0123456, dtype) == pytest.approx(0.0123456, rel=2**-8)
             scales = torch.rand(50) * 1e-3 + 1e-6
-            narrow = form.storable_weight_scale(scales, "dynamic", dtype)
+            narrow = form.storable_weight_scale(scales, W8A8_DYNAMIC, dtype)
             torch.testing.assert_close(narrow, scales, rtol=2**-8, atol=0)
 
 
@@ -476,7 +481,7 @@ def test_layers_that_do_not_fit_together(
     files = {"quant.safetensors": save(damaged(**changes)), "quantization_description.json": {"q.weight": kind}}
     checkpoint = Checkpoint.open(make_folder(files))
     with pytest.raises(InputError, match=message):
-        checkpoint.linear("q")
+        linear(checkpoint, "q")
 
 
 def scheme(**changes: Any) -> dict[str, Any]:
@@ -516,7 +521,7 @@ def test_schemes_that_are_not_read(make_folder: Callable[..., Path], config: dic
     files = {"config.json": config, "model.safetensors": save(damaged())}
     checkpoint = Checkpoint.open(make_folder(files))
     with pytest.raises(InputError, match=message):
-        checkpoint.linear("q")
+        linear(checkpoint, "q")
 
 
 def test_a_checkpoint_by_llm_compressor(make_folder: Callable[..., Path]) -> None:
@@ -532,9 +537,9 @@ def test_a_checkpoint_by_llm_compressor(make_folder: Callable[..., Path]) -> Non
     config = scheme()
     config["quantization_config"]["ignore"] = ["lm_head"]
     checkpoint = Checkpoint.open(make_folder({"config.json": config, "model.safetensors": save(tensors)}))
-    assert_same(checkpoint.linear("a"), QuantizedLinear(W8A8_DYNAMIC, tensors["a.weight"], torch.full((3,), 0.5)))
-    assert checkpoint.linear("norm") is None
-    assert checkpoint.linear("lm_head") is None
+    assert_same(linear(checkpoint, "a"), QuantizedLinear(W8A8_DYNAMIC, tensors["a.weight"], torch.full((3,), 0.5)))
+    assert linear(checkpoint, "norm") is None
+    assert linear(checkpoint, "lm_head") is None
 
 
 @pytest.mark.parametrize("name", formats.NAMES)

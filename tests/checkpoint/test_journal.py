@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from qtool.checkpoint import formats, journal
 from qtool.checkpoint.journal import FILE, Journal
-from qtool.checkpoint.writer import CheckpointWriter
+from qtool.checkpoint.writer import CheckpointWriter, Resume, Sharding
 from qtool.errors import InputError, QtoolError
 
 TENSORS = 12
@@ -37,7 +37,7 @@ class Ended(Exception):
 def write(output: Path, *, end_after: int = TENSORS + 1, unfinished: int = 0, resume: bool = False) -> list[int]:
     """Write tensors of odd and even sizes, one record each; returns the records that were there already."""
     with CheckpointWriter(
-        output, formats.get("safetensors"), max_shard_bytes=12_000, expected_tensors=16, key="a", resume=resume
+        output, formats.PLAIN, sharding=Sharding(12_000, 16), resume=Resume("a", wanted=resume)
     ) as writer:
         done = [record["number"] for record in writer.records]
         for number in range(len(done), TENSORS):
@@ -55,7 +55,7 @@ def write(output: Path, *, end_after: int = TENSORS + 1, unfinished: int = 0, re
 
 
 def write_one(output: Path, error: Exception) -> None:
-    with CheckpointWriter(output, formats.get("safetensors"), key="a") as writer:
+    with CheckpointWriter(output, formats.PLAIN, resume=Resume("a")) as writer:
         writer.add("t", torch.ones(3))
         writer.mark({"number": 0})
         raise error
@@ -88,7 +88,7 @@ def test_another_job_is_not_taken_over(tmp_path: Path) -> None:
     with pytest.raises(Ended):
         write(tmp_path / "m", end_after=5)
     with pytest.raises(InputError, match="begun with another"):
-        CheckpointWriter(tmp_path / "m", formats.get("safetensors"), key="b", resume=True)
+        CheckpointWriter(tmp_path / "m", formats.PLAIN, resume=Resume("b", wanted=True))
     assert write(tmp_path / "m", resume=True) == list(range(5))
 
 
@@ -101,7 +101,7 @@ def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_what_is_finished(tmp_path: Path) -> None:
     with pytest.raises(QtoolError):
         write_one(tmp_path / "m", QtoolError("no space left"))
-    resumed = CheckpointWriter(tmp_path / "m", formats.get("safetensors"), key="a", resume=True)
+    resumed = CheckpointWriter(tmp_path / "m", formats.PLAIN, resume=Resume("a", wanted=True))
     with resumed as writer:
         assert writer.records == [{"number": 0}]
         assert "t" in writer
@@ -191,7 +191,7 @@ class Intruder(dict[str, Any]):
 @pytest.mark.parametrize("late", [False, True])
 def test_an_output_that_comes_into_being_meanwhile_costs_nothing(tmp_path: Path, late: bool) -> None:
     def race() -> None:
-        with CheckpointWriter(tmp_path / "m", formats.get("safetensors"), key="a") as writer:
+        with CheckpointWriter(tmp_path / "m", formats.PLAIN, resume=Resume("a")) as writer:
             writer.add("t", torch.ones(3))
             writer.mark({"number": 0})
             intruder = Intruder(tmp_path / "m")
@@ -204,7 +204,7 @@ def test_an_output_that_comes_into_being_meanwhile_costs_nothing(tmp_path: Path,
     assert "--resume" in str(caught.value.hint)
     assert [path.name for path in (tmp_path / "m").iterdir()] == ["theirs"]
     shutil.rmtree(tmp_path / "m")
-    with CheckpointWriter(tmp_path / "m", formats.get("safetensors"), key="a", resume=True) as writer:
+    with CheckpointWriter(tmp_path / "m", formats.PLAIN, resume=Resume("a", wanted=True)) as writer:
         assert writer.records == [{"number": 0}]
         writer.finish(None, {}, {})
     assert load_file(tmp_path / "m" / "model.safetensors")["t"].tolist() == [1, 1, 1]

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 
+from qtool.checkpoint import formats
+from qtool.checkpoint.companions import companions
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError, QtoolError
 
@@ -120,11 +122,11 @@ def test_rows_that_are_not_there(make_folder: Callable[..., Path], ids: list[int
 def test_a_real_model(tiny_llama: Path) -> None:
     checkpoint = Checkpoint.open(tiny_llama)
     expected = load_file(tiny_llama / "model.safetensors")
-    assert checkpoint.format == "float"
+    assert formats.of(checkpoint) is formats.PLAIN
     assert set(checkpoint.names) == set(expected)
     assert all(same(checkpoint.tensor(name), tensor) for name, tensor in expected.items())
-    assert checkpoint.linear("model.layers.0.mlp.up_proj") is None
-    names = {str(file) for file in checkpoint.companions()}
+    assert formats.of(checkpoint).read_linear(checkpoint, "model.layers.0.mlp.up_proj") is None
+    names = {str(file) for file in companions(checkpoint)}
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
     assert not names & {"config.json", "model.safetensors"}
 
@@ -183,7 +185,7 @@ def test_a_linked_shard_as_in_the_hugging_face_cache(tmp_path: Path) -> None:
     (snapshot / "vocab.json").symlink_to(tmp_path / "secret.json")
     checkpoint = Checkpoint.open(snapshot)
     assert checkpoint.tensor("a").sum() == 2
-    assert [str(file) for file in checkpoint.companions()] == ["tokenizer.json"]
+    assert [str(file) for file in companions(checkpoint)] == ["tokenizer.json"]
 
 
 def test_companions(make_folder: Callable[..., Path]) -> None:
@@ -201,8 +203,8 @@ def test_companions(make_folder: Callable[..., Path]) -> None:
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tools.jinja").write_text("")
     checkpoint = Checkpoint.open(folder)
-    assert {str(file) for file in checkpoint.companions()} == {*carried, "additional_chat_templates/tools.jinja"}
-    assert Path("modeling_x.py") in checkpoint.companions(code=True)
+    assert {str(file) for file in companions(checkpoint)} == {*carried, "additional_chat_templates/tools.jinja"}
+    assert Path("modeling_x.py") in companions(checkpoint, code=True)
 
 
 # ------------------------------------------------------------------ what is wrong with a folder

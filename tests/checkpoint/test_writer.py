@@ -22,12 +22,13 @@ from safetensors.torch import load_file
 
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
-from qtool.checkpoint.writer import CheckpointWriter, check_free_space, check_output
+from qtool.checkpoint.storage import check_output
+from qtool.checkpoint.writer import CheckpointWriter, Sharding
 from qtool.errors import InputError, QtoolError
-from qtool.files import disk_errors
+from qtool.files import check_free_space, disk_errors
 from qtool.quant.types import QuantizedLinear
 
-PLAIN = formats.get("safetensors")
+PLAIN = formats.PLAIN
 
 
 def write(output: Path, tensors: dict[str, torch.Tensor], **options: Any) -> Path:
@@ -58,7 +59,7 @@ def test_the_library_reads_what_was_written(
 ) -> None:
     folder = tmp_path_factory.mktemp("out")
     tensors = {f"t{i}\u20ac": torch.randint(0, 2, shape).to(dtype) for i, (dtype, shape) in enumerate(spec)}
-    output = write(folder / "m", tensors, expected_tensors=4, max_shard_bytes=max_shard_bytes)
+    output = write(folder / "m", tensors, sharding=Sharding(max_shard_bytes, 4))
     files = sorted(output.glob("*.safetensors"))
     found: dict[str, torch.Tensor] = {}
     for file in files:
@@ -82,7 +83,7 @@ def test_the_library_reads_what_was_written(
 
 def test_shards_and_index(tmp_path: Path) -> None:
     tensors = {f"layers.{i}.weight": torch.full((40, 50), float(i)) for i in range(10)}
-    output = write(tmp_path / "m", tensors, max_shard_bytes=25_000, expected_tensors=10)
+    output = write(tmp_path / "m", tensors, sharding=Sharding(25_000, 10))
     index = json.loads((output / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     assert list(index["weight_map"]) == list(tensors)
@@ -94,13 +95,13 @@ def test_shards_and_index(tmp_path: Path) -> None:
 
 def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
     tensors = {"small": torch.ones(10), "large": torch.ones(20_000), "last": torch.ones(10)}
-    output = write(tmp_path / "m", tensors, max_shard_bytes=10_000, expected_tensors=3)
+    output = write(tmp_path / "m", tensors, sharding=Sharding(10_000, 3))
     assert len(list(output.glob("*.safetensors"))) == 3
 
 
 def test_more_tensors_than_expected(tmp_path: Path) -> None:
     tensors = {f"model.layers.{i}.self_attn.q_proj.weight": torch.full((2,), float(i)) for i in range(500)}
-    checkpoint = Checkpoint.open(write(tmp_path / "m", tensors, expected_tensors=1))
+    checkpoint = Checkpoint.open(write(tmp_path / "m", tensors, sharding=Sharding(expected_tensors=1)))
     assert checkpoint.names == list(tensors)
     assert all(torch.equal(checkpoint.tensor(name), tensor) for name, tensor in tensors.items())
 
@@ -236,7 +237,7 @@ output, what = sys.argv[1:]
 if what == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 try:
-    with CheckpointWriter(output, formats.get("safetensors")) as writer:
+    with CheckpointWriter(output, formats.PLAIN) as writer:
         for i in range(100):
             writer.add(f"t{i}", torch.ones(25_000))
             if i == 50 and what == "kill":

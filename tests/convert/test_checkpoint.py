@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool.checkpoint import formats
+from qtool.checkpoint.writer import CheckpointWriter, Sharding
 from qtool.convert.checkpoint import main
 from qtool.errors import InputError
 from qtool.quant.types import QuantizedLinear
@@ -109,7 +110,7 @@ def test_there_and_back(
 
 def test_many_shards_and_every_byte_of_progress(tmp_path: Path, tiny_llama: Path, quantize_folder: Quantize) -> None:
     source = tmp_path / "source"
-    quantize_folder(tiny_llama, source, "golden-stick", "static", max_shard_bytes=60_000)
+    quantize_folder(tiny_llama, source, "golden-stick", "static", sharding=Sharding(60_000))
     assert len(list(source.glob("*.safetensors"))) > 2
     report = Report()
     result = convert(source, tmp_path / "out", "compressed-tensors", report)
@@ -124,7 +125,6 @@ def test_many_shards_and_every_byte_of_progress(tmp_path: Path, tiny_llama: Path
 
 def test_experts_and_latent_attention_go_through_as_names(tmp_path: Path) -> None:
     """The layers of a DeepSeek-V3: attention static but for kv_b_proj, experts dynamic, router and its bias float."""
-    from qtool.checkpoint.writer import CheckpointWriter
     from tests.checkpoint.conftest import round_layer
 
     generator = torch.Generator().manual_seed(0)
@@ -146,7 +146,7 @@ def test_experts_and_latent_attention_go_through_as_names(tmp_path: Path) -> Non
         kept[f"{layer}.mlp.gate.weight"] = weight(12, 16).bfloat16()
         kept[f"{layer}.mlp.gate.e_score_correction_bias"] = torch.randn(12, generator=generator)
     config = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "dtype": "bfloat16"}
-    with CheckpointWriter(tmp_path / "0", formats.get("golden-stick"), max_shard_bytes=15_000) as writer:
+    with CheckpointWriter(tmp_path / "0", formats.get("golden-stick"), sharding=Sharding(15_000)) as writer:
         for name, tensor in kept.items():
             writer.add(name, tensor)
         for name, linear in made.items():

@@ -26,6 +26,7 @@ def main() -> None:
     from mindspore_gs.ptq.models.mindone_models import mindone_model
 
     from qtool.engines.golden_stick import config, cpu, mindone
+    from qtool.engines.golden_stick.tasks import LayerPolicy
 
     cpu.provide()
     mindone.register()
@@ -39,7 +40,9 @@ def main() -> None:
 
     mindone_model.load_param_into_net = keep  # mindspore-gs only logs what it returns
     model = AutoQuantForCausalLM.from_pretrained(job["model"])
-    model.fake_quant(config.network(), config.layer_policies(job["policies"]), job["quantized"])
+    model.fake_quant(
+        config.network(), config.layer_policies([LayerPolicy(**policy) for policy in job["policies"]]), job["quantized"]
+    )
     output = model.network(input_ids=mindspore.Tensor(job["ids"], mindspore.int32), use_cache=False)
     logits = output[0] if isinstance(output, tuple) else output.logits
     np.save(job["logits"], logits.asnumpy())

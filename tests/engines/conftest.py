@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +45,21 @@ def quantize() -> Any:
         recipe: str = "default",
         **changes: Any,
     ) -> dict[str, Any]:
-        from qtool.engines.job import Job
-        from qtool.engines.native import engine
+        from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
+        from qtool.engines.native.execute import execute
+        from qtool.engines.native.prepare import prepare
         from qtool.recipe.load import load
+        from qtool.recipe.schema import Recipe
 
-        job = asdict(
-            Job(
-                model=str(model),
-                output=str(output),
-                format=format,
-                recipe=load(recipe).model_dump(mode="json") | changes,
-                scheme=scheme,
-                calibration={"data": "builtin", "samples": SAMPLES, "seq_len": LENGTH, "seed": 0},
-            )
+        report: Any = Quiet()
+        job = QuantizationJob(
+            model=model,
+            output=OutputFolder(output, format),
+            recipe=Recipe.model_validate(load(recipe).model_dump(mode="json") | changes),
+            scheme=scheme,
+            calibration=CalibrationText("builtin", SAMPLES, LENGTH),
+            device="cpu",
         )
-        return engine.quantize(job, Quiet())  # type: ignore[arg-type]
+        return execute(prepare(job, report), report).to_json()
 
     return run

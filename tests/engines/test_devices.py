@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qtool.engines.native import engine, units
+from qtool.engines.native import device
 from qtool.errors import InputError
 from tests import families
 from tests.engines.accelerator import Accelerator
@@ -59,13 +59,11 @@ def test_quantizing_on_a_device(
     else:
         more = {"query_pre_attn_scalar": 32, "sliding_window": 8} if model_type == "gemma2" else {}
         model = make_model(model_type, name=f"device-{model_type}", **more)
-    monkeypatch.setattr(engine, "_compute_dtype", lambda _device: torch.float32)
+    monkeypatch.setattr(device, "compute_dtype", lambda _device, exact: torch.float32)
     normal = quantize(model, tmp_path / "cpu", scheme=scheme)
-    monkeypatch.setattr(engine, "_device", lambda _wanted, exact: "cuda")
-    units._stream.cache_clear()
+    monkeypatch.setattr(device, "choose", lambda _wanted, exact: "cuda")
     with Accelerator() as accelerator:
         report = quantize(model, tmp_path / "cuda", scheme=scheme)
-    units._stream.cache_clear()
     assert accelerator.operations > 1000
     assert (normal["device"], report["device"]) == ("cpu", "cuda")
     assert report["layers"] == normal["layers"]
@@ -75,6 +73,6 @@ def test_quantizing_on_a_device(
 
 
 def test_exact_osl_stays_in_main_memory() -> None:
-    assert engine._device("auto", exact=True) == "cpu"
+    assert device.choose("auto", exact=True) == "cpu"
     with pytest.raises(InputError, match="can't use npu"):
-        engine._device("npu", exact=True)
+        device.choose("npu", exact=True)

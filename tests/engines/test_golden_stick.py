@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -259,8 +259,9 @@ def test_mindspore_gs_runs_what_the_native_engine_made(
 
     On the way there it was a compressed-tensors checkpoint, so that this is what `qtool convert` makes, too."""
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.engines.golden_stick import view
+    from qtool.engines.golden_stick import config, view
     from qtool.model.decoder import DecoderStream
+    from qtool.recipe.schema import Recipe
 
     pair = pairs(name)
     for source, target in ((pair.native, "compressed-tensors"), (tmp_path / "compressed-tensors", "golden-stick")):
@@ -274,11 +275,11 @@ def test_mindspore_gs_runs_what_the_native_engine_made(
             given[key] = tensor
     (tmp_path / "quantized").mkdir()
     save_file(given, tmp_path / "quantized" / "quantized.safetensors")
-    policies = json.loads((pair.native / "qtool.json").read_text())["recipe"]["schemes"]["w8a8"]
+    chosen = Recipe.model_validate(json.loads((pair.native / "qtool.json").read_text())["recipe"])
     ids = torch.randint(512, (1, 24), generator=torch.Generator().manual_seed(7))
     job = {
         "model": str(view.make(Checkpoint.open(pair.model), tmp_path / "model")),
-        "policies": policies,
+        "policies": [asdict(config.layer_policy(policy)) for policy in chosen.schemes["w8a8"]],
         "quantized": str(tmp_path / "quantized"),
         "ids": ids.tolist(),
         "logits": str(tmp_path / "logits.npy"),
@@ -301,7 +302,7 @@ def test_mindspore_gs_runs_what_the_native_engine_made(
     for index in range(stream.depth):
         with stream.layer(index) as layer:
             hidden = stream.run(index, layer, hidden)
-    expected = stream.logits(stream.normalize(hidden)[0], stream.head(0, stream.vocabulary))
+    expected = stream.head.logits(stream.head.normalize(hidden)[0], stream.head.rows(0, stream.head.vocabulary))
     logits = torch.from_numpy(np.load(tmp_path / "logits.npy"))[0]
     # A value on the edge between two integers may fall to either side: a step of one scale somewhere, no more.
     assert (logits - expected).abs().median() < 1e-4

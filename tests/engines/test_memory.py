@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from qtool.checkpoint.reader import Checkpoint
-from qtool.engines.native import memory, plan
+from qtool.engines.job import CalibrationText
+from qtool.engines.native import plan
+from qtool.engines.native.estimate import ResourceEstimate
+from qtool.engines.native.estimate import estimate as estimated
 from qtool.errors import InputError
 from qtool.model.decoder import DecoderStream
 from qtool.recipe.load import load
@@ -20,14 +23,16 @@ SIZE = (32, 128)  # samples, tokens
 
 
 @pytest.fixture
-def estimate(tiny_llama: Path) -> Callable[[int | None], memory.Estimate]:
+def estimate(tiny_llama: Path) -> Callable[[int | None], ResourceEstimate]:
     checkpoint = Checkpoint.open(tiny_llama)
     stream = DecoderStream(checkpoint, dtype=torch.bfloat16)
     planned = plan.make(checkpoint, load("default"), "w8a8", "compressed-tensors", stream.linears())
-    return lambda limit: memory.plan(stream, planned.policies, *SIZE, exact=False, limit=limit)
+    return lambda limit: estimated(
+        stream, planned.policies, CalibrationText("builtin", *SIZE), exact=False, limit=limit
+    )
 
 
-def test_a_limit_makes_batches_smaller(estimate: Callable[[int | None], memory.Estimate]) -> None:
+def test_a_limit_makes_batches_smaller(estimate: Callable[[int | None], ResourceEstimate]) -> None:
     free = estimate(None)
     limited = estimate(free.memory_bytes - 1)
     assert limited.batch_tokens < free.batch_tokens
@@ -35,7 +40,7 @@ def test_a_limit_makes_batches_smaller(estimate: Callable[[int | None], memory.E
     assert estimate(free.memory_bytes) == free
 
 
-def test_a_limit_below_one_sample_is_refused(estimate: Callable[[int | None], memory.Estimate]) -> None:
+def test_a_limit_below_one_sample_is_refused(estimate: Callable[[int | None], ResourceEstimate]) -> None:
     least = estimate(None)
     while least.batch_tokens > SIZE[1]:
         least = estimate(least.memory_bytes - 1)

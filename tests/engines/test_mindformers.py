@@ -264,7 +264,7 @@ def test_they_become_a_golden_stick_checkpoint(
         "format": "golden-stick",
         "overwrite": False,
         "max_shard_gb": 4.0,
-        "modes": None,
+        "schemes": None,
         "report": {"engine": "golden-stick"},
     }
     export.main(job, Quiet())  # type: ignore[arg-type]

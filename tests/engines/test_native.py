@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
 
 LLAMA_GROUPS = [
@@ -267,7 +268,7 @@ def test_biases_that_smoothing_changed_are_read_back_from_modelslim(
     before, after, checkpoint = tensors(model), tensors(output), Checkpoint.open(output)
     moved = 0.0
     for name in (name.removesuffix(".bias") for name in after if name.endswith("_proj.bias")):
-        linear, bias = checkpoint.linear(name), after[f"{name}.bias"]
+        linear, bias = formats.of(checkpoint).read_linear(checkpoint, name), after[f"{name}.bias"]
         assert linear is not None
         assert linear.bias is not None
         assert torch.equal(linear.bias, bias)

@@ -9,14 +9,13 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qtool.checkpoint import storage
-from qtool.engines.job import Job
+from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob, Resources
 from qtool.errors import InputError, QtoolError
 from qtool.recipe.load import load
 from tests.benchmarks._common import tree
@@ -93,20 +92,23 @@ class Struck(Quiet):
             self._happen()
 
 
-def quantize_here(model: Path, output: Path, report: Quiet, *, resume: bool = False, **options: Any) -> dict[str, Any]:
-    from qtool.engines.native.engine import quantize
-
-    job = Job(
-        model=str(model),
-        output=str(output),
-        format="compressed-tensors",
-        recipe=load("default").model_dump(mode="json"),
+def job_here(model: Path, output: Path, *, resume: bool = False, **resources: Any) -> QuantizationJob:
+    return QuantizationJob(
+        model=model,
+        output=OutputFolder(output, "compressed-tensors", resume=resume),
+        recipe=load("default"),
         scheme="w8a8",
-        calibration={"data": "builtin", "samples": 4, "seq_len": 32, "seed": 0},
-        resume=resume,
-        **options,
+        calibration=CalibrationText("builtin", 4, 32),
+        device="cpu",
+        resources=Resources(**resources),
     )
-    return quantize(asdict(job), report)  # type: ignore[arg-type]
+
+
+def quantize_here(model: Path, output: Path, report: Any, *, resume: bool = False, **resources: Any) -> None:
+    from qtool.engines.native.execute import execute
+    from qtool.engines.native.prepare import prepare
+
+    execute(prepare(job_here(model, output, resume=resume, **resources), report), report)
 
 
 def test_a_disk_that_fails_for_a_while_costs_nothing(tiny_llama: Path, tmp_path: Path) -> None:
@@ -157,10 +159,14 @@ def test_resuming_asks_for_no_more_space_than_it_takes(
     def fail() -> None:
         raise QtoolError("struck")
 
-    plan = quantize_here(tiny_llama, tmp_path / "out", Quiet(), dry_run=True)
+    from qtool.engines.native.prepare import prepare
+
+    quiet: Any = Quiet()
+    plan = prepare(job_here(tiny_llama, tmp_path / "out"), quiet).dry_run()
+    assert plan.resources is not None
     with pytest.raises(QtoolError, match="struck"):
         quantize_here(tiny_llama, tmp_path / "out", Struck(1, fail))
-    free = plan["output_bytes"] + plan["scratch_bytes"] - 50_000
+    free = plan.output_bytes + plan.resources.scratch_bytes - 50_000
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(2 * free, free, free))
     with pytest.raises(QtoolError, match="are free"):
         quantize_here(tiny_llama, tmp_path / "another", Quiet())

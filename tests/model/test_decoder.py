@@ -54,14 +54,10 @@ def test_hidden_states_of_every_layer(architecture: str, make_model: Callable[..
             # batch by batch, as the engine does
             hidden = torch.cat([stream.run(index, layer, part) for part in hidden.split(2)])
         assert all(p.is_meta for p in stream.skeleton_layer(index).parameters())
-    normalized = stream.normalize(hidden).reshape(-1, hidden.shape[-1])
-    half = stream.vocabulary // 2
-    if architecture == "gpt_neox":  # its checkpoints call the output projection by another name than its code
-        with pytest.raises(InputError, match=r"lm_head\.weight is missing"):
-            stream.head(0, half)
-        return
-    parts = [stream.head(0, half), stream.head(half, stream.vocabulary)]
-    found = torch.cat([stream.logits(normalized, part) for part in parts], dim=1)
+    normalized = stream.head.normalize(hidden).reshape(-1, hidden.shape[-1])
+    half = stream.head.vocabulary // 2
+    parts = [stream.head.rows(0, half), stream.head.rows(half, stream.head.vocabulary)]
+    found = torch.cat([stream.head.logits(normalized, part) for part in parts], dim=1)
     expected = expected.reshape(found.shape)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
@@ -72,6 +68,6 @@ def test_positions_that_are_added_to_the_embeddings_are_refused(tiny_llama: Path
     def add(_model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, kwargs | {"inputs_embeds": kwargs["inputs_embeds"] + torch.linspace(0, 1, 8)[:, None]}
 
-    stream._base.register_forward_pre_hook(add, with_kwargs=True)
+    stream._skeleton.base.register_forward_pre_hook(add, with_kwargs=True)
     with pytest.raises(InputError, match=r"LlamaForCausalLM has more .*adds something to the embeddings"):
         stream.prologue(torch.arange(8)[None])

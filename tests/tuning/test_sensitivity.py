@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import pytest
 import torch
 
 from qtool.checkpoint.reader import Checkpoint
-from qtool.engines.job import Job
-from qtool.engines.native.engine import quantize
+from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
+from qtool.engines.native.execute import execute
+from qtool.engines.native.prepare import prepare
 from qtool.evaluate.comparison import compare
 from qtool.model.decoder import DecoderStream
 from qtool.recipe.load import load
@@ -22,7 +22,7 @@ from qtool.tuning.experts import gradients, replaced
 from qtool.tuning.worker import main
 from tests import families, simulate
 
-CALIBRATION = {"data": "builtin", "samples": 8, "seq_len": 64, "seed": 0}
+CALIBRATION: dict[str, Any] = {"data": "builtin", "samples": 8, "seq_len": 64, "seed": 0}
 TEXT = {"text": "builtin", "windows": 16, "length": 64, "trust_remote_code": False}
 
 
@@ -52,16 +52,16 @@ def only(linears: list[str], mode: str) -> Recipe:
 
 
 def measured(model: Path, output: Path, recipe: Recipe) -> float:
-    job = Job(
-        model=str(model),
-        output=str(output),
-        format="compressed-tensors",
-        recipe=recipe.model_dump(mode="json"),
+    job = QuantizationJob(
+        model=model,
+        output=OutputFolder(output, "compressed-tensors"),
+        recipe=recipe,
         scheme=recipe.default_scheme,
-        calibration=CALIBRATION,
+        calibration=CalibrationText(**CALIBRATION),
+        device="cpu",
     )
     silent: Any = Silent()
-    quantize(asdict(job), silent)
+    execute(prepare(job, silent), silent)
     pair: dict[str, Any] = {"base": str(model), "quantized": str(output), "runtime": None, "engine": {}}
     return float(compare({**pair, **TEXT}, silent)["kl_divergence"]["value"])
 
@@ -187,9 +187,9 @@ def test_drawn_tokens_follow_the_model(tiny_llama: Path) -> None:
     hidden = torch.randn(1, 1, 64).expand(4000, 1, 64).reshape(4000, 64)
     with torch.no_grad():
         drawn, normalizer = module._draw(stream, hidden)
-        logits = stream.logits(hidden[:1], stream.head(0, stream.vocabulary))[0]
+        logits = stream.head.logits(hidden[:1], stream.head.rows(0, stream.head.vocabulary))[0]
     assert normalizer[0] == pytest.approx(float(logits.logsumexp(0)), rel=1e-5)
-    shares = torch.bincount(drawn.flatten(), minlength=stream.vocabulary) / drawn.numel()
+    shares = torch.bincount(drawn.flatten(), minlength=stream.head.vocabulary) / drawn.numel()
     p = logits.softmax(0)
     assert float((shares - p).abs().sum()) < 0.25  # 8,000 draws over 512 tokens
     assert int(p.argmax()) == int(shares.argmax())

@@ -1,30 +1,94 @@
-"""The checkpoint formats that qtool writes and reads, by name."""
+"""The checkpoint formats. A new one is a file in this package, and its line in FORMATS."""
 
 from __future__ import annotations
 
-from qtool.checkpoint.formats.common import Description, Format, Mode, Problem
+from typing import TYPE_CHECKING, Literal
+
+from qtool.checkpoint.formats.base import (
+    Description,
+    Format,
+    Problem,
+    QuantizedFormat,
+    UnknownScheme,
+    Writable,
+    quantization_method,
+)
 from qtool.checkpoint.formats.compressed_tensors import CompressedTensors
+from qtool.checkpoint.formats.fp8 import Fp8
 from qtool.checkpoint.formats.golden_stick import GoldenStick
 from qtool.checkpoint.formats.modelslim import ModelSlim
-from qtool.checkpoint.formats.safetensors import Safetensors
+from qtool.checkpoint.formats.plain import Plain
+from qtool.checkpoint.formats.unknown import Unknown
 from qtool.errors import InputError
 
-_FORMATS: dict[str, Format] = {
-    "compressed-tensors": CompressedTensors(),
-    "golden-stick": GoldenStick(),
-    "modelslim": ModelSlim(),
-    "safetensors": Safetensors(),
-}
+if TYPE_CHECKING:
+    from qtool.checkpoint.reader import Checkpoint
 
-NAMES = ("compressed-tensors", "golden-stick", "modelslim")
-"""The quantized ones."""
+PLAIN = Plain()
 
-__all__ = ["NAMES", "Description", "Format", "Mode", "Problem", "get"]
+FORMATS: tuple[Format, ...] = (
+    CompressedTensors(),
+    GoldenStick(),
+    ModelSlim(),
+    PLAIN,
+    Fp8(),
+)
+
+_QUANTIZED = {each.name: each for each in FORMATS if isinstance(each, QuantizedFormat)}
+
+NAMES = tuple(_QUANTIZED)
+"""Of those that hold quantized models."""
+
+DEQUANTIZED = "bfloat16"
+"""What a quantized checkpoint can be converted to besides: the float model that its integers stand for."""
+
+TARGETS = (*NAMES, DEQUANTIZED)
+
+DESCRIPTION_FILES = frozenset(file for each in FORMATS for file in each.files)
+"""Files that belong to a format, and not to the model."""
+
+# The same as types, for the command line and for recipes.
+if TYPE_CHECKING:
+    Name = str
+    Target = str
+else:
+    Name = Literal[NAMES]
+    Target = Literal[TARGETS]
+
+__all__ = [
+    "DEQUANTIZED",
+    "DESCRIPTION_FILES",
+    "FORMATS",
+    "NAMES",
+    "PLAIN",
+    "TARGETS",
+    "Description",
+    "Format",
+    "Name",
+    "Problem",
+    "QuantizedFormat",
+    "Target",
+    "UnknownScheme",
+    "Writable",
+    "get",
+    "of",
+]
 
 
-def get(name: str) -> Format:
-    """A format by its name; "safetensors" is the plain float one. Raises InputError for an unknown name."""
+def get(name: str) -> QuantizedFormat:
+    """A format for quantized models by its name. Raises InputError for an unknown one."""
     try:
-        return _FORMATS[name]
+        return _QUANTIZED[name]
     except KeyError:
-        raise InputError(f"unknown format {name!r}", hint=f"Formats: {', '.join(_FORMATS)}.") from None
+        raise InputError(f"unknown format {name!r}", hint=f"Formats: {', '.join(NAMES)}.") from None
+
+
+def of(checkpoint: Checkpoint) -> Format:
+    """The format of a folder; one that reads nothing where qtool doesn't know it."""
+    found = [each for each in FORMATS if each.detect(checkpoint.config, checkpoint.files)]
+    # A description file counts for more than config.json, in which its maker may have left an older method.
+    found.sort(key=lambda each: not each.files)
+    if found:
+        return found[0]
+    method = quantization_method(checkpoint.config) or "unknown"
+    return Unknown(method, hint=f"It reads float models and {', '.join(NAMES)}.")

@@ -1,4 +1,4 @@
-"""compressed-tensors, `int-quantized`: read by vLLM (CPU, CUDA, ROCm) and transformers.
+"""compressed-tensors, `int-quantized`.
 
 Per layer: `weight` int8 [out, in]; `weight_scale` [out, 1]; with static activations also `input_scale` [1] and
 `input_zero_point` int8 [1]; the layer's own `bias`. Which layer is which stands in config.json, as groups of
@@ -12,39 +12,53 @@ model, the scales that lose nothing. (Float16's range is too short for small sca
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint.dtypes import FLOATS
-from qtool.checkpoint.formats.common import Description, Mode, Stored, check_scales, round_to
-from qtool.checkpoint.formats.safetensors import HuggingFaceFiles
+from qtool.checkpoint.formats.base import (
+    Description,
+    HuggingFaceFiles,
+    QuantizedFormat,
+    UnknownScheme,
+    quantization_method,
+)
+from qtool.checkpoint.formats.scales import check_scales, round_to
+from qtool.checkpoint.formats.stored import Stored
+from qtool.checkpoint.formats.targets import targets
 from qtool.errors import InputError
 from qtool.quant.types import QuantizedLinear
-from qtool.scheme import W8A8, W8A8_DYNAMIC
+from qtool.scheme import W8A8, W8A8_DYNAMIC, QuantizationArgs, Scheme
 
 if TYPE_CHECKING:
     import torch
 
     from qtool.checkpoint.reader import Checkpoint
 
-_WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-_ACTIVATIONS: dict[Mode, dict[str, Any]] = {
-    "static": {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False},
-    "dynamic": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
-}
+_ZERO_POINT = "input_zero_point"
+_SIZES = {"group": {"group_size"}, "block": {"block_structure"}}
+_FIELDS = tuple(field.name for field in dataclasses.fields(QuantizationArgs))
 
 
-class CompressedTensors(HuggingFaceFiles):
+class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
     name = "compressed-tensors"
+    title = "int8 of compressed-tensors"
+    schemes = (W8A8, W8A8_DYNAMIC)
+    parts = frozenset(("weight", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "bias"))
 
-    def storable_scale(self, value: float, dtype: torch.dtype | None = None) -> float:
+    def detect(self, config: Mapping[str, Any], files: Container[str]) -> bool:
+        return quantization_method(config) == self.name
+
+    def storable_scale(self, value: float, dtype: torch.dtype) -> float:
         return round_to(value, _scale_dtype(dtype))
 
-    def storable_weight_scale(
-        self, scale: torch.Tensor, mode: Mode = "dynamic", dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
+    def storable_weight_scale(self, scale: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
         return scale.to(_scale_dtype(dtype)).float()
+
+    def nbytes(self, shape: tuple[int, int], scheme: Scheme) -> int:
+        return scheme.weights.nbytes(shape) + (5 if scheme.is_static else 0)
 
     def tensors(self, name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         import torch
@@ -61,53 +75,74 @@ class CompressedTensors(HuggingFaceFiles):
             tensors[f"{name}.bias"] = linear.bias.to(dtype)
         return tensors
 
-    def describe(self, names: Sequence[str], linears: Mapping[str, Mode], config: Mapping[str, Any]) -> Description:
-        present = [mode for mode in _ACTIVATIONS if mode in linears.values()]
+    def describe(
+        self, names: Sequence[str], schemes: Mapping[str, Scheme | None], config: Mapping[str, Any]
+    ) -> Description:
+        present = [scheme for scheme in self.schemes if scheme in schemes.values()]
         if not present:
             return Description(None, {})
-        ignore = targets(linears, "float")
-        if "lm_head" not in linears:
+        ignore = targets(schemes, None)
+        if "lm_head" not in schemes:
             ignore.append("lm_head")  # tied to the embedding, or absent: either way not quantized
         quantization = {
-            "quant_method": "compressed-tensors",
+            "quant_method": self.name,
             "format": "int-quantized",
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "kv_cache_scheme": None,
             "config_groups": {
                 f"group_{i}": {
-                    "targets": targets(linears, mode),
-                    "weights": dict(_WEIGHTS),
-                    "input_activations": dict(_ACTIVATIONS[mode]),
+                    "targets": targets(schemes, scheme),
+                    "weights": _written(scheme.weights),
+                    "input_activations": _written(scheme.activations),
                     "output_activations": None,
                 }
-                for i, mode in enumerate(present)
+                for i, scheme in enumerate(present)
             },
             "ignore": ignore,
         }
         return Description(quantization, {})
 
-    def mode(self, checkpoint: Checkpoint, name: str) -> Mode | None:
-        scheme = _scheme(checkpoint, name)
-        return "float" if scheme is None else _mode(scheme)
+    def scheme(self, checkpoint: Checkpoint, name: str) -> Scheme | None:
+        group = _group(checkpoint, name)
+        if group is None:
+            return None
+        weights, inputs = _args(group.get("weights")), _args(group.get("input_activations"))
+        if weights is not None and inputs is not None:
+            if weights.strategy == "tensor":
+                weights = dataclasses.replace(weights, strategy="channel")  # `read` repeats its one scale
+            if not inputs.dynamic and inputs.symmetric:
+                inputs = dataclasses.replace(inputs, symmetric=False)  # its zero point is 0
+            for scheme in self.schemes:
+                if scheme == Scheme(weights, inputs):
+                    return scheme
+        raise UnknownScheme(
+            f"{name}: quantized, but not W8A8 with per-tensor static or per-token dynamic activations",
+            where=str(checkpoint.path),
+        )
 
-    def read(self, stored: Stored, mode: Mode) -> QuantizedLinear:
+    def read(self, stored: Stored, scheme: Scheme) -> QuantizedLinear:
         weight = stored.weight()
-        stored.zero("weight_zero_point", weight.shape[0])
+        stored.no_zero_point("weight_zero_point", weight.shape[0])
         scale, bias = stored.scale("weight_scale", weight.shape[0]), stored.bias()
-        if mode == "dynamic":
-            return QuantizedLinear(W8A8_DYNAMIC, weight, scale, bias)
-        return QuantizedLinear(W8A8, weight, scale, bias, *self.inputs(stored))
+        return QuantizedLinear(
+            scheme, weight, scale, bias, *(self.inputs(stored) if scheme.is_static else (None, None))
+        )
 
     def inputs(self, stored: Stored) -> tuple[float, int]:
-        offset = stored.offset("input_zero_point", 1) if stored.has("input_zero_point") else 0
-        return stored.input_scale(1), offset
+        assert W8A8.activations is not None
+        scale = stored.input_scale(1)
+        return scale, stored.zero_point(_ZERO_POINT, 1, W8A8.activations) if stored.has(_ZERO_POINT) else 0
+
+    def check_only_linears(self, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> None:
+        if checkpoint.config["quantization_config"].get("kv_cache_scheme"):
+            raise InputError("its key/value cache is quantized too, which is not converted", where=str(checkpoint.path))
 
 
-def _scale_dtype(dtype: torch.dtype | None) -> torch.dtype:
+def _scale_dtype(dtype: torch.dtype) -> torch.dtype:
     import torch
 
-    return torch.bfloat16 if dtype in (None, torch.bfloat16) else torch.float32
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def _lossless(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -115,51 +150,26 @@ def _lossless(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return narrow if bool((narrow.float() == scale).all()) else scale
 
 
-def targets(linears: Mapping[str, Mode], mode: Mode) -> list[str]:
-    """The layers of one mode, as few targets as possible: one regex for all layers whose names end alike where
-    no layer of another mode ends so too; else one that lists the decoder layers, whose experts are of one mode mostly;
-    and plain names for the rest."""
-    by_ending: dict[str, list[str]] = {}
-    for name in linears:
-        by_ending.setdefault(_ending(name), []).append(name)
-    found: list[str] = []
-    for ending, names in by_ending.items():
-        wanted = [name for name in names if linears[name] == mode]
-        tail = f".{ending}"
-        if ending not in names and all(its == mode for name, its in linears.items() if name.endswith(tail)):
-            found += [f"re:.*\\.{re.escape(ending)}$"] if wanted else []
-        else:
-            found += _by_layer(names, wanted)
-    return found
+def _written(args: QuantizationArgs | None) -> dict[str, Any] | None:
+    """As config.json has it, which goes without what does not apply."""
+    if args is None:
+        return None
+    return {name: value for name, value in dataclasses.asdict(args).items() if value is not None}
 
 
-def _by_layer(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """Targets for `wanted`, some of `names`, which end alike: re:.*layers.(0|1).mlp.experts.[0-9]+.up_proj and such."""
-    shapes: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for name in names:
-        match = re.fullmatch(r"(.*?)\.(\d+)\.(.+)", name)
-        head, layer, rest = match.groups() if match else (name, "", "")
-        shapes.setdefault((head, re.sub(r"\.\d+\.", ".*.", rest)), {}).setdefault(layer, []).append(name)
-    chosen, found = set(wanted), []
-    for (head, rest), layers in shapes.items():
-        whole = [layer for layer, members in layers.items() if layer and chosen.issuperset(members)]
-        covered = {name for layer in whole for name in layers[layer]}
-        if len(covered) > 1:
-            pattern = re.escape(rest).replace(r"\*", "[0-9]+")
-            found.append(f"re:{re.escape(head)}\\.({'|'.join(whole)})\\.{pattern}$")
-        else:
-            covered = set()
-        found += [name for members in layers.values() for name in members if name in chosen and name not in covered]
-    return found
+def _args(found: Any) -> QuantizationArgs | None:
+    """The inverse of `_written`, for whatever is there; None where that describes no quantized tensor."""
+    if not isinstance(found, dict) or "strategy" not in found:
+        return None
+    try:
+        unused = {"group_size", "block_structure"} - _SIZES.get(found["strategy"], set())  # it may say -1 there
+        fields = {name: found[name] for name in _FIELDS if name not in unused and found.get(name) is not None}
+        return QuantizationArgs(**fields)
+    except (TypeError, ValueError):
+        return None
 
 
-def _ending(name: str) -> str:
-    """What follows the last number in a layer's name: self_attn.q_proj of model.layers.3.self_attn.q_proj."""
-    match = re.fullmatch(r".*\.\d+\.(.+)", name)
-    return match.group(1) if match else name
-
-
-def _scheme(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
+def _group(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
     """The config group that a layer belongs to; None when it is ignored or in no group."""
     quantization = checkpoint.config["quantization_config"]
     try:
@@ -182,16 +192,3 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
         re.match(pattern[3:], name) is not None if pattern.startswith("re:") else pattern == name
         for pattern in patterns
     )
-
-
-def _mode(scheme: Mapping[str, Any]) -> Mode | None:
-    weights, inputs = scheme.get("weights"), scheme.get("input_activations")
-    if not isinstance(weights, dict) or not isinstance(inputs, dict):
-        return None
-    if any(args.get("num_bits") != 8 or args.get("type", "int") != "int" for args in (weights, inputs)):
-        return None
-    if weights.get("strategy") not in ("channel", "tensor") or not weights.get("symmetric", True):
-        return None
-    if inputs.get("dynamic") is True:
-        return "dynamic" if inputs.get("strategy") == "token" and inputs.get("symmetric", True) else None
-    return "static" if not inputs.get("dynamic") and inputs.get("strategy") == "tensor" else None

@@ -10,50 +10,69 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from qtool.engines.golden_stick.tasks import LayerPolicy
 from qtool.errors import InputError
+
+if TYPE_CHECKING:
+    from qtool.recipe.schema import Policy
 
 _ALPHA = 0.5  # SmoothQuantSmoother, for MindOne, takes no other
 
 
-def patterns(policies: Sequence[dict[str, Any]]) -> list[str]:
+def patterns(layers: Sequence[str]) -> list[str]:
     r"""For each policy the regex under which Golden Stick finds exactly the cells that the recipe gives to it.
+
+    Args:
+        layers: the policies' own regexes, in order.
 
     Raises:
         InputError: a pattern that can't stand inside another (inline flags such as `(?i)`).
     """
     result, before = [], ""
-    for policy in policies:
-        whole = rf"(?:{policy['layers']})\Z"
+    for pattern in layers:
+        whole = rf"(?:{pattern})\Z"
         result.append(rf"network\.{before}{whole}")
         before += f"(?!{whole})"
         try:
             re.compile(result[-1])
         except re.error as error:
             raise InputError(
-                f"the golden-stick engine can't combine this pattern with others: {error}", where=policy["layers"]
+                f"the golden-stick engine can't combine this pattern with others: {error}", where=pattern
             ) from None
     return result
 
 
-def differences(policies: Sequence[dict[str, Any]]) -> list[str]:
+def differences(policies: Sequence[Policy]) -> list[str]:
     """One sentence for each choice of a scheme that Golden Stick makes differently."""
     found = []
-    quantized = [policy for policy in policies if policy["quantize"]]
-    if any(policy["rounding"]["method"] == "gptq" for policy in quantized):
+    quantized = [policy for policy in policies if policy.quantize]
+    if any(policy.rounding.method == "gptq" for policy in quantized):
         found.append("Golden Stick rounds W8A8 weights to nearest; `rounding: gptq` has no effect")
-    if any(policy["smoothing"]["method"] == "osl" and not policy["clip"] for policy in quantized):
+    if any(policy.smoothing.method == "osl" and not policy.clip for policy in quantized):
         found.append("Golden Stick always clips weights after OSL; `clip: false` has no effect there")
-    static = [policy["activations"] for policy in quantized if policy["activations"]["mode"] == "static"]
-    observers = {activations["observer"]["method"] for activations in static} - {"minmax"}
+    static = [policy.activations for policy in quantized if policy.activations.mode == "static"]
+    observers = {activations.observer.method for activations in static} - {"minmax"}
     if observers:
         found.append(
             f"Golden Stick fixes static ranges by minimum and maximum; `observer: {min(observers)}` has no effect"
         )
-    if any(policy["smoothing"].get("alpha", _ALPHA) != _ALPHA for policy in quantized):
+    smoothings = [policy.smoothing for policy in quantized]
+    if any(smoothing.method == "smoothquant" and smoothing.alpha != _ALPHA for smoothing in smoothings):
         found.append(f"Golden Stick smooths with alpha {_ALPHA}; `alpha` has no effect")
     return found
+
+
+def layer_policy(policy: Policy) -> LayerPolicy:
+    """What of a recipe's policy mindspore-gs is told."""
+    return LayerPolicy(
+        layers=policy.layers,
+        quantize=policy.quantize,
+        per_token=not policy.scheme.is_static,
+        smoothing=policy.smoothing.method,
+        clip=policy.clip,
+    )
 
 
 def network() -> Any:
@@ -63,27 +82,27 @@ def network() -> Any:
     return PTQConfig(weight_quant_dtype=None, act_quant_dtype=None)
 
 
-def layer_policies(policies: Sequence[dict[str, Any]]) -> OrderedDict[str, Any]:
+def layer_policies(policies: Sequence[LayerPolicy]) -> OrderedDict[str, Any]:
     """The scheme as regex → PTQConfig."""
-    return OrderedDict(zip(patterns(policies), map(_config, policies), strict=True))
+    regexes = patterns([policy.layers for policy in policies])
+    return OrderedDict(zip(regexes, map(_config, policies), strict=True))
 
 
-def _config(policy: dict[str, Any]) -> Any:
+def _config(policy: LayerPolicy) -> Any:
     from mindspore import dtype
     from mindspore_gs.ptq import OutliersSuppressionType, PTQConfig, QuantGranularity
 
-    if not policy["quantize"]:
+    if not policy.quantize:
         return network()
     smoothing = {
         "osl": OutliersSuppressionType.OUTLIER_SUPPRESSION_LITE,
         "smoothquant": OutliersSuppressionType.SMOOTH,
         "none": OutliersSuppressionType.NONE,
     }
-    static = policy["activations"]["mode"] == "static"
     return PTQConfig(
         weight_quant_dtype=dtype.int8,
         act_quant_dtype=dtype.int8,
-        act_quant_granularity=QuantGranularity.PER_TENSOR if static else QuantGranularity.PER_TOKEN,
-        outliers_suppression=smoothing[policy["smoothing"]["method"]],
-        weight_clip=policy["clip"],
+        act_quant_granularity=QuantGranularity.PER_TOKEN if policy.per_token else QuantGranularity.PER_TENSOR,
+        outliers_suppression=smoothing[policy.smoothing],
+        weight_clip=policy.clip,
     )

@@ -11,109 +11,153 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import qtool
 from qtool import workers
 from qtool.checkpoint.floats import FloatReader
-from qtool.checkpoint.formats.common import mode_of
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import PartialFolder
 from qtool.engines import native
 from qtool.engines.golden_stick import config, mindformers, mindone, view
+from qtool.engines.golden_stick.tasks import Calibrated, CalibrateTask, CardsLaunch, Exported, ExportTask
+from qtool.engines.job import CalibrationTokens, QuantizationJob
 from qtool.engines.native import plan
+from qtool.engines.native.plan import QuantizationPlan
+from qtool.engines.report import (
+    CalibrationUsed,
+    DryRun,
+    LaunchOfCards,
+    QuantizationReport,
+    QuantizationResult,
+    QuantizedGroup,
+)
 from qtool.environments.lookup import interpreter
 from qtool.errors import InputError
 from qtool.files import check_free_space
-from qtool.recipe.schema import Recipe
+from qtool.scheme import name_of
 
 _LINEAR = re.compile(r"((?:.*\.)?(?:layers|h)\.(\d+)\..+)\.weight")
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_TOGETHER = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 OnEvent = Callable[[workers.Event], None]
 
 
-def quantize(job: dict[str, Any], on_event: OnEvent) -> dict[str, Any]:
+def quantize(job: QuantizationJob, on_event: OnEvent) -> QuantizationResult:
     """Quantize a checkpoint with mindspore-gs.
-
-    Takes the same job as the native engine, and `devices` (cards; None: the recipe's). Returns the same report, whose
-    layers have no error; for a dry run of MindFormers the plan has its `yaml` and the `msrun` line too.
 
     Raises:
         InputError: a model that mindspore-gs doesn't know, an interpreter that is missing, a bad recipe or text.
         QtoolError: a worker failed, or the disk is full.
     """
-    recipe = Recipe.model_validate(job["recipe"])
-    policies = [policy.model_dump(mode="json") for policy in recipe.schemes[job["scheme"]]]
-    checkpoint = Checkpoint.open(job["model"])
-    planned = plan.make(checkpoint, recipe, job["scheme"], job["format"], _linears(checkpoint))
-    devices = job["devices"] or recipe.launch.devices
-    through_mindone = _through_mindone(checkpoint, devices, job["format"])
-    config.patterns(policies)
+    return _execute(_prepare(job, on_event), on_event)
+
+
+def dry_run(job: QuantizationJob, on_event: OnEvent) -> DryRun:
+    """What `quantize` would do. Raises InputError as that does."""
+    prepared = _prepare(job, on_event)
+    launch = None
+    if not prepared.through_mindone:
+        partial = job.output.path.with_name(f".{job.output.path.name}.partial")
+        cards = _cards(prepared, job.calibration.seq_len, partial / "scratch")
+        launch = LaunchOfCards(cards.yaml, " ".join(cards.msrun))
+    return DryRun(
+        layers=plan.summary(prepared.plan),
+        calibration=job.calibration.shown(),
+        input_bytes=prepared.checkpoint.nbytes,
+        output_bytes=prepared.output_bytes,
+        launch=launch,
+    )
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A job that can be done.
+
+    Attributes:
+        job: as asked for.
+        checkpoint: the float model.
+        plan: what becomes of which linear.
+        devices: cards.
+        through_mindone: MindOne runs the model; else MindFormers does.
+        output_bytes: of the output's tensors.
+    """
+
+    job: QuantizationJob
+    checkpoint: Checkpoint
+    plan: QuantizationPlan
+    devices: int
+    through_mindone: bool
+    output_bytes: int
+
+
+def _prepare(job: QuantizationJob, on_event: OnEvent) -> _Prepared:
+    checkpoint = Checkpoint.open(job.model)
+    plan.refuse_quantized(checkpoint)
+    planned = plan.make(checkpoint, job.recipe, job.scheme, job.output.format, _linears(checkpoint))
+    devices = job.devices or job.recipe.launch.devices
+    through_mindone = _through_mindone(checkpoint, devices, job.output.format)
+    policies = job.recipe.schemes[job.scheme]
+    config.patterns([policy.layers for policy in policies])
     for warning in (*planned.warnings, *config.differences(policies)):
         on_event({"event": "warning", "message": warning})
     size = plan.output_bytes(FloatReader(checkpoint), planned.schemes)
-    if job["dry_run"]:
-        return _dry_run(job, checkpoint, planned, size, None if through_mindone else devices)
+    return _Prepared(job, checkpoint, planned, devices, through_mindone, size)
+
+
+def _execute(prepared: _Prepared, on_event: OnEvent) -> QuantizationResult:
+    job = prepared.job
     python, torch_python = interpreter("golden-stick"), interpreter("native")
-    output = Path(job["output"])
-    check_free_space(output, 2 * size + _float_bytes(checkpoint, planned))
+    check_free_space(job.output.path, 2 * prepared.output_bytes + _float_bytes(prepared))
     text = _text(job, torch_python, on_event)
-    with _between(output) as folder:
-        scratch = folder / "scratch"
-        scratch.mkdir()
-        task = {
-            "policies": policies,
-            "ids": text["ids"],
-            "output": str(folder / "quantized"),
-            "scratch": str(scratch),
-            "seed": job["calibration"]["seed"],
-        }
-        env = _environment()
-        if through_mindone:
-            module = "qtool.engines.golden_stick.worker"
-            task |= {"model": str(view.make(checkpoint, folder / "model")), "device": job["device"]}
+    with _between(job.output.path) as folder:
+        task = _task(prepared, text, folder)
+        if task.launch is None:
+            module, env = "qtool.engines.golden_stick.worker", _environment()
         else:
-            module = "qtool.engines.golden_stick.launch"
-            task |= _msrun(job, checkpoint, devices, len(text["ids"][0]), scratch)
-            env = mindformers.environment() | env
-        made = workers.run(module, task, python=python, on_event=on_event, env=env)
-        report = {
-            "qtool": qtool.__version__,
-            "versions": made["versions"],
-            "engine": "golden-stick",
-            "device": made["device"],
-            "source": checkpoint.path.name,
-            "origin": checkpoint.origin,
-            "format": job["format"],
-            "recipe": job["recipe"],
-            "scheme": job["scheme"],
-            "calibration": {
-                "source": text["source"],
-                "sha256": text["digest"],
-                "samples": len(text["ids"]),
-                "seq_len": len(text["ids"][0]),
-            },
-            "seconds": made["seconds"],
-            "peak_memory_bytes": made["peak_memory_bytes"],
-            "layers": _groups(planned, made["alphas"]),
-        }
-        written = workers.run(
-            "qtool.engines.golden_stick.export",
-            {
-                "source": job["model"],
-                "quantized": str(folder / "quantized"),
-                "output": job["output"],
-                "format": job["format"],
-                "overwrite": job["overwrite"],
-                "max_shard_gb": recipe.export.max_shard_gb,
-                "modes": {name: mode_of(how) for name, how in planned.schemes.items()} if through_mindone else None,
-                "report": report,
-            },
-            python=torch_python,
-            on_event=on_event,
+            module, env = "qtool.engines.golden_stick.launch", mindformers.environment() | _environment()
+        answer = workers.run(module, task.to_json(), python=python, on_event=on_event, env=env)
+        report = _report(prepared, text, Calibrated.from_json(answer))
+        export = ExportTask(
+            source=str(job.model),
+            quantized=task.output,
+            output=str(job.output.path),
+            format=job.output.format,
+            overwrite=job.output.overwrite,
+            max_shard_gb=job.recipe.export.max_shard_gb,
+            schemes=_schemes(prepared.plan) if prepared.through_mindone else None,
+            report=report.to_json(),
         )
-    return {**report, **written}
+        module = "qtool.engines.golden_stick.export"
+        answer = workers.run(module, export.to_json(), python=torch_python, on_event=on_event)
+    written = Exported.from_json(answer)
+    assert report.seconds is not None
+    assert report.peak_memory_bytes is not None
+    return QuantizationResult(
+        report=report,
+        output=Path(written.output),
+        input_bytes=written.input_bytes,
+        output_bytes=written.output_bytes,
+        seconds=report.seconds,
+        peak_memory_bytes=report.peak_memory_bytes,
+    )
+
+
+def _task(prepared: _Prepared, text: CalibrationTokens, folder: Path) -> CalibrateTask:
+    """What mindspore-gs has to do, with its own folders inside `folder`."""
+    job, scratch = prepared.job, folder / "scratch"
+    scratch.mkdir()
+    mindone_model = str(view.make(prepared.checkpoint, folder / "model")) if prepared.through_mindone else ""
+    return CalibrateTask(
+        policies=[config.layer_policy(policy) for policy in job.recipe.schemes[job.scheme]],
+        ids=text.ids,
+        seed=job.calibration.seed,
+        output=str(folder / "quantized"),
+        scratch=str(scratch),
+        model=mindone_model,
+        device=job.device,
+        launch=None if prepared.through_mindone else _cards(prepared, len(text.ids[0]), scratch),
+    )
 
 
 def _through_mindone(checkpoint: Checkpoint, devices: int, format_name: str) -> bool:
@@ -142,31 +186,17 @@ def _through_mindone(checkpoint: Checkpoint, devices: int, format_name: str) -> 
     return False
 
 
-def _msrun(job: dict[str, Any], checkpoint: Checkpoint, devices: int, seq_len: int, scratch: Path) -> dict[str, Any]:
+def _cards(prepared: _Prepared, seq_len: int, scratch: Path) -> CardsLaunch:
     settings = mindformers.settings(
-        checkpoint, devices=devices, folder=scratch / "output", seed=job["calibration"]["seed"], seq_len=seq_len
+        prepared.checkpoint,
+        devices=prepared.devices,
+        folder=scratch / "output",
+        seed=prepared.job.calibration.seed,
+        seq_len=seq_len,
     )
     program = str(Path(__file__).with_name("rank.py"))
-    return {
-        "yaml": mindformers.as_yaml(settings),
-        "msrun": mindformers.command(devices, scratch / "cards", program, str(scratch / "job.json")),
-    }
-
-
-def _dry_run(
-    job: dict[str, Any], checkpoint: Checkpoint, planned: plan.Plan, size: int, devices: int | None
-) -> dict[str, Any]:
-    result = {
-        "layers": plan.summary(planned),
-        "calibration": {key: job["calibration"][key] for key in ("data", "samples", "seq_len")},
-        "input_bytes": checkpoint.nbytes,
-        "output_bytes": size,
-    }
-    if devices is not None:
-        scratch = Path(job["output"]).with_name(f".{Path(job['output']).name}.partial") / "scratch"
-        launch = _msrun(job, checkpoint, devices, job["calibration"]["seq_len"], scratch)
-        result |= {"yaml": launch["yaml"], "msrun": " ".join(launch["msrun"])}
-    return result
+    msrun = mindformers.command(prepared.devices, scratch / "cards", program, str(scratch / "job.json"))
+    return CardsLaunch(yaml=mindformers.as_yaml(settings), msrun=msrun)
 
 
 def _linears(checkpoint: Checkpoint) -> list[str]:
@@ -180,18 +210,26 @@ def _linears(checkpoint: Checkpoint) -> list[str]:
     return [name for _, _, name in sorted(found)]
 
 
-def _float_bytes(checkpoint: Checkpoint, planned: plan.Plan) -> int:
+def _float_bytes(prepared: _Prepared) -> int:
     """Of the tensors that stay float."""
-    quantized = {f"{name}.weight" for name, policy in planned.policies.items() if policy}
+    checkpoint = prepared.checkpoint
+    quantized = {f"{name}.weight" for name, policy in prepared.plan.policies.items() if policy}
     return sum(checkpoint.info(name).nbytes for name in checkpoint.names if name not in quantized)
 
 
-def _text(job: dict[str, Any], python: str, on_event: OnEvent) -> dict[str, Any]:
-    wanted = job["calibration"]
-    if "ids" in wanted:
-        return wanted
-    task = {"model": job["model"], "trust_remote_code": job["trust_remote_code"], **wanted}
-    return workers.run("qtool.calibration.worker", task, python=python, on_event=on_event)
+def _text(job: QuantizationJob, python: str, on_event: OnEvent) -> CalibrationTokens:
+    wanted = job.calibration
+    if wanted.tokens is not None:
+        return wanted.tokens
+    task = {
+        "model": str(job.model),
+        "trust_remote_code": job.trust_remote_code,
+        "data": wanted.data,
+        "samples": wanted.samples,
+        "seq_len": wanted.seq_len,
+        "seed": wanted.seed,
+    }
+    return CalibrationTokens(**workers.run("qtool.calibration.worker", task, python=python, on_event=on_event))
 
 
 @contextmanager
@@ -204,14 +242,38 @@ def _between(output: Path) -> Iterator[Path]:
         partial.discard()
 
 
+def _schemes(planned: QuantizationPlan) -> dict[str, str | None]:
+    return {name: None if scheme is None else name_of(scheme) for name, scheme in planned.schemes.items()}
+
+
 def _environment() -> dict[str, str]:
     """MindSpore's own log at errors only, and memory as the native engine has it; what the user has set stays."""
     return native.environment() | ({} if "GLOG_v" in os.environ else {"GLOG_v": "3"})
 
 
-def _groups(planned: plan.Plan, alphas: dict[str, float]) -> list[dict[str, Any]]:
-    """The report's rows: linears that share their input, in the order of the plan."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+def _report(prepared: _Prepared, text: CalibrationTokens, made: Calibrated) -> QuantizationReport:
+    job, checkpoint = prepared.job, prepared.checkpoint
+    return QuantizationReport(
+        versions=made.versions,
+        engine="golden-stick",
+        device=made.device,
+        source=checkpoint.path.name,
+        origin=checkpoint.origin,
+        format=job.output.format,
+        recipe=job.recipe.model_dump(mode="json"),
+        scheme=job.scheme,
+        calibration=CalibrationUsed(
+            source=text.source, sha256=text.digest, samples=len(text.ids), seq_len=len(text.ids[0])
+        ),
+        seconds=made.seconds,
+        peak_memory_bytes=made.peak_memory_bytes,
+        layers=_groups(prepared.plan, made.alphas),
+    )
+
+
+def _groups(planned: QuantizationPlan, alphas: dict[str, float]) -> list[QuantizedGroup]:
+    """Linears that share their input, in the order of the plan; the alpha of one is that of all."""
+    together: dict[tuple[str, str], list[str]] = {}
     for name, policy in planned.policies.items():
         if policy is None:
             continue
@@ -219,17 +281,19 @@ def _groups(planned: plan.Plan, alphas: dict[str, float]) -> list[dict[str, Any]
         assert match is not None
         layer, linear = match.groups()
         owner, _, last = linear.rpartition(".")
-        kind = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-        row = rows.setdefault(
-            (layer, f"{owner}.{kind.get(last, last)}"),
-            {
-                "layer": layer,
-                "linears": [],
-                "activations": policy.activations.mode,
-                "smoothing": policy.smoothing.method,
-                "alpha": None,
-            },
+        together.setdefault((layer, f"{owner}.{_TOGETHER.get(last, last)}"), []).append(linear)
+    groups = []
+    for (layer, _), linears in together.items():
+        policy = planned.policies[f"{layer}.{linears[0]}"]
+        assert policy is not None
+        found = [alphas[name] for linear in linears if (name := f"{layer}.{linear}") in alphas]
+        groups.append(
+            QuantizedGroup(
+                layer=layer,
+                linears=linears,
+                activations=policy.activations.mode,
+                smoothing=policy.smoothing.method,
+                alpha=found[-1] if found else None,
+            )
         )
-        row["linears"].append(linear)
-        row["alpha"] = alphas.get(name, row["alpha"])
-    return list(rows.values())
+    return groups

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import dtypes, formats
-from qtool.checkpoint.formats import Description, Format, Mode
-from qtool.checkpoint.formats.golden_stick import TYPES, GoldenStick
-from qtool.checkpoint.reader import GOLDEN_STICK_DESCRIPTION, Checkpoint
-from qtool.checkpoint.writer import CheckpointWriter
+from qtool.checkpoint.formats import Description, Writable
+from qtool.checkpoint.formats.described import TYPES
+from qtool.checkpoint.formats.golden_stick import DESCRIPTION, GoldenStick
+from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.writer import CheckpointWriter, Sharding
 from qtool.engines.golden_stick import shards
+from qtool.engines.golden_stick.tasks import Exported, ExportTask
 from qtool.errors import QtoolError
 from qtool.quant.types import QuantizedLinear
+from qtool.scheme import PRESETS, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -29,31 +32,26 @@ if TYPE_CHECKING:
 _INSIDE = re.compile(r".*\.layers\.\d+\..*")
 
 
-def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Write the checkpoint.
-
-    Job keys: source and quantized (model folders), output, format, overwrite, max_shard_gb, modes (linear → static,
-    dynamic or float, as planned; None for MindFormers' output, which is taken over as it is), report (qtool.json).
-
-    Returns:
-        output, output_bytes, input_bytes.
+def main(message: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Do an `ExportTask`; answers with `Exported`.
 
     Raises:
         QtoolError: a layer is not quantized as planned, cards' parts don't fit together, or the disk is full.
     """
-    source, quantized = Checkpoint.open(job["source"]), Path(job["quantized"])
-    if job["modes"] is None:
+    task = ExportTask.from_json(message)
+    source, quantized = Checkpoint.open(task.source), Path(task.quantized)
+    if task.schemes is None:
         parts = shards.Parts(quantized)
         tensors: _Tensors = parts.tensors(source)
-        output_format: Format = _AsDescribed(parts.types)
+        output_format: Writable = _AsDescribed(parts.types)
     else:
-        tensors, output_format = _layers(source, Checkpoint.open(quantized), job["modes"]), formats.get(job["format"])
+        schemes = {name: PRESETS[scheme] for name, scheme in task.schemes.items() if scheme is not None}
+        tensors, output_format = _layers(source, Checkpoint.open(quantized), schemes), formats.get(task.format)
     writer = CheckpointWriter(
-        Path(job["output"]),
+        Path(task.output),
         output_format,
-        overwrite=job["overwrite"],
-        max_shard_bytes=int(job["max_shard_gb"] * 1e9),
-        expected_tensors=6 * len(source.names),
+        overwrite=task.overwrite,
+        sharding=Sharding(int(task.max_shard_gb * 1e9), 6 * len(source.names)),
     )
     with writer:
         for index, (name, value) in enumerate(tensors):
@@ -63,21 +61,22 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
                 writer.add_linear(name, value, _dtype(source, f"{name}.weight"))
             else:
                 writer.add(name, value)
-        path = writer.finish(source, source.config, job["report"])
+        path = writer.finish(source, source.config, task.report)
     written = Checkpoint.open(path)
-    return {"output": str(path), "output_bytes": written.nbytes, "input_bytes": source.nbytes}
+    return Exported(output=str(path), output_bytes=written.nbytes, input_bytes=source.nbytes).to_json()
 
 
-def _layers(source: Checkpoint, quantized: Checkpoint, modes: dict[str, Mode]) -> _Tensors:
+def _layers(source: Checkpoint, quantized: Checkpoint, schemes: Mapping[str, Scheme]) -> _Tensors:
     """Every tensor in the source's order; quantized layers as a whole, by their names without ".weight"."""
+    format = formats.of(quantized)
     for name in source.names:
         layer, _, part = name.rpartition(".")
-        mode = modes.get(layer, "float")
-        if mode != "float":
+        if scheme := schemes.get(layer):
             if part == "weight":
-                linear = quantized.linear(layer) if name in quantized else None
-                if linear is None or linear.is_static != (mode == "static"):
-                    raise QtoolError(f"mindspore-gs did not quantize this layer ({mode} was planned)", where=layer)
+                linear = format.read_linear(quantized, layer) if name in quantized else None
+                if linear is None or linear.scheme != scheme:
+                    what = f"mindspore-gs did not quantize this layer ({scheme.label} was planned)"
+                    raise QtoolError(what, where=layer)
                 yield layer, linear
         elif _INSIDE.fullmatch(name) and name in quantized:  # smoothing rewrites norms and float linears
             yield name, quantized.tensor(name).to(_dtype(source, name))
@@ -97,6 +96,8 @@ class _AsDescribed(GoldenStick):
     def __init__(self, types: Mapping[str, str]) -> None:
         self._types = types
 
-    def describe(self, names: Sequence[str], linears: Mapping[str, Mode], config: Mapping[str, Any]) -> Description:
-        types = {name: self._types.get(name, TYPES["float"]) for name in names}
-        return Description(None, {GOLDEN_STICK_DESCRIPTION: types})
+    def describe(
+        self, names: Sequence[str], schemes: Mapping[str, Scheme | None], config: Mapping[str, Any]
+    ) -> Description:
+        types = {name: self._types.get(name, TYPES[None]) for name in names}
+        return Description(None, {DESCRIPTION: types})

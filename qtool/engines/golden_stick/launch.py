@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtool.engines.golden_stick.tasks import CalibrateTask
 from qtool.errors import InputError, QtoolError
 
 if TYPE_CHECKING:
@@ -20,25 +22,22 @@ _POLL_SECONDS = 0.2
 _LOG_LINES = 200
 
 
-def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Quantize a model through MindFormers.
-
-    Job keys: yaml (MindFormers' settings, as text), msrun (the command line), scratch (a folder), and for the cards'
-    processes policies, ids, output.
-
-    Returns:
-        As `qtool.engines.golden_stick.worker.main`.
+def main(message: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Do a `CalibrateTask` through MindFormers, on as many cards as it says; answers with `Calibrated`.
 
     Raises:
         InputError, QtoolError: as the first card's process reports it, or a process that ended without a report.
     """
-    scratch = Path(job["scratch"])
-    (scratch / "model.yaml").write_text(job["yaml"], encoding="utf-8")
-    (scratch / "job.json").write_text(json.dumps({**job, "yaml": str(scratch / "model.yaml")}))
+    task = CalibrateTask.from_json(message)
+    assert task.launch is not None
+    scratch = Path(task.scratch)
+    settings = scratch / "model.yaml"
+    settings.write_text(task.launch.yaml, encoding="utf-8")
+    (scratch / "job.json").write_text(json.dumps(replace(task, model=str(settings)).to_json()))
     (scratch / "events.jsonl").touch()
     report.progress("start MindSpore", 0, 0)
     # As a module: the script of that name may have been moved with its environment.
-    command = [sys.executable, "-m", "mindspore.parallel.cluster.run", *job["msrun"][1:]]
+    command = [sys.executable, "-m", "mindspore.parallel.cluster.run", *task.launch.msrun[1:]]
     # msrun starts whatever `python` is on the path.
     env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
     with subprocess.Popen(command, cwd=scratch, env=env, stdin=subprocess.DEVNULL) as process:

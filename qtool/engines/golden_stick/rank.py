@@ -28,14 +28,15 @@ def main() -> int:
     workers = _bootstrap()
     workers.end_with_parent(os.getppid())  # msrun puts every process into a session of its own
     from qtool.engines.golden_stick import worker
+    from qtool.engines.golden_stick.tasks import CalibrateTask
     from qtool.errors import InputError, QtoolError, in_one_line
 
-    job = json.loads(Path(sys.argv[1]).read_text())
+    task = CalibrateTask.from_json(json.loads(Path(sys.argv[1]).read_text()))
     first = os.environ.get("RANK_ID", "0") == "0" and os.environ.get("MS_ROLE") != "MS_SCHED"
     events = Path(sys.argv[1]).with_name("events.jsonl") if first else Path(os.devnull)
     report = workers.Report(os.open(events, os.O_WRONLY | os.O_APPEND))
     try:
-        report.send(event="result", data=worker.calibrate(job, job["yaml"], "npu", report))
+        report.send(event="result", data=worker.calibrate(task, "npu", report).to_json())
     except BaseException as error:
         traceback.print_exc()
         kind = "InputError" if isinstance(error, InputError) else "QtoolError"

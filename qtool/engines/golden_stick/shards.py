@@ -14,7 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.checkpoint.reader import GOLDEN_STICK_DESCRIPTION, Checkpoint
+from qtool.checkpoint.formats.golden_stick import DESCRIPTION
+from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Parts:
     def __init__(self, folder: Path) -> None:
         ranks = sorted(folder.glob("rank_*"), key=lambda path: int(path.name.removeprefix("rank_")))
         files = [sorted(rank.glob("*.safetensors")) for rank in ranks] or [sorted(folder.glob("*.safetensors"))]
-        description = folder / GOLDEN_STICK_DESCRIPTION
+        description = folder / DESCRIPTION
         if not description.exists() or not all(files):
             raise QtoolError("mindspore-gs left no quantized weights", where=str(folder))
         self.types: dict[str, str] = json.loads(description.read_text(encoding="utf-8"))

@@ -8,13 +8,14 @@ from __future__ import annotations
 import gc
 import importlib
 import os
-import resource
 import sys
 import time
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from qtool import memory
 from qtool.engines.golden_stick import config, cpu, mindone
+from qtool.engines.golden_stick.tasks import Calibrated, CalibrateTask
 from qtool.errors import InputError, QtoolError, in_one_line
 
 if TYPE_CHECKING:
@@ -28,75 +29,80 @@ _MISSING = (
 _FULL = ("os error 27", "os error 28", "os error 122", "No space left", "File too large", "Disk quota")
 
 
-def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Quantize a model through MindOne, on one device.
-
-    Job keys: model (a folder that MindOne can load), device (auto, cpu or npu), scratch (a folder for whatever the
-    libraries drop in the current one), and what `calibrate` takes.
-
-    Returns:
-        device, versions, alphas (first linear of each OSL group → alpha), peak_memory_bytes, seconds.
+def main(message: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Do a `CalibrateTask` through MindOne, on one device; answers with `Calibrated`.
 
     Raises:
         InputError: no such device.
         QtoolError: the disk is full.
     """
-    os.chdir(job["scratch"])
+    task = CalibrateTask.from_json(message)
+    os.chdir(task.scratch)
     report.progress("start MindSpore", 0, 0)
     import mindspore
 
-    device = _device(job["device"])
+    device = _device(task.device)
     mindspore.set_device("Ascend" if device == "npu" else "CPU")
     mindspore.set_context(mode=mindspore.PYNATIVE_MODE)
     if device == "cpu":
         cpu.provide()
     mindone.register()
-    return calibrate(job, job["model"], device, report)
+    return calibrate(task, device, report).to_json()
 
 
-def calibrate(job: dict[str, Any], pretrained: str, device: str, report: Report) -> dict[str, Any]:
-    """Load a model, quantize it and save it: a folder for MindOne, a YAML file for MindFormers.
+def calibrate(task: CalibrateTask, device: str, report: Report) -> Calibrated:
+    """Load a model, quantize it and save it.
 
-    Job keys: policies (a recipe's scheme), ids ([[int]]), output (a folder to make), seed. Returns what `main` does.
+    Args:
+        task: its model is a folder for MindOne, or a YAML file for MindFormers.
     """
     started = time.perf_counter()
     import mindspore
-    from mindspore_gs.ptq.models.auto_model import AutoQuantForCausalLM
 
-    mindspore.set_seed(job["seed"])
+    mindspore.set_seed(task.seed)
     _log_cheaply()
     report.progress("load the model", 0, 0)
+    model = _load(task.model)
+    gc.freeze()  # mindspore-gs collects garbage after every step: none of it is among what was imported
+    through_mindone = os.path.isdir(task.model)
+    alphas = _observe(report, through_mindone)
+    # What example/deepseekv3/ds_utils.py of Golden Stick sets for OSL; through MindOne it is so by itself.
+    settings = {} if through_mindone else {"always_use_fp_input_in_processer": True, "skip_offload_in_processing": True}
+    dataset = _dataset(task.ids, through_mindone)
+    model.calibrate(config.network(), config.layer_policies(task.policies), dataset, **settings)
+    report.progress("save", 0, 0)
+    _save(model, task.output)
+    return Calibrated(
+        device=device,
+        versions={name: version(name) for name in ("mindspore", "mindspore_gs", *_frameworks(through_mindone))},
+        alphas=alphas,
+        peak_memory_bytes=memory.peak(),
+        seconds=round(time.perf_counter() - started, 2),
+    )
+
+
+def _load(pretrained: str) -> Any:
+    from mindspore_gs.ptq.models.auto_model import AutoQuantForCausalLM
+
     try:
-        model = AutoQuantForCausalLM.from_pretrained(pretrained)
+        return AutoQuantForCausalLM.from_pretrained(pretrained)
     except ImportError as error:
         raise InputError(
             f"mindspore-gs can't import what it needs: {in_one_line(error)}", where=sys.executable, hint=_MISSING
         ) from error
-    gc.freeze()  # mindspore-gs collects garbage after every step: none of it is among what was imported
-    through_mindone = os.path.isdir(pretrained)
-    alphas = _observe(report, through_mindone)
-    # What example/deepseekv3/ds_utils.py of Golden Stick sets for OSL; through MindOne it is so by itself.
-    settings = {} if through_mindone else {"always_use_fp_input_in_processer": True, "skip_offload_in_processing": True}
-    dataset = _dataset(job["ids"], through_mindone)
-    model.calibrate(config.network(), config.layer_policies(job["policies"]), dataset, **settings)
-    report.progress("save", 0, 0)
+
+
+def _save(model: Any, output: str) -> None:
     try:
-        model.save_quantized(job["output"])
+        model.save_quantized(output)
     except Exception as error:
         if any(sign in str(error) for sign in _FULL):
             raise QtoolError(
                 f"no space left: {in_one_line(error)}",
-                where=job["output"],
+                where=output,
                 hint="Free some space or choose another --output; nothing was left behind.",
             ) from error
         raise
-    return {
-        "device": device,
-        "versions": {name: version(name) for name in ("mindspore", "mindspore_gs", *_frameworks(through_mindone))},
-        "alphas": alphas,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "seconds": round(time.perf_counter() - started, 2),
-    }
 
 
 def _frameworks(through_mindone: bool) -> tuple[str]:

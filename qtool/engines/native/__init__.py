@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from qtool import workers
+from qtool.environments.lookup import interpreter
+
+if TYPE_CHECKING:
+    from qtool.engines.job import QuantizationJob
+    from qtool.engines.report import DryRun, QuantizationResult
+
+    OnEvent = Callable[[workers.Event], None]
 
 _SETTINGS = {
     # One heap that keeps what it has: mapping every tensor anew costs a third of the time in page faults
@@ -22,3 +33,23 @@ _SETTINGS = {
 def environment() -> dict[str, str]:
     """Variables that the engine's worker should be started with; what the user has set stays."""
     return {name: value for name, value in _SETTINGS.items() if name not in os.environ}
+
+
+def quantize(job: QuantizationJob, on_event: OnEvent) -> QuantizationResult:
+    """Do a job in a process that has torch. Raises InputError and QtoolError as that does."""
+    from qtool.engines.report import QuantizationResult
+
+    return QuantizationResult.from_json(_run(job, on_event, dry_run=False))
+
+
+def dry_run(job: QuantizationJob, on_event: OnEvent) -> DryRun:
+    """What `quantize` would do."""
+    from qtool.engines.report import DryRun
+
+    return DryRun.from_json(_run(job, on_event, dry_run=True))
+
+
+def _run(job: QuantizationJob, on_event: OnEvent, *, dry_run: bool) -> dict[str, Any]:
+    message = {"job": job.to_json(), "dry_run": dry_run}
+    python, env = interpreter("native"), environment()
+    return workers.run("qtool.engines.native.worker", message, python=python, on_event=on_event, env=env)

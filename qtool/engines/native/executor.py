@@ -15,19 +15,32 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import qtool
-from qtool.engines.native.units import Piece
+from qtool.engines.job import Resources
+from qtool.engines.native.pieces import Piece
 from qtool.errors import InputError, QtoolError
 from qtool.workers import end_with_parent
 
-Unit = Callable[[Any], Iterator[Piece]]
+Unit = Callable[[Any, Any], Iterator[Piece]]
+"""Takes the context of its process, and a task."""
+Pending = Callable[[], Iterable[Piece]]
+"""Waits for a unit's pieces."""
 
 _TRIES = 3
 _LOST = "the processes that run it were killed {} times, most likely because memory ran out"
 _HINT = "use fewer --workers or a smaller --memory; what is finished is kept"
+
+
+class Setup(Protocol):
+    """How another process comes to its context. Equal ones come to the same."""
+
+    def open(self) -> Any:
+        """The context. Raises InputError."""
+        ...
 
 
 class Executor(Protocol):
@@ -39,38 +52,38 @@ class Executor(Protocol):
 
     ahead: int
 
-    def submit(self, unit: Unit, task: Any) -> Callable[[], Iterable[Piece]]:
-        """Begin a unit; calling what this returns waits for its pieces."""
+    def submit(self, unit: Unit, task: Any) -> Pending:
+        """Begin a unit."""
         ...
 
 
-def check(workers: int, ray: str | None) -> None:
-    """Raises InputError when both are asked for, or Ray isn't installed."""
-    if workers and ray:
+def check(resources: Resources) -> None:
+    """Raises InputError when workers and Ray are both asked for, or Ray isn't installed."""
+    if resources.workers and resources.ray:
         raise InputError("--workers and --ray exclude each other", where="command line", hint="give one of them")
-    if ray and importlib.util.find_spec("ray") is None:
+    if resources.ray and importlib.util.find_spec("ray") is None:
         raise InputError("Ray is not installed where the native engine runs", where="--ray", hint="pip install ray")
 
 
 @contextmanager
-def make(workers: int, ray: str | None) -> Iterator[Executor]:
-    """The executor for these options.
+def make(resources: Resources, context: Any, setup: Setup) -> Iterator[Executor]:
+    """The executor for these resources.
 
     Args:
-        workers: processes on this machine; 0 for this one.
-        ray: address of a Ray cluster, "local" for one of this machine's own, None for no Ray.
+        context: for units that run in this process.
+        setup: how others come to theirs.
 
     Raises InputError as `check`, and QtoolError when the cluster can't be reached.
     """
-    check(workers, ray)
-    if ray:
-        with _ray(ray) as executor:
+    check(resources)
+    if resources.ray:
+        with _ray(resources.ray, setup) as executor:
             yield executor
-    elif workers:
-        with Processes(workers) as executor:
+    elif resources.workers:
+        with Processes(resources.workers, setup) as executor:
             yield executor
     else:
-        yield Here()
+        yield Here(context)
 
 
 class Here:
@@ -78,16 +91,19 @@ class Here:
 
     ahead = 0
 
-    def submit(self, unit: Unit, task: Any) -> Callable[[], Iterable[Piece]]:
-        return lambda: unit(task)
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    def submit(self, unit: Unit, task: Any) -> Pending:
+        return lambda: unit(self._context, task)
 
 
 class Processes:
     """Processes on this machine, which end with this one."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, setup: Setup) -> None:
         self.ahead = 2 * count
-        self._count = count
+        self._count, self._setup = count, setup
         self._pool = self._new_pool()
 
     def __enter__(self) -> Processes:
@@ -96,9 +112,9 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def submit(self, unit: Unit, task: Any) -> Callable[[], Iterable[Piece]]:
+    def submit(self, unit: Unit, task: Any) -> Pending:
         # Bytes, not tensors: what shares memory with a process that was killed can't be read any more.
-        content = pickle.dumps((unit, task))
+        content = pickle.dumps((self._setup, unit, task))
         first = self._begin(content)
 
         def wait() -> Iterable[Piece]:
@@ -133,7 +149,7 @@ class Processes:
 
 
 @contextmanager
-def _ray(address: str) -> Iterator[Executor]:
+def _ray(address: str, setup: Setup) -> Iterator[Executor]:
     import ray
 
     try:
@@ -146,7 +162,7 @@ def _ray(address: str) -> Iterator[Executor]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise QtoolError(f"no Ray cluster: {error}", where=address, hint="start one: ray start --head") from None
     try:
-        yield Ray(ray)
+        yield Ray(ray, setup)
     finally:
         with contextlib.suppress(Exception):
             ray.shutdown()
@@ -155,13 +171,13 @@ def _ray(address: str) -> Iterator[Executor]:
 class Ray:
     """The workers of a Ray cluster whose machines see the model under the same path and have the same qtool."""
 
-    def __init__(self, ray: Any) -> None:
-        self._ray = ray
+    def __init__(self, ray: Any, setup: Setup) -> None:
+        self._ray, self._setup = ray, setup
         self._remote = ray.remote(max_retries=_TRIES)(_run)
         self.ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
 
-    def submit(self, unit: Unit, task: Any) -> Callable[[], Iterable[Piece]]:
-        reference = self._remote.remote(pickle.dumps((unit, task)))
+    def submit(self, unit: Unit, task: Any) -> Pending:
+        reference = self._remote.remote(pickle.dumps((self._setup, unit, task)))
 
         def wait() -> Iterable[Piece]:
             try:
@@ -177,5 +193,14 @@ class Ray:
 
 def _run(content: bytes) -> bytes:
     """In the process that does the work."""
-    unit, task = pickle.loads(content)
-    return pickle.dumps(list(unit(task)))
+    setup, unit, task = pickle.loads(content)
+    return pickle.dumps(list(unit(_opened(setup), task)))
+
+
+@lru_cache(maxsize=1)
+def _opened(setup: Setup) -> Any:
+    """Once in a process. Raises QtoolError, since the job itself could open it before."""
+    try:
+        return setup.open()
+    except InputError as error:
+        raise QtoolError(error.what, where=error.where, hint=error.hint) from error

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qtool import runtimes
 from qtool.checkpoint import formats
-from qtool.checkpoint.floats import FORMATS
-from qtool.checkpoint.formats.common import mode_of
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.summary import float_dtype
+from qtool.engines.report import LayersSummary
 from qtool.errors import InputError
 from qtool.recipe.schema import Policy, Recipe
 from qtool.scheme import Scheme
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Plan:
+class QuantizationPlan:
     """Which linears of a checkpoint are quantized, and how.
 
     Attributes:
@@ -39,14 +39,12 @@ class Plan:
         return _schemes(self.policies)
 
 
-def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, linears: list[str]) -> Plan:
+def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, linears: list[str]) -> QuantizationPlan:
     """Match a recipe's scheme with a checkpoint's linear layers.
 
     Raises:
-        InputError: the input is quantized already, nothing could or would be quantized, or the format can't express
-            the plan.
+        InputError: nothing could or would be quantized, or the format can't express the plan.
     """
-    refuse_quantized(checkpoint)
     if not linears:
         raise InputError(
             "the decoder layers of this architecture hold no torch.nn.Linear, and qtool quantizes nothing else",
@@ -62,19 +60,18 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
             hint="correct the `layers` patterns; they must match the whole name",
         )
     schemes = _schemes(policies)
-    problems = formats.get(format_name).problems({name: mode_of(scheme) for name, scheme in schemes.items()})
-    fatal = [problem for problem in problems if problem.fatal]
-    if fatal:
+    problems = formats.get(format_name).problems(schemes)
+    if problems:
         raise InputError(
-            str(fatal[0]) + (f" (and {len(fatal) - 1} more)" if len(fatal) > 1 else ""),
+            problems[0].text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""),
             where=f"{where}, format {format_name}",
-            hint="give the layers that the runtime fuses one policy",
+            hint=problems[0].hint,
         )
     limitations = runtimes.problems(format_name, checkpoint.config, schemes, float_dtype(checkpoint, ()))
     for limitation in limitations:
         if limitation.fatal:
             raise InputError(limitation.text, where=f"{where}, format {format_name}", hint=limitation.hint)
-    return Plan(policies, [str(problem) for problem in (*problems, *limitations)])
+    return QuantizationPlan(policies, [str(limitation) for limitation in limitations])
 
 
 def _schemes(policies: Mapping[str, Policy | None]) -> dict[str, Scheme | None]:
@@ -82,23 +79,26 @@ def _schemes(policies: Mapping[str, Policy | None]) -> dict[str, Scheme | None]:
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    if checkpoint.format not in FORMATS:
+    """Raises InputError unless the checkpoint is a float model."""
+    format = formats.of(checkpoint)
+    if not format.is_float:
         raise InputError(
-            f"this checkpoint is quantized already ({checkpoint.format})",
+            f"this checkpoint is quantized already ({format.name})",
             where=str(checkpoint.path),
             hint="quantize the original float model",
         )
 
 
-def summary(plan: Plan) -> list[dict[str, Any]]:
+def summary(plan: QuantizationPlan) -> list[LayersSummary]:
     """One row per kind of layer: the name with its numbers replaced by *, how many, and its policy."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    counts: Counter[tuple[str, str]] = Counter()
+    described: dict[tuple[str, str], LayersSummary] = {}
     for name, policy in plan.policies.items():
         pattern = re.sub(r"\.\d+\.", ".*.", name)
         key = (pattern, policy.model_dump_json() if policy else "")
-        row = rows.setdefault(key, {"layers": pattern, "count": 0, "policy": describe(policy)})
-        row["count"] += 1
-    return list(rows.values())
+        counts[key] += 1
+        described[key] = LayersSummary(pattern, counts[key], describe(policy))
+    return list(described.values())
 
 
 def describe(policy: Policy | None) -> str:

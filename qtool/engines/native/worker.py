@@ -10,9 +10,12 @@ if TYPE_CHECKING:
     from qtool.workers import Report
 
 
-def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Run `engine.quantize`."""
+def main(message: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Do a job: {"job": a `QuantizationJob`, "dry_run": whether only to say what it would do}."""
     hide_media_packages()
-    from qtool.engines.native.engine import quantize
+    from qtool.engines.job import QuantizationJob
+    from qtool.engines.native.execute import execute
+    from qtool.engines.native.prepare import prepare
 
-    return quantize(job, report)
+    prepared = prepare(QuantizationJob.from_json(message["job"]), report)
+    return prepared.dry_run().to_json() if message["dry_run"] else execute(prepared, report).to_json()

@@ -15,7 +15,6 @@ from torch import nn
 
 from qtool.quant.exact.replay import Recording
 from qtool.quant.exact.search import CLIP_RATIOS, CLIP_TOKENS, search
-from qtool.quant.integer import dequantize
 from qtool.quant.layer import LayerResult, Storage, input_quantizer, policy_of
 from qtool.quant.report import extent, report
 from qtool.quant.rounding.clipping import Scales, ScaleSearch
@@ -24,7 +23,7 @@ from qtool.quant.rounding.nearest import clamp_rows, round_to_nearest
 from qtool.quant.statistics import InputStatistics, Smoothed
 from qtool.quant.topology import Group, bias_of, fold, per_producer_channel, weight_of
 from qtool.quant.transforms import Diagonal, transform_of
-from qtool.quant.types import QuantizedLinear
+from qtool.quant.types import QuantizedLinear, dequantize
 from qtool.quant.weights import ModuleWeights
 from qtool.recipe.policy import Policy
 

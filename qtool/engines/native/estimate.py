@@ -1,16 +1,15 @@
-"""Memory, time and disk: what was used, and what a job will need."""
+"""Memory, time and disk: what a job will need, said beforehand."""
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from qtool.engines.job import CalibrationText
 from qtool.errors import InputError
 from qtool.quant.layer import needs_hessian
 from qtool.quant.topology import linear_layers
@@ -36,14 +35,8 @@ _COMPENSATED_CHUNK_BYTES = 4 * 64 * 2**20
 _ROUND_SECONDS, _CLIP_SECONDS, _SMOOTH_SECONDS = 12e-9, 30e-9, 40e-9
 
 
-def peak() -> int:
-    """Peak resident set of this process, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 @dataclass(frozen=True)
-class Estimate:
+class ResourceEstimate:
     """What a job will need.
 
     Attributes:
@@ -59,16 +52,15 @@ class Estimate:
     scratch_bytes: int
 
 
-def plan(
+def estimate(
     stream: DecoderStream,
     policies: Mapping[str, Policy | None],
-    samples: int,
-    seq_len: int,
+    calibration: CalibrationText,
     *,
     exact: bool,
     limit: int | None,
     processes: int = 0,
-) -> Estimate:
+) -> ResourceEstimate:
     """The largest batch that keeps within `limit` bytes, and then the most layers ahead.
 
     Args:
@@ -76,7 +68,7 @@ def plan(
 
     Raises InputError when even one sample at a time does not.
     """
-    tokens = samples * seq_len
+    seq_len, tokens = calibration.seq_len, calibration.samples * calibration.seq_len
     layers = [_Layer(stream, i, policies) for i in range(stream.depth)]
     item = stream.dtype.itemsize
     has_experts = any(layer.experts for layer in layers)
@@ -93,7 +85,9 @@ def plan(
             spare = _AHEAD_BYTES if limit is None else limit - needed
             each = max(layer.statistics_bytes for layer in layers)
             ahead = min(processes, len(layers), spare // max(1, each))
-            return Estimate(batch, ahead, needed + ahead * each, scratch + ahead * tokens * stream.hidden_size * item)
+            return ResourceEstimate(
+                batch, ahead, needed + ahead * each, scratch + ahead * tokens * stream.hidden_size * item
+            )
         if batch <= seq_len:
             raise InputError(
                 f"this model needs {needed / 1e9:.2f} GB, {limit / 1e9:.2f} GB are allowed",
@@ -103,13 +97,13 @@ def plan(
         batch = max(seq_len, batch // 2)
 
 
-def seconds(stream: DecoderStream, policies: Mapping[str, Policy | None], samples: int, seq_len: int) -> float:
+def seconds(stream: DecoderStream, policies: Mapping[str, Policy | None], calibration: CalibrationText) -> float:
     """Estimated time of a job on this machine, from the sizes of the model and a short timing.
 
     Work per layer: one forward pass over the calibration tokens, the Gram matrices of the inputs that want them
     (about as much again), error compensation, and work on every element of the weights.
     """
-    tokens = samples * seq_len
+    tokens = calibration.samples * calibration.seq_len
     rate = _flops(stream.dtype, stream.device)
     products = elements = 0.0
     for index in range(stream.depth):
@@ -124,10 +118,9 @@ class _Layer:
 
     def __init__(self, stream: DecoderStream, index: int, policies: Mapping[str, Policy | None]) -> None:
         layer = stream.skeleton_layer(index)
-        prefix = f"{stream.layer_name(index)}."
         self.linears: list[tuple[int, int, Policy | None]] = []
         for name, linear in linear_layers(layer).items():
-            stored = stream.stored_name(f"{prefix}{name}.weight").removesuffix(".weight")
+            stored = stream.stored(index, f"{name}.weight").removesuffix(".weight")
             self.linears.append((linear.out_features, linear.in_features, policies.get(stored)))
         self.parameters = sum(p.numel() for p in layer.parameters())
         self.experts: list[tuple[int, int, Policy | None]] = []
@@ -187,16 +180,6 @@ class _Layer:
                 )
                 total += out * width * each
         return total
-
-
-def describe(estimate: Estimate, time_needed: float) -> dict[str, Any]:
-    """For a dry run's result."""
-    return {
-        "estimated_seconds": time_needed,
-        "estimated_peak_bytes": estimate.memory_bytes,
-        "scratch_bytes": estimate.scratch_bytes,
-        "batch_tokens": estimate.batch_tokens,
-    }
 
 
 def _flops(dtype: torch.dtype, device: torch.device) -> float:

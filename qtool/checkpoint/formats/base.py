@@ -1,0 +1,196 @@
+"""What a checkpoint format is.
+
+A format is one class in one file of this package. It says how a folder of it is recognised, which files it owns, how a
+quantized layer lies in its tensors, and which schemes it can express. It knows nothing of who reads it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from qtool.checkpoint.formats.fused import disagreements
+from qtool.checkpoint.formats.scales import round_to
+from qtool.checkpoint.formats.stored import Stored
+from qtool.errors import InputError
+from qtool.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from qtool.checkpoint.reader import Checkpoint
+    from qtool.quant.types import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a format can't express of a plan.
+
+    Attributes:
+        text: one sentence.
+        hint: what to do about it.
+    """
+
+    text: str
+    hint: str
+
+
+class Description(NamedTuple):
+    """What tells a runtime how the tensors are quantized.
+
+    Attributes:
+        quantization_config: that key of config.json, or None for a config.json without it.
+        files: further JSON files, by name.
+    """
+
+    quantization_config: dict[str, Any] | None
+    files: dict[str, dict[str, Any]]
+
+
+class UnknownScheme(InputError):
+    """A layer is quantized in a way that qtool can't represent."""
+
+
+class Format(ABC):
+    """How a model lies in a folder: what every format says, also one that can only be read.
+
+    Attributes:
+        name: as config.json, `--format` and reports have it.
+        title: one line for people.
+        files: description files of its own, beside config.json.
+        config_keys: of config.json that belong to the format and not to the model.
+        is_float: `FloatReader` reads it, and it can be quantized.
+    """
+
+    name: str
+    title: ClassVar[str]
+    files: ClassVar[tuple[str, ...]] = ()
+    config_keys: ClassVar[tuple[str, ...]] = ("quantization_config",)
+    is_float: ClassVar[bool] = False
+
+    @abstractmethod
+    def detect(self, config: Mapping[str, Any], files: Container[str]) -> bool:
+        """Whether a folder is of this format, from its config.json and the names of its files."""
+
+    @abstractmethod
+    def scheme(self, checkpoint: Checkpoint, name: str) -> Scheme | None:
+        """How a layer is quantized, by its name without ".weight", from headers and descriptions; None for float.
+
+        Raises UnknownScheme for ways that qtool can't represent, InputError for a description that makes no sense.
+        """
+
+    def read_linear(self, checkpoint: Checkpoint, name: str) -> QuantizedLinear | None:
+        """A layer by its name without ".weight", exactly as it was given to `tensors`; None for a float layer.
+
+        Raises InputError for no such layer, as `scheme`, and for tensors that don't fit together.
+        """
+        checkpoint.info(f"{name}.weight")
+        scheme = self.scheme(checkpoint, name)
+        return None if scheme is None else self.read(Stored(checkpoint, name), scheme)
+
+    def read(self, stored: Stored, scheme: Scheme) -> QuantizedLinear:
+        """The inverse of `tensors`, for a layer of a known scheme."""
+        raise TypeError(f"{stored.name}: {self.name} holds no quantized layers")
+
+
+class Writable(Format):
+    """A format that qtool writes."""
+
+    @abstractmethod
+    def shard_name(self, i: int, n: int) -> str:
+        """File name of shard `i` (from 1) of `n`."""
+
+    @abstractmethod
+    def index_name(self, n: int) -> str | None:
+        """File name of the index over `n` shards, or None when the format goes without one."""
+
+    @abstractmethod
+    def tensors(self, name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The tensors that stand for one quantized layer in a model of dtype `dtype`, by their full names.
+
+        Raises QtoolError when a scale is not a positive finite number.
+        """
+
+    @abstractmethod
+    def describe(
+        self, names: Sequence[str], schemes: Mapping[str, Scheme | None], config: Mapping[str, Any]
+    ) -> Description:
+        """Describe a model from its tensors' names, the scheme of every linear layer (None: float), and config.json."""
+
+
+class QuantizedFormat(Writable):
+    """A format for quantized models.
+
+    Attributes:
+        schemes: that it can express.
+        parts: the last parts of the names of all tensors that it may keep of a layer.
+        scale_parts: those of them that hold weight scales; the first that is there counts.
+    """
+
+    schemes: ClassVar[tuple[Scheme, ...]]
+    parts: ClassVar[frozenset[str]]
+    scale_parts: ClassVar[tuple[str, ...]] = ("weight_scale",)
+
+    def expresses(self, scheme: Scheme) -> bool:
+        """Whether a layer of this scheme can be written and read."""
+        return scheme in self.schemes
+
+    @abstractmethod
+    def read(self, stored: Stored, scheme: Scheme) -> QuantizedLinear: ...
+
+    @abstractmethod
+    def inputs(self, stored: Stored) -> tuple[float, int]:
+        """Input scale and zero point of a static layer, without reading its weight."""
+
+    @abstractmethod
+    def nbytes(self, shape: tuple[int, int], scheme: Scheme) -> int:
+        """About how many bytes the tensors of a layer [out, in] take, but for its bias."""
+
+    def check_only_linears(self, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> None:
+        """Raises InputError where something else than these linear layers is quantized, such as the cache."""
+
+    def problems(self, schemes: Mapping[str, Scheme | None]) -> list[Problem]:
+        """What this format can't express of a plan (layer name → scheme, None: float); empty when all is well."""
+        refused: dict[Scheme, list[str]] = {}
+        for name, scheme in schemes.items():
+            if scheme is not None and not self.expresses(scheme):
+                refused.setdefault(scheme, []).append(name)
+        known = ", ".join(scheme.label for scheme in self.schemes)
+        found = [
+            Problem(
+                f"{self.name} can't express {scheme.label}, which {names[0]} would be (1 of {len(names)} layers)",
+                hint=f"{self.name} has {known}",
+            )
+            for scheme, names in refused.items()
+        ]
+        fused = "give the layers that the runtime fuses one policy"
+        return found + [Problem(text, hint=fused) for text in disagreements(schemes)]
+
+    def storable_scale(self, value: float, dtype: torch.dtype) -> float:
+        """The static input scale that a runtime will compute with when given `value` in a model of `dtype`. Whoever
+        derives integers or a zero point from a scale must use this one."""
+        return round_to(value, dtype)
+
+    def storable_weight_scale(self, scale: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
+        """The same for a float32 weight scale of any shape, of a layer of this scheme."""
+        return scale
+
+
+class HuggingFaceFiles(Writable):
+    """File names that transformers, vLLM and SGLang look for."""
+
+    def shard_name(self, i: int, n: int) -> str:
+        return "model.safetensors" if n == 1 else f"model-{i:05d}-of-{n:05d}.safetensors"
+
+    def index_name(self, n: int) -> str | None:
+        return None if n == 1 else "model.safetensors.index.json"
+
+
+def quantization_method(config: Mapping[str, Any]) -> str | None:
+    """What config.json says how the model is quantized; "unknown" where it says only that, None where it doesn't."""
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return None
+    return str((quantization.get("quant_method") if isinstance(quantization, dict) else None) or "unknown")

@@ -1,0 +1,35 @@
+"""Float models, as Hugging Face keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qtool.checkpoint.formats.base import Description, HuggingFaceFiles, quantization_method
+from qtool.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from qtool.checkpoint.reader import Checkpoint
+    from qtool.quant.types import QuantizedLinear
+
+
+class Plain(HuggingFaceFiles):
+    name = "float"
+    title = "float32, float16 or bfloat16 in safetensors"
+    is_float = True
+
+    def detect(self, config: Mapping[str, Any], files: Container[str]) -> bool:
+        return quantization_method(config) is None
+
+    def scheme(self, checkpoint: Checkpoint, name: str) -> Scheme | None:
+        return None
+
+    def tensors(self, name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        raise TypeError(f"{name}: a float model holds no quantized layers")
+
+    def describe(
+        self, names: Sequence[str], schemes: Mapping[str, Scheme | None], config: Mapping[str, Any]
+    ) -> Description:
+        return Description(None, {})

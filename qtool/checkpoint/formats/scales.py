@@ -1,0 +1,40 @@
+"""Scales as they can be stored."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from qtool.errors import QtoolError
+
+if TYPE_CHECKING:
+    import torch
+
+    from qtool.quant.types import QuantizedLinear
+
+
+def round_to(value: float, dtype: torch.dtype) -> float:
+    """`value` rounded to `dtype`, kept above zero."""
+    import torch
+
+    rounded = torch.tensor(value, dtype=torch.float64).to(dtype)
+    return max(float(rounded), torch.finfo(dtype).tiny)
+
+
+def check_scales(name: str, linear: QuantizedLinear) -> None:
+    """Raises QtoolError unless scales are positive finite numbers and the zero point is an integer of the scheme."""
+    import torch
+
+    scale = linear.weight_scale
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise QtoolError(
+            "a weight scale is not a positive number", where=name, hint="Check the weights for NaN or Inf."
+        )
+    inputs = linear.scheme.activations
+    if inputs is None or inputs.dynamic:
+        return
+    if linear.input_scale is None or not (math.isfinite(linear.input_scale) and linear.input_scale > 0):
+        raise QtoolError(f"input scale {linear.input_scale} is not a positive number", where=name)
+    if linear.input_zero_point is None or not inputs.qmin <= linear.input_zero_point <= inputs.qmax:
+        what = f"input zero point {linear.input_zero_point} is not in {inputs.qmin}..{inputs.qmax}"
+        raise QtoolError(what, where=name)

@@ -1,0 +1,84 @@
+"""One layer's tensors in a checkpoint, fetched with the checks that a reader owes its caller."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from qtool.errors import InputError
+from qtool.scheme import QuantizationArgs
+
+if TYPE_CHECKING:
+    import torch
+
+    from qtool.checkpoint.reader import Checkpoint
+
+
+class Stored:
+    """A layer by its name without ".weight". Everything raises InputError for tensors that are missing or don't fit."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self.checkpoint = checkpoint
+        self.name = name
+
+    def has(self, part: str) -> bool:
+        return f"{self.name}.{part}" in self.checkpoint
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the int8 weight, from its header."""
+        info = self.checkpoint.info(f"{self.name}.weight")
+        if info.dtype != "I8" or len(info.shape) != 2:
+            raise self.error(f"weight is {info.dtype} {list(info.shape)}, expected int8 [out, in]")
+        return info.shape[0], info.shape[1]
+
+    def weight(self) -> torch.Tensor:
+        """int8 [out, in]."""
+        out_size, in_size = self.shape
+        return self.checkpoint.tensor(f"{self.name}.weight").view(out_size, in_size)
+
+    def bias(self) -> torch.Tensor | None:
+        """[out] as stored."""
+        return self.checkpoint.tensor(f"{self.name}.bias") if self.has("bias") else None
+
+    def vector(self, part: str, size: int) -> torch.Tensor:
+        """A tensor of `size` numbers, whatever its axes of length 1; a single number is repeated."""
+        tensor = self.checkpoint.tensor(f"{self.name}.{part}").reshape(-1)
+        if tensor.numel() not in (1, size):
+            raise self.error(f"{part} has {tensor.numel()} numbers, expected {size}")
+        return tensor.expand(size).contiguous()
+
+    def scale(self, part: str, size: int) -> torch.Tensor:
+        """float32 [size], positive and finite."""
+        scale = self.vector(part, size).float()
+        if not bool((scale.isfinite() & (scale > 0)).all()):
+            raise self.error(f"{part} holds a number that is not positive and finite")
+        return scale
+
+    def input_scale(self, size: int) -> float:
+        """Of a tensor that holds it once, or `size` times."""
+        value = self._constant("input_scale", size)
+        if not (math.isfinite(value) and value > 0):
+            raise self.error(f"input_scale is {value}, expected a positive number")
+        return value
+
+    def zero_point(self, part: str, size: int, args: QuantizationArgs) -> int:
+        """An integer as `args` has them, of a tensor that holds it once, or `size` times."""
+        value = self._constant(part, size)
+        if not (value.is_integer() and args.qmin <= value <= args.qmax):
+            raise self.error(f"{part} is {value}, expected an integer in {args.qmin}..{args.qmax}")
+        return int(value)
+
+    def no_zero_point(self, part: str, size: int) -> None:
+        """Raises InputError unless that tensor is absent or all zeros (symmetric weights)."""
+        if self.has(part) and bool(self.vector(part, size).any()):
+            raise self.error(f"{part} is not zero: asymmetric weights are not supported")
+
+    def error(self, what: str) -> InputError:
+        return InputError(f"{self.name}: {what}", where=str(self.checkpoint.path))
+
+    def _constant(self, part: str, size: int) -> float:
+        vector = self.vector(part, size)
+        if bool((vector != vector[0]).any()):
+            raise self.error(f"{part} differs per channel, where one number for the whole tensor is expected")
+        return float(vector[0])

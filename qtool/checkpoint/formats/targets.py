@@ -1,0 +1,52 @@
+"""Layers by few patterns, as compressed-tensors names them in config.json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from qtool.scheme import Scheme
+
+
+def targets(schemes: Mapping[str, Scheme | None], scheme: Scheme | None) -> list[str]:
+    """The layers of one scheme, as few targets as possible: one regex for all layers whose names end alike where
+    no layer of another scheme ends so too; else one that lists the decoder layers, whose experts are of one scheme
+    mostly; and plain names for the rest."""
+    by_ending: dict[str, list[str]] = {}
+    for name in schemes:
+        by_ending.setdefault(_ending(name), []).append(name)
+    found: list[str] = []
+    for ending, names in by_ending.items():
+        wanted = [name for name in names if schemes[name] == scheme]
+        tail = f".{ending}"
+        if ending not in names and all(its == scheme for name, its in schemes.items() if name.endswith(tail)):
+            found += [f"re:.*\\.{re.escape(ending)}$"] if wanted else []
+        else:
+            found += _by_layer(names, wanted)
+    return found
+
+
+def _by_layer(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """Targets for `wanted`, some of `names`, which end alike: re:.*layers.(0|1).mlp.experts.[0-9]+.up_proj and such."""
+    shapes: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for name in names:
+        match = re.fullmatch(r"(.*?)\.(\d+)\.(.+)", name)
+        head, layer, rest = match.groups() if match else (name, "", "")
+        shapes.setdefault((head, re.sub(r"\.\d+\.", ".*.", rest)), {}).setdefault(layer, []).append(name)
+    chosen, found = set(wanted), []
+    for (head, rest), layers in shapes.items():
+        whole = [layer for layer, members in layers.items() if layer and chosen.issuperset(members)]
+        covered = {name for layer in whole for name in layers[layer]}
+        if len(covered) > 1:
+            pattern = re.escape(rest).replace(r"\*", "[0-9]+")
+            found.append(f"re:{re.escape(head)}\\.({'|'.join(whole)})\\.{pattern}$")
+        else:
+            covered = set()
+        found += [name for members in layers.values() for name in members if name in chosen and name not in covered]
+    return found
+
+
+def _ending(name: str) -> str:
+    """What follows the last number in a layer's name: self_attn.q_proj of model.layers.3.self_attn.q_proj."""
+    match = re.fullmatch(r".*\.\d+\.(.+)", name)
+    return match.group(1) if match else name

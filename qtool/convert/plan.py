@@ -1,0 +1,164 @@
+"""What converting a quantized checkpoint will do, and whether it can be done: before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qtool import runtimes
+from qtool.checkpoint import dtypes, formats
+from qtool.checkpoint.formats import DEQUANTIZED, QuantizedFormat
+from qtool.checkpoint.formats.fused import fused_name
+from qtool.checkpoint.formats.stored import Stored
+from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.summary import float_dtype
+from qtool.errors import InputError
+from qtool.scheme import Scheme
+
+_MAX_ROUNDING = 2**-8  # relative; more than that and the dtype's range is too short for the scale
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What will be done.
+
+    Attributes:
+        format: of the source.
+        target: the new format; None for the float model in bfloat16.
+        schemes: of every quantized layer, by its name without ".weight".
+        dtype: safetensors code of the model's float tensors.
+        warnings: what the new format's runtimes may not like.
+        rounding: the largest relative change of an input scale.
+    """
+
+    format: QuantizedFormat
+    target: QuantizedFormat | None
+    schemes: dict[str, Scheme]
+    dtype: str
+    warnings: tuple[str, ...] = ()
+    rounding: float = 0.0
+
+    @property
+    def to(self) -> str:
+        """The target's name."""
+        return self.target.name if self.target else DEQUANTIZED
+
+    def output_bytes(self, source: Checkpoint) -> int:
+        """Size of the new tensors: layers as the format says, or two bytes for each of their numbers."""
+        total = 0
+        for tensor in source.names:
+            info = source.info(tensor)
+            owner, _, part = tensor.rpartition(".")
+            if owner not in self.schemes:
+                narrowed = self.target is None and info.dtype == self.dtype
+                total += info.nbytes * 16 // dtypes.BITS[info.dtype] if narrowed else info.nbytes
+            elif part == "bias":
+                total += info.nbytes
+            elif part == "weight":
+                rows, columns = info.shape
+                nbytes = 2 * rows * columns
+                total += self.target.nbytes((rows, columns), self.schemes[owner]) if self.target else nbytes
+        return total
+
+
+def plan(source: Checkpoint, to: str) -> Conversion:
+    """Decide how every tensor is converted, from headers, descriptions and static layers' input scales.
+
+    Args:
+        to: one of `formats.TARGETS`.
+
+    Raises:
+        InputError: whatever makes the conversion impossible.
+    """
+    form = _source_format(source, to)
+    schemes = _schemes(source, form)
+    form.check_only_linears(source, schemes)
+    dtype = float_dtype(source, schemes) or "BF16"
+    if to == DEQUANTIZED:
+        return Conversion(form, None, schemes, dtype)
+    target = formats.get(to)
+    warnings = _expressible(source, target, schemes, dtype)
+    conversion = Conversion(form, target, schemes, dtype)
+    rounding = _check_inputs(source, conversion, target)
+    return Conversion(form, target, schemes, dtype, tuple(warnings), rounding)
+
+
+def _source_format(source: Checkpoint, to: str) -> QuantizedFormat:
+    where, form = str(source.path), formats.of(source)
+    if form is formats.PLAIN:
+        hint = f"Quantize it: qtool quantize {source.path}" + ("" if to == DEQUANTIZED else f" --format {to}")
+        what = "this model is float already" if to == DEQUANTIZED else "not quantized"
+        raise InputError(what, where=where, hint=hint)
+    if not isinstance(form, QuantizedFormat):
+        hint = f"It converts {', '.join(formats.NAMES)}."
+        raise InputError(f"quantized with {form.name}, which qtool doesn't convert", where=where, hint=hint)
+    if form.name == to:
+        raise InputError(f"this checkpoint is {to} already", where=where)
+    return form
+
+
+def _schemes(source: Checkpoint, form: QuantizedFormat) -> dict[str, Scheme]:
+    """Of every quantized layer. Raises InputError for layers that can't be read as a whole."""
+    schemes: dict[str, Scheme] = {}
+    for tensor in source.names:
+        name = tensor.removesuffix(".weight")
+        if name == tensor:
+            continue
+        scheme, stored = form.scheme(source, name), Stored(source, name)
+        if scheme is not None:
+            assert stored.shape
+            schemes[name] = scheme
+        elif source.info(tensor).dtype == "I8":
+            raise stored.error("its weight is int8, but nothing says how it is quantized")
+    if not schemes:
+        raise InputError("no layer of this model is quantized", where=str(source.path))
+    for tensor in source.names:
+        owner, _, part = tensor.rpartition(".")
+        if owner in schemes and part not in form.parts:
+            raise Stored(source, owner).error(f"has a tensor {part!r}, which is none of {form.name}'s that qtool knows")
+    return schemes
+
+
+def _expressible(source: Checkpoint, target: QuantizedFormat, schemes: Mapping[str, Scheme], dtype: str) -> list[str]:
+    """What the runtimes of `target` may not like. Raises InputError for what they can't load."""
+    linears = {
+        name: schemes.get(name)
+        for tensor in source.names
+        if (name := tensor.removesuffix(".weight")) != tensor and len(source.info(tensor).shape) == 2
+    }
+    where = str(source.path)
+    for problem in target.problems(linears):
+        what = f"{target.name} can't express this: {problem.text}"
+        raise InputError(what, where=where, hint=f"--to {DEQUANTIZED} can.")
+    limitations = runtimes.problems(target.name, source.config, linears, dtype)
+    for limitation in limitations:
+        if limitation.fatal or limitation.unread:
+            raise InputError(limitation.text, where=where, hint=limitation.hint)
+    return [str(limitation) for limitation in limitations]
+
+
+def _check_inputs(source: Checkpoint, conversion: Conversion, target: QuantizedFormat) -> float:
+    """The largest relative change of a static layer's input scale. Raises InputError for scales that can't be kept."""
+    dtype = dtypes.to_torch(conversion.dtype)
+    assert dtype is not None
+    siblings: dict[str, tuple[str, tuple[float, int]]] = {}
+    largest = 0.0
+    for name, scheme in conversion.schemes.items():
+        if not scheme.is_static:
+            continue
+        stored = Stored(source, name)
+        scale, zero_point = inputs = conversion.format.inputs(stored)
+        change = abs(target.storable_scale(scale, dtype) - scale) / scale
+        if not change <= _MAX_ROUNDING:
+            raise stored.error(
+                f"{target.name} holds input scales in the model's dtype, and {conversion.dtype} changes {scale:.4g} "
+                f"by {change:.1%}"
+            )
+        largest = max(largest, change)
+        first, expected = siblings.setdefault(fused_name(name) or name, (name, inputs))
+        if inputs != expected:
+            raise stored.error(
+                f"its input scale and zero point ({scale:.6g}, {zero_point}) differ from those of {first} "
+                f"({expected[0]:.6g}, {expected[1]}), but runtimes load one of them for both"
+            )
+    return largest

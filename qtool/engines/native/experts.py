@@ -1,0 +1,137 @@
+"""A routed expert as the quantizer sees it: smoothed on the tokens that it gets, then rounded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from qtool.checkpoint.formats import QuantizedFormat
+from qtool.engines.native.context import storage
+from qtool.model.observe import sample_stride
+from qtool.model.weights import ModelWeights, StoredWeights, refuse_damage
+from qtool.quant.layer import GroupReport, needs_hessian, policy_of, quantize_group, smooth
+from qtool.quant.statistics import InputStatistics
+from qtool.quant.topology import Group, find_groups
+from qtool.quant.types import QuantizedLinear
+from qtool.recipe.schema import Policy
+
+PARTS = GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+_FEW = 8
+Gate = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ExpertLinears:
+    """The linears of one expert, by gate_proj, up_proj, down_proj.
+
+    Attributes:
+        names: the checkpoint's names without ".weight".
+        policies: None leaves a linear float.
+        groups: from `expert_groups`.
+    """
+
+    names: dict[str, str]
+    policies: dict[str, Policy | None]
+    groups: Sequence[Group]
+
+
+@dataclass(frozen=True)
+class ExpertSamples:
+    """Calibration tokens of one expert.
+
+    Attributes:
+        seen: what enters gate_proj and up_proj, [n, hidden]; n may be 0.
+        inner: what enters down_proj, [n, intermediate]; None for no tokens.
+    """
+
+    seen: torch.Tensor
+    inner: torch.Tensor | None
+
+
+class SmoothedExpert:
+    """A routed expert with its smoothing scales folded in, ready to be quantized.
+
+    Raises InputError when its tokens' activations can't be true.
+
+    Attributes:
+        folded: its float weights, by gate_proj, up_proj, down_proj.
+    """
+
+    def __init__(
+        self, linears: ExpertLinears, samples: ExpertSamples, weights: ModelWeights, output_format: QuantizedFormat
+    ) -> None:
+        policies = linears.policies
+        statistics = {
+            GATE: _statistics((policies[GATE], policies[UP]), samples.seen),
+            DOWN: _statistics((policies[DOWN],), samples.inner),
+        }
+        stored = {f"{part}.weight": f"{name}.weight" for part, name in linears.names.items()}
+        own = StoredWeights(weights, stored)
+        self._storage = storage(output_format, weights.dtype(stored[f"{GATE}.weight"]))
+        self._policies = policies
+        width = own.shape(DOWN)[1]
+        self._groups = [
+            group
+            if group.fold is None
+            else dataclasses.replace(group, fold=dataclasses.replace(group.fold, channel_map=torch.arange(width)))
+            for group in linears.groups
+        ]
+        self._observed = {name: value for name, value in statistics.items() if value is not None}
+        for part, observed in self._observed.items():
+            refuse_damage(observed.amax, linears.names[part], weights)
+        if len(self._observed) < len(statistics):
+            self._groups = [Group(group.linears) for group in linears.groups]  # nothing to find a smoothing scale from
+        self.folded, self._found = smooth(own, self._groups, policies, self._observed, self._storage.dtype)
+
+    def quantize(self) -> Iterator[tuple[dict[str, QuantizedLinear], GroupReport | None]]:
+        """The linears of each group that its policy quantizes; no report where no token was seen."""
+        for group in self._groups:
+            if policy_of(group, self._policies) is None:
+                continue
+            name = group.linears[0]
+            seen = self._observed.get(name) or InputStatistics.empty(self.folded.shape(name)[1])
+            linears, report = quantize_group(
+                self.folded, group, self._policies, seen, self._found.get(name), self._storage
+            )
+            yield linears, report if name in self._observed else None
+
+
+def _statistics(policies: Sequence[Policy | None], x: torch.Tensor | None) -> InputStatistics | None:
+    """Of the tokens x [n, in]; None when there are none."""
+    if x is None or not len(x):
+        return None
+    with_hessian = any(policy is not None and needs_hessian(policy) for policy in policies)
+    observed = InputStatistics(stride=sample_stride(len(x)), with_hessian=with_hessian, hessian_stride=1)
+    observed.update(x)
+    return observed
+
+
+class _Small(nn.Module):
+    """An expert of a few channels, to probe what its scales can be folded into."""
+
+    def __init__(self, apply_gate: Gate) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(_FEW, _FEW, bias=False) for _ in range(3))
+        self._apply_gate = apply_gate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self._apply_gate(torch.cat((self.gate_proj(x), self.up_proj(x)), dim=-1)))
+
+
+@lru_cache(maxsize=1)
+def expert_groups(apply_gate: Gate) -> list[Group]:
+    """The groups of an expert: gate and up, and down, whose scale folds into up unless the gate clamps it.
+
+    The channel map is left at a few channels: channel i of down is channel i of up.
+    """
+    generator = torch.Generator().manual_seed(0)
+    small = _Small(apply_gate)
+    for parameter in small.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    x = torch.randn(1, 4, _FEW, generator=generator)
+    return find_groups(small, lambda: small(x))

@@ -1,0 +1,101 @@
+"""What the units of the work hand out, and how it gets into the output's files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from qtool.checkpoint.writer import CheckpointWriter
+from qtool.model.decoder import DecoderStream
+from qtool.quant.layer import GroupReport
+from qtool.quant.types import QuantizedLinear
+from qtool.recipe.schema import Policy
+
+
+class Linear(NamedTuple):
+    """A quantized linear to write, under the checkpoint's name without ".weight"."""
+
+    name: str
+    linear: QuantizedLinear
+
+
+class Float(NamedTuple):
+    """A float tensor to write in place of the checkpoint's of this name, float32."""
+
+    name: str
+    tensor: torch.Tensor
+
+
+class Output(NamedTuple):
+    """What a lot of experts adds to the layer's output: float32 [n, hidden], for the task's tokens."""
+
+    tensor: torch.Tensor
+
+
+class Row(NamedTuple):
+    """How a group came out."""
+
+    report: GroupReport
+
+
+Piece = Linear | Float | Output | Row
+
+
+@dataclass
+class Written:
+    """What of a unit's pieces is not for the files.
+
+    Attributes:
+        reports: how its groups came out.
+        output: of its experts, if it has any, as in `Output`.
+    """
+
+    reports: list[GroupReport] = field(default_factory=list)
+    output: torch.Tensor | None = None
+
+
+class PieceWriter:
+    """Writes a model tensor by tensor: pieces as they come, and everything else as the float model has it.
+
+    Args:
+        writer: of the output.
+        model: the float model.
+        policies: per linear, by the checkpoint's name without ".weight"; None leaves it float.
+    """
+
+    def __init__(self, writer: CheckpointWriter, model: DecoderStream, policies: Mapping[str, Policy | None]) -> None:
+        self._writer, self._model, self._policies = writer, model, policies
+
+    def write(self, pieces: Iterable[Piece]) -> Written:
+        """Write what a unit gives, one by one: there may be more of it than memory."""
+        written = Written()
+        weights = self._model.weights
+        for piece in pieces:
+            match piece:
+                case Linear(name, linear):
+                    self._writer.add_linear(name, linear, weights.dtype(f"{name}.weight"))
+                case Float(name, tensor):
+                    self._writer.add(name, tensor.to(weights.dtype(name)))
+                case Row(report):
+                    written.reports.append(report)
+                case Output(tensor):
+                    written.output = tensor
+        return written
+
+    def write_outside(self) -> None:
+        """Write what lies outside of the decoder layers. Raises InputError when that is damaged."""
+        layers = tuple(f"{self._model.layer_name(index)}." for index in range(self._model.depth))
+        for name in self._model.weights.names:
+            if not name.startswith(layers) and name not in self._writer:
+                self._writer.add(name, self._model.weights.unchanged(name))
+
+    def write_rest(self, layer: str) -> None:
+        """Write every tensor of a decoder layer that no unit has written."""
+        for name in self._model.weights.names:
+            linear, _, part = name.rpartition(".")
+            quantized = part in ("weight", "bias") and self._policies.get(linear) is not None
+            if name.startswith(f"{layer}.") and name not in self._writer and not quantized:
+                self._writer.add(name, self._model.weights.unchanged(name))

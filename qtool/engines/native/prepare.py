@@ -1,0 +1,132 @@
+"""From a job to everything that is known before work begins: the model, the plan, what it will take."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from qtool.checkpoint.reader import Checkpoint
+from qtool.engines.job import QuantizationJob
+from qtool.engines.native import device, estimate, executor, plan
+from qtool.engines.native.context import Context, Setup
+from qtool.engines.native.estimate import ResourceEstimate
+from qtool.engines.native.plan import QuantizationPlan
+from qtool.engines.report import DryRun, EstimatedResources
+from qtool.errors import InputError
+from qtool.model.decoder import DecoderStream
+
+if TYPE_CHECKING:
+    from qtool.workers import Report
+
+_CLUSTER = 64  # processes that a cluster may have; how many is known only once it is reached
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that can be done.
+
+    Attributes:
+        job: as asked for.
+        setup: how processes open the model.
+        context: how this one has.
+        plan: what becomes of which linear.
+        estimate: what it will take, and how many tokens go through a layer at a time.
+        output_bytes: of the output's tensors.
+        started: when preparing began, by `time.perf_counter`.
+    """
+
+    job: QuantizationJob
+    setup: Setup
+    context: Context
+    plan: QuantizationPlan
+    estimate: ResourceEstimate
+    output_bytes: int
+    started: float
+
+    @property
+    def model(self) -> DecoderStream:
+        return self.context.model
+
+    def dry_run(self) -> DryRun:
+        """What would be done. Times some products, which takes a moment."""
+        seconds = estimate.seconds(self.model, self.plan.policies, self.job.calibration)
+        return DryRun(
+            layers=plan.summary(self.plan),
+            calibration=self.job.calibration.shown(),
+            input_bytes=self.model.checkpoint.nbytes,
+            output_bytes=self.output_bytes,
+            resources=EstimatedResources(
+                estimated_seconds=seconds,
+                estimated_peak_bytes=self.estimate.memory_bytes,
+                scratch_bytes=self.estimate.scratch_bytes,
+                batch_tokens=self.estimate.batch_tokens,
+            ),
+        )
+
+
+def prepare(job: QuantizationJob, report: Report) -> Prepared:
+    """Open the model and plan; nothing is written, and no calibration text is read.
+
+    Sets torch's seed and number of threads.
+
+    Args:
+        report: hears of warnings.
+
+    Raises:
+        InputError: whatever is wrong with the model, the recipe for it, or the options.
+    """
+    started = time.perf_counter()
+    checkpoint = Checkpoint.open(job.model)
+    plan.refuse_quantized(checkpoint)
+    setup = _setup(job, checkpoint)
+    executor.check(job.resources)
+    context = setup.of(checkpoint)
+    planned = plan.make(checkpoint, job.recipe, job.scheme, job.output.format, context.model.linears())
+    context.model.prologue(torch.tensor([[0, 1]]))  # what can't be run shows before any work, and in a dry run
+    if job.recipe.osl == "exact":
+        _refuse_experts(job, context.model)
+    for warning in planned.warnings:
+        report.warning(warning)
+    return Prepared(
+        job=job,
+        setup=setup,
+        context=context,
+        plan=planned,
+        estimate=estimate.estimate(
+            context.model,
+            planned.policies,
+            job.calibration,
+            exact=job.recipe.osl == "exact",
+            limit=job.resources.memory,
+            processes=job.resources.workers or (_CLUSTER if job.resources.ray else 0),
+        ),
+        output_bytes=plan.output_bytes(context.model.weights, planned.schemes),
+        started=started,
+    )
+
+
+def _setup(job: QuantizationJob, checkpoint: Checkpoint) -> Setup:
+    exact = job.recipe.osl == "exact"
+    torch.manual_seed(job.calibration.seed)
+    torch.set_num_threads(job.resources.threads or torch.get_num_threads())
+    chosen = device.choose(job.device, exact=exact)
+    return Setup(
+        path=str(checkpoint.path),
+        dtype=device.compute_dtype(chosen, exact=exact),
+        device=chosen,
+        trust_remote_code=job.trust_remote_code,
+        format=job.output.format,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _refuse_experts(job: QuantizationJob, model: DecoderStream) -> None:
+    if any(model.routed(index) for index in range(model.depth)):
+        raise InputError(
+            "osl: exact compares the output of whole layers, which takes all experts at once",
+            where=f"recipe {job.recipe.name}",
+            hint="use osl: fast for mixtures of experts",
+        )

@@ -1,0 +1,228 @@
+"""Which work comes when: run a float layer and observe it, hand out its units, write what comes back.
+
+The activations that enter a layer are those of the float model, so they are all that one layer needs of another: with
+other processes at work, the next layers run while the units of those before are under way. Results are dealt with in
+the order in which their units began, since tensors lie in the files in that order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qtool.engines.native import lots, units
+from qtool.engines.native.exact import quantize_exactly
+from qtool.engines.native.executor import Executor, Pending
+from qtool.engines.native.float_pass import FloatPass
+from qtool.engines.native.ledger import DENSE, LayerEnd, Ledger
+from qtool.engines.native.pieces import PieceWriter
+from qtool.engines.native.units import DenseTask, LayerLinears
+from qtool.model.activations import Activations
+from qtool.model.observe import sample_stride
+from qtool.model.probe import probe
+from qtool.model.recorder import Recorder
+from qtool.quant.layer import GroupReport, needs_hessian, policy_of
+from qtool.quant.statistics import InputStatistics
+from qtool.quant.topology import Group, linear_layers, signature
+
+if TYPE_CHECKING:
+    from qtool.engines.native.prepare import Prepared
+    from qtool.engines.report import ExpertTokens
+    from qtool.workers import Report
+
+
+@dataclass(frozen=True)
+class _DenseUnit:
+    """The linears of a layer, under way."""
+
+    pieces: Pending
+
+
+@dataclass(frozen=True)
+class _LotUnit:
+    """Some experts of a layer, under way.
+
+    Attributes:
+        name: of the unit.
+        quantized: whether their linears are among the pieces, and not only their output.
+        tokens: whose output it is, int64 [n].
+        sums: takes the output of all experts.
+    """
+
+    pieces: Pending
+    name: str
+    quantized: bool
+    tokens: torch.Tensor
+    sums: Activations
+
+
+_Waiting = _DenseUnit | _LotUnit | LayerEnd
+
+
+class Schedule:
+    """The decoder layers of one job.
+
+    Args:
+        prepared: the job.
+        output: takes the tensors.
+        ledger: knows what is finished, and hears what is.
+        executor: runs the units.
+        report: hears of the progress.
+    """
+
+    def __init__(
+        self, prepared: Prepared, output: PieceWriter, ledger: Ledger, executor: Executor, report: Report
+    ) -> None:
+        self._prepared, self._output, self._ledger = prepared, output, ledger
+        self._executor, self._report = executor, report
+        self._model = prepared.model
+        self._waiting: deque[_Waiting] = deque()
+        self._groups: dict[Any, list[Group]] = {}
+
+    def run(self, ids: torch.Tensor) -> None:
+        """Write every layer that isn't finished.
+
+        Args:
+            ids: calibration tokens [samples, length].
+
+        Raises InputError where weights are damaged, and QtoolError.
+        """
+        model, done = self._model, self._ledger.layers
+        hidden = self._hidden(done, ids.numel())
+        entering = model.prologue(ids)  # it teaches the model the layers' arguments as well
+        if done == 0:
+            hidden.write(0, entering.reshape(-1, entering.shape[-1]))
+        del entering
+        self._report.progress("quantize", done, model.depth, "layers")
+        batch_tokens = self._prepared.estimate.batch_tokens
+        for index in range(done, model.depth):
+            leaving = self._hidden(index + 1, ids.numel())
+            floats = FloatPass(model, index, ids.shape[1], batch_tokens, hidden, leaving)
+            if self._prepared.job.recipe.osl == "exact":
+                self._exact_layer(floats)
+            else:
+                self._layer(floats)
+            hidden.close()
+            self._settle(2 * self._layers_ahead)  # each layer waits twice: for its linears, and to be finished
+            hidden = leaving
+        self._settle(0)
+        hidden.close()
+
+    @cached_property
+    def _layers_ahead(self) -> int:
+        return self._prepared.estimate.layers_ahead
+
+    def _hidden(self, index: int, tokens: int) -> Activations:
+        """What enters a layer, or leaves the one before it."""
+        path = self._ledger.folder / f"hidden-{index}"
+        return Activations(path, tokens, self._model.hidden_size, self._model.dtype, keep=True)
+
+    # ------------------------------------------------------------------ one layer
+
+    def _layer(self, floats: FloatPass) -> None:
+        """Run a layer and hand out the units of it that aren't finished."""
+        index, hidden, routed = floats.index, floats.hidden, self._model.routed(floats.index)
+        with ExitStack() as stack:
+            recorder = stack.enter_context(Recorder(self._ledger.folder, hidden)) if routed else None
+            with self._model.layer(index) as layer:
+                linears = self._linears(index, layer)
+                statistics = _statistics(linears, sample_stride(hidden.rows))
+                floats.run(layer, statistics, recorder)
+                router = layer.get_parameter(routed.router).cpu().float() if routed and routed.router else None
+            # The layer's weights are gone: a unit reads what it needs of them.
+            if not self._ledger.is_finished(index, DENSE):
+                task = DenseTask(linears, statistics)
+                self._waiting.append(_DenseUnit(self._executor.submit(units.quantize_dense, task)))
+                del task
+            del statistics
+            if not self._layers_ahead:
+                self._settle(0)
+            experts: list[ExpertTokens] = []
+            if recorder:
+                found = lots.after_run(self._prepared, index, recorder, router)
+                self._experts(floats, found)
+                experts = [found.tokens(self._model.layer_name(index))]
+        self._waiting.append(self._end(floats, experts=experts))
+
+    def _exact_layer(self, floats: FloatPass) -> None:
+        """Run a layer and write it, Golden Stick's way."""
+        with self._model.layer(floats.index) as layer:
+            linears = self._linears(floats.index, layer)
+            statistics = _statistics(linears, stride=1, with_hessian=False)
+            floats.run(layer, statistics)
+            storage = self._prepared.context.storage(linears.first_weight)
+            written = self._output.write(quantize_exactly(layer, linears, statistics, storage, floats.runs(layer)))
+        self._finish(self._end(floats, reports=written.reports))
+
+    def _end(
+        self, floats: FloatPass, *, reports: Sequence[GroupReport] = (), experts: Sequence[ExpertTokens] = ()
+    ) -> LayerEnd:
+        name = self._model.layer_name(floats.index)
+        return LayerEnd(name, floats.hidden.path, floats.leaving.path, reports, experts)
+
+    def _linears(self, index: int, layer: nn.Module) -> LayerLinears:
+        """Of a loaded layer."""
+        stored = {name: self._model.stored(index, name) for name, _ in layer.named_parameters()}
+        policies = {
+            name: self._prepared.plan.policies[stored[f"{name}.weight"].removesuffix(".weight")]
+            for name in linear_layers(layer)
+        }
+        key = signature(layer)
+        if key not in self._groups:
+            self._groups[key] = probe(self._model, index, layer)
+        return LayerLinears(self._groups[key], policies, stored)
+
+    def _experts(self, floats: FloatPass, routed: lots.RoutedLayer) -> None:
+        """Write a layer's experts but those that are finished, and add what all of them give to what leaves it."""
+        path, leaving = self._ledger.folder / "experts", floats.leaving
+        with Activations(path, leaving.rows, leaving.width, torch.float32) as sums:
+            for lot in routed.lots():
+                quantize = not self._ledger.is_finished(routed.index, lot.name)
+                task = routed.task(lot, quantize=quantize)
+                pieces = self._executor.submit(units.quantize_experts, task)
+                self._waiting.append(_LotUnit(pieces, lot.name, quantize, task.inputs.rows, sums))
+                del task, pieces
+                self._settle(self._executor.ahead)
+            self._settle(0)
+            floats.add(sums)
+
+    # ------------------------------------------------------------------ results
+
+    def _settle(self, most: int) -> None:
+        """Deal with results until no more than so many wait."""
+        while len(self._waiting) > most:
+            self._finish(self._waiting.popleft())
+
+    def _finish(self, waiting: _Waiting) -> None:
+        match waiting:
+            case _DenseUnit(pieces):
+                self._ledger.finish_unit(DENSE, self._output.write(pieces()).reports)
+            case _LotUnit():
+                self._finish_lot(waiting)
+            case LayerEnd(name):
+                self._output.write_rest(name)
+                self._ledger.finish_layer(waiting)
+                self._report.progress("quantize", self._ledger.layers, self._model.depth, "layers")
+
+    def _finish_lot(self, lot: _LotUnit) -> None:
+        written = self._output.write(lot.pieces())
+        if written.output is not None:
+            lot.sums.scatter(lot.tokens, lot.sums.gather(lot.tokens) + written.output)
+        if lot.quantized:
+            self._ledger.finish_unit(lot.name, written.reports)
+
+
+def _statistics(linears: LayerLinears, stride: int, *, with_hessian: bool = True) -> dict[str, InputStatistics]:
+    """Empty ones of every group that is quantized, by its first linear; Hessians only where they are needed."""
+    return {
+        group.linears[0]: InputStatistics(stride=stride, with_hessian=with_hessian and needs_hessian(policy))
+        for group in linears.groups
+        if (policy := policy_of(group, linears.policies)) is not None
+    }

@@ -1,0 +1,18 @@
+"""What must be known of families of models: a description that fits most, and one small file for each exception.
+
+To add a family: a subclass of `Architecture` in a file of its own here, and its name in `_EXCEPTIONS`.
+"""
+
+from __future__ import annotations
+
+from qtool.model.architectures.architecture import Architecture, FusedExperts
+from qtool.model.architectures.lfm2 import Lfm2
+
+__all__ = ["Architecture", "FusedExperts", "of"]
+
+_EXCEPTIONS: tuple[type[Architecture], ...] = (Lfm2,)
+
+
+def of(model_type: str) -> Architecture:
+    """The description for config.json's model_type (of the text model, where there are others beside it)."""
+    return next((each() for each in _EXCEPTIONS if model_type in each.model_types), Architecture())

@@ -1,0 +1,10 @@
+"""LFM2: the norm after the last layer is called embedding_norm."""
+
+from __future__ import annotations
+
+from qtool.model.architectures.architecture import Architecture
+
+
+class Lfm2(Architecture):
+    model_types = ("lfm2",)
+    final_norm_names = r"embedding_norm"

@@ -1,0 +1,117 @@
+"""How the package's modules may import each other: in one direction, whether at the top of a file or in a function."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in sorted((ROOT / "qtool").rglob("*.py"))
+}
+
+# From the top down; those of one line may import each other. A module belongs to the longest name that fits.
+LAYERS = (
+    ("qtool.cli", "qtool.__main__"),
+    ("qtool.tuning", "qtool.jobs"),
+    ("qtool.evaluate", "qtool.convert"),
+    ("qtool.engines",),
+    ("qtool.runtimes", "qtool.hub"),
+    ("qtool.model",),
+    ("qtool.quant", "qtool.calibration", "qtool.environments"),
+    ("qtool.recipe",),
+    ("qtool.checkpoint",),
+    ("qtool.quant.types",),  # what quantization hands to formats
+    ("qtool.scheme",),
+    ("qtool.workers", "qtool.console", "qtool.resources", "qtool.files", "qtool.locks", "qtool.sizes"),
+    ("qtool.errors",),
+)
+
+# (module, what it imports although that lies above it): why
+EXCEPTIONS: dict[tuple[str, str], str] = {}
+
+
+def imports(name: str) -> Iterator[str]:
+    """The package's modules that one imports anywhere, but for type checkers only."""
+
+    def visit(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for other in node.orelse:
+                yield from visit(other)
+            return
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child)
+
+    for node in visit(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        else:
+            assert node.level == 0, f"{name} has a relative import"
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            found = [each if each in FILES else str(node.module) for each in inner]
+        yield from (each for each in found if each in FILES and each not in (name, "qtool"))
+
+
+GRAPH = {name: sorted(set(imports(name))) for name in FILES}
+
+
+def cycle() -> list[str] | None:
+    """Some modules that import each other in a circle."""
+    done: set[str] = set()
+
+    def search(name: str, path: list[str]) -> list[str] | None:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return None
+        for other in GRAPH[name]:
+            if found := search(other, [*path, name]):
+                return found
+        done.add(name)
+        return None
+
+    return next(filter(None, (search(name, []) for name in GRAPH)), None)
+
+
+def layer(name: str) -> int:
+    """The index of a module's layer."""
+    fitting = [
+        (len(prefix), i)
+        for i, prefixes in enumerate(LAYERS)
+        for prefix in prefixes
+        if name == prefix or name.startswith(f"{prefix}.")
+    ]
+    assert fitting, f"{name} belongs to no layer"
+    return max(fitting)[1]
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert cycle() is None
+
+
+def test_imports_point_down() -> None:
+    upward = {
+        (name, other)
+        for name, others in GRAPH.items()
+        if name != "qtool"
+        for other in others
+        if layer(other) < layer(name)
+    }
+    assert upward == set(EXCEPTIONS)
+
+
+def test_lower_layers_are_light() -> None:
+    """Nothing heavy is imported at the top of what the command line needs to check its arguments."""
+    heavy = {"torch", "transformers", "numpy", "pydantic", "safetensors"}
+    for name, file in FILES.items():
+        if name.startswith(("qtool.checkpoint", "qtool.scheme", "qtool.cli")):
+            top = [node for node in ast.parse(file.read_text(encoding="utf-8")).body]
+            found = {
+                alias.name.partition(".")[0] for node in top if isinstance(node, ast.Import) for alias in node.names
+            }
+            found |= {str(node.module).partition(".")[0] for node in top if isinstance(node, ast.ImportFrom)}
+            assert not found & heavy, name
