@@ -32,6 +32,20 @@ class HeadRows:
         return nn.functional.linear(self.quantize(hidden) if self.quantize else hidden, self.weight, self.bias)
 
 
+class _BaseOutput(tuple[torch.Tensor]):
+    """What a base model returns; all that an architecture looks for besides hidden states (router logits) is None."""
+
+    __slots__ = ()
+
+    @property
+    def last_hidden_state(self) -> torch.Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class Head:
     """What comes after the decoder layers."""
 
@@ -70,10 +84,8 @@ class Head:
 
         Only its base model and output projection are replaced, so scaled and capped logits come out as it makes them.
         """
-        from transformers.modeling_outputs import MoeModelOutputWithPast
-
         base, head = self._skeleton.base, self._skeleton.head
-        made = MoeModelOutputWithPast(last_hidden_state=hidden[None])  # what any architecture looks for is in it
+        made = _BaseOutput((hidden[None],))
         base.forward = lambda *_a, **_k: made
         head.forward = rows.project
         try:

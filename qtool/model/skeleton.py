@@ -91,20 +91,20 @@ class Skeleton:
         """
         first: list[torch.Tensor] = []
         arguments: list[dict[str, Any]] = []
-        attributes = self.architecture.layer_attributes
+        architecture = self.architecture
 
         class Listener(nn.Module):
             def __init__(self, original: nn.Module) -> None:
                 super().__init__()
-                for name in attributes:
+                for name in architecture.layer_attributes:
                     if hasattr(original, name):
                         setattr(self, name, getattr(original, name))
 
-            def forward(self, hidden_states: torch.Tensor, **kw: Any) -> torch.Tensor:
+            def forward(self, hidden_states: torch.Tensor, **kw: Any) -> torch.Tensor | tuple[torch.Tensor]:
                 if not first:
                     first.append(hidden_states)
                 arguments.append(kw)
-                return hidden_states
+                return (hidden_states,) if architecture.layers_return_tuples else hidden_states
 
         parent_name, _, attribute = self.layers_name.rpartition(".")
         parent = self.model.get_submodule(parent_name)

@@ -29,8 +29,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 32, "sliding_window": 8},
     "gemma3_text": {"query_pre_attn_scalar": 32, "sliding_window": 8},
     "phi3": {"sliding_window": 8},
-    "gpt_neox": {},
+    "gpt_neox": {},  # its checkpoints call the output projection by another name than its code
+    "gptj": {"rotary_dim": 8},  # no attention but the plain one, layers that return tuples, a final norm called ln_f
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_ff_dim": 160},  # its final norm is embedding_norm
 }
+LISTS = {"gptj": "h"}
 
 
 @pytest.mark.parametrize("architecture", list(CONFIGS))
@@ -41,8 +44,10 @@ def test_hidden_states_of_every_layer(architecture: str, make_model: Callable[..
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(4, 500, (3, 40), generator=torch.Generator().manual_seed(0))
     inputs: list[torch.Tensor] = []
-    for layer in model.base_model.layers:
-        layer.register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
+    for layer in getattr(model.base_model, LISTS.get(architecture, "layers")):
+        layer.register_forward_pre_hook(
+            lambda _m, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
     stream = DecoderStream(Checkpoint.open(folder), dtype=torch.float32)
@@ -59,6 +64,33 @@ def test_hidden_states_of_every_layer(architecture: str, make_model: Callable[..
     parts = [stream.head.rows(0, half), stream.head.rows(half, stream.head.vocabulary)]
     found = torch.cat([stream.head.logits(normalized, part) for part in parts], dim=1)
     expected = expected.reshape(found.shape)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_tower_for_pictures_is_left_out(tmp_path: Path) -> None:
+    """Of as many layers as the text model, before it; and a checkpoint with other names than the code."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "head_dim": 32}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 8}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    ids = torch.randint(4, 500, (1, 24), generator=torch.Generator().manual_seed(0))
+    stream = DecoderStream(Checkpoint.open(tmp_path / "model"), dtype=torch.float32)
+    assert stream.layer_name(1) == "language_model.model.layers.1"
+    assert "language_model.model.layers.1.mlp.up_proj" in stream.linears()
+    assert len(stream.linears()) == 2 * 7
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[0]
+        hidden = stream.prologue(ids)
+        for index in range(stream.depth):
+            with stream.layer(index) as layer:
+                hidden = stream.run(index, layer, hidden)
+        found = stream.head.logits(stream.head.normalize(hidden)[0], stream.head.rows(0, 512))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 

@@ -41,12 +41,14 @@ class Architecture:
     Attributes:
         model_types: the values of config.json's model_type that a subclass is for.
         layer_attributes: what a base model looks up on its decoder layers besides calling them.
+        layers_return_tuples: the base model takes the first of what a layer returns.
         final_norm_names: a regular expression for the norm after the last layer, among the modules beside the layers.
         heads, experts_per_token: settings of config.json.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
     layer_attributes: ClassVar[tuple[str, ...]] = ("attention_type", "layer_type", "is_sliding")
+    layers_return_tuples: ClassVar[bool] = False
     final_norm_names: ClassVar[str] = r"(?!.*embed).*norm.*|ln_f"
     heads: ClassVar[str] = "num_attention_heads"
     experts_per_token: ClassVar[str] = "num_experts_per_tok"
