@@ -368,9 +368,9 @@ def _worker(started: _Started, arguments: Sequence[str]) -> NoReturn:
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         subprocess.Popen = _POPEN  # type: ignore[misc]
-        from qtool import workers
+        from qtool.workers import child
 
-        workers._serve()
+        child.serve(arguments[first:])
     except BaseException:
         traceback.print_exc()
     os._exit(255)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shlex
 import sys
@@ -33,6 +34,7 @@ def serve(
     """Serve a model with vLLM's OpenAI server, set up for this hardware as `qtool generate` is.
 
     This process becomes the server: what it prints, how it ends and any further option (--set KEY=VALUE) are vLLM's.
+    The key that requests must have, if any, is taken from the variable VLLM_API_KEY.
 
     Examples:
 
@@ -49,8 +51,13 @@ def serve(
     command, env = server.command(checkpoint, runtime, settings.parse(set_ or ()), own)
     with console() as out:
         if dry_run:
-            out.result(shlex.join(["env", *(f"{key}={value}" for key, value in env.items()), *command]))
+            shown = {**env, server.KEY_VARIABLE: "…"} if server.KEY_VARIABLE in env else env
+            out.result(shlex.join(["env", *(f"{key}={value}" for key, value in shown.items()), *command]))
             return
+        if not _is_loopback(host) and not (env.get(server.KEY_VARIABLE) or os.environ.get(server.KEY_VARIABLE)):
+            out.warning(
+                f"whoever reaches {host}:{port} can use the model: ask for a key by setting {server.KEY_VARIABLE}"
+            )
         out.info(f"serving {name} at http://{host}:{port}/v1")
     sys.stdout.flush()
     sys.stderr.flush()
@@ -58,3 +65,11 @@ def serve(
         os.execvpe(command[0], command, {**os.environ, **env})
     except OSError as error:
         raise QtoolError(f"cannot start the server: {error.strerror}", where=command[0]) from None
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address; a name is taken for one that others can, but for localhost."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

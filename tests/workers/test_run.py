@@ -17,6 +17,7 @@ import pytest
 
 from qtool import workers
 from qtool.errors import InputError, QtoolError, WorkerDied
+from qtool.workers import parent as parent_side
 
 MODULE = """
 import ctypes, os, signal, subprocess, sys, threading, time
@@ -68,6 +69,20 @@ def noisy(job, report):
     for _ in range(job["megabytes"]):
         os.write(2, b"x" * 2**20)
     return {"fine": True}
+
+def babbles(job, report):
+    with report._lock:
+        report._pipe.write(job["said"].encode() + b"\\n")
+        report._pipe.flush()
+    return {}
+
+def large(job, report):
+    return {"text": "x" * job["characters"]}
+
+def works_long(job, report):
+    report.item({"pid": os.getpid()})
+    time.sleep(job["seconds"])
+    return {}
 
 def leaves_a_child(job, report):
     child = os.fork()
@@ -150,7 +165,7 @@ def test_the_worker_imports_nothing_but_the_standard_library_and_qtool(run: Any)
     startup = subprocess.check_output([sys.executable, "-c", "import sys; print(*sys.modules)"], text=True).split()
     assert packages - sys.stdlib_module_names - set(startup) == {"qtool", "misbehave"}
     assert "" not in result["path"]  # nothing in the current folder can stand in for a real module
-    assert str(Path(workers.__file__).parent) not in result["path"]
+    assert not {str(folder) for folder in Path(workers.__file__).parents} & set(result["path"])
 
 
 def test_an_interpreter_of_its_own(run: Any, env: dict[str, str], tmp_path: Path, logs: Path) -> None:
@@ -260,7 +275,7 @@ def start_parent(env: dict[str, str], tmp_path: Path, **job: Any) -> tuple[subpr
     """A process of its own that waits for a hanging worker; and the worker's id."""
     started = tmp_path / "started"
     job = {"do": "hangs", "started": str(started), **job}
-    root = str(Path(workers.__file__).parent.parent)
+    root = str(Path(workers.__file__).parents[2])
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, json.dumps(job)],
         env={**os.environ, "XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": f"{env['PYTHONPATH']}:{root}"},
@@ -323,6 +338,63 @@ for package in ("torchaudio", "torchcodec", "torchvision"):
     except ImportError as error:
         print("hidden" if "None in sys.modules" in str(error) else error)
 """
-    root = str(Path(workers.__file__).parent.parent)
+    root = str(Path(workers.__file__).parents[2])
     output = subprocess.check_output([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, text=True)
     assert output.split() == ["hidden"] * 3
+
+
+def test_a_worker_that_says_nonsense(run: Any, logs: Path) -> None:
+    for said, shown in (
+        ('nonsense "é"', r"\xe9"),
+        ('{"event": "result"}', "result"),
+        ("x" * 70_000_000, "'" + "x" * 100 + "', 70.0 MB"),
+    ):
+        with pytest.raises(QtoolError, match="says what is no event: ") as caught:
+            run("babbles", said=said)
+        assert shown in caught.value.what
+        assert len(caught.value.what) < 200
+        assert Path((caught.value.hint or "").rpartition(": ")[2]) in set(logs.iterdir())
+
+
+def test_a_large_result(run: Any) -> None:
+    result, _ = run("large", characters=60_000_000)
+    assert len(result["text"]) == 60_000_000
+
+
+def test_a_stopped_worker_is_told_of(
+    env: dict[str, str], logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parent_side, "SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(parent_side, "BEAT_SECONDS", 0.1)
+    events: list[dict[str, Any]] = []
+    stopped: list[int] = []
+
+    def hear(event: dict[str, Any]) -> None:
+        if event["event"] == "item":
+            stopped.append(event["data"]["pid"])
+            os.kill(stopped[0], signal.SIGSTOP)
+        else:
+            events.append(event)
+            if len(events) == 2:
+                os.kill(stopped[0], signal.SIGCONT)
+
+    assert workers.run("misbehave", {"do": "works_long", "seconds": 2}, on_event=hear, env=env) == {}
+    assert [event["event"] for event in events] == ["warning", "warning"]  # while it ran there was none
+    for event in events:
+        assert f"nothing heard from the worker (process {stopped[0]}) for" in event["message"]
+        assert f"kill -CONT {stopped[0]}" in event["message"]
+
+
+def test_a_worker_without_a_voice_is_told_of(env: dict[str, str], logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native code that holds the interpreter's lock, for example."""
+    monkeypatch.setattr(parent_side, "SILENCE_SECONDS", 0.3)
+    events: list[dict[str, Any]] = []
+    workers.run("misbehave", {"do": "works_long", "seconds": 1.5}, on_event=events.append, env=env)
+    warnings = [event["message"] for event in events if event["event"] == "warning"]
+    assert 1 <= len(warnings) < 8  # each after twice as long
+    assert str(next(iter(logs.iterdir()))) in warnings[0]
+
+
+def test_a_signal_without_a_name(run: Any) -> None:
+    with pytest.raises(WorkerDied, match=r"killed by signal 40$"):
+        run("killed", signal=40)
