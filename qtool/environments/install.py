@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from qtool import workers
-from qtool.environments import store, supervise
+from qtool.environments import store
 from qtool.environments.installers import Installer, Pip, Uv
 from qtool.environments.table import Environment
 from qtool.errors import InputError, QtoolError
 from qtool.files import disk_errors, free_space, used_space
+from qtool.workers import commands
+from qtool.workers.processes import isolated_python
 
 PROBE = """import importlib.util as u, json, platform, sys
 print(json.dumps([platform.python_version(), bool(u.find_spec("venv")), bool(u.find_spec("ensurepip"))]))"""
@@ -160,10 +162,10 @@ class Build:
         name, installer = self.environment.name, self.installer
         _check_modules(self.base, installer)
         self._progress("creating", 0, 0)
-        commands = [[self.base.path, "-I", "-m", "venv", "--without-pip", str(self.folder)]]
+        steps = [isolated_python(self.base.path, "-m", "venv", "--without-pip", str(self.folder))]
         if installer.needs_pip:  # a step of its own, so that its errors can be told
-            commands.append([str(self.python), "-I", "-m", "ensurepip", "--default-pip"])
-        if any(self._call(command) for command in commands):
+            steps.append(isolated_python(str(self.python), "-m", "ensurepip", "--default-pip"))
+        if any(self._call(command) for command in steps):
             raise self._failure(f"can't make a virtual environment with {self.base.path}")
         pins = self.folder / "pins.txt"
         pins.write_text(self.environment.pins, encoding="utf-8")
@@ -224,7 +226,7 @@ class Build:
                     self.error += f": {line.partition(':')[2].strip()}"
                 on_line(line)
 
-            return supervise.run(command, on_line=keep, on_tick=on_tick, env=PIP_VARIABLES, inherit=[self.lock])
+            return commands.run(command, on_line=keep, on_tick=on_tick, env=PIP_VARIABLES, inherit=[self.lock])
 
     def _failure(self, what: str) -> QtoolError:
         said = self.error or self.last
@@ -300,7 +302,7 @@ def _check_modules(base: Base, installer: Installer) -> None:
 
 def _probe(path: str) -> Base | None:
     """What the interpreter at `path` is, or None if it is none."""
-    command = [path, "-I", "-c", PROBE]
+    command = isolated_python(path, "-c", PROBE)
     with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, TypeError):
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROBE_SECONDS, check=True)
         return Base(path, *json.loads(done.stdout))

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from qtool.environments.table import Environment
 from qtool.errors import InputError
+from qtool.workers.processes import isolated_python
 
 
 class Installer(Protocol):
@@ -41,7 +42,7 @@ class Pip:
 
     def command(self, python: Path, pins: Path, more: list[str]) -> list[str]:
         quiet = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
-        return [str(python), "-I", "-m", "pip", "install", "--no-deps", *quiet, *more, "-r", str(pins)]
+        return isolated_python(str(python), "-m", "pip", "install", "--no-deps", *quiet, *more, "-r", str(pins))
 
     def fallback(self, environment: Environment) -> list[str]:
         return ["--extra-index-url", environment.extra_index] if environment.extra_index else []

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 from qtool.checkpoint import formats
 from qtool.errors import InputError
 from qtool.runtimes.launch import adapted, choose, kind_of
-from qtool.runtimes.settings import dtype, engine, environment, settings, split
+from qtool.runtimes.settings import KEY, dtype, engine, environment, settings, split
+from qtool.workers.processes import python
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
+
+KEY_VARIABLE = "VLLM_API_KEY"  # a command line can be read by everyone on the machine
 
 
 def command(
@@ -38,10 +41,15 @@ def command(
     env = {name: chosen.env[name] for name in (*environment(kind, batch=False), "LD_PRELOAD") if name in chosen.env}
     chosen = adapted(dataclasses.replace(chosen, engine=kept, env=env), checkpoint)
     given, variables = split(arguments)
+    if (key := given.pop(KEY, None)) is not None:
+        if not key:
+            raise InputError("is empty", where=f"--set {KEY}", hint=f"Leave it away, and set {KEY_VARIABLE}.")
+        variables[KEY_VARIABLE] = key
     own = settings(kind).get("server", {}).get("engine", {})
     options = {"dtype": dtype(checkpoint, kind), **chosen.engine, **own, **given, **server}
     flags = [flag for name, value in options.items() for flag in _flag(name, value)]
-    return [chosen.python, "-m", *program, str(checkpoint.path.resolve()), *flags], {**chosen.env, **variables}
+    command, safe = python(chosen.python, "-m", *program, str(checkpoint.path.resolve()), *flags)
+    return command, {**safe, **chosen.env, **variables}
 
 
 def _flag(name: str, value: Any) -> list[str]:

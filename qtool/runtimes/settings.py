@@ -14,6 +14,7 @@ from qtool.runtimes import facts
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
 
+KEY = "api_key"  # of a server; whatever it looks like, it is text
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -94,7 +95,7 @@ def parse(pairs: Iterable[str]) -> dict[str, Any]:
         if not equals or not key:
             raise InputError(f"{pair!r} is no key=value", where="--set", hint="Like --set max_num_seqs=32.")
         try:
-            given[key] = value if key.isupper() else yaml.safe_load(value)
+            given[key] = value if key.isupper() or key == KEY else yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise InputError(f"the value of {key} is not YAML", where="--set", hint="Quote it.") from error
     return given

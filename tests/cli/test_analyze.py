@@ -6,12 +6,13 @@ import json
 import os
 import pty
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.launcher import Launcher
 
 SMALL = ("--windows", "2", "--length", "32", "--samples", "4", "--seq-len", "64")
 
@@ -31,10 +32,10 @@ def test_every_linear_ranked(tiny_llama: Path, run_qtool: Callable[..., Any]) ->
     assert result["text"]["windows"] == 2
 
 
-def test_a_table_on_a_terminal(tiny_llama: Path, qtool_environment: dict[str, str]) -> None:
+def test_a_table_on_a_terminal(tiny_llama: Path, qtool_environment: dict[str, str], launcher: Launcher) -> None:
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "qtool", "analyze", str(tiny_llama), *SMALL, "--top", "3"]
-    done = subprocess.run(command, stdout=slave, stderr=subprocess.PIPE, env=qtool_environment, timeout=300)
+    command = ["analyze", tiny_llama, *SMALL, "--top", "3"]
+    done = launcher.run(command, stdout=slave, stderr=subprocess.PIPE, env=qtool_environment, timeout=300)
     os.close(slave)
     shown = os.read(master, 1 << 16).decode()
     os.close(master)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoint.conftest import quantize_folder
+from tests.launcher import Launcher
 
 __all__ = ["quantize_folder"]
 
@@ -220,12 +221,10 @@ def test_missing_file_folder_and_option(run_qtool: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"])
 def test_an_interruption_leaves_nothing(
-    qtool_environment: dict[str, str], gguf_file: Path, tmp_path: Path, number: int, code: int
+    qtool_environment: dict[str, str], launcher: Launcher, gguf_file: Path, tmp_path: Path, number: int, code: int
 ) -> None:
-    command = [sys.executable, "-m", "qtool", "convert", str(gguf_file), "--output", str(tmp_path / "model")]
-    process = subprocess.Popen(
-        command, env=qtool_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = ["convert", gguf_file, "--output", tmp_path / "model"]
+    process = launcher.start(command, env=qtool_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert process.stderr.readline().startswith("loading")
     assert [path.name for path in tmp_path.iterdir()] == [f".model.partial-{process.pid}"]
@@ -316,18 +315,18 @@ def test_a_disk_that_is_too_small(qtool_environment: dict[str, str], quantized: 
     assert [path.name for path in quantized.parent.iterdir()] == ["model"]
 
 
-def test_a_killed_conversion_leaves_all_or_nothing(qtool_environment: dict[str, str], quantized: Path) -> None:
-    command = [sys.executable, "-m", "qtool", "convert", str(quantized), "--to", "golden-stick"]
-    process = subprocess.Popen(
-        command, env=qtool_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def test_a_killed_conversion_leaves_all_or_nothing(
+    qtool_environment: dict[str, str], launcher: Launcher, quantized: Path
+) -> None:
+    command = ["convert", quantized, "--to", "golden-stick"]
+    process = launcher.start(command, env=qtool_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert process.stderr.readline().startswith("converting")
     process.kill()
     process.communicate(timeout=60)
     output = quantized.with_name("model-golden-stick")
     there = {path.name for path in output.iterdir()} if output.exists() else None
-    done = subprocess.run([*command, "--overwrite"], env=qtool_environment, capture_output=True, text=True)
+    done = launcher.run([*command, "--overwrite"], env=qtool_environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert there in (None, {path.name for path in output.iterdir()})
     assert sorted(path.name for path in quantized.parent.iterdir()) == ["model", "model-golden-stick"]

@@ -6,12 +6,13 @@ import json
 import os
 import pty
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.launcher import Launcher
 
 FIGURES = ("base_perplexity", "quantized_perplexity", "perplexity_ratio", "kl_divergence", "top1_agreement")
 SMALL = ("--windows", "2", "--length", "32")
@@ -39,10 +40,12 @@ def test_quiet(tiny_llama: Path, run_qtool: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("--quiet",)])
-def test_a_table_on_a_terminal(tiny_llama: Path, qtool_environment: dict[str, str], options: tuple[str, ...]) -> None:
+def test_a_table_on_a_terminal(
+    tiny_llama: Path, qtool_environment: dict[str, str], launcher: Launcher, options: tuple[str, ...]
+) -> None:
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "qtool", "eval", str(tiny_llama), str(tiny_llama), *SMALL, *options]
-    done = subprocess.run(command, stdout=slave, stderr=subprocess.PIPE, env=qtool_environment, timeout=300)
+    command = ["eval", tiny_llama, tiny_llama, *SMALL, *options]
+    done = launcher.run(command, stdout=slave, stderr=subprocess.PIPE, env=qtool_environment, timeout=300)
     os.close(slave)
     shown = b""
     while True:

@@ -10,13 +10,14 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.launcher import Launcher
 
 Run = Callable[..., Any]
 FAST = ("--runtime", "transformers", "--max-tokens", "4")
@@ -89,10 +90,12 @@ def test_stdin_cannot_be_path_and_prompts(run_qtool: Run) -> None:
     assert "not both" in done.stderr
 
 
-def test_a_prompt_that_fails_has_its_own_error(qtool_environment: dict[str, str], tiny_llama: Path) -> None:
+def test_a_prompt_that_fails_has_its_own_error(
+    qtool_environment: dict[str, str], launcher: Launcher, tiny_llama: Path
+) -> None:
     lines = [b"ok", b"\xff\xfe", b"word " * 600, b"fine"]
-    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), *FAST]
-    done = subprocess.run(command, input=b"\n".join(lines), env=qtool_environment, capture_output=True, timeout=120)
+    command = ["generate", str(tiny_llama), *FAST]
+    done = launcher.run(command, input=b"\n".join(lines), env=qtool_environment, capture_output=True, timeout=120)
     assert done.returncode == 1
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert ["error" in answer for answer in answers] == [False, True, True, False]
@@ -136,12 +139,12 @@ def test_a_line_that_no_tokenizer_takes_has_its_own_error(run_qtool: Run, tiny_l
 @pytest.mark.parametrize("arguments", [["--version"], ["recipes", "list"], ["generate", "MODEL", "-p", "x", *FAST]])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_standard_output_on_a_full_disk(
-    qtool_environment: dict[str, str], tiny_llama: Path, arguments: list[str], unbuffered: str
+    qtool_environment: dict[str, str], launcher: Launcher, tiny_llama: Path, arguments: list[str], unbuffered: str
 ) -> None:
-    command = [sys.executable, "-m", "qtool", *(str(tiny_llama) if word == "MODEL" else word for word in arguments)]
+    command = [*(str(tiny_llama) if word == "MODEL" else word for word in arguments)]
     env = qtool_environment | {"PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = launcher.run(command, env=env, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     (error,) = re.findall("^error: .*", done.stderr, re.MULTILINE)
     assert error == "error: can't be written: No space left on device"
@@ -156,18 +159,23 @@ def test_the_output_is_a_file(run_qtool: Run, tiny_llama: Path) -> None:
 @pytest.mark.parametrize("options", [("-o", "LINK", "--overwrite"), ("-o", "FILE", "--resume"), ()])
 @pytest.mark.parametrize("redirected", [True, False])
 def test_answers_never_go_where_the_prompts_are(
-    qtool_environment: dict[str, str], tiny_llama: Path, tmp_path: Path, options: tuple[str, ...], redirected: bool
+    qtool_environment: dict[str, str],
+    launcher: Launcher,
+    tiny_llama: Path,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    redirected: bool,
 ) -> None:
     """Not through a link or a redirection either; without --output, not to the end of the file."""
     names = {"FILE": str(tmp_path / "x.jsonl"), "LINK": str(tmp_path / "link.jsonl")}
     prompts = Path(names["FILE"])
     prompts.write_text('{"prompt": "a"}\n')
     Path(names["LINK"]).symlink_to(prompts)
-    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), *FAST]
+    command = ["generate", str(tiny_llama), *FAST]
     command += [names.get(word, word) for word in options]
     command += [] if redirected else ["-p", f"@{prompts}"]
     with prompts.open() as stdin, prompts.open("a") as stdout:
-        done = subprocess.run(
+        done = launcher.run(
             command,
             env=qtool_environment,
             stdin=stdin if redirected else subprocess.DEVNULL,
@@ -198,10 +206,10 @@ def test_bad_models_fail_before_anything_starts(run_qtool: Run, tiny_llama: Path
     assert "load the model" not in done.stderr
 
 
-def test_a_terminal_gets_text(qtool_environment: dict[str, str], tiny_llama: Path) -> None:
+def test_a_terminal_gets_text(qtool_environment: dict[str, str], launcher: Launcher, tiny_llama: Path) -> None:
     leader, follower = pty.openpty()
-    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), "-p", "If the", "-q", *FAST]
-    with subprocess.Popen(command, env=qtool_environment, stdin=follower, stdout=follower, stderr=follower) as process:
+    command = ["generate", str(tiny_llama), "-p", "If the", "-q", *FAST]
+    with launcher.start(command, env=qtool_environment, stdin=follower, stdout=follower, stderr=follower) as process:
         os.close(follower)
         data = b""
         with contextlib.suppress(OSError):
@@ -213,11 +221,11 @@ def test_a_terminal_gets_text(qtool_environment: dict[str, str], tiny_llama: Pat
     assert b"finish_reason" not in data
 
 
-def test_ctrl_c_leaves_no_process_behind(qtool_environment: dict[str, str], tiny_llama: Path) -> None:
-    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), "-p", "x", *FAST]
-    process = subprocess.Popen(
-        command, env=qtool_environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+def test_ctrl_c_leaves_no_process_behind(
+    qtool_environment: dict[str, str], launcher: Launcher, tiny_llama: Path
+) -> None:
+    command = ["generate", str(tiny_llama), "-p", "x", *FAST]
+    process = launcher.start(command, env=qtool_environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
     assert process.stderr.readline() == "load the model\n"  # the worker is at work
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

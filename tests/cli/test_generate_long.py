@@ -8,13 +8,14 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.launcher import Launcher
 
 Run = Callable[..., Any]
 FAST = ("--runtime", "transformers", "--max-tokens", "3")
@@ -39,17 +40,20 @@ def expected(run_qtool: Run, tiny_llama: Path, prompts: Path) -> str:
 
 
 def test_killed_at_random_and_resumed(
-    qtool_environment: dict[str, str], tiny_llama: Path, prompts: Path, expected: str, tmp_path: Path
+    qtool_environment: dict[str, str],
+    launcher: Launcher,
+    tiny_llama: Path,
+    prompts: Path,
+    expected: str,
+    tmp_path: Path,
 ) -> None:
     """Each kill strikes once some more answers are there: the whole process, or its worker, which is replaced."""
     output = tmp_path / "answers.jsonl"
-    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), "-p", f"@{prompts}", *SAMPLED]
+    command = ["generate", str(tiny_llama), "-p", f"@{prompts}", *SAMPLED]
     command += ["--output", str(output), "--resume"]
     rng = random.Random(0)
     for victim in ("parent", "worker", "parent", "worker"):
-        with subprocess.Popen(
-            command, env=qtool_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        ) as process:
+        with launcher.start(command, env=qtool_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             _grown(output, process, rng.randrange(1, 4000))
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             if victim == "parent":
@@ -58,7 +62,7 @@ def test_killed_at_random_and_resumed(
             os.kill(int(children[0]), signal.SIGKILL)
             _grown(output, process, 1000)
             process.kill()
-    done = subprocess.run(command, env=qtool_environment, capture_output=True, text=True)
+    done = launcher.run(command, env=qtool_environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{output}\n"
     assert output.read_text() == expected
@@ -74,32 +78,40 @@ def _grown(file: Path, process: subprocess.Popen[bytes], size: int) -> None:
 
 
 def test_a_worker_that_is_killed_is_replaced(
-    qtool_environment: dict[str, str], tiny_llama: Path, prompts: Path, expected: str
+    qtool_environment: dict[str, str], launcher: Launcher, tiny_llama: Path, prompts: Path, expected: str
 ) -> None:
-    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), "-p", f"@{prompts}", *SAMPLED]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=qtool_environment, stdout=pipe, stderr=pipe, text=True) as process:
+    command = ["generate", str(tiny_llama), "-p", "@-", *SAMPLED]
+    pipe, lines = subprocess.PIPE, prompts.read_text().splitlines(keepends=True)
+    with launcher.start(command, env=qtool_environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdin is not None
         assert process.stdout is not None
+        process.stdin.write("".join(lines[:200]))
+        process.stdin.flush()
         first = process.stdout.readline()
         (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(child), signal.SIGKILL)
-        rest, errors = process.communicate(timeout=120)
+        rest, errors = process.communicate("".join(lines[200:]), timeout=120)
     assert process.returncode == 0, errors
     assert "another one goes on" in errors
     assert first + rest == expected
 
 
 def test_a_disk_that_is_full_is_told_and_can_be_mended(
-    qtool_environment: dict[str, str], tiny_llama: Path, prompts: Path, expected: str, tmp_path: Path
+    qtool_environment: dict[str, str],
+    launcher: Launcher,
+    tiny_llama: Path,
+    prompts: Path,
+    expected: str,
+    tmp_path: Path,
 ) -> None:
     """Files that may not grow beyond a limit stand for the disk."""
     output = tmp_path / "answers.jsonl"
-    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), "-p", f"@{prompts}", *SAMPLED]
+    command = ["generate", str(tiny_llama), "-p", f"@{prompts}", *SAMPLED]
     command += ["--output", str(output), "--resume"]
 
     def run(limit: int) -> subprocess.CompletedProcess[str]:
         most = (limit, resource.RLIM_INFINITY)
-        return subprocess.run(
+        return launcher.run(
             command,
             env=qtool_environment,
             capture_output=True,
@@ -137,14 +149,14 @@ def test_other_settings_are_not_mixed_in(run_qtool: Run, tiny_llama: Path, tmp_p
 
 
 def test_with_other_memory_a_job_goes_on(
-    qtool_environment: dict[str, str], run_qtool: Run, tiny_llama: Path, tmp_path: Path
+    qtool_environment: dict[str, str], launcher: Launcher, run_qtool: Run, tiny_llama: Path, tmp_path: Path
 ) -> None:
     """After a kill; but not with what decides about the answers."""
     output = tmp_path / "answers.jsonl"
     asked = ("generate", str(tiny_llama), "--runtime", "vllm", "--max-tokens", "3", "-o", str(output))
-    command = [sys.executable, "-m", "qtool", *asked, "--set", "max_num_seqs=4"]
+    command = [*asked, "--set", "max_num_seqs=4"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=qtool_environment, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+    with launcher.start(command, env=qtool_environment, stdin=pipe, stdout=pipe, stderr=pipe) as process:
         assert process.stdin is not None
         process.stdin.write(b"a\n")
         process.stdin.flush()
@@ -160,13 +172,13 @@ def test_with_other_memory_a_job_goes_on(
 
 
 def test_where_memory_runs_out_the_way_on_is_told(
-    qtool_environment: dict[str, str], run_qtool: Run, tiny_llama: Path, tmp_path: Path
+    qtool_environment: dict[str, str], launcher: Launcher, run_qtool: Run, tiny_llama: Path, tmp_path: Path
 ) -> None:
     """Both workers are killed before there is an answer; the same command can be run again then."""
     output = tmp_path / "answers.jsonl"
     asked = ("generate", str(tiny_llama), "-p", "a", "-o", str(output))
-    command = [sys.executable, "-m", "qtool", *asked, "--runtime", "vllm"]
-    with subprocess.Popen(command, env=qtool_environment, stderr=subprocess.PIPE, text=True) as process:
+    command = [*asked, "--runtime", "vllm"]
+    with launcher.start(command, env=qtool_environment, stderr=subprocess.PIPE, text=True) as process:
         killed: list[str] = []
         for _ in range(2):
             while (child := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()) in (
@@ -185,13 +197,15 @@ def test_where_memory_runs_out_the_way_on_is_told(
     assert run_qtool(*asked, *FAST).code == 0
 
 
-def test_an_engine_that_is_killed_is_replaced(qtool_environment: dict[str, str], tiny_llama: Path) -> None:
+def test_an_engine_that_is_killed_is_replaced(
+    qtool_environment: dict[str, str], launcher: Launcher, tiny_llama: Path
+) -> None:
     """Where vLLM's engine is a process of its own, between two prompts."""
     own = ("VLLM_ENABLE_V1_MULTIPROCESSING=1", "kv_cache_memory_bytes=100000000", "max_num_seqs=4")
-    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), "--runtime", "vllm", "--max-tokens", "3"]
+    command = ["generate", str(tiny_llama), "--runtime", "vllm", "--max-tokens", "3"]
     command += [f"--set={setting}" for setting in own]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=qtool_environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+    with launcher.start(command, env=qtool_environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write("a\n")
@@ -212,11 +226,13 @@ def _below(pid: int) -> list[int]:
     return children + [below for child in children for below in _below(child)]
 
 
-def test_answers_come_before_the_prompts_end(qtool_environment: dict[str, str], tiny_llama: Path) -> None:
+def test_answers_come_before_the_prompts_end(
+    qtool_environment: dict[str, str], launcher: Launcher, tiny_llama: Path
+) -> None:
     """One prompt at a time through a pipe that stays open."""
-    command = [sys.executable, "-m", "qtool", "generate", str(tiny_llama), *FAST, "--quiet"]
+    command = ["generate", str(tiny_llama), *FAST, "--quiet"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=qtool_environment, stdin=pipe, stdout=pipe, text=True) as process:
+    with launcher.start(command, env=qtool_environment, stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         for prompt in ("a", "b", "c"):

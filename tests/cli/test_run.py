@@ -21,6 +21,7 @@ from qtool.checkpoint import journal
 from tests.cli.test_convert import write_gguf
 from tests.hub.fixtures import Hub
 from tests.hub.loopback import Repo
+from tests.launcher import Launcher
 
 RECIPE = """
 extends: default
@@ -291,6 +292,7 @@ def test_killed_at_random_moments_it_ends_with_the_same(
 def test_killed_while_it_quantizes_and_changed(
     tiny_llama: Path,
     qtool_environment: dict[str, str],
+    launcher: Launcher,
     run_qtool: Callable[..., Any],
     tmp_path: Path,
     change: dict[str, Any],
@@ -298,9 +300,7 @@ def test_killed_while_it_quantizes_and_changed(
 ) -> None:
     """What was finished is used where the change lets it; where it doesn't, it is no obstacle."""
     arguments = command(write_recipe(tmp_path, also="[]"), tiny_llama, "--work", "job")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qtool", *arguments], cwd=tmp_path, env=qtool_environment, stderr=subprocess.DEVNULL
-    )
+    process = launcher.start(arguments, cwd=tmp_path, env=qtool_environment, stderr=subprocess.DEVNULL)
     output = tmp_path / "job" / f"{tiny_llama.name}-w8a8-static"
     left = None
     while left is None and process.poll() is None:

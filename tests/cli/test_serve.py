@@ -94,6 +94,40 @@ def test_the_command(run_qtool: Run, tiny_llama: Path) -> None:
     assert "--no-enable-prefix-caching" in rest
 
 
+def test_a_key_is_not_in_the_command(run_qtool: Run, tiny_llama: Path) -> None:
+    for setting in ("api_key=0x1F", "VLLM_API_KEY=0x1F"):
+        done = run_qtool("serve", tiny_llama, "--dry-run", "--set", setting)
+        assert done.code == 0, done.stderr
+        assert "0x1F" not in done.stdout + done.stderr
+        assert "VLLM_API_KEY=…" in shlex.split(done.stdout)
+    done = run_qtool("serve", tiny_llama, "--dry-run", "--set", "api_key=")
+    assert (done.code, "is empty" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "warned"),
+    [
+        ("127.0.0.1", "", False), ("::1", "", False), ("localhost", "", False), ("0.0.0.0", "x", False),
+        ("0.0.0.0", "", True), ("::", "", True), ("10.0.0.1", "", True), ("some.name", "", True),
+    ],
+)  # fmt: skip
+def test_an_open_server_is_warned_of(
+    run_qtool: Run, tiny_llama: Path, tmp_path: Path, host: str, key: str, warned: bool
+) -> None:
+    """The server is one that says what it was given and ends."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$VLLM_API_KEY|$*"\n')
+    python.chmod(0o755)
+    options = ("--host", host, *(("--set", f"api_key={key}") if key else ()))
+    done = run_qtool("serve", tiny_llama, "--runtime", "vllm", *options, env={"QTOOL_VLLM_PYTHON": str(python)})
+    assert done.code == 0, done.stderr
+    assert ("can use the model" in done.stderr) is warned
+    given, _, arguments = done.stdout.partition("|")
+    assert given == key
+    assert arguments.startswith("-P -m ")
+    assert "api" not in arguments.partition("api_server")[2]
+
+
 def test_what_cannot_serve(run_qtool: Run, tiny_llama: Path, tmp_path: Path) -> None:
     done = run_qtool("serve", tiny_llama, "--runtime", "transformers")
     assert done.code == 2

@@ -14,10 +14,6 @@ PROMPTS = ["The import statement", "If the", "A class definition is an executabl
 MAX_TOKENS = 24
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "vllm: starts vLLM")
-
-
 def quantize_by_hand(source: Path, target: Path) -> Path:
     """A compressed-tensors int8 checkpoint: attention static asymmetric per tensor, MLP dynamic per token."""
     import torch

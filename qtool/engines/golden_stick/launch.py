@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.engines.golden_stick.tasks import CalibrateTask
-from qtool.errors import InputError, QtoolError
+from qtool.errors import QtoolError
+from qtool.workers.processes import python
+from qtool.workers.protocol import Lines, as_exception, decode
 
 if TYPE_CHECKING:
     from qtool.workers import Report
@@ -37,17 +39,17 @@ def main(message: dict[str, Any], report: Report) -> dict[str, Any]:
     (scratch / "events.jsonl").touch()
     report.progress("start MindSpore", 0, 0)
     # As a module: the script of that name may have been moved with its environment.
-    command = [sys.executable, "-m", "mindspore.parallel.cluster.run", *task.launch.msrun[1:]]
+    command, safe = python(sys.executable, "-m", "mindspore.parallel.cluster.run", *task.launch.msrun[1:])
     # msrun starts whatever `python` is on the path.
-    env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    env = {**os.environ, **safe, "PATH": path}
     with subprocess.Popen(command, cwd=scratch, env=env, stdin=subprocess.DEVNULL) as process:
         try:
             for event in _events(scratch / "events.jsonl", process):
                 if event["event"] == "result":
                     return dict(event["data"])
                 if event["event"] == "error":
-                    kind = InputError if event["type"] == "InputError" else QtoolError
-                    raise kind(event["what"], where=event["where"], hint=event["hint"])
+                    raise as_exception(event)
                 report.send(**event)
             process.wait()
         finally:
@@ -58,12 +60,11 @@ def main(message: dict[str, Any], report: Report) -> dict[str, Any]:
 
 def _events(file: Path, process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
     """What the first card's process writes, until all processes are gone."""
-    rest = ""
-    with file.open(encoding="utf-8") as stream:
+    lines = Lines()
+    with file.open("rb") as stream:
         while True:
             gone = process.poll() is not None
-            *lines, rest = (rest + stream.read()).split("\n")
-            yield from map(json.loads, lines)
+            yield from map(decode, lines.feed(stream.read()))
             if gone:
                 return
             time.sleep(_POLL_SECONDS)

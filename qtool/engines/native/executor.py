@@ -152,13 +152,15 @@ class Processes:
 def _ray(address: str, setup: Setup) -> Iterator[Executor]:
     import ray
 
+    root = Path(qtool.__file__).parent.parent
     try:
-        ray.init(
-            address=None if address == "local" else address,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            runtime_env={"env_vars": {"PYTHONPATH": str(Path(qtool.__file__).parent.parent)}},
-        )
+        with contextlib.chdir(root):  # Ray lets its workers import what lies in the current folder
+            ray.init(
+                address=None if address == "local" else address,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                runtime_env={"env_vars": {"PYTHONPATH": str(root)}},
+            )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise QtoolError(f"no Ray cluster: {error}", where=address, hint="start one: ray start --head") from None
     try:
