@@ -25,7 +25,7 @@ LAYERS = (
     ("qtool.checkpoint",),
     ("qtool.quant.types",),  # what quantization hands to formats
     ("qtool.scheme",),
-    ("qtool.workers", "qtool.console", "qtool.resources", "qtool.files", "qtool.locks", "qtool.sizes"),
+    ("qtool.workers", "qtool.console", "qtool.resources", "qtool.files", "qtool.locks", "qtool.memory", "qtool.sizes"),
     ("qtool.errors",),
 )
 
@@ -85,7 +85,7 @@ def layer(name: str) -> int:
         for prefix in prefixes
         if name == prefix or name.startswith(f"{prefix}.")
     ]
-    assert fitting, f"{name} belongs to no layer"
+    assert fitting, f"{name} belongs to no layer: give it its place in LAYERS"
     return max(fitting)[1]
 
 

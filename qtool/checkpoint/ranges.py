@@ -44,7 +44,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
         report.progress("reading", done, total, "bytes")
         row = _describe(checkpoint, name)
         owner, _, part = name.rpartition(".")
-        if part == "weight" and (scheme := known.get(owner)):
+        if part in format.weight_parts and (scheme := known.get(owner)):
             row |= _scales(checkpoint, owner, scheme, scale_parts)
         report.item(row)
         done += checkpoint.info(name).nbytes

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 from qtool.checkpoint import formats
 from qtool.checkpoint.dtypes import FLOATS
+from qtool.checkpoint.formats import Format, QuantizedFormat
+from qtool.checkpoint.formats.stored import Stored
 from qtool.checkpoint.reader import Checkpoint
 from qtool.scheme import Scheme
 
@@ -24,9 +26,9 @@ def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
     files = {info.file for info in infos}
     format = formats.of(checkpoint)
     found = schemes(checkpoint)
-    quantized = {name for name, scheme in found.items() if scheme is not None}
+    quantized = {name: scheme for name, scheme in found.items() if scheme is not None}
     # Other formats have scales that count for nothing.
-    parameters = _parameters(checkpoint, quantized) if isinstance(format, formats.Writable) else None
+    parameters = _parameters(checkpoint, format, quantized) if isinstance(format, formats.Writable) else None
     architectures = checkpoint.config.get("architectures") or [None]
     return {
         "path": str(checkpoint.path.resolve()),
@@ -40,7 +42,7 @@ def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "bytes_on_disk": sum(file.stat().st_size for file in files),
         "bytes_bf16": None if parameters is None else 2 * parameters,
-        "layers": _groups(checkpoint, found),
+        "layers": _groups(checkpoint, format, found),
     }
 
 
@@ -51,13 +53,11 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme | None]:
     """
     format = formats.of(checkpoint)
     found: dict[str, Scheme | None] = {}
-    for tensor in checkpoint.names:
-        name = tensor.removesuffix(".weight")
-        if name != tensor and len(checkpoint.info(tensor).shape) == 2:
-            try:
-                found[name] = format.scheme(checkpoint, name)
-            except formats.UnknownScheme:
-                found[name] = None
+    for name in format.layers(checkpoint):
+        try:
+            found[name] = format.scheme(checkpoint, name)
+        except formats.UnknownScheme:
+            found[name] = None
     return found
 
 
@@ -74,23 +74,31 @@ def float_dtype(checkpoint: Checkpoint, quantized: Container[str]) -> str | None
     return max(sizes, key=lambda code: sizes[code], default=None)
 
 
-def _parameters(checkpoint: Checkpoint, quantized: Container[str]) -> int:
+def _parameters(checkpoint: Checkpoint, format: Format, quantized: Mapping[str, Scheme]) -> int:
     """Numbers that the float model has: weights and biases, without what quantization added."""
-    count = 0
+    count = sum(math.prod(_shape(checkpoint, format, name, scheme)) for name, scheme in quantized.items())
     for name in checkpoint.names:
         owner, _, part = name.rpartition(".")
-        if owner not in quantized or part in ("weight", "bias"):
+        if owner not in quantized or part == "bias":
             count += math.prod(checkpoint.info(name).shape)
     return count
 
 
-def _groups(checkpoint: Checkpoint, found: dict[str, Scheme | None]) -> list[dict[str, Any]]:
+def _groups(checkpoint: Checkpoint, format: Format, found: Mapping[str, Scheme | None]) -> list[dict[str, Any]]:
     counts: dict[tuple[str, str, tuple[int, ...]], int] = {}
     for name, scheme in found.items():
-        info = checkpoint.info(f"{name}.weight")
-        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name), scheme.label if scheme else info.dtype, info.shape
+        label = scheme.label if scheme else format.weight(checkpoint, name).dtype
+        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", name), label, _shape(checkpoint, format, name, scheme)
         counts[key] = counts.get(key, 0) + 1
     return [
-        {"layers": pattern, "count": count, "scheme": scheme, "shape": list(shape)}
-        for (pattern, scheme, shape), count in counts.items()
+        {"layers": pattern, "count": count, "scheme": label, "shape": list(shape)}
+        for (pattern, label, shape), count in counts.items()
     ]
+
+
+def _shape(checkpoint: Checkpoint, format: Format, name: str, scheme: Scheme | None) -> tuple[int, ...]:
+    """Of the float weight."""
+    if scheme is None:
+        return format.weight(checkpoint, name).shape
+    assert isinstance(format, QuantizedFormat)
+    return format.shape(Stored(checkpoint, name), scheme)

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint.companions import companions
-from qtool.checkpoint.formats import Writable
+from qtool.checkpoint.formats import QuantizedFormat, Writable
 from qtool.checkpoint.journal import FILE as JOURNAL
 from qtool.checkpoint.linears import Linears
 from qtool.checkpoint.marks import Marks
@@ -160,6 +160,7 @@ class CheckpointWriter:
 
         Raises QtoolError as `add`, or when runtimes fuse this layer with one that has another input scale.
         """
+        assert isinstance(self.format, QuantizedFormat)
         self._linears.add(name, linear.scheme, (linear.input_scale, linear.input_zero_point))
         for full_name, tensor in self.format.tensors(name, linear, dtype).items():
             self._write(full_name, tensor)

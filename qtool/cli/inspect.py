@@ -38,9 +38,11 @@ def inspect(
 
       qtool inspect SmolLM2-135M-w8a8 --tensors --filter 'layers\\.0\\..*scale'
     """
+    from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint
     from qtool.checkpoint.summary import summarize
     from qtool.errors import InputError
+    from qtool.runtimes import read_by
 
     if filter is not None and not tensors:
         raise InputError("goes with --tensors", where="--filter")
@@ -57,7 +59,9 @@ def inspect(
     if json or quiet or not sys.stdout.isatty():
         out.result(summary)
         return
-    out.table(summary["path"], ["", ""], _facts(summary))
+    format = formats.of(checkpoint)
+    described = f"{format.name}: {format.title}, for {read_by(format.name)}"
+    out.table(summary["path"], ["", ""], _facts(summary | {"format": described}))
     groups = [(g["layers"], g["count"], g["scheme"], " x ".join(map(str, g["shape"]))) for g in summary["layers"]]
     out.table("Layers", ["layers", "count", "scheme", "shape"], groups)
 

@@ -8,6 +8,7 @@ one tensor at a time.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -56,17 +57,15 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
         "from": conversion.format.name,
         "to": conversion.to,
         "layers": {"static": static, "dynamic": len(conversion.schemes) - static},
-        "integers": sum(_numel(source, name) for name in conversion.schemes),
+        "integers": sum(
+            math.prod(conversion.format.shape(Stored(source, name), scheme))
+            for name, scheme in conversion.schemes.items()
+        ),
         "input_scale_rounding": conversion.rounding,
         "nbytes": Checkpoint.open(wanted.output).nbytes,
         "seconds": round(time.perf_counter() - started, 2),
         "output": wanted.output,
     }
-
-
-def _numel(source: Checkpoint, name: str) -> int:
-    rows, columns = Stored(source, name).shape
-    return rows * columns
 
 
 def _write(source: Checkpoint, conversion: Conversion, job: FormatJob, report: Report) -> None:
@@ -82,7 +81,7 @@ def _write(source: Checkpoint, conversion: Conversion, job: FormatJob, report: R
             owner, _, part = tensor.rpartition(".")
             if owner not in conversion.schemes:
                 w.add(tensor, _kept(source, tensor, conversion))
-            elif part == "weight":
+            elif part in conversion.format.weight_parts:
                 _add_layer(w, source, owner, conversion)
         report.progress("converting", source.nbytes, source.nbytes, "bytes")
         w.finish(source, _config(source, conversion), _note(source, conversion))

@@ -54,10 +54,9 @@ class Conversion:
                 total += info.nbytes * 16 // dtypes.BITS[info.dtype] if narrowed else info.nbytes
             elif part == "bias":
                 total += info.nbytes
-            elif part == "weight":
-                rows, columns = info.shape
-                nbytes = 2 * rows * columns
-                total += self.target.nbytes((rows, columns), self.schemes[owner]) if self.target else nbytes
+        for name, scheme in self.schemes.items():
+            rows, columns = self.format.shape(Stored(source, name), scheme)
+            total += self.target.nbytes((rows, columns), scheme) if self.target else 2 * rows * columns
         return total
 
 
@@ -100,32 +99,25 @@ def _source_format(source: Checkpoint, to: str) -> QuantizedFormat:
 def _schemes(source: Checkpoint, form: QuantizedFormat) -> dict[str, Scheme]:
     """Of every quantized layer. Raises InputError for layers that can't be read as a whole."""
     schemes: dict[str, Scheme] = {}
-    for tensor in source.names:
-        name = tensor.removesuffix(".weight")
-        if name == tensor:
-            continue
-        scheme, stored = form.scheme(source, name), Stored(source, name)
-        if scheme is not None:
-            assert stored.shape
+    for name in form.layers(source):
+        if scheme := form.scheme(source, name):
+            form.shape(Stored(source, name), scheme)
             schemes[name] = scheme
-        elif source.info(tensor).dtype == "I8":
-            raise stored.error("its weight is int8, but nothing says how it is quantized")
     if not schemes:
         raise InputError("no layer of this model is quantized", where=str(source.path))
     for tensor in source.names:
         owner, _, part = tensor.rpartition(".")
+        stored = Stored(source, owner)
+        if owner not in schemes and part == "weight" and source.info(tensor).dtype == "I8":
+            raise stored.error("its weight is int8, but nothing says how it is quantized")
         if owner in schemes and part not in form.parts:
-            raise Stored(source, owner).error(f"has a tensor {part!r}, which is none of {form.name}'s that qtool knows")
+            raise stored.error(f"has a tensor {part!r}, which is none of {form.name}'s that qtool knows")
     return schemes
 
 
 def _expressible(source: Checkpoint, target: QuantizedFormat, schemes: Mapping[str, Scheme], dtype: str) -> list[str]:
     """What the runtimes of `target` may not like. Raises InputError for what they can't load."""
-    linears = {
-        name: schemes.get(name)
-        for tensor in source.names
-        if (name := tensor.removesuffix(".weight")) != tensor and len(source.info(tensor).shape) == 2
-    }
+    linears = {name: schemes.get(name) for name in formats.of(source).layers(source)}
     where = str(source.path)
     for problem in target.problems(linears):
         what = f"{target.name} can't express this: {problem.text}"

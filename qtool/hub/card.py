@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import yaml
 
 from qtool.checkpoint import formats
 from qtool.runtimes import read_by
+from qtool.scheme import QuantizationArgs, Scheme
 
 _LICENSE_KEYS = ("license", "license_name", "license_link", "language")
 
 
-def card(name: str, report: Mapping[str, Any], base_readme: str) -> str:
+def card(name: str, report: Mapping[str, Any], base_readme: str, schemes: Iterable[Scheme] = ()) -> str:
     """README.md as Markdown, with the front matter that hubs read.
 
     Args:
         name: the model's.
         report: qtool.json.
         base_readme: the original's README.md, of which the licence and the language are taken; may be empty.
+        schemes: of its quantized layers.
     """
     origin = report.get("origin") or {}
-    base, scheme, format = origin.get("repo"), str(report.get("scheme", "w8a8")), str(report.get("format", ""))
+    base, scheme, format = origin.get("repo"), str(report.get("scheme", "unknown")), str(report.get("format", ""))
     matter: dict[str, Any] = {key: value for key, value in front_matter(base_readme).items() if key in _LICENSE_KEYS}
     if base:
         matter |= {"base_model": base, "base_model_relation": "quantized"}
-    matter |= {"pipeline_tag": "text-generation", "tags": ["qtool", "w8a8", *([format] if format else [])]}
+    precisions = dict(map(_precision, schemes))
+    matter |= {"pipeline_tag": "text-generation", "tags": ["qtool", *precisions, *filter(None, [format])]}
     calibration = report.get("calibration") or {}
     recipe = (report.get("recipe") or {}).get("name")
     rows = [
         ("base model", f"{base} at `{origin['commit'][:12]}`" if base else str(report.get("source", "unknown"))),
-        ("scheme", f"`{scheme}`: 8-bit integer weights and activations" + (f", recipe `{recipe}`" if recipe else "")),
+        ("scheme", ", ".join(filter(None, [_described(scheme, precisions.values()), recipe and f"recipe `{recipe}`"]))),
         ("format", f"`{format}`" + (f", for {read_by(format)}" if format in formats.NAMES else "")),
         ("calibration", _calibration(calibration)),
     ]
@@ -43,6 +46,24 @@ def card(name: str, report: Mapping[str, Any], base_readme: str) -> str:
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
     front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n# {name}\n\n| | |\n| --- | --- |\n{table}\n\n`qtool.json` has all the settings.\n"
+
+
+def _described(scheme: str, precisions: Iterable[str]) -> str:
+    """`w8a8`: 8-bit integer weights and activations"""
+    return ": ".join(filter(None, [f"`{scheme}`", "; ".join(precisions)]))
+
+
+def _precision(scheme: Scheme) -> tuple[str, str]:
+    """("w8a8", "8-bit integer weights and activations") and such."""
+    weights, inputs = scheme.weights, scheme.activations
+    if inputs is None:
+        return f"w{weights.num_bits}a16", f"{_numbers(weights)} weights"
+    words = "weights and" if _numbers(weights) == _numbers(inputs) else f"weights, {_numbers(inputs)}"
+    return f"w{weights.num_bits}a{inputs.num_bits}", f"{_numbers(weights)} {words} activations"
+
+
+def _numbers(args: QuantizationArgs) -> str:
+    return f"{args.num_bits}-bit {'integer' if args.type == 'int' else 'floating-point'}"
 
 
 def _evaluation(found: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtool.checkpoint.reader import LOCK, REPORT, Checkpoint, read_json
+from qtool.checkpoint.summary import schemes
 from qtool.errors import InputError
 from qtool.hub.card import card
 from qtool.hub.names import name_problem, shown
@@ -36,7 +37,7 @@ def pack(folder: Path, repo: str) -> Parcel:
     Raises:
         InputError: not a model folder, a link that leads out of it, or a name that no hub should get.
     """
-    Checkpoint.open(folder)
+    checkpoint = Checkpoint.open(folder)
     files = {}
     for file in sorted(folder.rglob("*")):
         path = file.relative_to(folder)
@@ -51,4 +52,5 @@ def pack(folder: Path, repo: str) -> Parcel:
     if REPORT not in files:
         return Parcel(files, None)
     readme = files.pop(README).read_text(encoding="utf-8", errors="replace") if README in files else ""
-    return Parcel(files, card(repo.rpartition("/")[2], read_json(folder / REPORT), readme))
+    found = filter(None, schemes(checkpoint).values())
+    return Parcel(files, card(repo.rpartition("/")[2], read_json(folder / REPORT), readme, found))

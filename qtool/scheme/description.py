@@ -37,6 +37,8 @@ class QuantizationArgs:
     dynamic: bool = False
 
     def __post_init__(self) -> None:
+        if self.block_structure is not None:  # JSON makes a list of it
+            object.__setattr__(self, "block_structure", tuple(self.block_structure))
         if (self.group_size is not None) != (self.strategy == "group"):
             raise ValueError(f"strategy {self.strategy} with group_size {self.group_size}")
         if (self.block_structure is not None) != (self.strategy == "block"):

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 
 from qtool import runtimes
 from qtool.checkpoint import formats
+from qtool.checkpoint.companions import companions
 from qtool.checkpoint.formats.targets import targets
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import CheckpointWriter, Sharding
 from qtool.errors import InputError, QtoolError
 from qtool.quant.types import QuantizedLinear
-from qtool.scheme import W8A8, W8A8_DYNAMIC, Scheme
+from qtool.scheme import W8A8, W8A8_DYNAMIC, QuantizationArgs, Scheme
 from tests.fake_quantized import FakeQuantized
 
 Layers = dict[str, QuantizedLinear]
@@ -563,3 +564,68 @@ def test_unknown_format() -> None:
     with pytest.raises(InputError, match="unknown format 'gptq'") as caught:
         formats.get("gptq")
     assert "golden-stick" in str(caught.value.hint)
+
+
+# ------------------------------------------------------------------ what a format says of itself
+
+
+INT4 = Scheme(QuantizationArgs(num_bits=4, strategy="group", group_size=32), None)
+
+
+@pytest.mark.parametrize("name", formats.NAMES)
+def test_a_scheme_that_a_format_has_no_tensors_for_is_refused(name: str) -> None:
+    form = formats.get(name)
+    assert all(form.expresses(scheme) for scheme in (W8A8, W8A8_DYNAMIC))
+    assert not form.expresses(INT4)
+    (problem,) = form.problems({"a": W8A8, "b": INT4, "c": INT4, "d": None})
+    assert problem.text == f"{name} can't express W4A16, which b would be (1 of 2 layers)"
+    assert problem.hint == f"{name} has W8A8 static, W8A8 dynamic"
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "name"),
+    [
+        ({}, (), "float"),
+        ({"quantization_config": None}, (), "float"),
+        ({"quantization_config": {"quant_method": "fp8"}}, (), "fp8"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, (), "compressed-tensors"),
+        ({"quantization_config": {"quant_method": "gptq"}}, (), "gptq"),
+        ({"quantization_config": {"bits": 4}}, (), "unknown"),
+        ({}, ("quantization_description.json",), "golden-stick"),
+        ({}, ("quant_model_description.json",), "modelslim"),
+        # msmodelslim leaves the method of what it was made from
+        ({"quantization_config": {"quant_method": "fp8"}}, ("quant_model_description.json",), "modelslim"),
+    ],
+)
+def test_a_folder_shows_its_format(
+    make_folder: Callable[..., Path], config: dict[str, Any], files: tuple[str, ...], name: str
+) -> None:
+    from safetensors.torch import save
+
+    content = {"config.json": config, "model.safetensors": save(damaged())} | {file: {} for file in files}
+    checkpoint = Checkpoint.open(make_folder(content))
+    found = formats.of(checkpoint)
+    assert found.name == name
+    assert found.is_float == (name in ("float", "fp8"))
+    assert not {str(file) for file in companions(checkpoint)} & set(files)
+
+
+def test_every_format_is_known_by_its_name_and_says_what_it_is() -> None:
+    names = [each.name for each in formats.FORMATS]
+    assert len(set(names)) == len(names)
+    assert set(formats.NAMES) == {name for name in names if name not in ("float", "fp8")}
+    assert all(each.title for each in formats.FORMATS)
+    for name in formats.NAMES:
+        assert formats.get(name).name == name
+        for scheme in formats.get(name).schemes:
+            assert scheme.weights.nbytes((8, 16)) <= formats.get(name).nbytes((8, 16), scheme)
+
+
+@pytest.mark.parametrize("name", formats.NAMES)
+@pytest.mark.parametrize("static", [True, False])
+def test_the_size_of_a_layer_is_estimated(
+    random_layer: Callable[..., QuantizedLinear], name: str, static: bool
+) -> None:
+    layer = random_layer(48, 64, static=static)
+    made = formats.get(name).tensors("q", layer, torch.float32).values()
+    assert sum(tensor.nbytes for tensor in made) == formats.get(name).nbytes((48, 64), layer.scheme)

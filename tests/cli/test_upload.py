@@ -67,7 +67,7 @@ def test_a_folder_becomes_a_repository_with_a_card(hub: Hub, folder: Path) -> No
         "base_model": "org/base",
         "base_model_relation": "quantized",
         "pipeline_tag": "text-generation",
-        "tags": ["qtool", "w8a8", "compressed-tensors"],
+        "tags": ["qtool", "compressed-tensors"],
     }
     for words in ("org/base at `c0ffee000000`", "32 x 512 tokens of a\\|b.txt", "2.39e-04", "recipe `llama3`"):
         assert words in card

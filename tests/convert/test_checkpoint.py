@@ -388,7 +388,7 @@ REFUSALS: dict[str, tuple[str, str, Callable[[Path], object], str, str]] = {
         "static",
         lambda m: description(m, DESCRIPTION, **{"model.norm.weight": "W8A8"}),
         "compressed-tensors",
-        "model.norm: weight is BF16",
+        "model.norm.weight is W8A8, which is not converted",
     ),
     "integers without a scheme": (
         "modelslim",

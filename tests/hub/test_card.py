@@ -6,13 +6,31 @@ import pytest
 import yaml
 
 from qtool.hub.card import card, front_matter
+from qtool.scheme import W8A8, W8A8_DYNAMIC, QuantizationArgs, Scheme
+
+INT4 = QuantizationArgs(num_bits=4, strategy="group", group_size=32)
 
 
 def test_a_bare_report_is_enough() -> None:
     text = card("name", {}, "")
     front = yaml.safe_load(text.split("---\n")[1])
-    assert front == {"pipeline_tag": "text-generation", "tags": ["qtool", "w8a8"]}
+    assert front == {"pipeline_tag": "text-generation", "tags": ["qtool"]}
     assert "\n# name\n" in text
+
+
+@pytest.mark.parametrize(
+    ("schemes", "tags", "words"),
+    [
+        ([W8A8, W8A8_DYNAMIC, W8A8], ["w8a8"], "`w`: 8-bit integer weights and activations |"),
+        ([Scheme(INT4, None)], ["w4a16"], "`w`: 4-bit integer weights |"),
+        ([Scheme(INT4, W8A8_DYNAMIC.activations)], ["w4a8"], "`w`: 4-bit integer weights, 8-bit integer activations |"),
+    ],
+)
+def test_the_precision_is_the_checkpoints(schemes: list[Scheme], tags: list[str], words: str) -> None:
+    text = card("name", {"scheme": "w", "format": "golden-stick"}, "", schemes)
+    assert yaml.safe_load(text.split("---\n")[1])["tags"] == ["qtool", *tags, "golden-stick"]
+    assert words in text
+    assert "for vLLM-MindSpore" in text
 
 
 @pytest.mark.parametrize("readme", ["", "no matter", "---\n", "---\n: [\n---\n", "---\n- a list\n---\n", "---\n1\n"])

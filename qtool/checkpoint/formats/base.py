@@ -20,6 +20,7 @@ from qtool.scheme import Scheme
 if TYPE_CHECKING:
     import torch
 
+    from qtool.checkpoint.header import TensorInfo
     from qtool.checkpoint.reader import Checkpoint
     from qtool.quant.types import QuantizedLinear
 
@@ -61,6 +62,7 @@ class Format(ABC):
         title: one line for people.
         files: description files of its own, beside config.json.
         config_keys: of config.json that belong to the format and not to the model.
+        weight_parts: last parts of the names of tensors that hold a weight; each linear layer has one of them.
         is_float: `FloatReader` reads it, and it can be quantized.
     """
 
@@ -68,6 +70,7 @@ class Format(ABC):
     title: ClassVar[str]
     files: ClassVar[tuple[str, ...]] = ()
     config_keys: ClassVar[tuple[str, ...]] = ("quantization_config",)
+    weight_parts: ClassVar[tuple[str, ...]] = ("weight",)
     is_float: ClassVar[bool] = False
 
     @abstractmethod
@@ -86,13 +89,24 @@ class Format(ABC):
 
         Raises InputError for no such layer, as `scheme`, and for tensors that don't fit together.
         """
-        checkpoint.info(f"{name}.weight")
-        scheme = self.scheme(checkpoint, name)
-        return None if scheme is None else self.read(Stored(checkpoint, name), scheme)
+        self.weight(checkpoint, name)
+        self.scheme(checkpoint, name)
+        return None
 
-    def read(self, stored: Stored, scheme: Scheme) -> QuantizedLinear:
-        """The inverse of `tensors`, for a layer of a known scheme."""
-        raise TypeError(f"{stored.name}: {self.name} holds no quantized layers")
+    def weight(self, checkpoint: Checkpoint, name: str) -> TensorInfo:
+        """Where a layer's weight lies. Raises InputError when there is no such layer."""
+        parts = (part for part in self.weight_parts if f"{name}.{part}" in checkpoint)
+        return checkpoint.info(f"{name}.{next(parts, self.weight_parts[0])}")
+
+    def layers(self, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+        """Where the matrix of every layer lies that has one, by the layer's name without ".weight"."""
+        found = {}
+        for tensor in checkpoint.names:
+            name, _, part = tensor.rpartition(".")
+            info = checkpoint.info(tensor)
+            if part in self.weight_parts and len(info.shape) == 2:
+                found[name] = info
+        return found
 
 
 class Writable(Format):
@@ -105,13 +119,6 @@ class Writable(Format):
     @abstractmethod
     def index_name(self, n: int) -> str | None:
         """File name of the index over `n` shards, or None when the format goes without one."""
-
-    @abstractmethod
-    def tensors(self, name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The tensors that stand for one quantized layer in a model of dtype `dtype`, by their full names.
-
-        Raises QtoolError when a scale is not a positive finite number.
-        """
 
     @abstractmethod
     def describe(
@@ -138,7 +145,24 @@ class QuantizedFormat(Writable):
         return scheme in self.schemes
 
     @abstractmethod
-    def read(self, stored: Stored, scheme: Scheme) -> QuantizedLinear: ...
+    def tensors(self, name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The tensors that stand for one quantized layer in a model of dtype `dtype`, by their full names.
+
+        Raises QtoolError when a scale is not a positive finite number.
+        """
+
+    @abstractmethod
+    def read(self, stored: Stored, scheme: Scheme) -> QuantizedLinear:
+        """The inverse of `tensors`, for a layer of a known scheme. Raises InputError as `read_linear`."""
+
+    def read_linear(self, checkpoint: Checkpoint, name: str) -> QuantizedLinear | None:
+        self.weight(checkpoint, name)
+        scheme = self.scheme(checkpoint, name)
+        return None if scheme is None else self.read(Stored(checkpoint, name), scheme)
+
+    def shape(self, stored: Stored, scheme: Scheme) -> tuple[int, int]:
+        """(out, in) of a layer, from headers. Raises InputError when its weight is none of this scheme."""
+        return stored.shape
 
     @abstractmethod
     def inputs(self, stored: Stored) -> tuple[float, int]:

@@ -105,6 +105,9 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
 
     def scheme(self, checkpoint: Checkpoint, name: str) -> Scheme | None:
         group = _group(checkpoint, name)
+        # A target such as Linear also finds the names of norms and embeddings, which stay float.
+        if self.weight(checkpoint, name).dtype in FLOATS:
+            return None
         if group is None:
             return None
         weights, inputs = _args(group.get("weights")), _args(group.get("input_activations"))
@@ -178,9 +181,7 @@ def _group(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
         groups = (quantization.get("config_groups") or {}).values()
         exact = (group for group in groups if _matches(name, group["targets"]))
         by_class = (group for group in groups if "Linear" in group["targets"])
-        found = next(exact, None) or next(by_class, None)
-        # A target such as Linear also finds the names of norms and embeddings, which stay float.
-        return found if checkpoint.info(f"{name}.weight").dtype not in FLOATS else None
+        return next(exact, None) or next(by_class, None)
     except (re.error, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"quantization_config can't be understood: {error}", where=str(checkpoint.path / "config.json")

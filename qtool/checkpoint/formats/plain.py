@@ -9,10 +9,7 @@ from qtool.checkpoint.formats.base import Description, HuggingFaceFiles, quantiz
 from qtool.scheme import Scheme
 
 if TYPE_CHECKING:
-    import torch
-
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.quant.types import QuantizedLinear
 
 
 class Plain(HuggingFaceFiles):
@@ -25,9 +22,6 @@ class Plain(HuggingFaceFiles):
 
     def scheme(self, checkpoint: Checkpoint, name: str) -> Scheme | None:
         return None
-
-    def tensors(self, name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        raise TypeError(f"{name}: a float model holds no quantized layers")
 
     def describe(
         self, names: Sequence[str], schemes: Mapping[str, Scheme | None], config: Mapping[str, Any]
