@@ -67,46 +67,35 @@ def quantize(
 
       qtool quantize ./DeepSeek-R1 --recipe deepseek-r1-osl --memory 8GB --workers 8 --resume
     """
-    from qtool.checkpoint.reader import Checkpoint
-    from qtool.engines import choose
-    from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob, Resources
-    from qtool.jobs.quantize import dry_run as plan
-    from qtool.jobs.quantize import run, scheme_of
-    from qtool.recipe.load import load, match
+    from qtool.engines.job import Resources
+    from qtool.jobs import quantize as jobs
 
-    folder = Path(path_or_stdin(model)).expanduser().absolute()
-    checkpoint = Checkpoint.open(folder)
-    if recipe is None:
-        chosen, reason = match(checkpoint.config)
-    else:
-        chosen, reason = load(recipe), "as asked for"
-    scheme = scheme_of(chosen, scheme)
-    target = (output or folder.with_name(f"{folder.name}-{scheme}")).expanduser().absolute()
-    chosen_engine, why = choose() if engine == "auto" else (engine, "as asked for")
-    job = QuantizationJob(
-        model=folder,
-        output=OutputFolder(target, format or chosen.export.format, overwrite=overwrite, resume=resume),
-        recipe=chosen,
+    wanted = jobs.Wanted(
+        output=output,
+        recipe=recipe,
         scheme=scheme,
-        calibration=CalibrationText(
-            data=calibration or chosen.calibration.data,
-            samples=samples or chosen.calibration.samples,
-            seq_len=seq_len or chosen.calibration.seq_len,
-            seed=chosen.calibration.seed if seed is None else seed,
-        ),
+        format=format,
+        engine=engine,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
         device=device,
         devices=devices,
+        overwrite=overwrite,
+        resume=resume,
         trust_remote_code=trust_remote_code,
         resources=Resources(None if memory is None else size(memory, "--memory"), workers, ray, threads),
     )
+    decided = jobs.decide(Path(path_or_stdin(model)), wanted)
     with console() as out:
-        out.info(f"recipe {chosen.name} ({reason}), scheme {scheme}, engine {chosen_engine} ({why})")
+        out.info(decided.why)
         if dry_run:
-            planned = plan(chosen_engine, job, out.event)
+            planned = jobs.dry_run(decided.engine, decided.job, out.event)
         else:
-            result = run(chosen_engine, job, out.event)
+            result = jobs.run(decided.engine, decided.job, out.event)
     if dry_run:
-        out.result(planned.printed() if json else _lines(planned, chosen, out))
+        out.result(planned.printed() if json else _lines(planned, decided.job.recipe, out))
         return
     out.info(
         f"{len(result.report.layers)} layer groups in {result.seconds:.0f} s, "

@@ -4,17 +4,104 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qtool import engines, workers
+from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import check_output, tidy
-from qtool.engines.job import CalibrationTokens, QuantizationJob
+from qtool.engines.job import CalibrationText, CalibrationTokens, OutputFolder, QuantizationJob, Resources
 from qtool.engines.report import DryRun, QuantizationResult
 from qtool.errors import InputError
+from qtool.recipe.load import load, match
 from qtool.recipe.schema import Recipe
 
 OnEvent = Callable[[workers.Event], None]
+
+_ASKED = "as asked for"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A quantization as somebody asks for it; None leaves the choice to the recipe, or to qtool.
+
+    Attributes:
+        output: the folder to make; None for MODEL-SCHEME, beside the model.
+        recipe: a recipe's name or file; None for the one that matches the model.
+        scheme: one of the recipe's.
+        format: of the checkpoint.
+        engine: auto, native or golden-stick.
+        calibration: builtin, self, or a file of text.
+        samples, seq_len, seed: of the calibration.
+        device: auto, cpu, cuda or npu.
+        devices: cards, for golden-stick on Ascend.
+        overwrite: replace the output if it exists.
+        resume: go on where an earlier run of the same job ended.
+    """
+
+    output: Path | None = None
+    recipe: str | None = None
+    scheme: str | None = None
+    format: str | None = None
+    engine: str = "auto"
+    calibration: str | None = None
+    samples: int | None = None
+    seq_len: int | None = None
+    seed: int | None = None
+    device: str = "auto"
+    devices: int | None = None
+    overwrite: bool = False
+    resume: bool = False
+    trust_remote_code: bool = False
+    resources: Resources = field(default_factory=Resources)
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What will be done, and why so.
+
+    Attributes:
+        engine: native or golden-stick.
+        job: for the engine.
+        why: the choices in one line.
+    """
+
+    engine: str
+    job: QuantizationJob
+    why: str
+
+
+def decide(model: Path, wanted: Wanted) -> Decided:
+    """Make every choice that `wanted` leaves open, from the model's config.json, its recipe and this machine.
+
+    Raises:
+        InputError: no such model, recipe or scheme.
+    """
+    folder = model.expanduser().absolute()
+    config = Checkpoint.open(folder).config
+    recipe, reason = match(config) if wanted.recipe is None else (load(wanted.recipe), _ASKED)
+    scheme = scheme_of(recipe, wanted.scheme)
+    engine, why = engines.choose() if wanted.engine == "auto" else (wanted.engine, _ASKED)
+    output = (wanted.output or folder.with_name(f"{folder.name}-{scheme}")).expanduser().absolute()
+    job = QuantizationJob(
+        model=folder,
+        output=OutputFolder(
+            output, wanted.format or recipe.export.format, overwrite=wanted.overwrite, resume=wanted.resume
+        ),
+        recipe=recipe,
+        scheme=scheme,
+        calibration=CalibrationText(
+            data=wanted.calibration or recipe.calibration.data,
+            samples=wanted.samples or recipe.calibration.samples,
+            seq_len=wanted.seq_len or recipe.calibration.seq_len,
+            seed=recipe.calibration.seed if wanted.seed is None else wanted.seed,
+        ),
+        device=wanted.device,
+        devices=wanted.devices,
+        trust_remote_code=wanted.trust_remote_code,
+        resources=wanted.resources,
+    )
+    return Decided(engine, job, f"recipe {recipe.name} ({reason}), scheme {scheme}, engine {engine} ({why})")
 
 
 def scheme_of(recipe: Recipe, wanted: str | None) -> str:

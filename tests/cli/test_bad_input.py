@@ -354,7 +354,7 @@ def _(scene: Scene) -> list[str]:
     return scene.command("--recipe", scene.recipe("    - {layers: 'self_attn'}\n"))
 
 
-@case("q, k, v with different schemes", 2, "qkv_proj", "q_proj static", "v_proj dynamic")
+@case("q, k, v with different schemes", 2, "qkv_proj", "q_proj W8A8 static", "v_proj W8A8 dynamic")
 def _(scene: Scene) -> list[str]:
     policies = "    - {layers: '.*q_proj', activations: {mode: static}}\n    - {layers: '.*proj'}\n"
     return scene.command("--recipe", scene.recipe(policies), "--format", "golden-stick")
