@@ -20,7 +20,7 @@ from qtool.jobs import contents, download, quantize
 from qtool.jobs.stages import Done, Job
 from qtool.recipe.schema import Recipe
 from qtool.runtimes import sampling
-from qtool.runtimes.requests import Line
+from qtool.runtimes.lines import Line
 from qtool.runtimes.results import record
 from qtool.runtimes.settings import possible
 
@@ -224,15 +224,14 @@ class _Run:
                     raise InputError(item["error"], where=f"prompt {item['index'] + 1} of the recipe")
                 answers.append(encode_json(record(lines[item["index"]], item)).decode())
 
-            runtimes.stream(
-                model.path,
-                ({"index": i, **line.request} for i, line in enumerate(lines)),
-                collect,
+            job = runtimes.GenerationJob(
+                model=str(model.path),
                 sampling=possible(name, words),
                 runtime=self.settings.runtime,
                 trust_remote_code=self.settings.trust_remote_code,
-                on_event=self._without_items,
             )
+            requests = ({"index": i, **line.request} for i, line in enumerate(lines))
+            runtimes.stream(job, requests, collect, self._without_items)
             write_text(target, "".join(answers))
 
         return self.job.stage("generate", ANSWERS, inputs, make).output
