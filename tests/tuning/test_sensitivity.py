@@ -67,6 +67,7 @@ def measured(model: Path, output: Path, recipe: Recipe) -> float:
     return float(compare({**pair, **TEXT}, silent)["kl_divergence"]["value"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])  # Gemma caps its logits and scales its embeddings
 def test_estimates_are_near_the_truth(make_model: Callable[..., Path], tmp_path: Path, model_type: str) -> None:
     model = make_model(model_type)
