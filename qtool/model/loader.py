@@ -11,7 +11,7 @@ from qtool.errors import InputError
 from qtool.model.names import Names
 from qtool.model.skeleton import Skeleton
 from qtool.model.weights import ModelWeights
-from qtool.quant.integer import fake_quantize_tensor, fake_quantize_tokens
+from qtool.quant.integer import InputQuantizer
 from qtool.quant.types import QuantizedLinear
 
 Quantizer = Callable[[torch.Tensor], torch.Tensor]
@@ -91,7 +91,4 @@ def input_quantizer(linear: QuantizedLinear) -> Quantizer:
     Per token the scale is max|x| / 127.5 over integers -128..127, as in transformers with compressed-tensors and in
     qtool's own calibration; vLLM's int8 kernels take max|x| / 127, which rounds by another 0.4 % step.
     """
-    if linear.input_scale is None or linear.input_zero_point is None:
-        return fake_quantize_tokens
-    scale, zero_point = torch.tensor(linear.input_scale), torch.tensor(float(linear.input_zero_point))
-    return lambda x: fake_quantize_tensor(x, scale.to(x.device), zero_point.to(x.device))
+    return InputQuantizer.of(linear)

@@ -1,20 +1,20 @@
-"""Integer arithmetic of W8A8: scales, zero points, rounding. Integers span -128..127 everywhere.
+"""Integer quantization as `QuantizationArgs` describe it: scales, zero points, rounding.
 
-Scales follow mindspore-gs 1.4.1: symmetric 2·max|w| / 255, asymmetric (max - min) / 255, computed in
-float64 and used in float32.
+Scales follow mindspore-gs 1.4.1: symmetric 2·max|w| / steps, asymmetric (max - min) / steps, computed
+in float64 and used in float32 (an int8 has 255 steps). compressed-tensors takes the same.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
-QMIN, QMAX = -128, 127
-_STEPS = QMAX - QMIN
+from qtool.quant.types import QuantizedLinear
+from qtool.scheme import QuantizationArgs
 
 
-def symmetric_scale(amax: torch.Tensor) -> torch.Tensor:
+def symmetric_scale(amax: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
     """Scale of a symmetric range [-amax, amax].
 
     Args:
@@ -23,74 +23,71 @@ def symmetric_scale(amax: torch.Tensor) -> torch.Tensor:
     Returns:
         float32, same shape; 1 where amax is 0 so that an all-zero row stays representable.
     """
-    scale = (amax.double() * 2 / _STEPS).float()
+    scale = (amax.double() * 2 / args.steps).float()
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
-def asymmetric_scale_offset(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def asymmetric_parameters(
+    low: torch.Tensor, high: torch.Tensor, args: QuantizationArgs
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point of a range [low, high], widened to hold 0.
 
     Returns:
-        (scale float32, offset float32 with integer values in -128..127), same shape as the arguments;
-        q = clamp(round(x / scale + offset)).
+        (scale float32, zero point float32 with integer values in qmin..qmax), same shape as the arguments;
+        q = clamp(round(x / scale + zero point)).
     """
     low, high = low.double().clamp(max=0), high.double().clamp(min=0)
-    scale = (high - low) / _STEPS
+    scale = (high - low) / args.steps
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    offset = torch.round(QMIN - low / scale).clamp(QMIN, QMAX)
-    return scale.float(), offset.float()
+    zero_point = torch.round(args.qmin - low / scale).clamp(args.qmin, args.qmax)
+    return scale.float(), zero_point.float()
 
 
-class QuantizedWeight(NamedTuple):
-    """A weight rounded to nearest with one symmetric scale per row.
+def fake_quantize_tokens(x: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
+    """Symmetric, each token by itself: over the last dimension (dynamic activations)."""
+    scale = symmetric_scale(x.abs().amax(dim=-1, keepdim=True), args)
+    return (x / scale).round_().clamp_(args.qmin, args.qmax).mul_(scale)
+
+
+def fake_quantize_tensor(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantizationArgs
+) -> torch.Tensor:
+    """Asymmetric, the whole tensor with a given scale and zero point (static activations)."""
+    return (x / scale).add_(zero_point).round_().clamp_(args.qmin, args.qmax).sub_(zero_point).mul_(scale)
+
+
+@dataclass(frozen=True)
+class InputQuantizer:
+    """Fake quantization of what enters a linear. Raises ValueError for ways to share a scale that it doesn't know.
 
     Attributes:
-        integers: int8 [out, in].
-        scale: float32 [out].
-        sums: float32 [out], of each row's integers: what a zero point of the input is multiplied by.
+        args: per token, dynamic and symmetric; or per tensor, static and asymmetric; None leaves the input as it is.
+        scale, zero_point: where it is static.
     """
 
-    integers: torch.Tensor
-    scale: torch.Tensor
-    sums: torch.Tensor
+    args: QuantizationArgs | None
+    scale: float | None = None
+    zero_point: int | None = None
+
+    def __post_init__(self) -> None:
+        args = self.args
+        if args is None:
+            return
+        kind = (args.type, args.strategy, args.dynamic, args.symmetric)
+        if kind not in (("int", "token", True, True), ("int", "tensor", False, False)):
+            raise ValueError(f"activations that qtool can't quantize: {args}")
+        if not args.dynamic and (self.scale is None or self.zero_point is None):
+            raise ValueError("static activations without scale and zero point")
 
     @classmethod
-    def of(cls, weight: torch.Tensor) -> QuantizedWeight:
-        """Round `weight` float32 [out, in], which is overwritten."""
-        scale = symmetric_scale(torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)))
-        integers = weight.div_(scale[:, None]).round_().clamp_(max=QMAX)
-        return cls(integers.to(torch.int8), scale, integers.sum(dim=1))
+    def of(cls, linear: QuantizedLinear) -> InputQuantizer:
+        return cls(linear.scheme.activations, linear.input_scale, linear.input_zero_point)
 
-
-def per_tensor_product(
-    x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, weight: QuantizedWeight
-) -> torch.Tensor:
-    """x · Wᵀ with x float32 [tokens, in], which is overwritten, rounded per tensor; float32 [tokens, out].
-
-    The integers are multiplied as such: exact, and on CPUs with VNNI four times as fast as float32.
-    """
-    q = x.div_(scale).add_(offset).round_().clamp_(QMIN, QMAX).to(torch.int8)
-    return _integer_product(q, weight.integers).sub_(weight.sums * offset).mul_(weight.scale * scale)
-
-
-def per_token_product(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
-    """As `per_tensor_product`, but with one symmetric scale per token."""
-    scale = symmetric_scale(x.abs().amax(dim=1, keepdim=True))
-    q = x.div_(scale).round_().clamp_(max=QMAX).to(torch.int8)
-    return _integer_product(q, weight.integers).mul_(weight.scale).mul_(scale)
-
-
-def _integer_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a · bᵀ of int8 matrices, summed in int32, given back as float32."""
-    return torch._int_mm(a, b.t()).float()
-
-
-def fake_quantize_tokens(x: torch.Tensor) -> torch.Tensor:
-    """Per-token symmetric fake quantization over the last dimension (dynamic activations)."""
-    scale = symmetric_scale(x.abs().amax(dim=-1, keepdim=True))
-    return (x / scale).round_().clamp_(QMIN, QMAX).mul_(scale)
-
-
-def fake_quantize_tensor(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Per-tensor asymmetric fake quantization with a given scale and zero point (static activations)."""
-    return (x / scale).add_(offset).round_().clamp_(QMIN, QMAX).sub_(offset).mul_(scale)
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x of any shape [..., in]; a new tensor unless it stays as it is."""
+        if self.args is None:
+            return x
+        if self.scale is None or self.zero_point is None:
+            return fake_quantize_tokens(x, self.args)
+        scale, zero_point = torch.tensor(self.scale), torch.tensor(float(self.zero_point))
+        return fake_quantize_tensor(x, scale.to(x.device), zero_point.to(x.device), self.args)

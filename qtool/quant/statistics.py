@@ -95,6 +95,37 @@ class InputStatistics:
     def sample(self) -> torch.Tensor:
         return torch.cat(self._kept)
 
+    def smoothed(self, s: torch.Tensor | None) -> Smoothed:
+        """Of x / s, with s [in]; None for x itself."""
+        return Smoothed(self, s)
+
+
+class Smoothed:
+    """What is known of an input x once it is divided by s.
+
+    Attributes:
+        sample: float32 [kept tokens, in].
+        low, high: float32 [in].
+    """
+
+    def __init__(self, statistics: InputStatistics, s: torch.Tensor | None) -> None:
+        self._statistics, self._s = statistics, s
+        self.sample, self.low, self.high = statistics.sample.float(), statistics.low, statistics.high
+        if s is not None:
+            self.sample, self.low, self.high = self.sample / s, self.low / s, self.high / s
+
+    @property
+    def energy(self) -> torch.Tensor:
+        """Per-channel mean square, float32 [in]."""
+        energy = self._statistics.energy
+        return energy if self._s is None else energy / self._s.square()
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """float32 [in, in], a new tensor."""
+        hessian = self._statistics.hessian
+        return hessian if self._s is None else hessian / self._s / self._s[:, None]
+
 
 def _seen(value: torch.Tensor | None) -> torch.Tensor:
     if value is None:

@@ -22,7 +22,7 @@ class QuantizedLinear:
     Attributes:
         scheme: what qmin, qmax and steps are, and what shares a scale.
         weight: int8 [out, in], symmetric (zero point 0), whatever its number of bits.
-        weight_scale: float32 [out]; the float weight is weight * weight_scale[:, None].
+        weight_scale: float32 [out], [1] or [out, groups], as the scheme has it.
         bias: float [out] or None; formats store it in the model's dtype.
         input_scale: positive float where the scheme is static, else None.
         input_zero_point: integer in qmin..qmax where the scheme is static, else None.
@@ -41,4 +41,12 @@ class QuantizedLinear:
 
     def dequantize(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows of the float weight that the integers stand for, float32 [stop - start, in]."""
-        return self.weight[start:stop] * self.weight_scale[start:stop, None]
+        one = self.scheme.weights.strategy == "tensor"
+        return dequantize(self.weight[start:stop], self.weight_scale if one else self.weight_scale[start:stop])
+
+
+def dequantize(integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """float32 [out, in] of integers [out, in] and scales [out], [1] or [out, groups]."""
+    if scale.dim() == 1:
+        return integers * scale[:, None]
+    return (integers.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1)

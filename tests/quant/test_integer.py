@@ -7,6 +7,11 @@ import pytest
 import torch
 
 from qtool.quant import integer
+from qtool.quant.types import dequantize
+from qtool.scheme import QuantizationArgs
+
+TENSOR = QuantizationArgs(strategy="tensor", symmetric=False)
+TOKEN = QuantizationArgs(strategy="token", dynamic=True)
 
 
 def values(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -16,56 +21,26 @@ def values(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_symmetric_scale() -> None:
     amax = values(7).abs()
     expected = (2 * amax.numpy().astype(np.float64) / 255).astype(np.float32)
-    np.testing.assert_array_equal(integer.symmetric_scale(amax).numpy(), expected)
+    np.testing.assert_array_equal(integer.symmetric_scale(amax, TOKEN).numpy(), expected)
 
 
 def test_scales_of_zeros_are_one() -> None:
-    assert integer.symmetric_scale(torch.zeros(2)).tolist() == [1.0, 1.0]
-    scale, offset = integer.asymmetric_scale_offset(torch.tensor(0.0), torch.tensor(0.0))
-    assert (float(scale), float(offset)) == (1.0, -128.0)
+    assert integer.symmetric_scale(torch.zeros(2), TOKEN).tolist() == [1.0, 1.0]
+    scale, zero_point = integer.asymmetric_parameters(torch.tensor(0.0), torch.tensor(0.0), TENSOR)
+    assert (float(scale), float(zero_point)) == (1.0, -128.0)
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.5, 4.0), (-3.0, 0.25), (0.5, 2.0), (-2.0, -0.5)])
-def test_asymmetric_scale_and_offset(low: float, high: float) -> None:
-    scale, offset = integer.asymmetric_scale_offset(torch.tensor(low), torch.tensor(high))
+def test_asymmetric_scale_and_zero_point(low: float, high: float) -> None:
+    scale, zero_point = integer.asymmetric_parameters(torch.tensor(low), torch.tensor(high), TENSOR)
     bottom, top = min(low, 0.0), max(high, 0.0)
     assert float(scale) == np.float32((top - bottom) / 255)
-    assert float(offset) == np.round(-128 - bottom / ((top - bottom) / 255))
+    assert float(zero_point) == np.round(-128 - bottom / ((top - bottom) / 255))
     # both ends of the range are representable to half a step, and zero exactly
     ends = torch.tensor([bottom, top, 0.0])
-    back = integer.fake_quantize_tensor(ends, scale, offset)
+    back = integer.fake_quantize_tensor(ends, scale, zero_point, TENSOR)
     assert (back - ends).abs().max() <= float(scale) * 0.5001
     assert float(back[2]) == 0.0
-
-
-def quantized_weight(rows: int, width: int) -> tuple[integer.QuantizedWeight, np.ndarray]:
-    """A rounded weight, and what it represents in float64."""
-    weight = values(rows, width)
-    found = integer.QuantizedWeight.of(weight.clone())
-    # in float32: the largest value is 127.5 steps, and which way that rounds is float32's to decide
-    scale = (2 * np.abs(weight.numpy()).max(1).astype(np.float64) / 255).astype(np.float32)
-    integers = np.clip(np.round(weight.numpy() / scale[:, None]), -128, 127)
-    assert found.integers.dtype == torch.int8
-    np.testing.assert_array_equal(found.integers.numpy(), integers)
-    np.testing.assert_array_equal(found.scale.numpy(), scale)
-    np.testing.assert_array_equal(found.sums.numpy(), integers.sum(axis=1))
-    return found, integers.astype(np.float64) * scale.astype(np.float64)[:, None]
-
-
-def test_per_token_product() -> None:
-    weight, represented = quantized_weight(24, 40)
-    x = values(18, 40)
-    expected = integer.fake_quantize_tokens(x).double().numpy() @ represented.T
-    np.testing.assert_allclose(integer.per_token_product(x.clone(), weight).numpy(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_per_tensor_product() -> None:
-    weight, represented = quantized_weight(24, 40)
-    x = values(18, 40) + 0.3
-    scale, offset = integer.asymmetric_scale_offset(x.amin(), x.amax())
-    expected = integer.fake_quantize_tensor(x, scale, offset).double().numpy() @ represented.T
-    found = integer.per_tensor_product(x.clone(), scale, offset, weight)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_tokens() -> None:
@@ -76,14 +51,71 @@ def test_tokens() -> None:
     step = (2 * np.abs(x.numpy()).max(-1, keepdims=True).astype(np.float64) / 255).astype(np.float32)
     step[step == 0] = 1
     expected = np.clip(np.round(x.numpy() / step), -128, 127) * step
-    np.testing.assert_array_equal(integer.fake_quantize_tokens(x).numpy(), expected)
+    np.testing.assert_array_equal(integer.fake_quantize_tokens(x, TOKEN).numpy(), expected)
     assert torch.equal(x, given)
 
 
 def test_tensor() -> None:
     x = values(6, 40)
-    scale, offset = torch.tensor(0.02), torch.tensor(-17.0)
+    scale, zero_point = torch.tensor(0.02), torch.tensor(-17.0)
     given = x.clone()
     expected = (np.clip(np.round(x.numpy() / np.float32(0.02) - 17), -128, 127) + 17) * np.float32(0.02)
-    np.testing.assert_allclose(integer.fake_quantize_tensor(x, scale, offset).numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(integer.fake_quantize_tensor(x, scale, zero_point, TENSOR).numpy(), expected, rtol=1e-6)
     assert torch.equal(x, given)
+
+
+@pytest.mark.parametrize("num_bits", range(2, 9))
+def test_tokens_of_few_bits_are_those_of_compressed_tensors(num_bits: int) -> None:
+    from compressed_tensors.quantization import QuantizationArgs as TheirArgs
+    from compressed_tensors.quantization.lifecycle import fake_quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    x = values(9, 40)
+    theirs = TheirArgs(num_bits=num_bits, strategy="token", symmetric=True, dynamic=True)
+    scale, zero = calculate_qparams(x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True), theirs)
+    found = integer.InputQuantizer(QuantizationArgs(num_bits=num_bits, strategy="token", dynamic=True))(x)
+    torch.testing.assert_close(found, fake_quantize(x, scale, zero, theirs), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_bits", range(2, 9))
+def test_tensors_of_few_bits_are_those_of_compressed_tensors(num_bits: int) -> None:
+    from compressed_tensors.quantization import QuantizationArgs as TheirArgs
+    from compressed_tensors.quantization.lifecycle import fake_quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    x = values(9, 40) + 0.4
+    theirs = TheirArgs(num_bits=num_bits, strategy="tensor", symmetric=False)
+    their_scale, their_zero = calculate_qparams(x.amin()[None], x.amax()[None], theirs)
+    args = QuantizationArgs(num_bits=num_bits, strategy="tensor", symmetric=False)
+    scale, zero_point = integer.asymmetric_parameters(x.amin(), x.amax(), args)
+    torch.testing.assert_close(scale, their_scale[0])
+    assert int(zero_point) == int(their_zero[0])
+    found = integer.InputQuantizer(args, float(scale), int(zero_point))(x)
+    torch.testing.assert_close(found, fake_quantize(x, their_scale, their_zero, theirs), rtol=1e-5, atol=1e-6)
+
+
+def test_an_input_that_stays_float() -> None:
+    x = values(3, 4)
+    assert integer.InputQuantizer(None)(x) is x
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        QuantizationArgs(strategy="tensor"),
+        QuantizationArgs(strategy="token", symmetric=False, dynamic=True),
+        QuantizationArgs(strategy="group", group_size=16, dynamic=True),
+        QuantizationArgs(strategy="token", type="float", dynamic=True),
+    ],
+)
+def test_inputs_that_nobody_quantizes(args: QuantizationArgs) -> None:
+    with pytest.raises(ValueError, match="can't quantize"):
+        integer.InputQuantizer(args)
+
+
+def test_dequantize() -> None:
+    integers = torch.arange(-12, 12, dtype=torch.int8).view(4, 6)
+    by_row, by_group = values(4).abs(), values(4, 3).abs()
+    np.testing.assert_array_equal(dequantize(integers, by_row), integers.numpy() * by_row.numpy()[:, None])
+    np.testing.assert_array_equal(dequantize(integers, by_row[:1]), integers.numpy() * by_row.numpy()[0])
+    np.testing.assert_array_equal(dequantize(integers, by_group), integers.numpy() * by_group.numpy().repeat(2, axis=1))

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from qtool.quant.layer import LayerResult, ModuleWeights, Storage, quantize_layer, smooth
+from qtool.quant.layer import LayerResult, Storage, quantize_layer, smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups, linear_layers
+from qtool.quant.weights import ModuleWeights
 from qtool.recipe.policy import Policy, SmoothQuant, Static
 
 EXACT = Storage(torch.float32, lambda scale, scheme: scale, lambda scale: scale)

@@ -9,6 +9,9 @@ import torch
 from qtool.quant.observers import static_range
 from qtool.quant.statistics import InputStatistics
 from qtool.recipe.policy import LeastError, MinMax, Percentile
+from qtool.scheme import QuantizationArgs
+
+ARGS = QuantizationArgs(strategy="tensor", symmetric=False)
 
 
 def batches(samples: int = 7, length: int = 12, width: int = 5) -> list[torch.Tensor]:
@@ -87,7 +90,7 @@ def test_nothing_observed() -> None:
 
 def test_minmax_range() -> None:
     statistics = observed(batches())
-    low, high = static_range(statistics.low, statistics.high, statistics.sample, MinMax(method="minmax"))
+    low, high = static_range(statistics.smoothed(None), MinMax(method="minmax"), ARGS)
     whole = torch.cat(batches()).numpy()
     assert (low, high) == (whole.min(), whole.max())
 
@@ -96,7 +99,7 @@ def test_minmax_range() -> None:
 def test_percentile_range(percentile: float) -> None:
     sample = torch.randn(400, 25, generator=torch.Generator().manual_seed(0))
     observer = Percentile(method="percentile", percentile=percentile)
-    low, high = static_range(sample.amin(0), sample.amax(0), sample, observer)
+    low, high = static_range(observed([sample[None]], stride=1).smoothed(None), observer, ARGS)
     flat = sample.numpy().ravel()
     assert high == pytest.approx(np.percentile(flat, percentile), abs=0.05)
     assert low == pytest.approx(np.percentile(flat, 100 - percentile), abs=0.05)
@@ -113,9 +116,21 @@ def mean_squared_error(flat: np.ndarray, low: float, high: float) -> float:
 def test_mse_range() -> None:
     sample = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
     sample[7, 3] = 60.0  # one outlier that is not worth a coarse step for all the rest
-    low, high = static_range(sample.amin(0), sample.amax(0), sample, LeastError(method="mse"))
+    low, high = static_range(observed([sample[None]], stride=1).smoothed(None), LeastError(method="mse"), ARGS)
     flat = sample.double().numpy().ravel()
     candidates = [1 - i / 60 for i in range(60)]
     best = min(mean_squared_error(flat, float(sample.min()) * f, float(sample.max()) * f) for f in candidates)
     assert mean_squared_error(flat, low, high) == pytest.approx(best, rel=1e-3)
     assert best < mean_squared_error(flat, float(sample.min()), float(sample.max()))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_smoothed_statistics_are_those_of_the_smoothed_input(scaled: bool) -> None:
+    s = torch.logspace(-1, 1, batches()[0].shape[-1]) if scaled else None
+    found = observed(batches(), with_hessian=True).smoothed(s)
+    truth = observed([part / (1 if s is None else s) for part in batches()], with_hessian=True)
+    torch.testing.assert_close(found.sample, truth.sample)
+    torch.testing.assert_close(found.low, truth.low)
+    torch.testing.assert_close(found.high, truth.high)
+    torch.testing.assert_close(found.energy, truth.energy)
+    torch.testing.assert_close(found.hessian, truth.hessian)

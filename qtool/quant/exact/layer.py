@@ -13,15 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qtool.quant import observers, osl, rounding, smoothing
-from qtool.quant.integer import fake_quantize_tensor, fake_quantize_tokens
-from qtool.quant.layer import GroupReport, LayerResult, Storage, extent, policy_of, static_parameters
-from qtool.quant.replay import Recording
-from qtool.quant.smoothing import Smoothing
-from qtool.quant.statistics import InputStatistics
+from qtool.quant.exact.replay import Recording
+from qtool.quant.exact.search import CLIP_RATIOS, CLIP_TOKENS, search
+from qtool.quant.layer import LayerResult, Storage, input_quantizer, policy_of
+from qtool.quant.report import extent, report
+from qtool.quant.rounding.clipping import Scales, ScaleSearch
+from qtool.quant.rounding.errors import ErrorOnTokens
+from qtool.quant.rounding.nearest import clamp_rows, round_to_nearest
+from qtool.quant.statistics import InputStatistics, Smoothed
 from qtool.quant.topology import Group, bias_of, fold, per_producer_channel, weight_of
-from qtool.quant.types import QuantizedLinear
-from qtool.recipe.schema import Policy
+from qtool.quant.transforms import Diagonal, transform_of
+from qtool.quant.types import QuantizedLinear, dequantize
+from qtool.quant.weights import ModuleWeights
+from qtool.recipe.policy import Policy
 
 Run = Callable[[], torch.Tensor]
 _REPORT_TOKENS = 64
@@ -45,8 +49,12 @@ def quantize_layer(
         statistics: of each group's input on every token, by the name of the group's first linear.
         storage: what the output format keeps.
         runs: one per calibration sample; calls the layer on it and returns its output.
+
+    Raises ValueError for weights that don't have one scale per output channel.
     """
     quantized = [(group, policy) for group in groups if (policy := policy_of(group, policies)) is not None]
+    if any(policy.scheme.weights.strategy != "channel" for _, policy in quantized):
+        raise ValueError("exact OSL knows weights with a scale per output channel only")
     recordings = [Recording(layer, run) for run in runs]
     found = [_smoothing(layer, group, policy, statistics[group.linears[0]], recordings) for group, policy in quantized]
     del recordings
@@ -70,44 +78,40 @@ class _Work:
 
     Attributes:
         weight: float32 [sum of out, in], smoothed, the quantized members' rows one below the other.
-        sample: float32 [tokens, in], smoothed.
-        low, high: the input's extremes, smoothed, float32 [in].
+        inputs: the smoothed input.
     """
 
     members: list[str]
     policy: Policy
-    smoothing: Smoothing | None
+    diagonal: Diagonal | None
     weight: torch.Tensor
-    scales: torch.Tensor
-    bounds: torch.Tensor
-    sample: torch.Tensor
-    low: torch.Tensor
-    high: torch.Tensor
+    scales: Scales
+    inputs: Smoothed
 
 
 def _smoothing(
     layer: nn.Module, group: Group, policy: Policy, statistics: InputStatistics, recordings: Sequence[Recording]
-) -> Smoothing | None:
-    if policy.smoothing.method == "none" or group.fold is None:
+) -> Diagonal | None:
+    transform = transform_of(policy)
+    if transform is None or group.fold is None:
         return None
+    if policy.smoothing.method != "osl":
+        return transform.fit(ModuleWeights(layer), group, statistics)
     weight = torch.cat([weight_of(layer, name) for name in group.linears])
     act_max = per_producer_channel(group.fold, statistics.amax)
     w_max = per_producer_channel(group.fold, weight.abs().amax(dim=0))
-    if policy.smoothing.method == "smoothquant":
-        alpha = policy.smoothing.alpha
-        return Smoothing(smoothing.scale(act_max, w_max, alpha), alpha)
-    return osl.search(recordings, group, act_max, w_max, static=policy.scheme.is_static)
+    return search(recordings, group, act_max, w_max, policy.scheme)
 
 
 def _fold_as_stored(layer: nn.Module, group: Group, s: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Fold s, but so that a norm's gain survives storage in `dtype`: the weights take up what rounding it loses."""
-    fold_into = group.fold
-    if fold_into is None or isinstance(layer.get_submodule(fold_into.producer), nn.Linear):
+    target = group.fold
+    if target is None or isinstance(layer.get_submodule(target.producer), nn.Linear):
         fold(layer, group, s)
         return s
-    weight = weight_of(layer, fold_into.producer)
-    gain = (weight + fold_into.gain_offset)[fold_into.channel_map]
-    stored = (gain / s - fold_into.gain_offset).to(dtype).float() + fold_into.gain_offset
+    weight = weight_of(layer, target.producer)
+    gain = (weight + target.gain_offset)[target.channel_map]
+    stored = (gain / s - target.gain_offset).to(dtype).float() + target.gain_offset
     s = torch.where((gain == 0) | (stored == 0), s, gain / stored)
     fold(layer, group, s)
     weight.copy_(weight.to(dtype))
@@ -119,7 +123,7 @@ def _clip(
     group: Group,
     policies: Mapping[str, Policy | None],
     statistics: InputStatistics,
-    chosen: Smoothing | None,
+    chosen: Diagonal | None,
     storage: Storage,
 ) -> _Work:
     """Carry the statistics over to the smoothed input, and choose each output channel's clipping ratio."""
@@ -127,15 +131,14 @@ def _clip(
     assert policy is not None
     members = [name for name in group.linears if policies[name] is not None]
     weight = torch.cat([weight_of(layer, name) for name in members])
-    s = chosen.s if chosen is not None else torch.ones(weight.shape[1], device=weight.device)
-    sample = statistics.sample.float() / s
-    scales, bounds = rounding.search_clip(
-        weight,
-        rounding.ErrorOnTokens(sample[:: max(1, statistics.tokens // osl.CLIP_TOKENS)]),
-        osl.CLIP_RATIOS if policy.clip else (1.0,),
-        lambda scale: storage.weight_scale(scale, policy.scheme),
+    inputs = statistics.smoothed(None if chosen is None else chosen.s)
+    found = ScaleSearch(
+        args=policy.scheme.weights,
+        ratios=CLIP_RATIOS if policy.clip else (1.0,),
+        error=ErrorOnTokens(inputs.sample[:: max(1, statistics.tokens // CLIP_TOKENS)]),
+        storable=lambda scale: storage.weight_scale(scale, policy.scheme),
     )
-    return _Work(members, policy, chosen, weight, scales, bounds, sample, statistics.low / s, statistics.high / s)
+    return _Work(members, policy, chosen, weight, found.of_rows(weight), inputs)
 
 
 def _observe_clipped(layer: nn.Module, prepared: Sequence[_Work], runs: Sequence[Run]) -> None:
@@ -147,7 +150,7 @@ def _observe_clipped(layer: nn.Module, prepared: Sequence[_Work], runs: Sequence
             for name in work.members:
                 weight = weight_of(layer, name)
                 end = start + weight.shape[0]
-                weight.copy_(rounding.clamp_rows(work.weight[start:end], work.bounds[start:end]))
+                weight.copy_(clamp_rows(work.weight[start:end], work.scales.bound[start:end]))
                 start = end
             observed = seen[work.members[0]]
             hook = layer.get_submodule(work.members[0]).register_forward_pre_hook(
@@ -157,35 +160,22 @@ def _observe_clipped(layer: nn.Module, prepared: Sequence[_Work], runs: Sequence
         for run in runs:
             run()
     for work in prepared:
-        work.low, work.high = seen[work.members[0]].low, seen[work.members[0]].high
+        work.inputs.low, work.inputs.high = seen[work.members[0]].low, seen[work.members[0]].high
 
 
 def _round(layer: nn.Module, work: _Work, storage: Storage, result: LayerResult) -> None:
     """Fix the activations' range where it is static, round the weights, and note the error."""
-    input_scale: float | None = None
-    input_zero_point: int | None = None
-    if work.policy.activations.mode == "static":
-        low, high = observers.static_range(work.low, work.high, work.sample, work.policy.activations.observer)
-        input_scale, input_zero_point = static_parameters(low, high, storage)
-        noisy = fake_quantize_tensor(work.sample, torch.tensor(input_scale), torch.tensor(float(input_zero_point)))
-    else:
-        noisy = fake_quantize_tokens(work.sample)
-    integers = rounding.integers_within(work.weight, work.scales, work.bounds).to(torch.int8)
-    s = work.smoothing.s if work.smoothing is not None else torch.ones_like(work.low)
+    inputs, scales = work.inputs, work.scales
+    quantizer = input_quantizer(work.policy, inputs, storage)
+    noisy = quantizer(inputs.sample)
+    integers = round_to_nearest(work.weight, *scales, work.policy.scheme.weights).to(torch.int8)
     few = slice(None, None, max(1, len(noisy) // _REPORT_TOKENS))
-    reference = work.sample[few] @ work.weight.t()
-    error = (noisy[few] @ (integers * work.scales[:, None]).t()).sub_(reference).square_().sum()
-    result.groups.append(
-        GroupReport(
-            linears=work.members,
-            activations=work.policy.activations.mode,
-            smoothing=work.policy.smoothing.method if work.smoothing is not None else "none",
-            alpha=work.smoothing.alpha if work.smoothing is not None else None,
-            relative_error=float(error / reference.square_().sum().clamp(min=1e-30)),
-            input=extent(work.low * s, work.high * s),
-            smoothed=extent(work.low, work.high),
-        )
-    )
+    reference = inputs.sample[few] @ work.weight.t()
+    error = (noisy[few] @ dequantize(integers, scales.scale).t()).sub_(reference).square_().sum()
+    relative = float(error / reference.square_().sum().clamp(min=1e-30))
+    s = work.diagonal.s if work.diagonal is not None else torch.ones_like(inputs.low)
+    before, after = extent(inputs.low * s, inputs.high * s), extent(inputs.low, inputs.high)
+    result.groups.append(report(work.members, work.policy, work.diagonal, relative, before, after))
     start = 0
     for name in work.members:
         bias = bias_of(layer, name)
@@ -193,9 +183,9 @@ def _round(layer: nn.Module, work: _Work, storage: Storage, result: LayerResult)
         result.linears[name] = QuantizedLinear(
             scheme=work.policy.scheme,
             weight=integers[start:end],
-            weight_scale=work.scales[start:end],
+            weight_scale=scales.scale[start:end],
             bias=None if bias is None else bias.detach().clone(),
-            input_scale=input_scale,
-            input_zero_point=input_zero_point,
+            input_scale=quantizer.scale,
+            input_zero_point=quantizer.zero_point,
         )
         start = end

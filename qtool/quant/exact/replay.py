@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtool.quant.integer import QuantizedWeight, per_token_product
+from qtool.quant.product import INT8, QuantizedWeight, per_token_product
 
 
 class Recording:
@@ -109,7 +109,7 @@ def _modules_passing(linears: Sequence[str], recording: Recording) -> dict[str, 
 def _moved(x: torch.Tensor, y: torch.Tensor, weight: QuantizedWeight, moved_x: torch.Tensor) -> torch.Tensor:
     """y, the output of a linear for x, carried over to another input."""
     change = (moved_x - x).reshape(-1, x.shape[-1])
-    return per_token_product(change, weight).view_as(y).add_(y)
+    return per_token_product(change, weight, INT8).view_as(y).add_(y)
 
 
 def _replace(out: Any, old: torch.Tensor, new: torch.Tensor) -> Any:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from qtool.quant.integer import QuantizedWeight
-from qtool.quant.replay import Recording, Replay
+from qtool.quant.exact.replay import Recording, Replay
+from qtool.quant.product import INT8, QuantizedWeight
 
 GROUPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -95,7 +95,7 @@ def test_a_coarse_replay_errs_in_proportion_to_the_change(
     for names in groups:
         replay = Replay(recording, names)
         coarse = {
-            name: QuantizedWeight.of(layer.get_submodule(name).get_parameter("weight").clone().detach())
+            name: QuantizedWeight.of(layer.get_submodule(name).get_parameter("weight").clone().detach(), INT8)
             for name in replay.later
         }
         for size in (1e-1, 1e-3):

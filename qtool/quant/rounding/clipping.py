@@ -1,0 +1,98 @@
+"""The scales of a weight: how much of its range is worth a step's width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from qtool.quant.integer import symmetric_scale
+from qtool.quant.rounding.errors import RowError
+from qtool.quant.rounding.nearest import round_to_nearest
+from qtool.scheme import QuantizationArgs
+
+
+class Scales(NamedTuple):
+    """Of a weight [out, in].
+
+    Attributes:
+        scale: float32 [out], or [out, groups].
+        bound: float32 of the same shape: values are limited to ± bound before they are rounded.
+    """
+
+    scale: torch.Tensor
+    bound: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ScaleSearch:
+    """Finds for each scale the clipping ratio with the least error, the first of a tie.
+
+    Attributes:
+        args: of the weight.
+        ratios: fractions of the largest magnitude to try, the widest first.
+        error: what to minimise; not looked at where there is only one ratio.
+        storable: rounds scales to what the checkpoint format keeps of them.
+    """
+
+    args: QuantizationArgs
+    ratios: Sequence[float]
+    error: RowError | None
+    storable: Callable[[torch.Tensor], torch.Tensor]
+
+    def of_rows(self, weight: torch.Tensor) -> Scales:
+        """Scales of some rows of a weight, float32 [rows, in], each row or each group of its channels by itself."""
+        if self.args.strategy != "group":
+            return self._of_columns(weight, self.error)
+        found = [
+            self._of_columns(weight[:, block], self.error and self.error.columns(block))
+            for block in column_blocks(self.args, weight.shape[1])
+        ]
+        return Scales(torch.stack([each.scale for each in found], 1), torch.stack([each.bound for each in found], 1))
+
+    def of_tensor(self, parts: Callable[[], Iterable[torch.Tensor]]) -> Scales:
+        """The one scale of a whole weight, [1].
+
+        Args:
+            parts: gives the weight some rows at a time, float32 [rows, in], as often as it is called.
+        """
+        peak = torch.stack([part.abs().amax() for part in parts()]).amax()[None]
+        bounds = torch.cat([peak * ratio for ratio in self.ratios])
+        scales = self.storable(symmetric_scale(bounds, self.args))
+        errors = torch.zeros(len(bounds), dtype=torch.float64)
+        if len(bounds) > 1 and self.error is not None:
+            for part in parts():
+                for i in range(len(bounds)):
+                    scale, bound = (each[i].expand(len(part)) for each in (scales, bounds))
+                    q = round_to_nearest(part, scale, bound, self.args)
+                    errors[i] += float(self.error(q.mul_(scale[:, None]).sub_(part)).sum())
+        best = int(errors.argmin())
+        return Scales(scales[best : best + 1], bounds[best : best + 1])
+
+    def _of_columns(self, weight: torch.Tensor, row_error: RowError | None) -> Scales:
+        """A scale and bound [rows] of the columns [rows, some]."""
+        peak = weight.abs().amax(dim=1)
+        bound = peak * self.ratios[0]
+        scale = self.storable(symmetric_scale(bound, self.args))
+        if len(self.ratios) == 1 or row_error is None:
+            return Scales(scale, bound)
+        least = torch.full_like(peak, float("inf"))
+        for ratio in self.ratios:
+            narrower = peak * ratio
+            step = self.storable(symmetric_scale(narrower, self.args))
+            delta = round_to_nearest(weight, step, narrower, self.args).mul_(step[:, None]).sub_(weight)
+            rows = (row_error.at_least(delta) < least).nonzero()[:, 0]
+            error = row_error(delta if len(rows) == len(delta) else delta[rows])
+            rows = rows[better := error < least[rows]]
+            least[rows] = error[better]
+            scale[rows] = step[rows]
+            bound[rows] = narrower[rows]
+        return Scales(scale, bound)
+
+
+def column_blocks(args: QuantizationArgs, width: int) -> list[slice]:
+    """The input channels of a row that share a scale."""
+    size = width if args.group_size is None else args.group_size
+    return [slice(start, start + size) for start in range(0, width, size)]

@@ -1,0 +1,40 @@
+"""Rounding to nearest, within bounds."""
+
+from __future__ import annotations
+
+import torch
+
+from qtool.scheme import QuantizationArgs
+
+
+def round_to_nearest(
+    weight: torch.Tensor, scale: torch.Tensor, bound: torch.Tensor, args: QuantizationArgs
+) -> torch.Tensor:
+    """Weight [out, in] limited to ± bound, then rounded to nearest in steps of scale.
+
+    Which way the bound itself rounds, often (qmax + ½) steps, decides between clipping ratios; so it is rounded in
+    float32 like the values, as if they had been clamped first, which is what mindspore-gs 1.4.1 does.
+
+    Args:
+        weight: float32 [out, in].
+        scale, bound: float32 [out], or [out, groups] where the input channels of a group share one.
+
+    Returns:
+        float32 [out, in], integers in qmin..qmax.
+    """
+    if scale.dim() == 2:
+        grouped = weight.unflatten(1, (scale.shape[1], -1))
+        return _round(grouped, scale[..., None], bound[..., None], args).flatten(1)
+    return _round(weight, scale[:, None], bound[:, None], args)
+
+
+def _round(weight: torch.Tensor, scale: torch.Tensor, bound: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
+    q = (weight / scale).round_()
+    reach = (bound / scale).round_()
+    torch.minimum(q, reach.clamp(max=args.qmax), out=q)
+    return torch.maximum(q, -reach.clamp(max=-args.qmin), out=q)
+
+
+def clamp_rows(weight: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """Each row of weight [out, in] limited to ± bound [out]."""
+    return torch.minimum(torch.maximum(weight, -bound[:, None]), bound[:, None])

@@ -1,0 +1,142 @@
+"""What rounding does to a group's output, as a smooth function of its smoothing scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qtool.quant.rounding.clipping import column_blocks
+from qtool.quant.statistics import Smoothed
+from qtool.scheme import Scheme
+
+_CANDIDATES = 16  # channels of a token or a row that are looked at for its largest
+
+
+@dataclass(frozen=True)
+class WeightSample:
+    """Some rows of a group's weights.
+
+    Attributes:
+        rows: float32 [some, in].
+        energy: the sum over all rows of W², float32 [in].
+        stride: every how many rows one was taken.
+    """
+
+    rows: torch.Tensor
+    energy: torch.Tensor
+    stride: int = 1
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """The parts of an error, up to a factor that all have in common. Rows and channels that share scales are a block.
+
+    Attributes:
+        step: of the activations, squared.
+        spread: |W s|².
+        slack: per block, sum over rows of the weights' step², times what rounding leaves of it.
+        reach: per block, E|x/s|².
+    """
+
+    step: float
+    spread: float
+    slack: list[float]
+    reach: list[float]
+
+    @property
+    def error(self) -> float:
+        return self.step * self.spread + sum(a * b for a, b in zip(self.slack, self.reach, strict=True))
+
+
+class NoiseModel:
+    """The expected squared output error of a quantized group.
+
+    Rounding to steps of size d adds noise of variance d²/12 to every element, independent of the rest. So
+    error(s) = mean over tokens of step² · |W s|² + remainder · (sum over rows of step²) · E|x/s|², all / 12,
+    with steps from the maxima of x/s and W·s. It needs no matrix product, and each channel's s is free. Weights with a
+    scale per group of channels have the second term per group; those with one scale count as if each row had its own.
+
+    Args:
+        inputs: what is known of x.
+        weights: what is known of W.
+        scheme: who shares a step, and how many there are.
+        remainder: what rounding leaves of the weights' noise: 1 to nearest, less with GPTQ.
+    """
+
+    def __init__(self, inputs: Smoothed, weights: WeightSample, scheme: Scheme, remainder: float) -> None:
+        self._static, self._float = scheme.is_static, scheme.activations is None
+        # A static range is that of one token whose channels are at their extremes, both ways.
+        extremes = (inputs.low.clamp(max=0), inputs.high.clamp(min=0))
+        self._tokens = torch.stack(extremes).abs() if self._static else inputs.sample.abs()
+        self._rows = weights.rows.abs()
+        self._blocks = column_blocks(scheme.weights, self._rows.shape[1])
+        self._energy, self._weight_energy = inputs.energy, weights.energy
+        self._remainder = weights.stride * remainder
+        if scheme.activations is not None:
+            self._remainder *= (scheme.activations.steps / scheme.weights.steps) ** 2
+        self._near: tuple[_Peaks, list[_Peaks]] | None = None
+
+    def error(self, log_s: torch.Tensor) -> float:
+        """The model's error at log s [in], up to a constant factor."""
+        token_peaks = (self._tokens * (-log_s).exp()).amax(dim=1)
+        row_peaks = [(self._rows[:, block] * log_s[block].exp()).amax(dim=1) for block in self._blocks]
+        return self._terms(token_peaks, row_peaks, log_s).error
+
+    def focus(self, log_s: torch.Tensor) -> None:
+        """Restrict `gradient` to the largest channels of each token and row around `log_s`."""
+        rows = [_Peaks(self._rows[:, block], log_s[block]) for block in self._blocks]
+        self._near = _Peaks(self._tokens, -log_s), rows
+
+    def gradient(self, log_s: torch.Tensor) -> torch.Tensor:
+        """Gradient of log(error) by log_s [in]."""
+        assert self._near is not None
+        tokens, rows = self._near
+        token_peaks = tokens.values(-log_s)
+        row_peaks = [near.values(log_s[block]) for near, block in zip(rows, self._blocks, strict=True)]
+        terms = self._terms(token_peaks, row_peaks, log_s)
+        channels = torch.zeros_like(log_s)
+        for near, block, peaks, reach in zip(rows, self._blocks, row_peaks, terms.reach, strict=True):
+            near.scatter(channels[block], peaks.square() * (2 * self._remainder * reach))
+        if self._static:
+            low, high = token_peaks
+            tokens.scatter(channels, torch.stack((low, high)) * (-0.5 * (low + high) * terms.spread))
+        elif not self._float:
+            tokens.scatter(channels, token_peaks.square() * (-2 * terms.spread / len(token_peaks)))
+        channels += 2 * terms.step * self._weight_energy * (2 * log_s).exp()
+        for block, slack in zip(self._blocks, terms.slack, strict=True):
+            channels[block] -= 2 * slack * self._energy[block] * (-2 * log_s[block]).exp()
+        return channels / terms.error
+
+    def _terms(self, token_peaks: torch.Tensor, row_peaks: list[torch.Tensor], log_s: torch.Tensor) -> _Terms:
+        # Steps are in units of those of symmetric activations, 2 max / steps; a static range is max - min.
+        if self._float:
+            step = 0.0
+        else:
+            step = float(token_peaks.sum().square() / 4) if self._static else float(token_peaks.square().mean())
+        return _Terms(
+            step=step,
+            spread=float((self._weight_energy * (2 * log_s).exp()).sum()),
+            slack=[self._remainder * float(peaks.square().sum()) for peaks in row_peaks],
+            reach=[float((self._energy[block] * (-2 * log_s[block]).exp()).sum()) for block in self._blocks],
+        )
+
+
+class _Peaks:
+    """Row maxima of |a| · exp(t), from each row's largest few channels."""
+
+    def __init__(self, magnitudes: torch.Tensor, t: torch.Tensor) -> None:
+        candidates = min(_CANDIDATES, magnitudes.shape[1])
+        self._channels = (magnitudes * t.exp()).topk(candidates, dim=1, sorted=False).indices
+        self._magnitudes = magnitudes.gather(1, self._channels)
+        self._at = self._channels[:, :1]
+
+    def values(self, t: torch.Tensor) -> torch.Tensor:
+        """The maxima [rows]; remembers where they are."""
+        peaks, position = (self._magnitudes * t.exp()[self._channels]).max(dim=1, keepdim=True)
+        self._at = self._channels.gather(1, position)
+        return peaks[:, 0]
+
+    def scatter(self, channels: torch.Tensor, amounts: torch.Tensor) -> None:
+        """Add each row's amount to the channel of its maximum."""
+        channels.index_add_(0, self._at[:, 0], amounts)

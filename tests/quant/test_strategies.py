@@ -1,0 +1,98 @@
+"""Whole decoder layers at every number of bits and with every way to share a scale, against compressed-tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs as TheirArgs
+from compressed_tensors.quantization.lifecycle import fake_quantize
+from compressed_tensors.quantization.utils import calculate_qparams
+
+from qtool.quant.layer import quantize_layer
+from qtool.quant.topology import find_groups, linear_layers
+from qtool.quant.types import QuantizedLinear
+from qtool.recipe.policy import Policy
+from tests.quant.test_layer import EXACT, HEADS, observe, relative
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "channel": {"strategy": "channel"},
+    "tensor": {"strategy": "tensor"},
+    "group": {"strategy": "group", "group_size": 16},
+}
+
+
+def quantized(layer: Any, **policy: Any) -> dict[str, QuantizedLinear]:
+    made = Policy.model_validate({"layers": ".*", "smoothing": "none", **policy})
+    groups = find_groups(layer.module, layer.run, HEADS)
+    policies: dict[str, Policy | None] = dict.fromkeys(linear_layers(layer.module), made)
+    return quantize_layer(layer.module, groups, policies, observe(layer, groups), EXACT).linears
+
+
+def as_they_do(weight: torch.Tensor, num_bits: int, way: dict[str, Any]) -> torch.Tensor:
+    """What compressed-tensors makes of a weight without a search."""
+    theirs = TheirArgs(num_bits=num_bits, symmetric=True, **way)
+    if way["strategy"] == "tensor":
+        low, high = weight.amin()[None], weight.amax()[None]
+    elif way["strategy"] == "channel":
+        low, high = weight.amin(dim=1, keepdim=True), weight.amax(dim=1, keepdim=True)
+    else:
+        grouped = weight.unflatten(1, (-1, way["group_size"]))
+        low, high = grouped.amin(dim=2), grouped.amax(dim=2)
+    scale, zero = calculate_qparams(low, high, theirs)
+    return fake_quantize(weight, scale, zero, theirs)
+
+
+@pytest.mark.parametrize("num_bits", range(2, 9))
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rounding_to_nearest_is_theirs(strategy: str, num_bits: int, decoder_layer: Callable[[str], Any]) -> None:
+    layer = decoder_layer("qwen2")
+    weights = {name: module.weight.clone() for name, module in linear_layers(layer.module).items()}
+    way = STRATEGIES[strategy]
+    made = quantized(layer, weights={"num_bits": num_bits, **way}, clip=False, rounding="nearest")
+    assert set(made) == set(weights)
+    for name, linear in made.items():
+        shape = tuple(weights[name].shape)
+        assert (linear.weight.dtype, tuple(linear.weight.shape)) == (torch.int8, shape)
+        assert tuple(linear.weight_scale.shape) == linear.scheme.weights.scales_shape(shape)
+        low, high = int(linear.weight.min()), int(linear.weight.max())
+        assert -(2 ** (num_bits - 1)) <= low < high <= 2 ** (num_bits - 1) - 1
+        expected = as_they_do(weights[name], num_bits, way)
+        found = linear.dequantize()
+        # the largest of a range lies half a step from two integers
+        near = (found - expected).abs() <= 1e-5 * expected.abs() + 1e-7
+        assert near.float().mean() > 0.95
+        step = (expected - weights[name]).abs().max() * 2
+        assert float((found - expected).abs().max()) <= float(step) * 1.01
+        torch.testing.assert_close(linear.dequantize(3, 7), found[3:7])
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("smoothing", ["none", "osl"])
+def test_searches_err_less_on_the_layers_own_output(
+    strategy: str, rounding: str, smoothing: str, decoder_layer: Callable[[str], Any]
+) -> None:
+    def error(**policy: Any) -> float:
+        layer = decoder_layer("llama")
+        before = layer.run()
+        way = {"num_bits": 3, **STRATEGIES[strategy]}
+        for name, linear in quantized(layer, weights=way, activations="dynamic", **policy).items():
+            layer.module.get_submodule(name).weight.copy_(linear.dequantize())
+        return relative(layer.run(), before)
+
+    plain = error(clip=False, rounding="nearest")
+    searched = error(clip=True, rounding=rounding, smoothing=smoothing)
+    assert searched < plain
+
+
+def test_groups_of_four_bits_err_less_than_channels(decoder_layer: Callable[[str], Any]) -> None:
+    found = {}
+    for strategy, way in STRATEGIES.items():
+        layer = decoder_layer("llama")
+        weights = {name: module.weight.clone() for name, module in linear_layers(layer.module).items()}
+        made = quantized(layer, weights={"num_bits": 4, **way}, clip=False, rounding="nearest")
+        found[strategy] = sum(relative(linear.dequantize(), weights[name]) for name, linear in made.items())
+    assert found["group"] < 0.9 * found["channel"] < found["channel"] <= found["tensor"]
