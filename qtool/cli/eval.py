@@ -14,7 +14,6 @@ from qtool.errors import InputError
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
     from qtool.console import Console
-    from qtool.evaluate.job import Vllm
 
 
 def evaluate(
@@ -76,6 +75,7 @@ def evaluate(
     from qtool.evaluate import facts, record
     from qtool.evaluate import report as page
     from qtool.evaluate.job import ComparisonJob, EvaluationText, run
+    from qtool.jobs.evaluate import vllm_for
 
     models = [value for value in (base, quantized) if value is not None]
     folders = [Path(path_or_stdin(value)).expanduser().absolute() for value in models]
@@ -108,7 +108,7 @@ def evaluate(
         text=EvaluationText(
             text if text == "builtin" else str(Path(text).expanduser().absolute()), windows=windows, length=length
         ),
-        vllm=_vllm(checkpoints[1]) if runtime == "vllm" else None,
+        vllm=vllm_for(checkpoints[1]) if runtime == "vllm" else None,
         trust_remote_code=trust_remote_code,
     )
     sizes = {key: facts.sizes(of) for key, of in zip(("base", "quantized"), checkpoints, strict=True)}
@@ -127,29 +127,12 @@ def evaluate(
         out.info(f"report: {report.absolute()}")
 
 
-def _vllm(checkpoint: Checkpoint) -> Vllm:
-    from qtool import runtimes
-    from qtool.checkpoint import formats
-    from qtool.evaluate.job import Vllm
-    from qtool.runtimes.settings import dtype
-
-    format = formats.of(checkpoint).name
-    chosen = runtimes.choose("vllm", format)
-    if chosen.name != "vllm":
-        raise InputError(
-            f"vLLM reads {format} checkpoints through {chosen.name} only, whose logits it can't have",
-            where="--runtime",
-            hint="leave it out: qtool computes what that runtime does with the same integers",
-        )
-    engine = chosen.engine | {"dtype": dtype(checkpoint, runtimes.kind_of(chosen.name))}
-    return Vllm(chosen.python, engine, {**chosen.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
-
-
 def _solve(checkpoint: Checkpoint, asked: dict[str, Any], out: Console) -> dict[str, Any]:
     """One model's task results."""
     from qtool import workers
+    from qtool.jobs.evaluate import vllm_for
 
-    vllm = _vllm(checkpoint)
+    vllm = vllm_for(checkpoint)
     job = {**asked, "model": str(checkpoint.path), "engine": vllm.engine}
     found = workers.run("qtool.evaluate.tasks", job, python=vllm.python, env=vllm.env, on_event=out.event)
     return {"model": str(checkpoint.path), **found}
