@@ -10,20 +10,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from qtool.api import (
-        Answer,
-        Choice,
-        InputError,
-        QtoolError,
-        download,
-        evaluate,
-        generate,
-        inspect,
-        quantize,
-    )
+    from qtool.api import Answer as Answer
+    from qtool.api import Choice as Choice
+    from qtool.api import InputError as InputError
+    from qtool.api import QtoolError as QtoolError
+    from qtool.api import convert as convert
+    from qtool.api import download as download
+    from qtool.api import evaluate as evaluate
+    from qtool.api import generate as generate
+    from qtool.api import inspect as inspect
+    from qtool.api import quantize as quantize
 
-# Not `convert`: that is a package of this one, with the same function in it as `convert.convert`.
-_API = {"Answer", "Choice", "InputError", "QtoolError", "download", "evaluate", "generate", "inspect", "quantize"}
+_API = {
+    *("Answer", "Choice", "InputError", "QtoolError"),
+    *("convert", "download", "evaluate", "generate", "inspect", "quantize"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,12 +3,12 @@
     import qtool
 
     made = qtool.quantize("SmolLM2-135M-Instruct")
-    print(qtool.evaluate("SmolLM2-135M-Instruct", made.output).figures.kl_divergence)
+    print(qtool.evaluate("SmolLM2-135M-Instruct", made.output).figures.kl_divergence["value"])
     for answer in qtool.generate(made.output, ["I am", "Today is"], temperature=0):
         print(answer.text)
 
-Everything heavy runs in processes of its own, as it does for the commands; nothing heavy is imported here. What is wrong
-with the input raises `qtool.InputError`, what fails while it works `qtool.QtoolError`.
+Everything heavy runs in processes of its own, as it does for the commands; nothing heavy is imported here. Bad input
+raises `qtool.InputError`; what fails while it works raises `qtool.QtoolError`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qtool.errors import InputError, QtoolError
 if TYPE_CHECKING:
     from qtool.engines.job import Resources
     from qtool.engines.report import QuantizationResult
-    from qtool.evaluate.job import Comparison
+    from qtool.evaluation.job import Comparison
 
 Event = dict[str, Any]
 """Progress, warnings and results of a worker: `event` says which; progress has stage, done, total and unit."""
@@ -126,14 +126,14 @@ def evaluate(
         on_event: hears of progress and warnings.
     """
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.evaluate.job import ComparisonJob, EvaluationText, run
+    from qtool.evaluation.job import ComparisonJob, EvaluationText, run
     from qtool.jobs.evaluate import vllm_for
 
     job = ComparisonJob(
         base=Path(base).expanduser().absolute(),
         quantized=Path(quantized).expanduser().absolute(),
         text=EvaluationText(text if text == "builtin" else str(Path(text).expanduser().absolute()), windows, length),
-        vllm=vllm_for(Checkpoint.open(quantized)) if runtime == "vllm" else None,
+        vllm=vllm_for(Checkpoint.open(Path(quantized))) if runtime == "vllm" else None,
         trust_remote_code=trust_remote_code,
     )
     return run(job, on_event)
@@ -209,7 +209,7 @@ def generate(
     from qtool.runtimes import sampling as words
     from qtool.runtimes import settings
 
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Checkpoint.open(Path(model))
     asked = words.validated(sampling)
     launch = runtimes.choose(runtime, formats.of(checkpoint).name)
     runtimes.check(launch, asked, arguments or {})
@@ -295,7 +295,7 @@ def convert(
     Returns:
         The folder.
     """
-    from qtool import convert as service
+    from qtool import conversion as service
     from qtool.checkpoint.reader import Checkpoint
 
     path = Path(source).expanduser().absolute()
@@ -316,7 +316,7 @@ def inspect(model: Model) -> dict[str, Any]:
     from qtool.checkpoint.reader import Checkpoint
     from qtool.checkpoint.summary import summarize
 
-    return summarize(Checkpoint.open(model))
+    return summarize(Checkpoint.open(Path(model)))
 
 
 def download(

@@ -16,7 +16,7 @@ FILES = {
 LAYERS = (
     ("qtool.cli", "qtool.__main__"),
     ("qtool.tuning", "qtool.jobs"),
-    ("qtool.evaluate", "qtool.convert"),
+    ("qtool.evaluation", "qtool.conversion"),
     ("qtool.engines",),
     ("qtool.runtimes", "qtool.hub"),
     ("qtool.model",),

@@ -72,9 +72,9 @@ def evaluate(
     """
     from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint as Opened
-    from qtool.evaluate import facts, record
-    from qtool.evaluate import report as page
-    from qtool.evaluate.job import ComparisonJob, EvaluationText, run
+    from qtool.evaluation import facts, record
+    from qtool.evaluation import report as page
+    from qtool.evaluation.job import ComparisonJob, EvaluationText, run
     from qtool.jobs.evaluate import vllm_for
 
     models = [value for value in (base, quantized) if value is not None]
@@ -134,7 +134,7 @@ def _solve(checkpoint: Checkpoint, asked: dict[str, Any], out: Console) -> dict[
 
     vllm = vllm_for(checkpoint)
     job = {**asked, "model": str(checkpoint.path), "engine": vllm.engine}
-    found = workers.run("qtool.evaluate.tasks", job, python=vllm.python, env=vllm.env, on_event=out.event)
+    found = workers.run("qtool.evaluation.tasks", job, python=vllm.python, env=vllm.env, on_event=out.event)
     return {"model": str(checkpoint.path), **found}
 
 

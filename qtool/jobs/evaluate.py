@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from qtool import runtimes
 from qtool.checkpoint import formats
 from qtool.errors import InputError
-from qtool.evaluate.job import Vllm
+from qtool.evaluation.job import Vllm
 from qtool.runtimes.settings import dtype
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 
 from qtool import workers
 from qtool.environments.lookup import interpreter
-from qtool.evaluate.intervals import Estimate
+from qtool.evaluation.intervals import Estimate
 
 
 @dataclass(frozen=True)
@@ -175,5 +175,5 @@ def run(job: ComparisonJob, on_event: Callable[[workers.Event], None]) -> Compar
     """
     python = job.vllm.python if job.vllm else interpreter("native")
     env = job.vllm.env if job.vllm else None
-    found = workers.run("qtool.evaluate.worker", job.to_json(), python=python, env=env, on_event=on_event)
+    found = workers.run("qtool.evaluation.worker", job.to_json(), python=python, env=env, on_event=on_event)
     return Comparison.from_json(found)

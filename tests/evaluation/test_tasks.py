@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from qtool.evaluate.tasks import metrics
+from qtool.evaluation.tasks import metrics
 
 TASK = """
 task: pick

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import InputError, QtoolError, in_one_line
-from qtool.evaluate.intervals import Estimate, estimate_share
+from qtool.evaluation.intervals import Estimate, estimate_share
 from qtool.runtimes import int8_kernel
 from qtool.workers import hide_media_packages
 
