@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qtool.checkpoint import dtypes
 from qtool.checkpoint.header import TensorInfo, read_header
 from qtool.errors import InputError, QtoolError
+from qtool.files import exists, expand, is_file
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ _SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file that holds an object. Raises InputError for anything else."""
     try:
-        if not file.is_file():
+        if not is_file(file):
             raise InputError("no such file", where=str(file))
         if file.stat().st_size > _MAX_JSON_BYTES:
             raise InputError("too large for a JSON file", where=str(file))
@@ -72,9 +73,9 @@ class Checkpoint:
             InputError: no such folder, no or bad config.json, no safetensors, a damaged file, or an index that
                 disagrees with its shards. The message names the file; the hint says what to do.
         """
-        folder = Path(path).expanduser()
+        folder = expand(path)
         _check_folder(folder)
-        if not (folder / "config.json").exists():
+        if not exists(folder / "config.json"):
             raise InputError(
                 "no config.json in this folder", where=str(folder), hint="Give the folder of a whole model."
             )
@@ -218,7 +219,7 @@ def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         file = folder / shard
-        if index and not file.exists():
+        if index and not exists(file):
             raise InputError(
                 f"names {shard}, which is not there",
                 where=str(index),
