@@ -8,6 +8,9 @@ import sys
 def main() -> None:
     """Run the command line and exit with its code, also when Ctrl-C arrives before it is even loaded."""
     try:
+        from qtool.cli import streams
+
+        streams.mend()
         from qtool.cli.app import run
 
         code = run()

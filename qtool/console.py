@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json as jsonlib
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from qtool import sizes
 
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     import rich.progress
 
     from qtool.errors import QtoolError
+
+
+# What moves a terminal's cursor, changes its settings, or shows text in another order than it has.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_LONGEST = 5000  # characters of a line: more than any path has
 
 
 class Console:
@@ -60,16 +66,12 @@ class Console:
             text = jsonlib.dumps(value, indent=indent, ensure_ascii=plain, default=str)
         else:
             text = str(value)
-        # text from a model can hold lone surrogates; no terminal setting may turn a result into a traceback
-        with _to_stdout():
-            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        _print(text)
 
     def piece(self, text: str) -> None:
         """Print a part of a result, as it comes; `result` prints the last of it."""
         self.end_progress()
-        encoding = sys.stdout.encoding or "utf-8"
-        with _to_stdout():
-            print(text.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+        _print(text, end="")
 
     # ------------------------------------------------------------ stderr
 
@@ -101,10 +103,10 @@ class Console:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=Text(title), title_justify="left", title_style="bold", header_style="bold")
+        table = Table(title=Text(_cell(title)), title_justify="left", title_style="bold", header_style="bold")
         for i, column in enumerate(columns):
             numeric = bool(rows) and all(isinstance(row[i], int | float) for row in rows)
-            table.add_column(Text(column), justify="right" if numeric else "left")
+            table.add_column(Text(_cell(column)), justify="right" if numeric else "left")
         for row in rows:
             table.add_row(*(Text(_cell(value)) for value in row))
         target = self._stdout if result else self._stderr
@@ -125,6 +127,7 @@ class Console:
         """A bar with rate and time left on a terminal, else one line as each stage begins."""
         if self.quiet:
             return
+        stage = _cell(stage)
         if not self._stderr.is_terminal:
             if stage != self._stage:
                 self._say(f"{stage} ({amount(total, unit)})" if total else stage)
@@ -158,11 +161,39 @@ class Console:
 
     def _say(self, text: str, style: str | None = None) -> None:
         """One message, not wrapped (so that paths can be copied), above the bar if there is one."""
+        text = bounded(visible(text))
         if sys.stderr.isatty():
             self._stderr.print(text, style=style, markup=False, emoji=False, soft_wrap=True)
         else:
-            encoding = sys.stderr.encoding or "utf-8"
-            print(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
+            print(_encodable(text, sys.stderr), file=sys.stderr, flush=True)
+
+
+def visible(text: str) -> str:
+    """Text of a stranger's, fit for a terminal: what would command that is shown as an escape, as JSON has it."""
+    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text.replace("\r\n", "\n"))
+
+
+def bounded(text: str) -> str:
+    """The text with long lines cut off."""
+    if len(text) <= _LONGEST:
+        return text
+    lines = text.split("\n")
+    return "\n".join(
+        line if len(line) <= _LONGEST else f"{line[:_LONGEST]}… ({len(line):,} characters)" for line in lines
+    )
+
+
+def _print(text: str, end: str = "\n") -> None:
+    """To standard output, as it is; on a terminal without what would command that."""
+    with _to_stdout():
+        text = visible(text) if sys.stdout.isatty() else text
+        print(_encodable(text, sys.stdout), end=end, flush=True)
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """Text from a model can hold lone surrogates; no terminal setting may turn that into a traceback."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @contextlib.contextmanager
@@ -214,7 +245,7 @@ def amount(count: float, unit: str) -> str:
 
 
 def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else bounded(visible(str(value).replace("\n", "\\n")))
 
 
 def _one_line(text: str) -> str:

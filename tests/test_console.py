@@ -14,13 +14,22 @@ import pytest
 
 import qtool
 from qtool.console import Console
+from qtool.errors import InputError
 
 ROOT = str(Path(qtool.__file__).parent.parent)
 LONG = "/a/very/long/path/" + "x" * 200
+EVIL = "a\x1b]0;owned\x07\x1b[2J\x9b1m\u202eb\u2066\r\nc\rd\x7f"
+SEEN = r"a\u001b]0;owned\u0007\u001b[2J\u009b1m\u202eb\u2066"
 SCRIPT = f"""
 import sys, time
 from qtool.console import Console
 from qtool.errors import InputError
+if "evil" in sys.argv:
+    with Console() as console:
+        console.result({EVIL!r})
+        console.result({{"é": {EVIL!r}}})
+        console.piece({EVIL!r})
+    sys.exit()
 with Console(quiet="quiet" in sys.argv, json="json" in sys.argv) as console:
     console.info("hello [red]{LONG}[/red]")
     for done in range(4):
@@ -114,3 +123,43 @@ def test_bytes_have_a_unit_that_suits_them(capsys: pytest.CaptureFixture[str]) -
     with Console() as console:
         console.progress("downloading", 0, 2_500_000, "bytes")
     assert capsys.readouterr().err == "downloading (2.5 MB)\n"
+
+
+def test_what_would_command_a_terminal_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console() as console:
+        console.info(EVIL)
+        console.warning(EVIL)
+        console.event({"event": "warning", "message": EVIL})
+        console.event({"event": "progress", "stage": EVIL, "done": 0, "total": 1, "unit": "layers"})
+        console.error(InputError(EVIL, where=EVIL, hint=EVIL))
+        console.table(EVIL, [EVIL], [[EVIL]])
+        console.table(EVIL, [EVIL], [[EVIL]], result=True)
+    for text in capsys.readouterr():
+        assert SEEN in text
+        assert not {character for character in text if not character.isprintable()} - {"\n"}
+
+
+def test_a_terminal_is_never_commanded_by_a_result() -> None:
+    """A file or another program gets it as it is."""
+    out, _ = piped("evil")
+    assert out == f"{EVIL}\n".replace("\r\n", "\r\n") + json.dumps({"é": EVIL}, ensure_ascii=False) + "\n" + EVIL
+    shown = on_terminal("evil")
+    assert "owned" in shown
+    assert not re.search("\x1b\\]|\x1b\\[2J|\x9b|\u202e", shown)
+    json_line = next(line for line in shown.splitlines() if line.startswith('  "é"'))
+    assert json.loads("{" + json_line + "}") == {"é": EVIL}
+
+
+def test_a_line_has_a_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "x" * 99_000_000
+    with Console() as console:
+        console.warning(f"{long}\nsecond")
+        console.error(InputError(long, where=long, hint=long))
+        console.progress(long, 0, 0)
+        console.table(long, [long], [[long]])
+    text = capsys.readouterr().err
+    assert len(text) < 100_000
+    assert "… (99,000,009 characters)\nsecond\n" in text
+    with Console() as console:
+        console.result("x" * 10_000)
+    assert capsys.readouterr().out == "x" * 10_000 + "\n"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
     from qtool.console import Console
     from qtool.recipe.schema import Recipe
+    from qtool.tuning.job import LinearBytes, Sensitivity
 
 
 def analyze(
@@ -50,57 +51,60 @@ def analyze(
 
       qtool analyze ./Qwen3-8B --scheme w8a8-dynamic --text texts.jsonl --json > sensitivity.json
     """
-    from qtool import workers
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.engines import native
-    from qtool.environments.lookup import interpreter
+    from qtool.engines.job import CalibrationText
+    from qtool.evaluate.job import EvaluationText
+    from qtool.tuning.job import SensitivityJob, run
 
     folder = Path(path_or_stdin(model)).expanduser().absolute()
     chosen, scheme, _ = recipe_for(Checkpoint.open(folder), recipe, scheme)
     data = calibration or chosen.calibration.data
     data = "builtin" if data == "self" else data
-    job = {
-        "model": str(folder),
-        "recipe": chosen.model_dump(mode="json"),
-        "scheme": scheme,
-        "format": chosen.export.format,
-        "modes": [],
-        "text": text if text == "builtin" else str(Path(text).expanduser().absolute()),
-        "windows": windows,
-        "length": length,
-        "calibration": {
-            "data": data if data == "builtin" else str(Path(data).expanduser().absolute()),
-            "samples": samples,
-            "seq_len": seq_len or chosen.calibration.seq_len,
-            "seed": chosen.calibration.seed,
-        },
-        "trust_remote_code": trust_remote_code,
-    }
+    job = SensitivityJob(
+        model=folder,
+        recipe=chosen,
+        scheme=scheme,
+        format=chosen.export.format,
+        text=EvaluationText(_absolute(text), windows, length),
+        calibration=CalibrationText(
+            _absolute(data), samples, seq_len or chosen.calibration.seq_len, chosen.calibration.seed
+        ),
+        trust_remote_code=trust_remote_code,
+    )
     with console() as out:
         out.info(f"recipe {chosen.name}, scheme {scheme}")
-        env = native.environment()
-        found = workers.run("qtool.tuning.worker", job, python=interpreter("native"), env=env, on_event=out.event)
-    out.info(f"{found['seconds']:.0f} s, peak memory {found['peak_memory_bytes'] / 1e9:.2f} GB")
-    ranked = sorted(found["linears"], key=lambda linear: -linear["kl"])
+        found = run(job, out.event)
+    out.info(f"{found.seconds:.0f} s, peak memory {found.peak_memory_bytes / 1e9:.2f} GB")
     result = {
         "model": str(folder),
         "recipe": chosen.name,
         "scheme": scheme,
-        **{key: found[key] for key in ("text", "calibration", "seconds", "peak_memory_bytes")},
-        "kl_of_all": sum(group["kl"] for group in found["groups"]),
+        "text": found.text,
+        "calibration": found.calibration,
+        "seconds": found.seconds,
+        "peak_memory_bytes": found.peak_memory_bytes,
+        "kl_of_all": sum(group.kl for group in found.measured.groups),
         "linears": [
-            {
-                "name": linear["linears"][0],
-                **{key: linear[key] for key in ("activations", "alpha", "relative_error", "kl")},
-                "bytes_saved": found["bytes"][linear["linears"][0]][0] - found["bytes"][linear["linears"][0]][1],
-            }
-            for linear in ranked
+            _row(linear, found.bytes[linear.linears[0]])
+            for linear in sorted(found.measured.linears, key=lambda linear: -linear.kl)
         ],
     }
     if json or not sys.stdout.isatty():
         out.result(result)
     else:
         _show(result, top, out)
+
+
+def _absolute(text: str) -> str:
+    return text if text == "builtin" else str(Path(text).expanduser().absolute())
+
+
+def _row(linear: Sensitivity, size: LinearBytes) -> dict[str, Any]:
+    return {
+        "name": linear.linears[0],
+        **{key: getattr(linear, key) for key in ("activations", "alpha", "relative_error", "kl")},
+        "bytes_saved": size.float - size.quantized,
+    }
 
 
 def recipe_for(checkpoint: Checkpoint, name: str | None, scheme: str | None) -> tuple[Recipe, str, str]:

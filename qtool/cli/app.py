@@ -6,7 +6,6 @@ A command's module is imported when that command runs; `qtool --help` reads only
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib
 import os
 import signal
@@ -21,8 +20,10 @@ import typer.core
 import typer.main
 
 import qtool
+from qtool.cli import streams
 from qtool.cli.options import common
-from qtool.errors import QtoolError
+from qtool.errors import InputError, QtoolError, in_one_line
+from qtool.files import NO_SPACE
 
 if TYPE_CHECKING:
     from qtool.cli.options import Common
@@ -67,9 +68,6 @@ class LazyGroup(typer.core.TyperGroup):
         if args and args[0] in COMMANDS:
             self.commands[args[0]] = _load(args[0])
         return super().resolve_command(ctx, args)
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # whoever wrote, it is no bug
 
 
 def _print_version(value: bool) -> None:
@@ -134,6 +132,8 @@ def run(args: Sequence[str] | None = None) -> int:
             if signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
                 signal.signal(getattr(signal, name), _terminate)
     common.json = common.quiet = common.debug = False
+    if (problem := streams.problem() or _folder_problem()) is not None:
+        return _told(problem, common)
     code = 1
     try:
         code = _invoke(lambda: build()(args=args, prog_name="qtool"), common)
@@ -165,24 +165,37 @@ def _invoke(command: Callable[[], Any], settings: Common) -> int:
     except Exception as error:
         if (interruption := _interruption(error)) is not None:  # Python 3.11 wraps it while it defines a class
             return _interrupted(interruption, settings)
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:  # whoever wrote, it is no bug
             return _told(_unwritable(error, error.filename), settings)
         if settings.debug:
-            traceback.print_exception(error)
+            _show_traceback(error)
             return 1
-        what = " ".join(str(error).split()) or "no message"
-        print(f"error: this is a bug in qtool: {type(error).__name__}: {what[:500]}", file=sys.stderr)
-        print("hint: run the same command with --debug and report what it shows", file=sys.stderr)
-        return 1
+        what = f"this is a bug in qtool: {type(error).__name__}: {in_one_line(error)}"
+        return _told(QtoolError(what, hint="Run the same command with --debug and report what it shows."), settings)
 
 
 def _told(error: QtoolError, settings: Common) -> int:
     if settings.debug:
-        traceback.print_exception(error)
+        _show_traceback(error)
     from qtool.cli.options import console
 
     console().error(error)
     return error.exit_code
+
+
+def _show_traceback(error: BaseException) -> None:
+    from qtool.console import visible
+
+    print(visible("".join(traceback.format_exception(error))), file=sys.stderr, end="")
+
+
+def _folder_problem() -> InputError | None:
+    """Relative paths would mean nothing, and some libraries fail in ways of their own."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        return InputError(f"can't be used: {error.strerror}", where="the current folder", hint="cd to another one.")
+    return None
 
 
 def _unwritable(error: OSError, where: str | None) -> QtoolError:
@@ -199,7 +212,7 @@ def _interruption(error: BaseException) -> BaseException | None:
 
 def _interrupted(cause: BaseException | None, settings: Common) -> int:
     if settings.debug and cause is not None:
-        traceback.print_exception(cause)
+        _show_traceback(cause)
     print("interrupted", file=sys.stderr)
     return int(getattr(cause, "exit_code", 130))
 

@@ -5,44 +5,56 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtool.cli import sampling as options
-from qtool.cli.options import Debug, Quiet, TrustRemoteCode, console
+from qtool.cli import sampling
+from qtool.cli.bundle import expanded
+from qtool.cli.generation import ChatTemplateKwargs, Running, Shown, Thinking, template_kwargs
+from qtool.cli.options import console
 from qtool.errors import InputError
 
 if TYPE_CHECKING:
+    from qtool.checkpoint.reader import Checkpoint
     from qtool.console import Console
+    from qtool.runtimes import GenerationJob
     from qtool.runtimes.conversation import Conversation
 
 COMMANDS = "/reset forgets what was said, /exit ends (so does Ctrl-D), Ctrl-C stops an answer."
 
 
+@dataclass(frozen=True)
+class Template:
+    """What the chat template gets."""
+
+    system: Annotated[str | None, typer.Option(help="What the system says first.")] = None
+    enable_thinking: Thinking = None
+    chat_template_kwargs: ChatTemplateKwargs = None
+
+
+SAMPLING = sampling.bundle(
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    max_tokens={"show_default": "what the context has room for"},
+)
+
+
+@expanded
 def chat(
-    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Model folder.")],
-    system: Annotated[str | None, typer.Option(help="What the system says first.")] = None,
-    enable_thinking: options.Thinking = None,
-    chat_template_kwargs: options.ChatTemplateKwargs = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Most new tokens per answer.", show_default="what the context has room for"),
-    ] = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = 0,
-    stop: options.Stop = None,
-    runtime: Annotated[str, typer.Option(help="auto, vllm, transformers, vllm-mindspore or vllm-ascend.")] = "auto",
-    set_: options.Set = None,
-    trust_remote_code: TrustRemoteCode = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    template: Template,
+    asked: Annotated[dict[str, Any], SAMPLING],
+    running: Running,
+    shown: Shown,
 ) -> None:
     """Talk with a model. /reset forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer.
 
@@ -53,35 +65,44 @@ def chat(
     if not sys.stdin.isatty():
         hint = "For prompts from a file or a pipe: qtool generate --chat."
         raise InputError("a conversation needs a terminal", where="stdin", hint=hint)
-    asked = options.sampling(context.params)
 
-    from qtool import runtimes
-    from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.runtimes import sampling, settings
     from qtool.runtimes.conversation import Conversation
 
-    checkpoint = Checkpoint.open(model)
-    chosen = runtimes.choose(runtime, formats.of(checkpoint).name)
-    recipe = sampling.of_recipe(checkpoint)
-    words = {name: value for name, value in recipe.given().items() if name != "max_tokens"}  # meant for a prompt
-    arguments = settings.parse(set_ or ())
-    runtimes.check(chosen, asked, arguments)
+    job = _job(Checkpoint.open(model), template, asked, running)
     with console() as out:
-        conversation = Conversation(
-            model,
-            system=system,
-            on_event=lambda event: None if event.get("stage") == "generate" else out.event(event),
-            sampling=settings.possible(chosen.name, sampling.merged(sampling.of_model(checkpoint), words, asked)),
-            runtime=runtime,
-            arguments=arguments,
-            chat_template_kwargs=options.template_kwargs(enable_thinking, chat_template_kwargs),
-            reasoning_parser=None if chosen.name == "transformers" else recipe.reasoning_parser,
-            trust_remote_code=trust_remote_code,
-        )
+
+        def event(event: dict[str, Any]) -> None:
+            if event.get("stage") != "generate":  # the text shows how far it is
+                out.event(event)
+
+        conversation = Conversation(job, system=template.system, on_event=event)
         out.info(COMMANDS)
         _talk(conversation, out)
         conversation.close()
+
+
+def _job(checkpoint: Checkpoint, template: Template, asked: Mapping[str, Any], running: Running) -> GenerationJob:
+    from qtool import runtimes
+    from qtool.checkpoint import formats
+    from qtool.runtimes import sampling, settings
+
+    chosen = runtimes.choose(running.runtime, formats.of(checkpoint).name)
+    recipe = sampling.of_recipe(checkpoint)
+    words = {name: value for name, value in recipe.given().items() if name != "max_tokens"}  # meant for a prompt
+    arguments = settings.parse(running.set_ or ())
+    runtimes.check(chosen, asked, arguments)
+    return runtimes.GenerationJob(
+        model=str(checkpoint.path),
+        sampling=settings.possible(chosen.name, sampling.merged(sampling.of_model(checkpoint), words, asked)),
+        runtime=chosen.name,
+        arguments=arguments,
+        chat=runtimes.ChatSettings(
+            template_kwargs=template_kwargs(template.enable_thinking, template.chat_template_kwargs),
+            reasoning_parser=recipe.reasoning_parser if chosen.runtime.vllm else None,
+        ),
+        trust_remote_code=running.trust_remote_code,
+    )
 
 
 def _talk(conversation: Conversation, out: Console) -> None:

@@ -14,6 +14,7 @@ from qtool.errors import InputError
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
     from qtool.console import Console
+    from qtool.evaluate.job import Vllm
 
 
 def evaluate(
@@ -70,12 +71,11 @@ def evaluate(
 
       qtool quantize ./SmolLM2-135M | qtool eval ./SmolLM2-135M - --json
     """
-    from qtool import workers
     from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint as Opened
-    from qtool.environments.lookup import interpreter
     from qtool.evaluate import facts, record
     from qtool.evaluate import report as page
+    from qtool.evaluate.job import ComparisonJob, EvaluationText, run
 
     models = [value for value in (base, quantized) if value is not None]
     folders = [Path(path_or_stdin(value)).expanduser().absolute() for value in models]
@@ -102,21 +102,19 @@ def evaluate(
         raise InputError("compare with what?", where="QUANTIZED", hint="give a quantized model too, or --tasks")
     if report is not None:
         page.check(report, overwrite=overwrite)
-    python, engine, env = _vllm(checkpoints[1]) if runtime == "vllm" else (interpreter("native"), {}, {})
-    job = {
-        "base": str(folders[0]),
-        "quantized": str(folders[1]),
-        "text": text if text == "builtin" else str(Path(text).expanduser().absolute()),
-        "windows": windows,
-        "length": length,
-        "runtime": None if runtime == "qtool" else runtime,
-        "engine": engine,
-        "trust_remote_code": trust_remote_code,
-    }
+    job = ComparisonJob(
+        base=folders[0],
+        quantized=folders[1],
+        text=EvaluationText(
+            text if text == "builtin" else str(Path(text).expanduser().absolute()), windows=windows, length=length
+        ),
+        vllm=_vllm(checkpoints[1]) if runtime == "vllm" else None,
+        trust_remote_code=trust_remote_code,
+    )
     sizes = {key: facts.sizes(of) for key, of in zip(("base", "quantized"), checkpoints, strict=True)}
     details = {"sizes": sizes, "groups": facts.groups(checkpoints[1])}
     with console() as out:
-        result = workers.run("qtool.evaluate.worker", job, python=python, env=env, on_event=out.event) | details
+        result = run(job, out.event).to_json() | details
         if not formats.of(checkpoints[1]).is_float and (reason := record.keep(folders[1], result)):
             out.info(f"the figures are not kept in the quantized model: {reason}")
     out.info(f"{result['seconds']:.0f} s, peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB")
@@ -129,10 +127,10 @@ def evaluate(
         out.info(f"report: {report.absolute()}")
 
 
-def _vllm(checkpoint: Checkpoint) -> tuple[str, dict[str, Any], dict[str, str]]:
-    """vLLM's interpreter, arguments and environment on this machine."""
+def _vllm(checkpoint: Checkpoint) -> Vllm:
     from qtool import runtimes
     from qtool.checkpoint import formats
+    from qtool.evaluate.job import Vllm
     from qtool.runtimes.settings import dtype
 
     format = formats.of(checkpoint).name
@@ -144,16 +142,16 @@ def _vllm(checkpoint: Checkpoint) -> tuple[str, dict[str, Any], dict[str, str]]:
             hint="leave it out: qtool computes what that runtime does with the same integers",
         )
     engine = chosen.engine | {"dtype": dtype(checkpoint, runtimes.kind_of(chosen.name))}
-    return chosen.python, engine, {**chosen.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return Vllm(chosen.python, engine, {**chosen.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
 
 
 def _solve(checkpoint: Checkpoint, asked: dict[str, Any], out: Console) -> dict[str, Any]:
     """One model's task results."""
     from qtool import workers
 
-    python, engine, env = _vllm(checkpoint)
-    job = {**asked, "model": str(checkpoint.path), "engine": engine}
-    found = workers.run("qtool.evaluate.tasks", job, python=python, env=env, on_event=out.event)
+    vllm = _vllm(checkpoint)
+    job = {**asked, "model": str(checkpoint.path), "engine": vllm.engine}
+    found = workers.run("qtool.evaluate.tasks", job, python=vllm.python, env=vllm.env, on_event=out.event)
     return {"model": str(checkpoint.path), **found}
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qtool import sizes
-from qtool.errors import InputError
+from qtool.errors import InputError, in_one_line
 
 if TYPE_CHECKING:
     from qtool.console import Console
@@ -69,7 +69,10 @@ def path_or_stdin(value: str) -> str:
     """
     if value != "-":
         return value
-    path = sys.stdin.readline().rstrip("\r\n")
+    try:
+        path = sys.stdin.readline().rstrip("\r\n")
+    except (OSError, ValueError) as error:
+        raise InputError(f"can't be read: {in_one_line(error)}", where="standard input") from None
     if not path:
         raise InputError(
             "no path on standard input", where="-", hint="the command before the pipe printed nothing: see its error"

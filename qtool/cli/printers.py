@@ -10,8 +10,8 @@ from qtool.errors import QtoolError
 
 if TYPE_CHECKING:
     from qtool.console import Console
-    from qtool.runtimes.requests import Line
-    from qtool.runtimes.results import Answers
+    from qtool.runtimes.answers import Answers
+    from qtool.runtimes.lines import Line
 
 
 class Printer(ABC):

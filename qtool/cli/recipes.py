@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qtool.cli.options import Debug, Json, Quiet, console
+from qtool.console import visible
 
 app = typer.Typer(
     help="List, show and validate recipes.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
@@ -84,6 +85,6 @@ def validate(
         for problem in found:
             place = ":".join(str(problem[key]) for key in ("file", "line") if problem[key] is not None)
             what = ": ".join(str(problem[key]) for key in ("key", "message") if problem[key])
-            print(f"{place}: {what}", file=sys.stderr)
+            print(visible(f"{place}: {what}"), file=sys.stderr)
     if found:
         raise typer.Exit(2)

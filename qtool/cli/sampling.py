@@ -1,72 +1,125 @@
-"""The options that say how text is sampled and asked for, as vLLM names them; `generate` and `chat` share them."""
+"""The options that say how text is sampled, as vLLM names them: made of the fields of `recipe.schema.Sampling`.
+
+`generate` has all of them, `chat` some. A field's description is the option's help, its range the option's.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
+from qtool.cli.bundle import Bundle, option
 from qtool.errors import InputError
+from qtool.recipe.schema import Sampling
 
 _RECIPE = "from the model's recipe"
 _MODEL = "from the recipe or generation_config.json"
 
-MaxTokens = Annotated[int | None, typer.Option(min=1, help="Most new tokens per answer.", show_default=_RECIPE)]
-MinTokens = Annotated[int | None, typer.Option(min=0, help="No end of text before so many tokens.")]
-Temperature = Annotated[float | None, typer.Option(min=0, max=2, help="0 is greedy.", show_default=_RECIPE)]
-TopP = Annotated[float | None, typer.Option(min=0, max=1, help="Share of probability drawn from.", show_default=_MODEL)]
-TopK = Annotated[int | None, typer.Option(min=-1, help="Tokens drawn from; 0 for all.", show_default=_MODEL)]
-MinP = Annotated[
-    float | None,
-    typer.Option(min=0, max=1, help="Least probability, relative to the likeliest's.", show_default=_MODEL),
-]
-RepetitionPenalty = Annotated[
-    float | None, typer.Option(help="Above 1: less of what is already there.", show_default=_MODEL)
-]
-PresencePenalty = Annotated[float | None, typer.Option(min=-2, max=2, help="For tokens that the answer has.")]
-FrequencyPenalty = Annotated[float | None, typer.Option(min=-2, max=2, help="Times how often it has them.")]
-Seed = Annotated[int, typer.Option(help="Prompt i draws from seed + i.")]
-Stop = Annotated[list[str] | None, typer.Option(help="A text that ends an answer; repeat it for more.")]
-System = Annotated[str | None, typer.Option(help="What the system says first; implies --chat.")]
-Thinking = Annotated[
-    bool | None,
-    typer.Option("--enable-thinking/--no-thinking", help="For templates that can.", show_default="the template's own"),
-]
-ChatTemplateKwargs = Annotated[
-    str | None, typer.Option(metavar="JSON", help="Further values for the chat template, as an object.")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="A setting of vLLM: of its EngineArgs or, in capitals, a variable."
+# What an option says otherwise than its field: that is about a list where the option gives one of it, for example.
+_OTHERWISE: dict[str, dict[str, Any]] = {
+    "max_tokens": {"show_default": _RECIPE},
+    "temperature": {"help": "0 is greedy.", "show_default": _RECIPE},
+    "top_p": {"show_default": _MODEL},
+    "top_k": {"help": "Tokens drawn from; 0 for all.", "show_default": _MODEL},
+    "min_p": {"show_default": _MODEL},
+    "repetition_penalty": {"show_default": _MODEL, "min": None},
+    "seed": {"help": "Prompt i draws from seed + i."},
+    "stop": {"help": "A text that ends an answer; repeat it for more."},
+    "stop_token_ids": {"help": "A token that ends an answer."},
+    "bad_words": {"help": "A word that never comes."},
+    "logit_bias": {"help": "Added to a token's logit.", "metavar": "ID=BIAS"},
+    "allowed_token_ids": {"help": "Only these tokens come."},
+    "logprobs": {"help": "Log-probabilities of so many tokens per place."},
+    "prompt_logprobs": {"help": "The same for the prompt."},
+    "skip_special_tokens": {"show_default": "skip"},
+}
+_DEFAULTS = {"seed": 0}
+_FLAGS = {"skip_special_tokens": "--skip-special-tokens/--no-skip-special-tokens"}
+_STRUCTURES = (
+    option(
+        "json_schema",
+        Annotated[str | None, typer.Option(metavar="FILE", help="Answers are JSON of this schema.")],
+        None,
     ),
-]
+    option("regex", Annotated[str | None, typer.Option(help="Answers match it.")], None),
+    option("choice", Annotated[list[str] | None, typer.Option(help="Answers are one of these; repeat it.")], None),
+)
+_NO_OPTION = {"spaces_between_special_tokens", "structured_outputs"}
 
 
-def sampling(given: Mapping[str, Any], structured: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What the command line says of sampling, by vLLM's names.
+def bundle(*names: str, **otherwise: dict[str, Any]) -> Bundle:
+    """The options for these fields of Sampling; a command gets what has been given of them, validated.
 
     Args:
-        given: all parameters of the command.
-        structured: --json-schema, --regex and --choice, by vLLM's names; None is not given.
+        names: none are all, and then how answers are structured as well.
+        otherwise: by a field's name, what its option says here otherwise than elsewhere.
+    """
+    wanted = names or [name for name in Sampling.model_fields if name not in _NO_OPTION]
+    options = [_option(name, otherwise.get(name, {})) for name in wanted]
+    return Bundle(options if names else [*options, *_STRUCTURES], _asked)
+
+
+def _option(name: str, otherwise: Mapping[str, Any]) -> Any:
+    field = Sampling.model_fields[name]
+    kind = _kind(field.annotation)
+    said: dict[str, Any] = {}
+    if field.description:
+        said["help"] = f"{field.description[:1].upper()}{field.description[1:]}."
+    if kind in (int, float):
+        said |= _range(field.metadata, kind)
+    said |= {**_OTHERWISE.get(name, {}), **otherwise}
+    flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+    default = _DEFAULTS.get(name)
+    kind = kind if default is not None else kind | None
+    return option(name, Annotated[kind, typer.Option(flag, **said)], default)
+
+
+def _kind(annotation: Any) -> Any:
+    """A type that a command line can say: without None and pydantic's marks, lists of texts for what is no list."""
+    (kind,) = [each for each in get_args(annotation) if each is not type(None)]
+    bare = getattr(kind, "__origin__", kind)
+    if bare is list:
+        (item,) = get_args(kind)
+        return list[getattr(item, "__origin__", item)]  # type: ignore[misc]
+    return list[str] if bare is dict else bare
+
+
+def _range(metadata: Sequence[Any], kind: Callable[[int], Any]) -> dict[str, Any]:
+    """Typer's ranges include their ends: above 0 is from 1 for integers, and from 0 for what validation sees again."""
+    found: dict[str, Any] = {}
+    for mark in metadata:
+        if (least := getattr(mark, "ge", None)) is not None:
+            found["min"] = least
+        elif (above := getattr(mark, "gt", None)) is not None:
+            found["min"] = above + 1 if kind is int else above
+        elif (most := getattr(mark, "le", None)) is not None:
+            found["max"] = most
+    return found
+
+
+def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the command line says of sampling, by vLLM's names; None and nothing are not given.
 
     Raises:
         InputError: a value that is none, or out of its range; more than one structure.
     """
-    from qtool.recipe.schema import Sampling
     from qtool.runtimes.sampling import validated
 
-    wanted = {name: value for name, value in (structured or {}).items() if value is not None}
-    if len(wanted) > 1:
+    named = {name: given.get(name) for name in Sampling.model_fields}
+    named["logit_bias"] = _biases(given.get("logit_bias") or ())
+    structures = {"json": _json_schema(given.get("json_schema")), "regex": given.get("regex")}
+    structures["choice"] = given.get("choice") or None
+    structures = {name: value for name, value in structures.items() if value is not None}
+    if len(structures) > 1:
         raise InputError("an answer has one structure", where="--json-schema, --regex, --choice", hint="Give one.")
-    named = {name: given[name] for name in Sampling.model_fields if given.get(name) not in (None, [], ())}
-    return validated(named | ({"structured_outputs": wanted} if wanted else {}), option=True)
+    named["structured_outputs"] = structures
+    return validated({name: value for name, value in named.items() if value not in (None, [], (), {})}, option=True)
 
 
-def biases(pairs: Sequence[str]) -> dict[int, float]:
+def _biases(pairs: Sequence[str]) -> dict[int, float]:
     """`ID=BIAS` of --logit-bias as a mapping."""
     result = {}
     for pair in pairs:
@@ -79,24 +132,14 @@ def biases(pairs: Sequence[str]) -> dict[int, float]:
     return result
 
 
-def template_kwargs(thinking: bool | None, further: str | None) -> dict[str, Any]:
-    """What the chat template gets. Qwen calls the switch `enable_thinking`, DeepSeek and Granite `thinking`."""
-    kwargs = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
-    if further is None:
-        return kwargs
-    try:
-        values = json.loads(further)
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise InputError("must be a JSON object", where="--chat-template-kwargs", hint="""Like '{"date": "today"}'.""")
-    return kwargs | values
-
-
-def json_schema(file: str | None) -> Any:
+def _json_schema(file: str | None) -> Any:
     """What is in a --json-schema file."""
     if file is None:
         return None
     from qtool.checkpoint.reader import read_json
 
     return read_json(Path(file).expanduser())
+
+
+ALL = bundle()
+"""Every field's option."""

@@ -6,30 +6,40 @@ import ipaddress
 import os
 import shlex
 import sys
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import typer
 
-from qtool.cli import sampling as options
-from qtool.cli.options import Debug, Quiet, TrustRemoteCode, console, path_or_stdin
+from qtool.cli.bundle import expanded
+from qtool.cli.generation import Server, Set, Shown
+from qtool.cli.options import TrustRemoteCode, console, path_or_stdin
 from qtool.errors import QtoolError
 
 
-def serve(
-    model: Annotated[str, typer.Argument(help="Model folder; - reads the path from stdin.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+@dataclass(frozen=True)
+class Listening:
+    """Where the server listens, and what it is called by."""
+
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000
     served_model_name: Annotated[
         str | None, typer.Option(help="What requests call the model.", show_default="the folder's name")
-    ] = None,
-    runtime: Annotated[str, typer.Option(help="auto, vllm, vllm-mindspore or vllm-ascend.")] = "auto",
-    set_: options.Set = None,
+    ] = None
+
+
+@expanded
+def serve(
+    model: Annotated[str, typer.Argument(help="Model folder; - reads the path from stdin.")],
+    listening: Listening,
+    *,
+    runtime: Server = "auto",
+    set_: Set = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the command, and the variables set for it.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    shown: Shown,
 ) -> None:
     """Serve a model with vLLM's OpenAI server, set up for this hardware as `qtool generate` is.
 
@@ -46,19 +56,18 @@ def serve(
     from qtool.runtimes import server, settings
 
     checkpoint = Checkpoint.open(path_or_stdin(model))
-    name = served_model_name or checkpoint.path.resolve().name
-    own = {"host": host, "port": port, "served_model_name": name, "trust_remote_code": trust_remote_code or None}
+    name = listening.served_model_name or checkpoint.path.resolve().name
+    own = asdict(listening) | {"served_model_name": name, "trust_remote_code": trust_remote_code or None}
     command, env = server.command(checkpoint, runtime, settings.parse(set_ or ()), own)
     with console() as out:
         if dry_run:
-            shown = {**env, server.KEY_VARIABLE: "…"} if server.KEY_VARIABLE in env else env
-            out.result(shlex.join(["env", *(f"{key}={value}" for key, value in shown.items()), *command]))
+            told = {**env, server.KEY_VARIABLE: "…"} if server.KEY_VARIABLE in env else env
+            out.result(shlex.join(["env", *(f"{key}={value}" for key, value in told.items()), *command]))
             return
-        if not _is_loopback(host) and not (env.get(server.KEY_VARIABLE) or os.environ.get(server.KEY_VARIABLE)):
-            out.warning(
-                f"whoever reaches {host}:{port} can use the model: ask for a key by setting {server.KEY_VARIABLE}"
-            )
-        out.info(f"serving {name} at http://{host}:{port}/v1")
+        address, key = f"{listening.host}:{listening.port}", server.KEY_VARIABLE
+        if not _is_loopback(listening.host) and not (env.get(key) or os.environ.get(key)):
+            out.warning(f"whoever reaches {address} can use the model: ask for a key by setting {key}")
+        out.info(f"serving {name} at http://{address}/v1")
     sys.stdout.flush()
     sys.stderr.flush()
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from qtool.errors import InputError, QtoolError
 
 if TYPE_CHECKING:
     from qtool.console import Console
+    from qtool.tuning.tune import Tuned
 
 
 def tune(
@@ -62,8 +63,10 @@ def tune(
     """
     from qtool.checkpoint.reader import Checkpoint
     from qtool.cli.analyze import recipe_for
+    from qtool.engines.job import CalibrationText
+    from qtool.evaluate.job import EvaluationText
     from qtool.files import write_text
-    from qtool.tuning.tune import Goal, Job
+    from qtool.tuning.tune import Goal, TuningJob
     from qtool.tuning.tune import tune as find
 
     if (max_kl is None) == (max_size is None):
@@ -77,42 +80,38 @@ def tune(
         _check_output(output, extends, overwrite=overwrite)
     if scratch is not None and not (scratch.is_dir() and os.access(scratch, os.W_OK)):
         raise InputError("is no folder that can be written to", where=str(scratch), hint="Choose another --scratch.")
-    wanted = {
-        "data": _text(calibration or chosen.calibration.data, "--calibration"),
-        "samples": samples or chosen.calibration.samples,
-        "seq_len": seq_len or chosen.calibration.seq_len,
-        "seed": chosen.calibration.seed,
-    }
+    wanted = CalibrationText(
+        _text(calibration or chosen.calibration.data, "--calibration"),
+        samples or chosen.calibration.samples,
+        seq_len or chosen.calibration.seq_len,
+        chosen.calibration.seed,
+    )
     with console() as out:
         out.info(f"recipe {chosen.name}, scheme {scheme}")
-        job = Job(
+        job = TuningJob(
             model=folder,
             recipe=chosen,
             scheme=scheme,
             extends=extends,
             format=chosen.export.format,
             goal=Goal(max_kl, max_size),
-            text=_text(text, "--text"),
+            text=EvaluationText(_text(text, "--text"), windows, length),
             calibration=wanted,
-            windows=windows,
-            length=length,
-            probe_length=min(length, Job.probe_length),
             budget=budget,
             scratch=scratch,
             trust_remote_code=trust_remote_code,
-            on_event=out.event,
         )
-        result = find(job)
+        result = find(job, out.event)
         _summary(result, out)
         if output is not None:
-            write_text(output, result["recipe"])
+            write_text(output, result.recipe)
         if json:
-            out.result(result)
+            out.result(result.to_json())
         else:
-            out.result(result["recipe"].rstrip("\n") if output is None else output.absolute())
-    if not result["reached"]:
+            out.result(result.recipe.rstrip("\n") if output is None else output.absolute())
+    if not result.reached:
         raise QtoolError(
-            f"a KL divergence of {max_kl:g} was not reached: {result['tuned']['kl_divergence']['value']:.5f}",
+            f"a KL divergence of {max_kl:g} was not reached: {result.tuned.kl:.5f}",
             hint="the recipe is the best one measured; a larger --budget corrects it further, or allow more",
         )
 
@@ -138,11 +137,11 @@ def _text(value: str, option: str) -> str:
     return value if value == "builtin" else str(Path(value).expanduser().absolute())
 
 
-def _summary(result: dict[str, Any], out: Console) -> None:
+def _summary(result: Tuned, out: Console) -> None:
     rows = []
-    for name in ("reference", "tuned"):
-        kl, size = result[name]["kl_divergence"], result[name]["bytes"]
+    for name, each in (("reference", result.reference), ("tuned", result.tuned)):
+        kl = each.quality.kl_divergence
         interval = "" if kl["low"] is None else f"{kl['low']:.5f} to {kl['high']:.5f}"
-        rows.append([name, f"{kl['value']:.5f}", interval, f"{size / 1e6:,.1f} MB"])
-    title = f"{result['evaluations']} evaluations, {len(result['changed'])} groups of linears changed"
+        rows.append([name, f"{kl['value']:.5f}", interval, f"{each.bytes / 1e6:,.1f} MB"])
+    title = f"{result.evaluations} evaluations, {len(result.changed)} groups of linears changed"
     out.table(title, ["", "KL divergence", "95 % interval", "size"], rows)

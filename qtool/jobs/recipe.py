@@ -13,14 +13,15 @@ from qtool import convert, engines, runtimes, workers
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
 from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
-from qtool.environments.lookup import interpreter
 from qtool.errors import InputError
+from qtool.evaluate import job as evaluation
+from qtool.evaluate.job import ComparisonJob, EvaluationText
 from qtool.files import encode_json, write_json, write_text
 from qtool.jobs import contents, download, quantize
 from qtool.jobs.stages import Done, Job
 from qtool.recipe.schema import Recipe
 from qtool.runtimes import sampling
-from qtool.runtimes.requests import Line
+from qtool.runtimes.lines import Line
 from qtool.runtimes.results import record
 from qtool.runtimes.settings import possible
 
@@ -181,19 +182,14 @@ class _Run:
         }
 
         def make(target: Path) -> None:
-            job = {
-                "base": str(model.path),
-                "quantized": str(quantized.path),
-                "text": wanted.text if wanted.text == "builtin" else str(Path(wanted.text).expanduser().absolute()),
-                "windows": wanted.windows,
-                "length": wanted.length,
-                "runtime": None,  # qtool's own, which runs every format
-                "engine": {},
-                "trust_remote_code": self.settings.trust_remote_code,
-            }
-            python = interpreter("native")
-            result = workers.run("qtool.evaluate.worker", job, python=python, on_event=self.on_event)
-            write_json(target, result)
+            text = wanted.text if wanted.text == "builtin" else str(Path(wanted.text).expanduser().absolute())
+            job = ComparisonJob(
+                base=model.path,
+                quantized=quantized.path,
+                text=EvaluationText(text, wanted.windows, wanted.length),
+                trust_remote_code=self.settings.trust_remote_code,
+            )
+            write_json(target, evaluation.run(job, self.on_event).to_json())
 
         return self.job.stage("eval", EVALUATION, inputs, make).output
 
@@ -224,15 +220,14 @@ class _Run:
                     raise InputError(item["error"], where=f"prompt {item['index'] + 1} of the recipe")
                 answers.append(encode_json(record(lines[item["index"]], item)).decode())
 
-            runtimes.stream(
-                model.path,
-                ({"index": i, **line.request} for i, line in enumerate(lines)),
-                collect,
+            job = runtimes.GenerationJob(
+                model=str(model.path),
                 sampling=possible(name, words),
                 runtime=self.settings.runtime,
                 trust_remote_code=self.settings.trust_remote_code,
-                on_event=self._without_items,
             )
+            requests = ({"index": i, **line.request} for i, line in enumerate(lines))
+            runtimes.stream(job, requests, collect, self._without_items)
             write_text(target, "".join(answers))
 
         return self.job.stage("generate", ANSWERS, inputs, make).output

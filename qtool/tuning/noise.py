@@ -4,30 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """What quantizing one linear, or several at once, does when all else is float.
-
-    Attributes:
-        linears: full names.
-        way: the key of the policies that it was quantized by.
-        activations: static or dynamic.
-        alpha: the smoothing's exponent; None without smoothing.
-        relative_error: squared error of the output over its square.
-        kl: the estimated KL divergence of the model's output from the float model's, nats per token.
-    """
-
-    linears: list[str]
-    way: str
-    activations: str
-    alpha: float | None
-    relative_error: float
-    kl: float
 
 
 class Tally:

@@ -15,14 +15,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from qtool.checkpoint.formats import QuantizedFormat
-from qtool.engines.native.context import storage
+from qtool.engines.native.context import Context
 from qtool.model.activations import Activations
 from qtool.model.decoder import DecoderStream
 from qtool.model.loader import input_quantizer
@@ -34,181 +34,138 @@ from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, bias_of, linear_layers, signature
 from qtool.quant.types import QuantizedLinear
 from qtool.recipe.schema import Policy
-from qtool.tuning.experts import ExpertNoise, gradients, replaced
-from qtool.tuning.noise import Sensitivity, Tally
+from qtool.tuning.backward import backward
+from qtool.tuning.experts import ExpertNoise, RoutedTokens, gradients, replaced
+from qtool.tuning.job import Measured, Sensitivity
+from qtool.tuning.noise import Tally
 
 if TYPE_CHECKING:
     from qtool.workers import Report
 
-_DRAWS = 2  # tokens drawn per position; each costs a backward pass and steadies the estimate
-_ROWS = 4096  # of the output projection, at a time
 _BATCH_TOKENS = 2048
-_HEAD_TOKENS = 1024  # through the output projection, at a time
 
 Policies = Mapping[str, Policy | None]
 
 
-@torch.no_grad()
-def measure(
-    stream: DecoderStream,
-    text: torch.Tensor,
-    calibration: torch.Tensor,
-    ways: Mapping[str, Policies],
-    output_format: QuantizedFormat,
-    dtype: torch.dtype,
-    expert_tokens: int,
-    report: Report,
-) -> tuple[list[Sensitivity], list[Sensitivity]]:
+@dataclass
+class Measurement:
     """Every group and every linear, quantized in every way.
 
-    Args:
-        stream: the float model, in float32.
-        text: int64 [windows, length], to estimate KL on.
-        calibration: int64 [samples, length], for the quantizer; another text.
+    Attributes:
+        context: the float model, in float32, and the format of the quantized one.
         ways: policies by the checkpoint's linear names, by a name for them.
-        output_format: of the quantized model.
-        dtype: of the checkpoint's float tensors.
         expert_tokens: how many calibration tokens an expert's statistics need.
-
-    Returns:
-        (groups, linears), in the model's order, the ways of each together. All routed experts of a layer are one
-        group: runtimes run them as one.
-
-    Raises:
-        QtoolError: the model's hidden states are not finite.
+        report: hears of the progress.
     """
-    torch.manual_seed(0)
-    hidden = [states.clone() for states in forward(stream, text, _BATCH_TOKENS, "forward", report)]
-    gradients_of = _backward(stream, hidden, report)
-    states = stream.prologue(calibration)
-    groups: list[Sensitivity] = []
-    linears: list[Sensitivity] = []
-    topology: dict[Any, list[Group]] = {}
-    for index in range(stream.depth):
-        report.progress("quantize", index, stream.depth, "layers")
-        routed = stream.routed(index)
+
+    context: Context
+    ways: Mapping[str, Policies]
+    expert_tokens: int
+    report: Report
+    _groups: dict[Any, list[Group]] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def measure(self, text: torch.Tensor, calibration: torch.Tensor) -> Measured:
+        """The sensitivities.
+
+        Args:
+            text: int64 [windows, length], to estimate KL on.
+            calibration: int64 [samples, length], for the quantizer; another text.
+
+        Raises:
+            QtoolError: the model's hidden states are not finite.
+        """
+        torch.manual_seed(0)
+        stream, report = self.context.model, self.report
+        hidden = [states.clone() for states in forward(stream, text, _BATCH_TOKENS, "forward", report)]
+        gradients_of = backward(stream, hidden, _windows(text.shape[1]), report)
+        states = stream.prologue(calibration)
+        found = Measured([], [])
+        for index in range(stream.depth):
+            report.progress("quantize", index, stream.depth, "layers")
+            layer = self._layer(index, states, _Flow(hidden[index], gradients_of[index]))
+            found.groups.extend(layer.groups)
+            found.linears.extend(layer.linears)
+        report.progress("quantize", stream.depth, stream.depth, "layers")
+        return found
+
+    def _layer(self, index: int, states: torch.Tensor, flow: _Flow) -> Measured:
+        """Of one layer; moves the calibration text's `states` on to its output."""
+        stream, found, routed = self.context.model, Measured([], []), self.context.model.routed(index)
         with ExitStack() as stack:
             layer = stack.enter_context(stream.layer(index))
             key = signature(layer)
-            if key not in topology:
-                topology[key] = probe(stream, index, layer)
+            if key not in self._groups:
+                self._groups[key] = probe(stream, index, layer)
+            groups = self._groups[key]
+            recorder = stack.enter_context(_recording(states)) if routed is not None else None
+            statistics = _observe(stream, index, layer, groups, states, recorder)
             stored = {
                 name: stream.stored(index, f"{name}.weight").removesuffix(".weight") for name in linear_layers(layer)
             }
-            recorder = stack.enter_context(_recording(states)) if routed is not None else None
-            experts = recorder.before(routed.handler) if routed is not None and recorder is not None else None
-            stride = sample_stride(states[..., 0].numel())
-            statistics = {g.linears[0]: InputStatistics(stride=stride, with_hessian=True) for g in topology[key]}
-            parts = states.split(_windows(states.shape[1]))
-            for part, output in zip(parts, observe(stream, index, layer, parts, statistics, experts), strict=True):
-                part.copy_(output)
+            storage = self.context.storage(f"{stored[groups[0].linears[0]]}.weight")
             saved = {name: value.clone() for name, value in layer.state_dict().items()}
             seen: ExpertNoise | None = None
-            for way, policies in ways.items():
+            for way, policies in self.ways.items():
                 own = {name: policies[full] for name, full in stored.items()}
                 if not any(own.values()) and (routed is None or seen is not None):
                     continue
                 layer.load_state_dict(saved)
-                result = quantize_layer(layer, topology[key], own, statistics, storage(output_format, dtype))
+                result = quantize_layer(layer, groups, own, statistics, storage)
                 noise = _Noise(result.linears)
-                noise.measure(stream, index, layer, hidden[index], gradients_of[index])
+                noise.measure(stream, index, layer, flow)
                 seen = seen or noise.experts
                 for group in result.groups:
                     facts = (way, group.activations, group.alpha)
                     names = [stored[name] for name in group.linears]
-                    groups.append(Sensitivity(names, *facts, *noise.of(group.linears)))
-                    linears += [Sensitivity([stored[n]], *facts, *noise.of([n])) for n in group.linears]
+                    found.groups.append(Sensitivity(names, *facts, *noise.of(group.linears)))
+                    found.linears.extend(Sensitivity([stored[n]], *facts, *noise.of([n])) for n in group.linears)
             if routed is not None and recorder is not None and seen is not None:
                 router = saved[routed.router].float() if routed.router else None
-                together, each = seen.measure(stream, routed, recorder, router, ways, output_format, expert_tokens)
-                groups += together
-                linears += each
-    report.progress("quantize", stream.depth, stream.depth, "layers")
-    return groups, linears
+                tokens = RoutedTokens(routed, recorder, router, self.expert_tokens)
+                experts = seen.measure(self.context, tokens, self.ways)
+                found.groups.extend(experts.groups)
+                found.linears.extend(experts.linears)
+        return found
 
 
-def _backward(stream: DecoderStream, hidden: list[torch.Tensor], report: Report) -> list[torch.Tensor]:
-    """Gradients of log p(drawn tokens) by what leaves each layer: [draws, windows, length, hidden] each."""
-    gradient = _head_gradient(stream, hidden[-1], report)
-    entering = [gradient]
-    for index in reversed(range(1, stream.depth)):
-        report.progress("backward", stream.depth - 1 - index, stream.depth - 1, "layers")
-        with stream.layer(index) as layer:
-            pieces = []
-            size, routed = _windows(hidden[0].shape[1]), stream.routed(index)
-            for x, g in zip(hidden[index].split(size), gradient.split(size, dim=1), strict=True):
-                with torch.enable_grad(), replaced(routed) as passages:
-                    x = x.detach().requires_grad_()
-                    output = stream.run(index, layer, x)
-                found, _ = gradients(stream, routed, passages, output, [x], g)
-                pieces.append(torch.stack([by_draw[0] for by_draw in found]))
-            gradient = torch.cat(pieces, dim=1)
-        entering.append(gradient)
-    report.progress("backward", stream.depth - 1, stream.depth - 1, "layers")
-    return entering[::-1]
+@dataclass(frozen=True)
+class _Flow:
+    """What flows through a layer on the text that KL is estimated on.
 
-
-def _head_gradient(stream: DecoderStream, hidden: torch.Tensor, report: Report) -> torch.Tensor:
-    """Gradient of log p(y) by what leaves the last layer, y drawn from p, a slice of the vocabulary at a time.
-
-    By the logits it is onehot(y) - p; y is drawn as the largest logit plus Gumbel noise, which needs no p.
+    Attributes:
+        hidden: what enters it, [windows, length, hidden].
+        gradient: by what leaves it, [draws, windows, length, hidden].
     """
-    flat = hidden.reshape(-1, hidden.shape[2])
-    result = torch.zeros(_DRAWS, *flat.shape)
-    for start in range(0, len(flat), _HEAD_TOKENS):
-        report.progress("head", start, len(flat), "tokens")
-        tokens = slice(start, start + _HEAD_TOKENS)
-        with torch.enable_grad():
-            x = flat[tokens].detach().requires_grad_()
-            normalized = stream.head.normalize(x)
-        drawn, normalizer = _draw(stream, normalized.detach())
-        total = torch.zeros(_DRAWS, *normalized.shape)
-        for first, stop in _slices(stream.head.vocabulary):
-            rows = stream.head.rows(first, stop)
-            with torch.enable_grad():
-                leaf = normalized.detach().requires_grad_()
-                logits = stream.head.logits(leaf, rows)
-            p = (logits.detach() - normalizer[:, None]).exp()
-            for draw in range(_DRAWS):
-                wanted = -p
-                inside = (drawn[draw] >= first) & (drawn[draw] < stop)
-                wanted[inside.nonzero()[:, 0], drawn[draw][inside] - first] += 1
-                total[draw] += _gradient(logits, leaf, wanted, draw)
-        for draw in range(_DRAWS):
-            result[draw, tokens] = _gradient(normalized, x, total[draw], draw)
-    report.progress("head", len(flat), len(flat), "tokens")
-    return result.view(_DRAWS, *hidden.shape)
 
+    hidden: torch.Tensor
+    gradient: torch.Tensor
 
-def _gradient(output: torch.Tensor, by: torch.Tensor, seed: torch.Tensor, draw: int) -> torch.Tensor:
-    """The gradient by one tensor, for one of the draws."""
-    return torch.autograd.grad(output, by, seed, retain_graph=draw + 1 < _DRAWS)[0]
-
-
-def _draw(stream: DecoderStream, normalized: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens drawn from the model's distribution, int64 [draws, tokens]; their normalizer, float32 [tokens])."""
-    count = len(normalized)
-    best = torch.full((_DRAWS, count), -torch.inf)
-    drawn = torch.zeros((_DRAWS, count), dtype=torch.int64)
-    sums = []
-    for first, stop in _slices(stream.head.vocabulary):
-        logits = stream.head.logits(normalized, stream.head.rows(first, stop))
-        sums.append(logits.logsumexp(dim=1))
-        for draw in range(_DRAWS):
-            gumbel = -torch.empty_like(logits).exponential_().log_()
-            largest, place = (logits + gumbel).max(dim=1)
-            drawn[draw] = torch.where(largest > best[draw], place + first, drawn[draw])
-            best[draw] = torch.maximum(best[draw], largest)
-    return drawn, torch.stack(sums).logsumexp(dim=0)
-
-
-def _slices(vocabulary: int) -> Iterator[tuple[int, int]]:
-    for first in range(0, vocabulary, _ROWS):
-        yield first, min(first + _ROWS, vocabulary)
+    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        size = _windows(self.hidden.shape[1])
+        return zip(self.hidden.split(size), self.gradient.split(size, dim=1), strict=True)
 
 
 def _windows(length: int) -> int:
     return max(1, _BATCH_TOKENS // length)
+
+
+def _observe(
+    stream: DecoderStream,
+    index: int,
+    layer: nn.Module,
+    groups: list[Group],
+    states: torch.Tensor,
+    recorder: Recorder | None,
+) -> dict[str, InputStatistics]:
+    """Statistics of every group's input on the calibration text; moves `states` on to the layer's output."""
+    routed, stride = stream.routed(index), sample_stride(states[..., 0].numel())
+    experts = recorder.before(routed.handler) if routed is not None and recorder is not None else None
+    statistics = {group.linears[0]: InputStatistics(stride=stride, with_hessian=True) for group in groups}
+    parts = states.split(_windows(states.shape[1]))
+    for part, output in zip(parts, observe(stream, index, layer, parts, statistics, experts), strict=True):
+        part.copy_(output)
+    return statistics
 
 
 @contextmanager
@@ -236,9 +193,7 @@ class _Noise:
         self.of = self._tally.of
         self.experts = ExpertNoise()
 
-    def measure(
-        self, stream: DecoderStream, index: int, layer: nn.Module, hidden: torch.Tensor, gradient: torch.Tensor
-    ) -> None:
+    def measure(self, stream: DecoderStream, index: int, layer: nn.Module, flow: _Flow) -> None:
         seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         handles = [
             layer.get_submodule(name).register_forward_hook(
@@ -246,18 +201,18 @@ class _Noise:
             )
             for name in self._linears
         ]
-        size, routed = _windows(hidden.shape[1]), stream.routed(index)
-        for x, g in zip(hidden.split(size), gradient.split(size, dim=1), strict=True):
+        routed = stream.routed(index)
+        for x, g in flow.batches():
             with torch.enable_grad(), replaced(routed) as passages:
                 output = stream.run(index, layer, x.detach().requires_grad_())
             outputs = [seen[name][1] for name in self._linears]
             noise = {name: self._noise(layer, name, *seen[name]) for name in self._linears}
-            found, by_experts = gradients(stream, routed, passages, output, outputs, g)
-            for by_draw in found:
+            found = gradients(routed, passages, output, outputs, g)
+            for by_draw in found.by:
                 for name, by in zip(self._linears, by_draw, strict=True):
                     self._tally.add(name, (by * noise[name]).sum(dim=-1).flatten())
-            if by_experts is not None:
-                self.experts.runs.append((passages[0].detached(), by_experts))
+            if found.by_experts is not None:
+                self.experts.runs.append((passages[0].detached(), found.by_experts))
         for handle in handles:
             handle.remove()
 

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from qtool import sizes, workers
-from qtool.engines import native
 from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
-from qtool.environments.lookup import interpreter
 from qtool.errors import InputError
+from qtool.evaluate import job as evaluation
+from qtool.evaluate.intervals import Estimate
+from qtool.evaluate.job import ComparisonJob, EvaluationText
 from qtool.jobs import quantize
 from qtool.recipe.schema import Policy, Recipe
+from qtool.tuning import job as measuring
 from qtool.tuning import search
+from qtool.tuning.job import Sensitivities, SensitivityJob
 from qtool.tuning.search import FLOAT, Choice, Option, Unit
 
 SCHEME = "tuned"
 _CAUTION = 0.97  # of the KL divergence asked for, once a prediction has been too low
+_PROBE_WINDOWS, _PROBE_LENGTH, _PROBE_SAMPLES = 4, 256, 16  # at most, for the sensitivities
+
+OnEvent = Callable[[workers.Event], None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Goal:
     """At most so much KL divergence, or at most so many bytes; exactly one of them.
 
@@ -51,20 +57,18 @@ class Goal:
         return nbytes
 
 
-@dataclass
-class Job:
+@dataclass(frozen=True, kw_only=True)
+class TuningJob:
     """What to tune, and on what.
 
     Attributes:
         recipe, scheme: where to start from; activations stay of the kinds that this scheme uses.
         extends: the recipe as the new one names it: a shipped recipe's name, or a file's whole path.
-        text: for the sensitivities and to evaluate on; builtin or a file.
-        windows, length: of the text, to evaluate on.
-        probe_windows, probe_length: of the text, for the sensitivities.
-        calibration: {"data", "samples", "seq_len", "seed"}.
-        probe_samples: calibration samples for the sensitivities.
+        format: of the quantized model.
+        text: to evaluate on; the sensitivities are measured on some of it.
         budget: how many times to quantize and evaluate, the scheme as it is among them.
         scratch: where the quantized models lie meanwhile; None: the system's folder for temporary files.
+        trust_remote_code: allow the checkpoint's own modelling code.
     """
 
     model: Path
@@ -73,17 +77,217 @@ class Job:
     extends: str
     format: str
     goal: Goal
-    text: str
-    calibration: dict[str, Any]
-    windows: int = 24
-    length: int = 512
-    probe_windows: int = 4
-    probe_length: int = 256
-    probe_samples: int = 16
+    text: EvaluationText
+    calibration: CalibrationText
     budget: int = 3
     scratch: Path | None = None
     trust_remote_code: bool = False
-    on_event: Callable[[workers.Event], None] = field(default=lambda event: None)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How near a quantized model is to the float one, measured (see `evaluate.job.Figures`)."""
+
+    kl_divergence: Estimate
+    top1_agreement: Estimate
+    perplexity_ratio: Estimate
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A recipe's scheme, quantized and evaluated.
+
+    Attributes:
+        predicted_kl: what the sensitivities made of it.
+        bytes: of the checkpoint's tensors.
+    """
+
+    quality: Quality
+    predicted_kl: float
+    bytes: int
+
+    @property
+    def kl(self) -> float:
+        return self.quality.kl_divergence["value"]
+
+    @property
+    def surprise(self) -> float:
+        """How many times the divergence is what was predicted."""
+        return self.kl / max(self.predicted_kl, 1e-12)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self.quality), "predicted_kl": self.predicted_kl, "bytes": self.bytes}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A group of linears that isn't as in the scheme: static, dynamic or float before and after; KL as estimated."""
+
+    linears: list[str]
+    before: str
+    after: str
+    kl: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"linears": self.linears, "from": self.before, "to": self.after, "kl": self.kl}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was found.
+
+    Attributes:
+        recipe: YAML; the best one measured.
+        reached: it meets the goal by measurement.
+        reference, tuned: the scheme as it was, and the best one.
+        evaluations: how many there were.
+    """
+
+    recipe: str
+    reached: bool
+    reference: Evaluated
+    tuned: Evaluated
+    evaluations: int
+    changed: list[Change]
+    sensitivity: Sensitivities
+
+    def to_json(self) -> dict[str, Any]:
+        """As `qtool tune --json` prints it."""
+        return {
+            "recipe": self.recipe,
+            "reached": self.reached,
+            "reference": self.reference.to_json(),
+            "tuned": self.tuned.to_json(),
+            "evaluations": self.evaluations,
+            "changed": [change.to_json() for change in self.changed],
+            "sensitivity": self.sensitivity.to_json(),
+        }
+
+
+def tune(job: TuningJob, on_event: OnEvent) -> Tuned:
+    """Find a recipe and check it.
+
+    Raises:
+        InputError: a size that is none or can't be reached, a budget that is too small, a model that can't be run.
+        QtoolError: a worker failed.
+    """
+    if job.goal.max_size is not None:
+        job.goal.bytes(1)  # a wrong one shows before anything is measured
+    modes = sorted({policy.activations.mode for policy in job.recipe.schemes[job.scheme] if policy.quantize})
+    found = sensitivities(job, modes, on_event)
+    space = _Space(job, found, modes)
+    space.check_size()
+    quality = _evaluated(job, job.recipe, job.scheme, on_event)
+    reference = Evaluated(quality, search.total_kl(space.default), found.total_bytes)
+    tried = _tried(job, space, reference, on_event)
+    best = min(tried, key=lambda each: each.evaluated.kl)
+    return Tuned(
+        recipe=best.text,
+        reached=best.reaches(job.goal),
+        reference=reference,
+        tuned=best.evaluated,
+        evaluations=1 + len(tried),
+        changed=space.changes(best.chosen),
+        sensitivity=found,
+    )
+
+
+def sensitivities(job: TuningJob, modes: Sequence[str], on_event: OnEvent) -> Sensitivities:
+    """What each linear costs, with these kinds of activations."""
+    text, calibration = job.text, job.calibration
+    return measuring.run(
+        SensitivityJob(
+            model=job.model,
+            recipe=job.recipe,
+            scheme=job.scheme,
+            format=job.format,
+            modes=tuple(modes),
+            text=EvaluationText(text.data, _PROBE_WINDOWS, min(_PROBE_LENGTH, text.length)),
+            calibration=replace(calibration, samples=min(_PROBE_SAMPLES, calibration.samples)),
+            trust_remote_code=job.trust_remote_code,
+        ),
+        on_event,
+    )
+
+
+# ------------------------------------------------------------------ what there is to choose from
+
+
+class _Space:
+    """The ways to store each unit, and what they cost.
+
+    Attributes:
+        default: what the scheme chooses.
+    """
+
+    def __init__(self, job: TuningJob, found: Sensitivities, modes: Sequence[str]) -> None:
+        self._job, self._total = job, found.total_bytes
+        policies = {name: job.recipe.policy(job.scheme, name) for name in found.bytes}
+        self._ways = {mode: search.with_mode(policies, mode) for mode in modes}
+        self._units = _units(found)
+        self.default: Choice = {unit: self._as_in_scheme(unit) for unit in self._units}
+        movable = {name for unit in self._units for name in unit.linears}
+        self._fixed = found.total_bytes  # what is the same whatever is chosen
+        for name, size in found.bytes.items():
+            self._fixed -= size.quantized if policies[name] else size.float
+            if name not in movable:
+                self._fixed += size.float
+
+    def check_size(self) -> None:
+        """Raises InputError for a goal of fewer bytes than there can be."""
+        if self._job.goal.max_size is None:
+            return
+        least = self._fixed + sum(unit.smallest.bytes for unit in self._units)
+        most = self._job.goal.bytes(self._total)
+        if most < least:
+            raise InputError(
+                f"this scheme makes {least:,} bytes at least, and {most:,} are allowed",
+                where="--max-size",
+                hint="W8A8 can't be smaller: allow more",
+            )
+
+    def choose(self, surprise: float) -> Choice:
+        """What should meet the goal when divergences are so many times what is estimated."""
+        goal = self._job.goal
+        if goal.max_kl is not None:
+            return search.within_kl(self._units, goal.max_kl / surprise)
+        return search.within_bytes(self._units, goal.bytes(self._total) - self._fixed)
+
+    def bytes(self, chosen: Choice) -> int:
+        """Of the checkpoint's tensors."""
+        return self._fixed + search.total_bytes(chosen)
+
+    def recipe(self, chosen: Choice) -> str:
+        """The YAML that says it."""
+        return _recipe_text(self._job, chosen, self._ways)
+
+    def changes(self, chosen: Choice) -> list[Change]:
+        """Of the scheme."""
+        return [
+            Change(list(unit.linears), self.default[unit].way, option.way, option.kl)
+            for unit, option in chosen.items()
+            if option.way != self.default[unit].way
+        ]
+
+    def _as_in_scheme(self, unit: Unit) -> Option:
+        policy = self._job.recipe.policy(self._job.scheme, unit.linears[0])
+        assert policy is not None
+        return next(option for option in unit.options if option.way == policy.activations.mode)
+
+
+def _units(found: Sensitivities) -> list[Unit]:
+    options: dict[tuple[str, ...], list[Option]] = {}
+    for group in found.measured.groups:
+        linears = tuple(group.linears)
+        size = sum(found.bytes[name].quantized for name in linears)
+        options.setdefault(linears, []).append(Option(group.way, group.kl, size))
+    return [
+        Unit(linears, (*ways, Option(FLOAT, 0.0, sum(found.bytes[name].float for name in linears))))
+        for linears, ways in options.items()
+    ]
+
+
+# ------------------------------------------------------------------ choosing, and seeing that it holds
 
 
 @dataclass(frozen=True)
@@ -92,131 +296,35 @@ class _Tried:
 
     chosen: Choice
     text: str
-    figures: dict[str, Any]
-
-    @property
-    def kl(self) -> float:
-        return float(self.figures["kl_divergence"]["value"])
+    evaluated: Evaluated
 
     def reaches(self, goal: Goal) -> bool:
-        return goal.max_kl is None or self.kl <= goal.max_kl
+        return goal.max_kl is None or self.evaluated.kl <= goal.max_kl
 
 
-def tune(job: Job) -> dict[str, Any]:
-    """Find a recipe and check it.
-
-    Returns:
-        recipe (YAML; the best one measured), reached (whether it meets the goal by measurement), reference and tuned
-        ({"kl_divergence", "bytes", "predicted_kl"}), evaluations (how many), changed (one row per group that isn't as
-        in the scheme), and sensitivity (see `tuning.worker`).
-
-    Raises:
-        InputError: a size that is none or can't be reached, a budget that is too small, a model that can't be run.
-        QtoolError: a worker failed.
-    """
-    if job.goal.max_size is not None:
-        job.goal.bytes(1)  # a wrong one shows before anything is measured
-    modes: list[str] = sorted({policy.activations.mode for policy in job.recipe.schemes[job.scheme] if policy.quantize})
-    found = sensitivities(job, modes)
-    policies = {name: job.recipe.policy(job.scheme, name) for name in found["bytes"]}
-    ways = {mode: search.with_mode(policies, mode) for mode in modes}
-    units = _units(found)
-    fixed = found["total_bytes"] - sum(_scheme_bytes(job, name, sizes) for name, sizes in found["bytes"].items())
-    fixed += sum(sizes[0] for name, sizes in found["bytes"].items() if not any(name in unit.linears for unit in units))
-    default = {unit: _as_in_scheme(job, unit) for unit in units}
-    if job.goal.max_size is not None:
-        _check_size(job.goal.bytes(found["total_bytes"]), fixed + sum(unit.smallest.bytes for unit in units))
-    reference = _evaluated(job, job.recipe, job.scheme)
-    reference |= {"predicted_kl": search.total_kl(default), "bytes": found["total_bytes"]}
-    ratio, caution = reference["kl_divergence"]["value"] / max(search.total_kl(default), 1e-12), 1.0
+def _tried(job: TuningJob, space: _Space, reference: Evaluated, on_event: OnEvent) -> list[_Tried]:
+    """One choice after the other, until one meets the goal or the budget is spent; at least one."""
+    surprise = reference.surprise
     tried: list[_Tried] = []
     while not (tried and tried[-1].reaches(job.goal)) and 1 + len(tried) < job.budget:
-        chosen = _choose(job, units, fixed, found["total_bytes"], ratio * caution)
+        chosen = space.choose(surprise)
         if all(option.way == FLOAT for option in chosen.values()):
             if tried:
                 break
             raise InputError(
                 "no recipe has so little KL divergence: every linear would have to stay float",
                 where="--max-kl",
-                hint=f"the untuned scheme has {reference['kl_divergence']['value']:.5f}",
+                hint=f"the untuned scheme has {reference.kl:.5f}",
             )
-        text = _recipe_text(job, chosen, ways)
-        figures = _evaluated(job, _parsed(text, job), SCHEME)
-        figures |= {"predicted_kl": search.total_kl(chosen), "bytes": fixed + search.total_bytes(chosen)}
-        tried.append(_Tried(chosen, text, figures))
-        ratio, caution = tried[-1].kl / max(search.total_kl(chosen), 1e-12), 1 / _CAUTION
-    best = min(tried, key=lambda each: each.kl)
-    return {
-        "recipe": best.text,
-        "reached": best.reaches(job.goal),
-        "reference": reference,
-        "tuned": best.figures,
-        "evaluations": 1 + len(tried),
-        "changed": [
-            {"linears": list(unit.linears), "from": default[unit].way, "to": option.way, "kl": option.kl}
-            for unit, option in best.chosen.items()
-            if option.way != default[unit].way
-        ],
-        "sensitivity": found,
-    }
+        text = space.recipe(chosen)
+        quality = _evaluated(job, _parsed(text), SCHEME, on_event)
+        evaluated = Evaluated(quality, search.total_kl(chosen), space.bytes(chosen))
+        tried.append(_Tried(chosen, text, evaluated))
+        surprise = evaluated.surprise / _CAUTION
+    return tried
 
 
-def sensitivities(job: Job, modes: list[str]) -> dict[str, Any]:
-    """What `tuning.worker` finds."""
-    wanted = {
-        "model": str(job.model),
-        "recipe": job.recipe.model_dump(mode="json"),
-        "scheme": job.scheme,
-        "format": job.format,
-        "modes": modes,
-        "text": job.text,
-        "windows": job.probe_windows,
-        "length": job.probe_length,
-        "calibration": {**job.calibration, "samples": min(job.probe_samples, job.calibration["samples"])},
-        "trust_remote_code": job.trust_remote_code,
-    }
-    env = native.environment()
-    return workers.run("qtool.tuning.worker", wanted, python=interpreter("native"), env=env, on_event=job.on_event)
-
-
-def _units(found: Mapping[str, Any]) -> list[Unit]:
-    options: dict[tuple[str, ...], list[Option]] = {}
-    for group in found["groups"]:
-        linears = tuple(group["linears"])
-        size = sum(found["bytes"][name][1] for name in linears)
-        options.setdefault(linears, []).append(Option(group["way"], group["kl"], size))
-    return [
-        Unit(linears, (*ways, Option(FLOAT, 0.0, sum(found["bytes"][name][0] for name in linears))))
-        for linears, ways in options.items()
-    ]
-
-
-def _scheme_bytes(job: Job, name: str, sizes: list[int]) -> int:
-    return sizes[1] if job.recipe.policy(job.scheme, name) else sizes[0]
-
-
-def _as_in_scheme(job: Job, unit: Unit) -> Option:
-    policy = job.recipe.policy(job.scheme, unit.linears[0])
-    assert policy is not None
-    return next(option for option in unit.options if option.way == policy.activations.mode)
-
-
-def _choose(job: Job, units: list[Unit], fixed: int, default: int, ratio: float) -> Choice:
-    if job.goal.max_kl is not None:
-        return search.within_kl(units, job.goal.max_kl / ratio)
-    return search.within_bytes(units, job.goal.bytes(default) - fixed)
-
-
-def _check_size(most: int, least: int) -> None:
-    if most < least:
-        raise InputError(
-            f"this scheme makes {least:,} bytes at least, and {most:,} are allowed",
-            where="--max-size",
-            hint="W8A8 can't be smaller: allow more",
-        )
-
-
-def _recipe_text(job: Job, chosen: Choice, ways: dict[str, dict[str, Policy | None]]) -> str:
+def _recipe_text(job: TuningJob, chosen: Choice, ways: Mapping[str, Mapping[str, Policy | None]]) -> str:
     rest = [policy.model_dump(mode="json", exclude_unset=True) for policy in job.recipe.schemes[job.scheme]]
     data = {
         "extends": job.extends,
@@ -224,12 +332,12 @@ def _recipe_text(job: Job, chosen: Choice, ways: dict[str, dict[str, Policy | No
         "description": f"{job.recipe.name}, scheme {job.scheme}, tuned for {job.model.name}",
         "default_scheme": SCHEME,
         "schemes": {SCHEME: [*search.policies(chosen, ways), *rest]},
-        "calibration": job.calibration,
+        "calibration": {key: getattr(job.calibration, key) for key in ("data", "samples", "seq_len", "seed")},
     }
     return yaml.safe_dump(data, sort_keys=False, width=110, allow_unicode=True)
 
 
-def _parsed(text: str, job: Job) -> Recipe:
+def _parsed(text: str) -> Recipe:
     """The recipe as `qtool quantize --recipe FILE` will read it."""
     from qtool.recipe.load import load
 
@@ -239,7 +347,7 @@ def _parsed(text: str, job: Job) -> Recipe:
         return load(file.name)
 
 
-def _evaluated(job: Job, recipe: Recipe, scheme: str) -> dict[str, Any]:
+def _evaluated(job: TuningJob, recipe: Recipe, scheme: str, on_event: OnEvent) -> Quality:
     """Quantize, evaluate, and forget the quantized model."""
     with tempfile.TemporaryDirectory(prefix="qtool-tune-", dir=job.scratch) as folder:
         output = Path(folder) / "model"
@@ -248,20 +356,10 @@ def _evaluated(job: Job, recipe: Recipe, scheme: str) -> dict[str, Any]:
             output=OutputFolder(output, job.format),
             recipe=recipe,
             scheme=scheme,
-            calibration=CalibrationText(**job.calibration),
+            calibration=job.calibration,
             trust_remote_code=job.trust_remote_code,
         )
-        quantize.run("native", wanted, job.on_event)
-        compared = {
-            "base": str(job.model),
-            "quantized": str(output),
-            "text": job.text,
-            "windows": job.windows,
-            "length": job.length,
-            "runtime": None,
-            "engine": {},
-            "trust_remote_code": job.trust_remote_code,
-        }
-        python = interpreter("native")
-        result = workers.run("qtool.evaluate.worker", compared, python=python, on_event=job.on_event)
-    return {key: result[key] for key in ("kl_divergence", "top1_agreement", "perplexity_ratio")}
+        quantize.run("native", wanted, on_event)
+        pair = ComparisonJob(base=job.model, quantized=output, text=job.text, trust_remote_code=job.trust_remote_code)
+        figures = evaluation.run(pair, on_event).figures
+    return Quality(figures.kl_divergence, figures.top1_agreement, figures.perplexity_ratio)

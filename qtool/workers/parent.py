@@ -18,7 +18,7 @@ from qtool.workers import processes
 from qtool.workers.logs import new_log
 from qtool.workers.protocol import Event, as_exception, decode, encode
 
-LESS_AT_ONCE = {"qtool.runtimes.vllm_worker": " (--set max_num_seqs=8, or fewer)"}  # how a user asks a worker for it
+LESS_AT_ONCE = {"qtool.runtimes.worker.vllm": " (--set max_num_seqs=8, or fewer)"}  # how a user asks a worker for it
 BEAT_SECONDS = 10.0  # how often a worker is heard, at least
 SILENCE_SECONDS = 60.0  # after which the user is told; again when it has doubled, and so on
 

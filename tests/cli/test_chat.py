@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from qtool.runtimes import GenerationJob
 from qtool.runtimes.conversation import Conversation, Refused
 from tests.processor import runtime_dtype
 
@@ -124,9 +125,8 @@ def test_what_was_said_is_remembered_and_forgotten(tiny_llama: Path, tiny_tokeni
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=getattr(torch, runtime_dtype()))
     sampling = {"temperature": 0.0, "max_tokens": 6}
-    made = Conversation(
-        str(tiny_llama), system="s", on_event=lambda event: None, sampling=sampling, runtime="transformers"
-    )
+    job = GenerationJob(model=str(tiny_llama), sampling=sampling, runtime="transformers")
+    made = Conversation(job, system="s", on_event=lambda event: None)
     said = [{"role": "system", "content": "s"}]
     for step, question in enumerate(("a", "b", "c")):
         if step == 2:

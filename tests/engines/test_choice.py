@@ -27,7 +27,7 @@ def test_golden_stick_on_ascend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_workers_interpreter_needs_only_its_engine() -> None:
     """Its packages are imported where there is nothing but the standard library; the tests' own site is left out."""
-    code = "import qtool.engines.golden_stick.worker, qtool.engines.golden_stick.launch, qtool.runtimes.vllm_worker"
+    code = "import qtool.engines.golden_stick.worker, qtool.engines.golden_stick.launch, qtool.runtimes.worker.vllm"
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-S", "-c", code], env={"PYTHONPATH": str(root)}, capture_output=True, text=True

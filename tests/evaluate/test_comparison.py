@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qtool.errors import InputError, QtoolError
 from qtool.evaluate.comparison import compare
+from qtool.evaluate.job import Comparison, ComparisonJob, EvaluationText
 
 WINDOWS, LENGTH = 4, 48
 
@@ -30,20 +31,11 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def job(text_file: Path) -> Callable[..., dict[str, Any]]:
-    """job(base, quantized, **changes) -> a job for `comparison.compare`."""
+def job(text_file: Path) -> Callable[..., ComparisonJob]:
+    """job(base, quantized, windows=, length=) -> a job for `comparison.compare`."""
 
-    def make(base: Path, quantized: Path, **changes: Any) -> dict[str, Any]:
-        return {
-            "base": str(base),
-            "quantized": str(quantized),
-            "text": str(text_file),
-            "windows": WINDOWS,
-            "length": LENGTH,
-            "runtime": None,
-            "engine": {},
-            "trust_remote_code": False,
-        } | changes
+    def make(base: Path, quantized: Path, windows: int = WINDOWS, length: int = LENGTH) -> ComparisonJob:
+        return ComparisonJob(base=base, quantized=quantized, text=EvaluationText(str(text_file), windows, length))
 
     return make
 
@@ -99,8 +91,12 @@ class Progress:
             self.stages.append(stage)
 
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    return compare(job, Progress())  # type: ignore[arg-type]
+def run(job: ComparisonJob) -> dict[str, Any]:
+    """What is found, through the pipe and back."""
+    found = compare(ComparisonJob.from_json(json.loads(json.dumps(job.to_json()))), Progress())  # type: ignore[arg-type]
+    content: dict[str, Any] = json.loads(json.dumps(found.to_json()))
+    assert Comparison.from_json(content) == found
+    return content
 
 
 def assert_agrees(found: dict[str, Any], expected: dict[str, float], kl: float = 1e-3) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from qtool.errors import InputError
-from qtool.runtimes.requests import CHAT_URL, COMPLETIONS_URL, Chat, Line, count, read
+from qtool.runtimes.batch import CHAT_URL, COMPLETIONS_URL
+from qtool.runtimes.lines import Chat, Line
+from qtool.runtimes.requests import count, read
 
 USER = [{"role": "user", "content": "hi"}]
 

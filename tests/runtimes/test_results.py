@@ -15,8 +15,11 @@ import pytest
 
 from qtool.errors import InputError
 from qtool.files import encode_json
-from qtool.runtimes.requests import CHAT_URL, COMPLETIONS_URL, Line
-from qtool.runtimes.results import Answers, belongs, decisive, fingerprint, record
+from qtool.runtimes.answers import Answers
+from qtool.runtimes.batch import CHAT_URL, COMPLETIONS_URL
+from qtool.runtimes.identity import decisive, fingerprint
+from qtool.runtimes.lines import Line
+from qtool.runtimes.results import belongs, record
 
 PLACES = [
     {"token": "a", "token_id": 5, "logprob": -0.5, "top_logprobs": [{"token": "a", "token_id": 5, "logprob": -0.5}]},

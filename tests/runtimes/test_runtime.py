@@ -108,7 +108,7 @@ def test_samples_depend_on_the_seed_only(tiny_llama: Path) -> None:
 def test_sampling_follows_the_distribution() -> None:
     import torch
 
-    from qtool.runtimes.transformers_worker import pick
+    from qtool.runtimes.worker.transformers import pick
 
     probabilities = torch.tensor([0.1, 0.5, 0.3, 0.1])
     logits = probabilities.log().repeat(8000, 1)
@@ -134,7 +134,7 @@ def test_the_penalty_is_that_of_transformers() -> None:
     import torch
     from transformers import RepetitionPenaltyLogitsProcessor
 
-    from qtool.runtimes.transformers_worker import penalize
+    from qtool.runtimes.worker.transformers import penalize
 
     logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
     seen = [[3, 7, 3], [0, 49, 20]]
@@ -211,8 +211,8 @@ def test_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QTOOL_ENVIRONMENTS", "/no/such/folder")
     monkeypatch.setattr(lookup, "available", lambda package: package in installed)
     assert runtimes.choose("auto", "float").name == "vllm"
-    assert runtimes.choose("auto", "compressed-tensors").module == "qtool.runtimes.vllm_worker"
-    assert runtimes.choose("transformers", "float").module == "qtool.runtimes.transformers_worker"
+    assert runtimes.choose("auto", "compressed-tensors").runtime.worker == "qtool.runtimes.worker.vllm"
+    assert runtimes.choose("transformers", "float").runtime.worker == "qtool.runtimes.worker.transformers"
     with pytest.raises(InputError, match="unknown runtime 'mlx'"):
         runtimes.choose("mlx", "float")
     for format, plugin in (("golden-stick", "vllm-mindspore"), ("modelslim", "vllm-ascend")):

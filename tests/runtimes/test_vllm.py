@@ -14,9 +14,11 @@ import pytest
 
 from qtool import runtimes
 from qtool.errors import QtoolError
-from qtool.runtimes import vllm_worker
-from qtool.runtimes.common import Front
-from qtool.runtimes.requests import CHAT_URL, COMPLETIONS_URL
+from qtool.runtimes import GenerationJob
+from qtool.runtimes.batch import CHAT_URL, COMPLETIONS_URL
+from qtool.runtimes.job import WorkerJob
+from qtool.runtimes.worker import vllm_settings
+from qtool.runtimes.worker.front import Front
 from qtool.workers import Report
 
 pytestmark = pytest.mark.vllm
@@ -172,14 +174,14 @@ def test_sizes_go_by_other_names_too(run_qtool: Run, make_model: Callable[..., P
 
 def test_the_engine_is_made_to_measure(tiny_llama: Path) -> None:
     """Where its process is this one and the machine's settings say how much memory it may have, as they do on CPUs."""
-    per_token, block = 2 * 2 * 2 * 32 * 2, vllm_worker.BLOCK
+    per_token, block = 2 * 2 * 2 * 32 * 2, vllm_settings.BLOCK
 
     def arguments(
         engine: dict[str, Any], lengths: list[int], complete: bool, in_process: bool = True
     ) -> dict[str, Any]:
-        job: dict[str, Any] = {"model": str(tiny_llama), "dtype": "bfloat16", "trust_remote_code": False, "chat": False}
-        job |= {"sampling": {}, "engine": engine, "set": {}, "expected": 0, "compile_from": None}
-        return vllm_worker._arguments(job, Front(job, Report(os.dup(1))), lengths, complete, in_process)
+        job = WorkerJob(model=str(tiny_llama), dtype="bfloat16", engine=engine)
+        front = Front(job, Report(os.dup(1)))
+        return vllm_settings.arguments(front, vllm_settings.Ahead(lengths, complete), in_process)
 
     cpu = {"max_num_seqs": 8, "kv_cache_memory_bytes": 1 << 30}
     made = arguments(cpu, [100, 200], complete=True)
@@ -201,16 +203,9 @@ def test_what_nobody_has_set_is_not_to_blame(tiny_llama: Path, tmp_path: Path) -
     (model / "config.json").write_text(json.dumps(config))
 
     def load(**arguments: Any) -> QtoolError:
+        job = GenerationJob(model=str(model), runtime="vllm", arguments=arguments, one_at_a_time=True)
         with pytest.raises(QtoolError, match="Nonesuch") as caught:
-            runtimes.stream(
-                model,
-                iter([{"index": 0, "prompt": "x"}]),
-                print,
-                sampling={},
-                runtime="vllm",
-                arguments=arguments,
-                one_at_a_time=True,
-            )
+            runtimes.stream(job, iter([{"index": 0, "prompt": "x"}]), print)
         return caught.value
 
     assert load().where is None

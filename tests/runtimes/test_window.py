@@ -17,7 +17,8 @@ from qtool.cli.printers import ToPipe
 from qtool.console import Console
 from qtool.errors import QtoolError, WorkerDied
 from qtool.runtimes import window
-from qtool.runtimes.requests import Chat, read
+from qtool.runtimes.lines import Chat
+from qtool.runtimes.requests import read
 
 # Answers each request with its prompt doubled, in blocks that it turns round. `die` are numbers of requests, counted
 # over all lives (in a file), at which it is killed; `poison` is a prompt that kills it always.

@@ -15,15 +15,17 @@ from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
 from qtool.engines.native.execute import execute
 from qtool.engines.native.prepare import prepare
 from qtool.evaluate.comparison import compare
+from qtool.evaluate.job import ComparisonJob, EvaluationText
 from qtool.model.decoder import DecoderStream
 from qtool.recipe.load import load
 from qtool.recipe.schema import Policy, Recipe
 from qtool.tuning.experts import gradients, replaced
+from qtool.tuning.job import Sensitivities, SensitivityJob
 from qtool.tuning.worker import main
 from tests import families, simulate
 
-CALIBRATION: dict[str, Any] = {"data": "builtin", "samples": 8, "seq_len": 64, "seed": 0}
-TEXT = {"text": "builtin", "windows": 16, "length": 64, "trust_remote_code": False}
+CALIBRATION = CalibrationText("builtin", 8, 64)
+TEXT = EvaluationText("builtin", 16, 64)
 
 
 class Silent:
@@ -33,16 +35,19 @@ class Silent:
 
 
 def sensitivity(model: Path, recipe: Recipe, modes: list[str]) -> dict[str, Any]:
-    job = {
-        "model": str(model),
-        "recipe": recipe.model_dump(mode="json"),
-        "scheme": recipe.default_scheme,
-        "format": "compressed-tensors",
-        "modes": modes,
-        "calibration": CALIBRATION,
-        **TEXT,
-    }
-    return main(job, Silent())  # type: ignore[arg-type]
+    """What is found, through the pipe."""
+    job = SensitivityJob(
+        model=model,
+        recipe=recipe,
+        scheme=recipe.default_scheme,
+        format="compressed-tensors",
+        modes=tuple(modes),
+        text=TEXT,
+        calibration=CALIBRATION,
+    )
+    found = main(json.loads(json.dumps(job.to_json())), Silent())  # type: ignore[arg-type]
+    assert Sensitivities.from_json(json.loads(json.dumps(found))).to_json() == found
+    return found
 
 
 def only(linears: list[str], mode: str) -> Recipe:
@@ -57,13 +62,13 @@ def measured(model: Path, output: Path, recipe: Recipe) -> float:
         output=OutputFolder(output, "compressed-tensors"),
         recipe=recipe,
         scheme=recipe.default_scheme,
-        calibration=CalibrationText(**CALIBRATION),
+        calibration=CALIBRATION,
         device="cpu",
     )
     silent: Any = Silent()
     execute(prepare(job, silent), silent)
-    pair: dict[str, Any] = {"base": str(model), "quantized": str(output), "runtime": None, "engine": {}}
-    return float(compare({**pair, **TEXT}, silent)["kl_divergence"]["value"])
+    figures = compare(ComparisonJob(base=model, quantized=output, text=TEXT), silent).figures
+    return figures.kl_divergence["value"]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])  # Gemma caps its logits and scales its embeddings
@@ -121,9 +126,9 @@ def test_gradients_through_experts_are_those_of_transformers(mixture: Callable[[
     stream.prologue(ids)
     with stream.layer(1) as layer, replaced(stream.routed(1)) as passages:
         x = kept["x"].detach().requires_grad_()
-        found, by_experts = gradients(stream, stream.routed(1), passages, stream.run(1, layer, x), [x], seeds)
-    assert by_experts is not None
-    for (by_x,), wanted in zip(found, expected, strict=True):
+        found = gradients(stream.routed(1), passages, stream.run(1, layer, x), [x], seeds)
+    assert found.by_experts is not None
+    for (by_x,), wanted in zip(found.by, expected, strict=True):
         torch.testing.assert_close(by_x, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
@@ -181,12 +186,12 @@ def test_what_the_recipe_leaves_float_is_left_out(tiny_llama: Path) -> None:
 
 def test_drawn_tokens_follow_the_model(tiny_llama: Path) -> None:
     """The variance of log p's gradient by the logits is that of tokens drawn from p, draw by draw."""
-    from qtool.tuning import sensitivity as module
+    from qtool.tuning import backward
 
     stream = DecoderStream(Checkpoint.open(tiny_llama), dtype=torch.float32)
     hidden = torch.randn(1, 1, 64).expand(4000, 1, 64).reshape(4000, 64)
     with torch.no_grad():
-        drawn, normalizer = module._draw(stream, hidden)
+        drawn, normalizer = backward._draw(stream, hidden)
         logits = stream.head.logits(hidden[:1], stream.head.rows(0, stream.head.vocabulary))[0]
     assert normalizer[0] == pytest.approx(float(logits.logsumexp(0)), rel=1e-5)
     shares = torch.bincount(drawn.flatten(), minlength=stream.head.vocabulary) / drawn.numel()

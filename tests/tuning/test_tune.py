@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 
+from qtool.engines.job import CalibrationText
 from qtool.errors import InputError
+from qtool.evaluate.intervals import Estimate
+from qtool.evaluate.job import EvaluationText
 from qtool.recipe.load import load
 from qtool.tuning import tune as tuning
-from qtool.tuning.tune import Goal, Job, tune
+from qtool.tuning.job import LinearBytes, Measured, Sensitivities, Sensitivity
+from qtool.tuning.tune import Goal, Quality, TuningJob, tune
 
 LINEARS = [f"model.layers.{i}.mlp.down_proj" for i in range(8)]
 
@@ -18,22 +22,41 @@ LINEARS = [f"model.layers.{i}.mlp.down_proj" for i in range(8)]
 def tuned(monkeypatch: pytest.MonkeyPatch, goal: float, measured: list[float], budget: int = 4) -> dict[str, Any]:
     """tune() where the untuned scheme and then recipe after recipe have these KL divergences; 0.008 was estimated."""
     groups = [
-        {"linears": [name], "way": way, "kl": kl}
+        Sensitivity([name], way, way, None, 0.1, kl)
         for name in LINEARS
         for way, kl in (("static", 2e-3), ("dynamic", 1e-3))
     ]
-    found = {"groups": groups, "bytes": {name: [200, 100] for name in LINEARS}, "total_bytes": 1000}
-    monkeypatch.setattr(tuning, "sensitivities", lambda job, modes: found)
+    found = Sensitivities(
+        measured=Measured(groups, groups),
+        bytes=dict.fromkeys(LINEARS, LinearBytes(200, 100)),
+        total_bytes=1000,
+        input_bytes=2000,
+        text={},
+        calibration={},
+        seconds=1,
+        peak_memory_bytes=1,
+    )
+    monkeypatch.setattr(tuning, "sensitivities", lambda *_: found)
     left = iter(measured)
-    monkeypatch.setattr(tuning, "_evaluated", lambda *_: {"kl_divergence": {"value": next(left)}})
-    size = {"data": "builtin", "samples": 1, "seq_len": 2, "seed": 0}
-    job = Job(
-        Path("model"), load("default"), "w8a8", "default", "compressed-tensors", Goal(max_kl=goal), "builtin", size,
+    monkeypatch.setattr(tuning, "_evaluated", lambda *_: Quality(_exactly(next(left)), _exactly(1), _exactly(1)))
+    job = TuningJob(
+        model=Path("model"),
+        recipe=load("default"),
+        scheme="w8a8",
+        extends="default",
+        format="compressed-tensors",
+        goal=Goal(max_kl=goal),
+        text=EvaluationText("builtin", 1, 2),
+        calibration=CalibrationText("builtin", 1, 2),
         budget=budget,
-    )  # fmt: skip
-    result = tune(job)
+    )
+    result = tune(job, lambda event: None)
     assert next(left, None) is None
-    return result
+    return result.to_json()
+
+
+def _exactly(value: float) -> Estimate:
+    return {"value": value, "low": None, "high": None}
 
 
 def test_the_best_one_measured_is_the_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,19 +1,18 @@
-"""What both runtimes must do alike, so that they can be compared: tokens in, when to stop, how far."""
+"""What the runtimes must do alike, so that they can be compared: tokens in, when to stop, how far."""
 
 from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qtool.errors import InputError, in_one_line
+from qtool.runtimes.job import WorkerJob
 from qtool.workers import Report
 
-REPORT_SECONDS = 0.1
 SIZES = {"hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size"}
 SEEDS = 1 << 63  # they are below it and not negative: vLLM takes -1 for none
 
@@ -47,28 +46,24 @@ class Front:
         config: config.json.
         text_config: what of it is about the language model, with the names of `SIZES`.
         context: tokens that a prompt and its answer may have together.
-        dtype: the name of the dtype in which both runtimes compute.
 
     Raises:
         InputError: no usable tokenizer, or no chat template where the job asks for one.
     """
 
-    def __init__(self, job: Mapping[str, Any], report: Report) -> None:
+    def __init__(self, job: WorkerJob, report: Report) -> None:
         self.job, self.report = job, report
-        folder = Path(job["model"])
+        folder = Path(job.model)
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.text_config = _named(self.config.get("text_config") or self.config, job)
-        self.tokenizer = _tokenizer(folder, job["trust_remote_code"])
+        self.tokenizer = _tokenizer(folder, job.trust_remote_code)
         self.context = int(self.text_config.get("max_position_embeddings") or 1 << 20)
-        if (limit := int(job["engine"].get("max_model_len") or -1)) > 0:  # to vLLM -1 is what there is memory for
+        if (limit := int(job.engine.get("max_model_len") or -1)) > 0:  # to vLLM -1 is what there is memory for
             self.context = min(self.context, limit)
         self.stop = _stop_ids(folder, self.config, self.text_config, self.tokenizer)
-        self.dtype: str = job["dtype"]
         self._cut = self._seen = 0
-        if job["chat"] and not self.tokenizer.chat_template:
-            raise InputError(
-                "the model has no chat template", where=job["model"], hint="Leave out --chat and --system."
-            )
+        if job.chat.required and not self.tokenizer.chat_template:
+            raise InputError("the model has no chat template", where=job.model, hint="Leave out --chat and --system.")
 
     def prepare(self, request: Mapping[str, Any]) -> Prepared:
         """Token ids and limits of a request (see `qtool.runtimes.stream`).
@@ -80,7 +75,7 @@ class Front:
         if "error" in request:
             raise InputError(request["error"])
         own = request.get("sampling", {})
-        sampling = self.job["sampling"] | own
+        sampling = {**self.job.sampling, **own}
         seed = own["seed"] if "seed" in own else sampling.get("seed", 0) + request["index"]
         seed %= SEEDS
         ids = self._ids(request, seed)
@@ -108,7 +103,7 @@ class Front:
     def answer(self, prepared: Prepared, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """The item for a finished request."""
         item = {"index": prepared.index, "prompt_tokens": len(prepared.ids), "choices": choices}
-        if self.job["ids"]:
+        if self.job.extras.ids:
             item["prompt_ids"] = prepared.ids
         else:
             for choice in choices:
@@ -140,7 +135,7 @@ class Front:
     def _conversation(self, request: Mapping[str, Any]) -> list[int]:
         if not self.tokenizer.chat_template:
             raise InputError("the model has no chat template", hint="Give it as a prompt.")
-        extra = self.job["chat_template_kwargs"] | request.get("chat_template_kwargs", {})
+        extra = {**self.job.chat.template_kwargs, **request.get("chat_template_kwargs", {})}
         try:
             ids = self.tokenizer.apply_chat_template(
                 request["messages"], add_generation_prompt=True, tokenize=True, return_dict=False, **extra
@@ -150,52 +145,15 @@ class Front:
         return list(ids)
 
 
-class Meter:
-    """Counts answers and tokens, reports them now and then, and keeps the times of the cold start."""
-
-    def __init__(self, report: Report) -> None:
-        self.report = report
-        self.seconds: dict[str, float] = {}
-        self.answers = self.tokens = 0
-        self._began = self._last = time.monotonic()
-
-    def lap(self, stage: str) -> None:
-        """The time since the last lap was spent on `stage`."""
-        self.seconds[stage] = round(time.monotonic() - self._last, 3)
-        self._last = time.monotonic()
-
-    def begin(self) -> None:
-        """The model is ready."""
-        self._began = time.monotonic()
-        self._progress()
-
-    def add(self, tokens: int) -> None:
-        """One more answer is there."""
-        self.answers += 1
-        self.tokens += tokens
-        if time.monotonic() - self._last >= REPORT_SECONDS:
-            self._progress()
-
-    def end(self, runtime: str) -> dict[str, Any]:
-        """The worker's result: runtime, tokens, answers, and the seconds each stage took."""
-        self._progress()
-        self.seconds["generate"] = round(time.monotonic() - self._began, 3)
-        return {"runtime": runtime, "answers": self.answers, "tokens": self.tokens, "seconds": self.seconds}
-
-    def _progress(self) -> None:
-        self._last = time.monotonic()
-        self.report.progress("generate", self.answers, 0, unit="answers")
-
-
-def _named(config: dict[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
+def _named(config: dict[str, Any], job: WorkerJob) -> dict[str, Any]:
     """With sizes by the names that most models have; where some are missing, as in GPT-2's, transformers knows them."""
     if config.keys() >= SIZES:
         return config
     from transformers import AutoConfig
 
-    options = {"trust_remote_code": job["trust_remote_code"], "local_files_only": True}
+    options = {"trust_remote_code": job.trust_remote_code, "local_files_only": True}
     try:
-        known = AutoConfig.from_pretrained(job["model"], **options).get_text_config()
+        known = AutoConfig.from_pretrained(job.model, **options).get_text_config()
     except Exception:  # a model that the runtime may know all the same
         return config
     return config | {name: value for name in SIZES if (value := getattr(known, name, None)) is not None}

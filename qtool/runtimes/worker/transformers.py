@@ -11,8 +11,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import InputError, QtoolError
-from qtool.runtimes.common import Front, Meter, Prepared, failure
+from qtool.runtimes.job import WorkerJob
 from qtool.runtimes.transformers import RUNTIME
+from qtool.runtimes.worker.front import Front, Prepared, failure
+from qtool.runtimes.worker.meter import Meter
 from qtool.workers import Report, hide_media_packages
 
 if TYPE_CHECKING:
@@ -23,16 +25,16 @@ TAKEN = 64  # requests among which those of equal length are looked for
 
 
 def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Generate as `qtool.runtimes.stream` says; returns what was done, and the seconds each stage took."""
+    """Answer `report.inputs` as `qtool.runtimes.stream` says. `job` is a `WorkerJob`, the result a `Generated`."""
     meter = Meter(report)
     report.progress("load the model", 0, 0)
     hide_media_packages()
     import torch
 
     torch.set_grad_enabled(False)
-    front = Front(job, report)
+    front = Front(WorkerJob.from_json(job), report)
     meter.lap("import")
-    model = _load(job, front)
+    model = _load(front.job)
     meter.lap("load")
     meter.begin()
     while not report.inputs.ended:
@@ -42,22 +44,22 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     return meter.end("transformers")
 
 
-def _load(job: dict[str, Any], front: Front) -> Any:
+def _load(job: WorkerJob) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            job["model"],
-            dtype=getattr(torch, front.dtype),
+            job.model,
+            dtype=getattr(torch, job.dtype),
             device_map="cuda" if torch.cuda.is_available() else "cpu",
-            trust_remote_code=job["trust_remote_code"],
+            trust_remote_code=job.trust_remote_code,
             local_files_only=True,
         )
     except ValueError as error:
         if "trust_remote_code" in str(error):
             hint = "If you trust its author, add --trust-remote-code."
-            raise InputError("the model is Python code of its own", where=job["model"], hint=hint) from error
+            raise InputError("the model is Python code of its own", where=job.model, hint=hint) from error
         raise
     return model.eval()
 
@@ -104,7 +106,7 @@ def _decode(model: Any, front: Front, rows: list[Prepared], meter: Meter) -> Non
         logits = output.logits[:, -1].float().cpu()
         if logits.isnan().any():
             hint = "Is a weight NaN or out of its dtype's range? `qtool inspect` shows the checkpoint."
-            raise QtoolError("the model computes NaN", where=front.job["model"], hint=hint)
+            raise QtoolError("the model computes NaN", where=front.job.model, hint=hint)
         seen = [[*row.ids, *tokens[i]] for i, row in enumerate(rows)]
         chosen = pick(penalize(logits, seen, sampling.get("repetition_penalty", 1.0)), sampling, generators)
         top = logits.topk(2).values
@@ -114,7 +116,7 @@ def _decode(model: Any, front: Front, rows: list[Prepared], meter: Meter) -> Non
             ended = tokens[row][-1] in stop
             stopped = rows[row].index in meter.report.inputs.aborted
             over = ended or stopped or len(tokens[row]) == budget
-            if front.job["stream"]:
+            if front.job.extras.pieces:
                 shown[row] = _stream(front, rows[row], tokens[row], shown[row], over)
             if over:
                 running.remove(row)
@@ -131,7 +133,7 @@ def _choice(front: Front, tokens: list[int], reason: str, gaps: list[float]) -> 
         "finish_reason": reason,
         "completion_tokens": len(tokens),
     }
-    return choice | ({"gaps": gaps} if front.job["gaps"] else {})
+    return choice | ({"gaps": gaps} if front.job.extras.gaps else {})
 
 
 def _stream(front: Front, row: Prepared, tokens: list[int], shown: str, over: bool) -> str:

@@ -1,0 +1,179 @@
+"""What a comparison is asked for and what it finds: typed on both sides of the pipe to its process, JSON in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qtool import workers
+from qtool.environments.lookup import interpreter
+from qtool.evaluate.intervals import Estimate
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """Text to predict: window i is its tokens i·length to (i+1)·length - 1.
+
+    Attributes:
+        data: builtin, or the path of a .txt, .jsonl or .parquet file.
+        windows: how many.
+        length: tokens of each.
+    """
+
+    data: str
+    windows: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Vllm:
+    """vLLM on this machine.
+
+    Attributes:
+        python: its interpreter.
+        engine: its arguments.
+        env: variables to set for it.
+    """
+
+    python: str
+    engine: dict[str, Any]
+    env: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonJob:
+    """A quantized model against its base.
+
+    Attributes:
+        base, quantized: the checkpoints' folders.
+        vllm: runs the quantized model; None has qtool run it, layer by layer.
+        trust_remote_code: allow the checkpoints' own modelling code.
+    """
+
+    base: Path
+    quantized: Path
+    text: EvaluationText
+    vllm: Vllm | None = None
+    trust_remote_code: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"base": str(self.base), "quantized": str(self.quantized)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> ComparisonJob:
+        return cls(
+            base=Path(content["base"]),
+            quantized=Path(content["quantized"]),
+            text=EvaluationText(**content["text"]),
+            vllm=content["vllm"] and Vllm(**content["vllm"]),
+            trust_remote_code=content["trust_remote_code"],
+        )
+
+
+@dataclass(frozen=True)
+class TextUsed:
+    """The text of an evaluation: where it is from, SHA-256 of its token ids, and its size."""
+
+    source: str
+    sha256: str
+    windows: int
+    length: int
+
+
+@dataclass(frozen=True)
+class RuntimeUsed:
+    """Who ran the quantized model, and in which type."""
+
+    name: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Maximum:
+    """The largest value over all predicted tokens, and the token: its window, and its position in there."""
+
+    value: float
+    window: int
+    position: int
+
+
+@dataclass(frozen=True)
+class AlongText:
+    """Means of so many predicted tokens each, in the text's order."""
+
+    tokens: int
+    values: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """How far apart two models are. Each `Estimate` has a 95 % confidence interval.
+
+    Attributes:
+        kl_divergence, kl_median, kl_p99: of the quantized model from the base, nats per token.
+        kl_max: where they differ most; a maximum has no such interval.
+        top1_agreement: how often both put the same token first.
+        top5_agreement: the share of the base's five likeliest tokens that are among the quantized one's five.
+    """
+
+    base_perplexity: Estimate
+    quantized_perplexity: Estimate
+    perplexity_ratio: Estimate
+    kl_divergence: Estimate
+    kl_median: Estimate
+    kl_p99: Estimate
+    kl_max: Maximum
+    top1_agreement: Estimate
+    top5_agreement: Estimate
+    kl_along_text: AlongText
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What a comparison found.
+
+    Attributes:
+        base, quantized: the checkpoints' folders.
+        seconds, peak_memory_bytes: of its process.
+    """
+
+    base: str
+    quantized: str
+    text: TextUsed
+    runtime: RuntimeUsed
+    figures: Figures
+    seconds: float
+    peak_memory_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As `qtool eval --json` prints it: the figures are among the rest."""
+        content = asdict(self)
+        figures = content.pop("figures")
+        return {**{key: content.pop(key) for key in ("base", "quantized", "text", "runtime")}, **figures, **content}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Comparison:
+        figures = Figures(**{key: content[key] for key in Figures.__dataclass_fields__})
+        return cls(
+            text=TextUsed(**content["text"]),
+            runtime=RuntimeUsed(**content["runtime"]),
+            figures=replace(
+                figures, kl_max=Maximum(**content["kl_max"]), kl_along_text=AlongText(**content["kl_along_text"])
+            ),
+            **{key: content[key] for key in ("base", "quantized", "seconds", "peak_memory_bytes")},
+        )
+
+
+def run(job: ComparisonJob, on_event: Callable[[workers.Event], None]) -> Comparison:
+    """Compare two checkpoints in a process of its own.
+
+    Raises:
+        InputError: a checkpoint that can't be run, two that don't belong together, or too little text.
+        QtoolError: a model's hidden states are not finite, or vLLM or the process fails.
+    """
+    python = job.vllm.python if job.vllm else interpreter("native")
+    env = job.vllm.env if job.vllm else None
+    found = workers.run("qtool.evaluate.worker", job.to_json(), python=python, env=env, on_event=on_event)
+    return Comparison.from_json(found)

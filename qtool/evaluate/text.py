@@ -1,0 +1,56 @@
+"""The windows of text that models are evaluated on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qtool.calibration.text import BUILTIN, Calibration, held_out, load, load_tokenizer
+from qtool.checkpoint.reader import Checkpoint
+from qtool.errors import InputError
+from qtool.evaluate.job import EvaluationText
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
+
+
+def windows_of(text: EvaluationText, checkpoint: Checkpoint, *, trust_remote_code: bool) -> Calibration:
+    """The text in a checkpoint's tokens. Raises InputError when there is too little."""
+    tokenizer = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code)
+    try:
+        if text.data == BUILTIN:
+            return held_out(tokenizer, samples=text.windows, seq_len=text.length)
+        return load(text.data, tokenizer, samples=text.windows, seq_len=text.length, seed=0)
+    except InputError as error:
+        hint = error.hint and error.hint.replace("--samples", "--windows").replace("--seq-len", "--length")
+        raise InputError(error.what, where=error.where, hint=hint) from None
+
+
+def windows_of_both(
+    text: EvaluationText, base: Checkpoint, quantized: Checkpoint, *, trust_remote_code: bool
+) -> Calibration:
+    """The same for two checkpoints. Raises InputError when their tokenizers make different tokens of it, too."""
+    found = windows_of(text, base, trust_remote_code=trust_remote_code)
+    if all(_bytes(base.path / name) == _bytes(quantized.path / name) for name in _TOKENIZER_FILES):
+        return found
+    if windows_of(text, quantized, trust_remote_code=trust_remote_code).digest != found.digest:
+        raise InputError(
+            "the two models' tokenizers make different tokens of the text",
+            where=f"{base.path} and {quantized.path}",
+            hint="give the model that the quantized one was made from",
+        )
+    return found
+
+
+def check_length(text: EvaluationText, checkpoint: Checkpoint) -> None:
+    """Raises InputError for windows longer than the model's context."""
+    config = checkpoint.config
+    context = (config.get("text_config") or config).get("max_position_embeddings")
+    if isinstance(context, int) and text.length > context:
+        raise InputError(
+            f"windows of {text.length} tokens, but the model's context is {context}",
+            where="--length",
+            hint=f"use --length {context} or less",
+        )
+
+
+def _bytes(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None

@@ -1,0 +1,116 @@
+"""From a job to sensitivities: the model opened, the ways to quantize it, the texts, and what it all weighs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from qtool import memory
+from qtool.calibration.text import Calibration, load, load_tokenizer
+from qtool.checkpoint import formats
+from qtool.checkpoint.reader import Checkpoint
+from qtool.engines.native import plan
+from qtool.engines.native.context import Context
+from qtool.engines.native.plan import QuantizationPlan
+from qtool.evaluate.text import check_length, windows_of
+from qtool.model.decoder import DecoderStream
+from qtool.scheme import W8A8
+from qtool.tuning import sensitivity
+from qtool.tuning.job import LinearBytes, Sensitivities, SensitivityJob
+from qtool.tuning.search import with_mode
+from qtool.tuning.sensitivity import Policies
+
+if TYPE_CHECKING:
+    from qtool.workers import Report
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    job: SensitivityJob
+    context: Context
+    plan: QuantizationPlan
+    linears: list[str]
+
+    @property
+    def model(self) -> DecoderStream:
+        return self.context.model
+
+
+def measure(job: SensitivityJob, report: Report) -> Sensitivities:
+    """Measure every group and linear of a float checkpoint.
+
+    Args:
+        report: hears of the progress.
+
+    Raises:
+        InputError: a checkpoint that is quantized or can't be run, or too little text.
+        QtoolError: the model's hidden states are not finite.
+    """
+    started = time.perf_counter()
+    prepared = _prepare(job)
+    text = windows_of(job.text, prepared.model.checkpoint, trust_remote_code=job.trust_remote_code)
+    calibration = _calibration(prepared)
+    run = sensitivity.Measurement(prepared.context, _ways(prepared), job.recipe.calibration.expert_tokens, report)
+    return Sensitivities(
+        measured=run.measure(text.ids, calibration.ids),
+        bytes=_bytes(prepared),
+        total_bytes=plan.output_bytes(prepared.model.weights, prepared.plan.schemes),
+        input_bytes=prepared.model.checkpoint.nbytes,
+        text={"source": text.source, "windows": text.ids.shape[0], "length": text.ids.shape[1]},
+        calibration={
+            "source": calibration.source,
+            "samples": calibration.ids.shape[0],
+            "seq_len": calibration.ids.shape[1],
+        },
+        seconds=round(time.perf_counter() - started, 2),
+        peak_memory_bytes=memory.peak(),
+    )
+
+
+def _prepare(job: SensitivityJob) -> _Prepared:
+    checkpoint = Checkpoint.open(job.model)
+    plan.refuse_quantized(checkpoint)
+    stream = DecoderStream(checkpoint, dtype=torch.float32, trust_remote_code=job.trust_remote_code)
+    check_length(job.text, checkpoint)
+    linears = stream.linears()
+    planned = plan.make(checkpoint, job.recipe, job.scheme, job.format, linears)
+    return _Prepared(job, Context(stream, formats.get(job.format)), planned, linears)
+
+
+def _calibration(prepared: _Prepared) -> Calibration:
+    wanted, trust = prepared.job.calibration, prepared.job.trust_remote_code
+    tokenizer = load_tokenizer(prepared.model.checkpoint.path, trust_remote_code=trust)
+    return load(wanted.data, tokenizer, samples=wanted.samples, seq_len=wanted.seq_len, seed=wanted.seed)
+
+
+def _ways(prepared: _Prepared) -> dict[str, Policies]:
+    """The policies of every linear, by what they are called."""
+    planned = prepared.plan
+    if not prepared.job.modes:
+        return {prepared.job.scheme: planned.policies}
+    schemes, ways = planned.schemes, {mode: with_mode(planned.policies, mode) for mode in prepared.job.modes}
+    # Runtimes want experts dynamic or static as they are, not one or the other as it suits.
+    for name in _experts(prepared.model):
+        for mode, policies in ways.items():
+            if (scheme := schemes[name]) is not None and scheme.is_static != (mode == "static"):
+                policies[name] = None
+    return dict(ways)
+
+
+def _experts(model: DecoderStream) -> Iterator[str]:
+    for index in range(model.depth):
+        if (routed := model.routed(index)) is not None:
+            yield from (name for expert in routed.names for name in expert)
+
+
+def _bytes(prepared: _Prepared) -> dict[str, LinearBytes]:
+    weights, schemes, sizes = prepared.model.weights, prepared.plan.schemes, {}
+    for name in prepared.linears:
+        scheme = schemes[name] or W8A8
+        tensor = f"{name}.weight"
+        sizes[name] = LinearBytes(weights.nbytes(tensor), scheme.weights.nbytes(weights.shape(tensor)))
+    return sizes
