@@ -17,6 +17,8 @@ from typing import Any
 from qtool import locks
 from qtool.errors import InputError, QtoolError
 
+_MAX_JSON_BYTES = 500_000_000
+
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 # ---------------------------------------------------------------- a disk's errors
@@ -171,6 +173,28 @@ def _open_draft(new: Path) -> int:
         if locks.is_still(handle, new):
             return handle
         os.close(handle)  # meanwhile it has become the file itself
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises InputError for anything else."""
+    try:
+        if not is_file(file):
+            raise InputError("no such file", where=str(file))
+        if file.stat().st_size > _MAX_JSON_BYTES:
+            raise InputError("too large for a JSON file", where=str(file))
+        value = json.loads(file.read_bytes().decode())
+    except OSError as error:
+        raise InputError(f"can't be read: {error.strerror}", where=str(file)) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"not valid JSON: {error}", where=str(file), hint="Download or copy this file again."
+        ) from None
+    if not isinstance(value, dict):
+        raise InputError("must hold a JSON object", where=str(file))
+    return value
 
 
 # ---------------------------------------------------------------- looking at a user's paths

@@ -7,44 +7,22 @@ this process's memory for as long as the file is open).
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import dtypes
-from qtool.checkpoint.header import TensorInfo, read_header
+from qtool.checkpoint.header import TensorInfo
+from qtool.checkpoint.index import find_tensors
 from qtool.errors import InputError, QtoolError
-from qtool.files import exists, expand, is_file
+from qtool.files import exists, expand, read_json
 
 if TYPE_CHECKING:
     import torch
 
 REPORT = "qtool.json"
 LOCK = "qtool.lock.json"
-
-_MAX_JSON_BYTES = 500_000_000
-_SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises InputError for anything else."""
-    try:
-        if not is_file(file):
-            raise InputError("no such file", where=str(file))
-        if file.stat().st_size > _MAX_JSON_BYTES:
-            raise InputError("too large for a JSON file", where=str(file))
-        value = json.loads(file.read_bytes().decode())
-    except OSError as error:
-        raise InputError(f"can't be read: {error.strerror}", where=str(file)) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"not valid JSON: {error}", where=str(file), hint="Download or copy this file again."
-        ) from None
-    if not isinstance(value, dict):
-        raise InputError("must hold a JSON object", where=str(file))
-    return value
 
 
 class Checkpoint:
@@ -80,7 +58,7 @@ class Checkpoint:
                 "no config.json in this folder", where=str(folder), hint="Give the folder of a whole model."
             )
         config = read_json(folder / "config.json")
-        return cls(folder, config, _read_tensors(folder))
+        return cls(folder, config, find_tensors(folder))
 
     @property
     def names(self) -> list[str]:
@@ -198,97 +176,15 @@ def _check_folder(folder: Path) -> None:
         if folder.is_dir():
             next(folder.iterdir(), None)
             return
-        exists = folder.exists()
+        there = folder.exists()
     except (OSError, ValueError) as error:
         raise InputError(f"can't be read: {getattr(error, 'strerror', error)}", where=str(folder)) from None
-    if folder.suffix == ".gguf" and exists:
+    if folder.suffix == ".gguf" and there:
         hint = f"Convert it first: qtool convert {folder} --to safetensors --output DIR"
-    elif exists:
+    elif there:
         hint = "Give the folder that holds config.json, not a file in it."
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         hint = f"If this is a model on a hub, download it first: qtool download {folder}"
     else:
         hint = "Check the path."
-    raise InputError("not a folder" if exists else "no such folder", where=str(folder), hint=hint)
-
-
-def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
-    index = _find_index(folder)
-    weight_map = _read_index(index) if index else {}
-    shards = sorted(set(weight_map.values())) if index else _find_shards(folder)
-    tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
-        file = folder / shard
-        if index and not exists(file):
-            raise InputError(
-                f"names {shard}, which is not there",
-                where=str(index),
-                hint="Download the missing file, or the model again.",
-            )
-        for info in read_header(file):
-            if weight_map.get(info.name, shard) != shard:
-                continue  # the index takes this one from another file
-            if info.name in tensors:
-                raise InputError(
-                    f"tensor {info.name!r} is also in {tensors[info.name].file.name}, and no index says which counts",
-                    where=str(file),
-                )
-            tensors[info.name] = info
-    for name, shard in weight_map.items():
-        if name not in tensors:
-            raise InputError(
-                f"the index says that it holds tensor {name!r}, but it does not",
-                where=str(folder / shard),
-                hint="Index and files belong to different versions: download the model again.",
-            )
-    return tensors
-
-
-def _find_index(folder: Path) -> Path | None:
-    found = sorted(folder.glob("*.safetensors.index.json"))
-    usual = folder / "model.safetensors.index.json"
-    if len(found) > 1 and usual not in found:
-        raise InputError(f"several indexes: {', '.join(file.name for file in found)}", where=str(folder))
-    return usual if usual in found else (found[0] if found else None)
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError("has no weight_map", where=str(index))
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\:\x00-\x1f]+\.safetensors", shard):
-            raise InputError(
-                f"puts tensor {name!r} into {str(shard)[:80]!r}, which is not a safetensors file in this folder",
-                where=str(index),
-                hint="Don't use this model unless you trust where it comes from.",
-            )
-    return weight_map
-
-
-def _find_shards(folder: Path) -> list[str]:
-    """The safetensors files of a folder without an index."""
-    found = sorted(file.name for file in folder.glob("*.safetensors"))
-    if "model.safetensors" in found:
-        return ["model.safetensors"]
-    if len(found) == 1 and not _SHARD.fullmatch(found[0]):
-        return found
-    if not found:
-        raise InputError("no safetensors files in this folder", where=str(folder), hint=_other_weights(folder))
-    numbers = [match.groups() for match in map(_SHARD.fullmatch, found) if match]
-    totals = {int(total) for _, total in numbers}
-    if len(numbers) != len(found) or len(totals) != 1:
-        raise InputError(f"several safetensors files and no index: {', '.join(found[:4])}", where=str(folder))
-    missing = set(range(1, totals.pop() + 1)) - {int(number) for number, _ in numbers}
-    if missing:
-        raise InputError(f"shard {min(missing)} of {numbers[0][1]} is missing", where=str(folder), hint="Download it.")
-    return found
-
-
-def _other_weights(folder: Path) -> str:
-    for file in sorted(folder.iterdir()):
-        if file.suffix == ".gguf":
-            return f"Convert {file.name} first: qtool convert {file} --to safetensors --output DIR"
-        if file.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-            return f"{file.name} is a pickle, which can run code when read; get the model's safetensors version."
-    return "Give the folder of a whole model; qtool download gets one."
+    raise InputError("not a folder" if there else "no such folder", where=str(folder), hint=hint)

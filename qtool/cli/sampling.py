@@ -136,7 +136,7 @@ def _json_schema(file: str | None) -> Any:
     """What is in a --json-schema file."""
     if file is None:
         return None
-    from qtool.checkpoint.reader import read_json
+    from qtool.files import read_json
 
     return read_json(expand(file))
 

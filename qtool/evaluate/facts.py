@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from qtool.checkpoint.reader import REPORT, Checkpoint, read_json
+from qtool.checkpoint.reader import REPORT, Checkpoint
+from qtool.files import read_json
 
 _OUTSIDE = re.compile(r"embed|wte|lm_head|output")
 _NUMBERED = re.compile(r"\.\d+\.")

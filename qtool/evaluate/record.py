@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qtool.checkpoint.reader import LOCK, REPORT, read_json
+from qtool.checkpoint.reader import LOCK, REPORT
 from qtool.errors import QtoolError
-from qtool.files import write_json
+from qtool.files import read_json, write_json
 
 _KEPT = (
     *("text", "runtime", "base_perplexity", "quantized_perplexity", "perplexity_ratio"),

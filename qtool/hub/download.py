@@ -12,11 +12,10 @@ from typing import Any
 
 from qtool import workers
 from qtool.checkpoint.header import read_header
-from qtool.checkpoint.reader import read_json
 from qtool.checkpoint.storage import put_in_place, tidy
 from qtool.environments.lookup import interpreter
 from qtool.errors import InputError, QtoolError
-from qtool.files import check_free_space, exists, sync
+from qtool.files import check_free_space, exists, read_json, sync
 from qtool.hub import lock, names, selection, storage
 from qtool.hub.listing import HUBS, Listing, RemoteFile
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import qtool
-from qtool.checkpoint.reader import LOCK, read_json
+from qtool.checkpoint.reader import LOCK
 from qtool.errors import InputError
+from qtool.files import read_json
 from qtool.hub.listing import Listing, RemoteFile
 from qtool.hub.names import name_problem
 from qtool.hub.sink import Hashes

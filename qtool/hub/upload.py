@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtool.checkpoint.reader import LOCK, REPORT, Checkpoint, read_json
+from qtool.checkpoint.reader import LOCK, REPORT, Checkpoint
 from qtool.checkpoint.summary import schemes
 from qtool.errors import InputError
+from qtool.files import read_json
 from qtool.hub.card import card
 from qtool.hub.names import name_problem, shown
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import qtool
 from qtool import locks
-from qtool.checkpoint.reader import REPORT, read_json
+from qtool.checkpoint.reader import REPORT
 from qtool.checkpoint.storage import tidy
 from qtool.errors import InputError, QtoolError
-from qtool.files import disk_errors, draft, exists, write_json
+from qtool.files import disk_errors, draft, exists, read_json, write_json
 from qtool.jobs import contents
 from qtool.jobs.contents import Files
 

@@ -126,7 +126,8 @@ def _cards(launch: Launch, checkpoint: Checkpoint) -> dict[str, Any]:
     kind = kind_of(launch.name)
     if not launch.runtime.vllm or kind == "cpu":
         return {}
-    from qtool.checkpoint.reader import REPORT, read_json
+    from qtool.checkpoint.reader import REPORT
+    from qtool.files import read_json
     from qtool.recipe.schema import Generate
 
     report = checkpoint.path / REPORT

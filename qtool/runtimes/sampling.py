@@ -47,7 +47,7 @@ def validated(given: Mapping[str, Any], option: bool = False) -> dict[str, Any]:
 
 def of_model(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the model's own generation_config.json says; values that make no sense are left out."""
-    from qtool.checkpoint.reader import read_json
+    from qtool.files import read_json
 
     file = checkpoint.path / "generation_config.json"
     config = read_json(file) if file.exists() else {}

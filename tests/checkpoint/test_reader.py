@@ -188,25 +188,6 @@ def test_a_linked_shard_as_in_the_hugging_face_cache(tmp_path: Path) -> None:
     assert [str(file) for file in companions(checkpoint)] == ["tokenizer.json"]
 
 
-def test_companions(make_folder: Callable[..., Path]) -> None:
-    carried = ["LICENSE", "README.md", "merges.txt", "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
-    other = [
-        "modeling_x.py",
-        "pytorch_model.bin",
-        "training_args.pt",
-        "x.pkl",
-        ".hidden.json",
-        "qtool.json",
-        "model.safetensors.index.json.bak",
-    ]
-    folder = make_folder({"model.safetensors": small_file()} | dict.fromkeys(carried + other, b"{}"))
-    (folder / "additional_chat_templates").mkdir()
-    (folder / "additional_chat_templates" / "tools.jinja").write_text("")
-    checkpoint = Checkpoint.open(folder)
-    assert {str(file) for file in companions(checkpoint)} == {*carried, "additional_chat_templates/tools.jinja"}
-    assert Path("modeling_x.py") in companions(checkpoint, code=True)
-
-
 # ------------------------------------------------------------------ what is wrong with a folder
 
 

@@ -110,15 +110,10 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
             return None
         if group is None:
             return None
-        weights, inputs = _args(group.get("weights")), _args(group.get("input_activations"))
-        if weights is not None and inputs is not None:
-            if weights.strategy == "tensor":
-                weights = dataclasses.replace(weights, strategy="channel")  # `read` repeats its one scale
-            if not inputs.dynamic and inputs.symmetric:
-                inputs = dataclasses.replace(inputs, symmetric=False)  # its zero point is 0
-            for scheme in self.schemes:
-                if scheme == Scheme(weights, inputs):
-                    return scheme
+        found = _described(group)
+        for scheme in self.schemes:
+            if scheme == found:
+                return scheme
         raise UnknownScheme(
             f"{name}: quantized, but not W8A8 with per-tensor static or per-token dynamic activations",
             where=str(checkpoint.path),
@@ -158,6 +153,18 @@ def _written(args: QuantizationArgs | None) -> dict[str, Any] | None:
     if args is None:
         return None
     return {name: value for name, value in dataclasses.asdict(args).items() if value is not None}
+
+
+def _described(group: Mapping[str, Any]) -> Scheme | None:
+    """The scheme that a config group describes, as `read` hands it out; None for descriptions of other kinds."""
+    weights, inputs = _args(group.get("weights")), _args(group.get("input_activations"))
+    if weights is None or (inputs is None and group.get("input_activations") is not None):
+        return None
+    if weights.strategy == "tensor":
+        weights = dataclasses.replace(weights, strategy="channel")  # its one scale is repeated
+    if inputs is not None and not inputs.dynamic and inputs.symmetric:
+        inputs = dataclasses.replace(inputs, symmetric=False)  # its zero point is 0
+    return Scheme(weights, inputs)
 
 
 def _args(found: Any) -> QuantizationArgs | None:
