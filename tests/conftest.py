@@ -25,7 +25,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-_PEERS = {"golden_stick", "openmind_python", "modelers"}  # fixtures that install other projects' packages
+# Fixtures that install other projects' packages.
+_PEERS = {"golden_stick", "openmind_python", "modelers", "plugin", "quantization"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -68,12 +67,13 @@ def download(
     """
     from qtool.hub import download as hub
     from qtool.hub import tokens
+    from qtool.jobs import download as places
 
     with console() as out:
         if verify and _is_folder(repo):
             _verify(Path(repo).expanduser().absolute(), workers, out)
             return
-        repo, wanted, revision = _resolve(repo, source, revision)
+        repo, wanted, revision = places.find(repo, source, revision)
         target = (to or Path(repo.rpartition("/")[2])).expanduser().absolute()
         if not target.name:
             raise InputError("not a path for a folder", where=str(target))
@@ -110,33 +110,6 @@ def download(
 
 def _is_folder(repo: str) -> bool:
     return Path(repo).expanduser().is_dir() or repo.startswith((".", "/", "~"))
-
-
-def _resolve(name: str, source: str, revision: str | None) -> tuple[str, str, str | None]:
-    """Repository, hub and revision of ORG/NAME or of a recipe's name."""
-    if "/" in name:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
-            raise InputError("not a repository's name", where=name[:100], hint="It is given as ORG/NAME.")
-        return name, source, revision
-    from qtool.recipe import load
-
-    if name not in load.names():
-        hint = f"Give ORG/NAME, or a recipe that names one: {', '.join(_downloadable())}."
-        raise InputError(f"no recipe is named {name[:100]!r}", hint=hint)
-    model = load.load(name).model
-    if model is None:
-        raise InputError(
-            "this recipe fits many models and names none", where=f"recipe {name}", hint="Give the model's ORG/NAME."
-        )
-    if source not in ("auto", model.hub):
-        raise InputError(f"the recipe's model is on {model.hub}", where="--from", hint="Give ORG/NAME for another hub.")
-    return model.repo, model.hub, revision or model.revision
-
-
-def _downloadable() -> list[str]:
-    from qtool.recipe import load
-
-    return [name for name in load.names() if load.load(name).model]
 
 
 def _summary(planned: Plan) -> str:

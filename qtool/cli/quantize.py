@@ -95,14 +95,14 @@ def quantize(
         else:
             result = jobs.run(decided.engine, decided.job, out.event)
     if dry_run:
-        out.result(planned.to_json() if json else _lines(planned, decided.job.recipe, out))
+        out.result(planned.printed() if json else _lines(planned, decided.job.recipe, out))
         return
     out.info(
         f"{len(result.report.layers)} layer groups in {result.seconds:.0f} s, "
         f"{result.input_bytes / 1e6:,.0f} MB to {result.output_bytes / 1e6:,.0f} MB, "
         f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
     )
-    out.result(result.to_json() if json else result.output)
+    out.result(result.printed() if json else result.output)
 
 
 def _lines(plan: DryRun, recipe: Recipe, out: Console) -> str:

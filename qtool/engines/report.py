@@ -1,4 +1,4 @@
-"""What an engine made, or would make: typed, and as the JSON of qtool.json and of `qtool quantize --json`."""
+"""What an engine made, or would make: typed, as JSON on its way between processes, and as users read it."""
 
 from __future__ import annotations
 
@@ -152,9 +152,9 @@ class QuantizationResult:
     seconds: float
     peak_memory_bytes: int
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **self.report.to_json(),
+    def printed(self) -> dict[str, Any]:
+        """As `qtool quantize --json` prints it: all in one."""
+        return self.report.to_json() | {
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "output": str(self.output),
@@ -162,13 +162,13 @@ class QuantizationResult:
             "input_bytes": self.input_bytes,
         }
 
+    def to_json(self) -> dict[str, Any]:
+        return vars(self) | {"report": self.report.to_json(), "output": str(self.output)}
+
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> QuantizationResult:
-        return cls(
-            report=QuantizationReport.from_json(content),
-            output=Path(content["output"]),
-            **{key: content[key] for key in ("input_bytes", "output_bytes", "seconds", "peak_memory_bytes")},
-        )
+        report = QuantizationReport.from_json(content["report"])
+        return cls(**content | {"report": report, "output": Path(content["output"])})
 
 
 @dataclass(frozen=True)
@@ -223,22 +223,23 @@ class DryRun:
     resources: EstimatedResources | None = None
     launch: LaunchOfCards | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def printed(self) -> dict[str, Any]:
+        """As `qtool quantize --dry-run --json` prints it: all in one."""
         content = asdict(self)
         resources, launch = content.pop("resources"), content.pop("launch")
         return {**content, **(resources or {}), **(launch or {})}
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> DryRun:
-        def part(kind: Any) -> Any:
-            names = kind.__dataclass_fields__
-            return kind(**{name: content[name] for name in names}) if names.keys() <= content.keys() else None
-
+        resources, launch = content["resources"], content["launch"]
         return cls(
-            layers=[LayersSummary(**row) for row in content["layers"]],
-            calibration=content["calibration"],
-            input_bytes=content["input_bytes"],
-            output_bytes=content["output_bytes"],
-            resources=part(EstimatedResources),
-            launch=part(LaunchOfCards),
+            **content
+            | {
+                "layers": [LayersSummary(**row) for row in content["layers"]],
+                "resources": resources and EstimatedResources(**resources),
+                "launch": launch and LaunchOfCards(**launch),
+            }
         )

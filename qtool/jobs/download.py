@@ -1,31 +1,79 @@
-"""A model from a hub, for a job that goes on with it."""
+"""A model from a hub: which one a name means, and the folder that it becomes."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from qtool import workers
+from qtool.errors import InputError
 from qtool.hub import download, tokens
+from qtool.recipe import load
 from qtool.recipe.schema import Repository
 
 _FILES_AT_A_TIME = 4
 
 
-def run(model: Repository, target: Path, *, on_event: Callable[[workers.Event], None]) -> None:
+class Place(NamedTuple):
+    """A repository.
+
+    Attributes:
+        repo: ORG/NAME.
+        hub: huggingface, modelers, or auto for the first that has it.
+        revision: a branch, tag or commit; None for the default branch.
+    """
+
+    repo: str
+    hub: str
+    revision: str | None
+
+
+def find(name: str, hub: str, revision: str | None) -> Place:
+    """What ORG/NAME means, or the name of a recipe that names a model.
+
+    Raises InputError when it is neither, or `hub` is not the recipe's.
+    """
+    if "/" in name:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+            raise InputError("not a repository's name", where=name[:100], hint="It is given as ORG/NAME.")
+        return Place(name, hub, revision)
+    if name not in load.names():
+        with_models = [known for known in load.names() if load.load(known).model]
+        hint = f"Give ORG/NAME, or a recipe that names one: {', '.join(with_models)}."
+        raise InputError(f"no recipe is named {name[:100]!r}", hint=hint)
+    model = load.load(name).model
+    if model is None:
+        raise InputError(
+            "this recipe fits many models and names none", where=f"recipe {name}", hint="Give the model's ORG/NAME."
+        )
+    if hub not in ("auto", model.hub):
+        raise InputError(f"the recipe's model is on {model.hub}", where="--from", hint="Give ORG/NAME for another hub.")
+    return Place(model.repo, model.hub, revision or model.revision)
+
+
+def run(
+    model: Place | Repository, target: Path, *, overwrite: bool = True, on_event: Callable[[workers.Event], None]
+) -> None:
     """Make `target` the model's folder, or make it whole again; interrupted, it goes on inside the files.
+
+    Args:
+        overwrite: replace what else is there.
 
     Raises:
         InputError, QtoolError: as `qtool download`.
     """
     listing = download.find(model.repo, model.hub, model.revision, lambda name: tokens.read(name, None), on_event)
     planned = download.plan(listing, [], [])
+    if not overwrite and download.is_there(planned, target, overwrite=False):
+        return
     download.obtain(
         planned,
         target,
         tokens.read(listing.hub, None),
         workers=_FILES_AT_A_TIME,
-        overwrite=True,
+        overwrite=overwrite,
         on_event=on_event,
         waiting=lambda: None,
     )

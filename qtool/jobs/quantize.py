@@ -121,7 +121,7 @@ def run(engine: str, job: QuantizationJob, on_event: OnEvent) -> QuantizationRes
         job: its paths are absolute, or relative to the current folder.
 
     Raises:
-        InputError, QtoolError: as the engine does.
+        InputError: an output that must not be written. InputError, QtoolError: as the engine does.
     """
     job = _absolute(job)
     check_output(job.output.path, overwrite=job.output.overwrite, source=job.model)

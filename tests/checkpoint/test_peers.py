@@ -17,6 +17,8 @@ import torch
 from tests.fake_quantized import FakeQuantized
 from tests.managed import REPOSITORY, unpacked
 
+pytestmark = pytest.mark.peers
+
 HERE = Path(__file__).parent
 
 

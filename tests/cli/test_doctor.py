@@ -21,6 +21,7 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_what_works_here(run_qtool: Any, tmp_path: Path) -> None:
     done = run_qtool("doctor", "--json", env={"QTOOL_ENVIRONMENTS": str(tmp_path / "none")})
     assert done.code == 0

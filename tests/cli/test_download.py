@@ -239,6 +239,7 @@ def test_verify_finds_what_changed_and_overwrite_repairs_it(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", [True, False])
 def test_killed_while_the_new_folder_took_the_old_ones_place(
     hub: Hub, model_repo: dict[str, bytes], tmp_path: Path, there: bool

@@ -22,6 +22,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOCATE = "from qtool.environments.lookup import interpreter; print(interpreter('golden-stick'))"
 

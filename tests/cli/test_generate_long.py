@@ -148,6 +148,7 @@ def test_other_settings_are_not_mixed_in(run_qtool: Run, tiny_llama: Path, tmp_p
     assert "no answer to prompt 1" in done.stderr
 
 
+@pytest.mark.vllm
 def test_with_other_memory_a_job_goes_on(
     qtool_environment: dict[str, str], launcher: Launcher, run_qtool: Run, tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -171,6 +172,7 @@ def test_with_other_memory_a_job_goes_on(
     assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == ["a", "b"]
 
 
+@pytest.mark.vllm
 def test_where_memory_runs_out_the_way_on_is_told(
     qtool_environment: dict[str, str], launcher: Launcher, run_qtool: Run, tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -197,6 +199,7 @@ def test_where_memory_runs_out_the_way_on_is_told(
     assert run_qtool(*asked, *FAST).code == 0
 
 
+@pytest.mark.vllm
 def test_an_engine_that_is_killed_is_replaced(
     qtool_environment: dict[str, str], launcher: Launcher, tiny_llama: Path
 ) -> None:

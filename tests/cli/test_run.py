@@ -253,6 +253,7 @@ def test_a_damaged_download_is_mended(repository: Hub, tmp_path: Path) -> None:
 # ------------------------------------------------------------------ killed
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same(
     repository: Hub, finished: Path, qtool_environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ def request(port: int, path: str, body: dict[str, Any] | None = None) -> bytes:
         return bytes(answer.read())
 
 
+@pytest.mark.vllm
 def test_a_request_is_answered(
     qtool_environment: dict[str, str], make_model: Callable[..., Path], run_qtool: Run
 ) -> None:

@@ -60,6 +60,6 @@ def quantize() -> Any:
             calibration=CalibrationText("builtin", SAMPLES, LENGTH),
             device="cpu",
         )
-        return execute(prepare(job, report), report).to_json()
+        return execute(prepare(job, report), report).printed()
 
     return run

@@ -17,6 +17,8 @@ from qtool.engines.native import executor
 from qtool.engines.native.pieces import Output, Piece
 from qtool.errors import InputError, QtoolError
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Setup:

@@ -230,6 +230,7 @@ def _description(folder: Path) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------- what it costs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-dynamic"])
 @pytest.mark.parametrize(
     ("model_type", "kind"), [*((name, "bfloat16") for name in MIXTURES), ("deepseek_v3", "fp8"), ("qwen3_moe", "fp8")]
@@ -343,6 +344,7 @@ def test_infinite_weights_of_an_expert_are_bad_input(
     assert {path.name for path in tmp_path.iterdir()} == {"damaged"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "kind"), [*((name, "bfloat16") for name in MIXTURES), ("deepseek_v3", "fp8")])
 def test_evaluation_says_what_the_imitation_says(
     made: Run, run_qtool: Run, text: Path, tiny_tokenizer: Any, model_type: str, kind: str

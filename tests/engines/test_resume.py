@@ -23,6 +23,8 @@ from tests.engines import kill_table
 from tests.engines.conftest import Quiet
 from tests.engines.kill_table import Undisturbed
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

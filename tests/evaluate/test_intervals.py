@@ -33,6 +33,7 @@ def test_transform() -> None:
         assert transformed[key] == math.exp(plain[key])  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("q", "normal"), [(0.5, 0.0), (0.99, 2.3263)])
 def test_a_quantiles_interval_holds_the_true_one(q: float, normal: float) -> None:
     """Log-normal tokens, a sixth of whose variance is their window's: the true quantile is known."""

