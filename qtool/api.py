@@ -207,7 +207,6 @@ def generate(
     from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint
     from qtool.runtimes import sampling as words
-    from qtool.runtimes import settings
 
     checkpoint = Checkpoint.open(Path(model))
     asked = words.validated(sampling)
@@ -215,9 +214,8 @@ def generate(
     runtimes.check(launch, asked, arguments or {})
     job = runtimes.GenerationJob(
         model=str(checkpoint.path),
-        sampling=settings.possible(
-            launch.name,
-            words.merged({"seed": 0}, words.of_model(checkpoint), words.of_recipe(checkpoint).given(), asked),
+        sampling=launch.runtime.possible(
+            words.merged({"seed": 0}, words.of_model(checkpoint), words.of_recipe(checkpoint).given(), asked)
         ),
         runtime=launch.name,
         arguments=arguments or {},

@@ -16,14 +16,13 @@ from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
 from qtool.errors import InputError
 from qtool.evaluation import job as evaluation
 from qtool.evaluation.job import ComparisonJob, EvaluationText
-from qtool.files import encode_json, write_json, write_text
+from qtool.files import encode_json, expand, write_json, write_text
 from qtool.jobs import contents, download, quantize
 from qtool.jobs.stages import Done, Job
 from qtool.recipe.schema import Recipe
 from qtool.runtimes import sampling
 from qtool.runtimes.lines import Line
 from qtool.runtimes.results import record
-from qtool.runtimes.settings import possible
 
 OnEvent = Callable[[workers.Event], None]
 
@@ -182,7 +181,7 @@ class _Run:
         }
 
         def make(target: Path) -> None:
-            text = wanted.text if wanted.text == "builtin" else str(Path(wanted.text).expanduser().absolute())
+            text = wanted.text if wanted.text == "builtin" else str(expand(wanted.text).absolute())
             job = ComparisonJob(
                 base=model.path,
                 quantized=quantized.path,
@@ -222,7 +221,7 @@ class _Run:
 
             job = runtimes.GenerationJob(
                 model=str(model.path),
-                sampling=possible(name, words),
+                sampling=runtimes.get(name).possible(words),
                 runtime=self.settings.runtime,
                 trust_remote_code=self.settings.trust_remote_code,
             )
@@ -245,7 +244,7 @@ class _Run:
         """What stands for a text among a stage's inputs: the SHA-256 of the file that it is in."""
         if data == "self":
             return data
-        path = Path(data).expanduser()
+        path = expand(data)
         if data == "builtin":
             found = importlib.util.find_spec("pydoc_data.topics")
             assert found is not None
