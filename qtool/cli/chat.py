@@ -85,16 +85,17 @@ def chat(
 def _job(checkpoint: Checkpoint, template: Template, asked: Mapping[str, Any], running: Running) -> GenerationJob:
     from qtool import runtimes
     from qtool.checkpoint import formats
-    from qtool.runtimes import sampling, settings
+    from qtool.runtimes import sampling
+    from qtool.runtimes.arguments import parse
 
     chosen = runtimes.choose(running.runtime, formats.of(checkpoint).name)
     recipe = sampling.of_recipe(checkpoint)
     words = {name: value for name, value in recipe.given().items() if name != "max_tokens"}  # meant for a prompt
-    arguments = settings.parse(running.set_ or ())
+    arguments = parse(running.set_ or ())
     runtimes.check(chosen, asked, arguments)
     return runtimes.GenerationJob(
         model=str(checkpoint.path),
-        sampling=settings.possible(chosen.name, sampling.merged(sampling.of_model(checkpoint), words, asked)),
+        sampling=chosen.runtime.possible(sampling.merged(sampling.of_model(checkpoint), words, asked)),
         runtime=chosen.name,
         arguments=arguments,
         chat=runtimes.ChatSettings(

@@ -150,16 +150,17 @@ def _job(
     """The job, with what the recipe and the model wish for. Whatever is wrong shows before anybody types prompts."""
     from qtool import runtimes
     from qtool.checkpoint import formats
-    from qtool.runtimes import sampling, settings
+    from qtool.runtimes import sampling
+    from qtool.runtimes.arguments import parse
 
     recipe, words = sampling.of_recipe(checkpoint), sampling.of_model(checkpoint)
     chosen = runtimes.choose(running.runtime, formats.of(checkpoint).name)
-    arguments = settings.parse(running.set_ or ())
+    arguments = parse(running.set_ or ())
     runtimes.check(chosen, asked, arguments, chat.reasoning_parser)
     splits = chosen.runtime.vllm and not as_text
     return runtimes.GenerationJob(
         model=str(checkpoint.path),
-        sampling=settings.possible(chosen.name, sampling.merged(words, recipe.given(), asked)),
+        sampling=chosen.runtime.possible(sampling.merged(words, recipe.given(), asked)),
         runtime=chosen.name,
         arguments=arguments,
         chat=runtimes.ChatSettings(

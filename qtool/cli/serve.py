@@ -53,12 +53,13 @@ def serve(
       qtool serve ./Qwen3-W8A8 --set max_model_len=8192 --set reasoning_parser=qwen3
     """
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.runtimes import server, settings
+    from qtool.runtimes import server
+    from qtool.runtimes.arguments import parse
 
     checkpoint = Checkpoint.open(path_or_stdin(model))
     name = listening.served_model_name or checkpoint.path.resolve().name
     own = asdict(listening) | {"served_model_name": name, "trust_remote_code": trust_remote_code or None}
-    command, env = server.command(checkpoint, runtime, settings.parse(set_ or ()), own)
+    command, env = server.command(checkpoint, runtime, parse(set_ or ()), own)
     with console() as out:
         if dry_run:
             told = {**env, server.KEY_VARIABLE: "…"} if server.KEY_VARIABLE in env else env

@@ -23,7 +23,6 @@ from qtool.recipe.schema import Recipe
 from qtool.runtimes import sampling
 from qtool.runtimes.lines import Line
 from qtool.runtimes.results import record
-from qtool.runtimes.settings import possible
 
 OnEvent = Callable[[workers.Event], None]
 
@@ -222,7 +221,7 @@ class _Run:
 
             job = runtimes.GenerationJob(
                 model=str(model.path),
-                sampling=possible(name, words),
+                sampling=runtimes.get(name).possible(words),
                 runtime=self.settings.runtime,
                 trust_remote_code=self.settings.trust_remote_code,
             )

@@ -6,46 +6,20 @@ size is quantized in the memory of one group's statistics and a few rows. (`exac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from qtool.quant import observers
-from qtool.quant.integer import InputQuantizer, asymmetric_parameters
-from qtool.quant.report import GroupReport, extent, report
-from qtool.quant.rounding.clipping import Scales, ScaleSearch
-from qtool.quant.rounding.errors import ErrorByEnergy
-from qtool.quant.rounding.gptq import GPTQ
-from qtool.quant.rounding.nearest import round_to_nearest
-from qtool.quant.statistics import InputStatistics, Smoothed
+from qtool.quant.group import Storage, policy_of, quantize_group
+from qtool.quant.report import GroupReport
+from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group
 from qtool.quant.transforms import Diagonal, Folded, transform_of
-from qtool.quant.types import QuantizedLinear, dequantize
-from qtool.quant.weights import ModuleWeights, Rows, Weights, chunks
+from qtool.quant.types import QuantizedLinear
+from qtool.quant.weights import ModuleWeights, Weights
 from qtool.recipe.policy import Policy
-from qtool.scheme import Scheme
-
-_CLIP_RATIOS = (1.0, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8)
-# Weights that are in float32 at a time: what the cache takes; GPTQ needs more rows to be worth its steps.
-_CHUNK, _GPTQ_CHUNK = 1 << 22, 1 << 24
-_REPORT_TOKENS = 32  # that the reported error of a group is measured on
-
-
-@dataclass(frozen=True)
-class Storage:
-    """What a checkpoint format keeps of the numbers, so that integers fit what the runtime will compute with.
-
-    Attributes:
-        dtype: of the model's float tensors.
-        weight_scale: rounds float32 weight scales of a layer of this scheme.
-        input_scale: rounds a static input scale.
-    """
-
-    dtype: torch.dtype
-    weight_scale: Callable[[torch.Tensor, Scheme], torch.Tensor]
-    input_scale: Callable[[float], float]
 
 
 @dataclass
@@ -85,178 +59,6 @@ def smooth(
         if group.linears[0] in found:
             folded.fold(group, found[group.linears[0]].s, dtype)
     return folded, found
-
-
-@torch.no_grad()
-def quantize_group(
-    folded: Folded,
-    group: Group,
-    policies: Mapping[str, Policy | None],
-    statistics: InputStatistics,
-    chosen: Diagonal | None,
-    storage: Storage,
-) -> tuple[dict[str, QuantizedLinear], GroupReport]:
-    """Quantize the linears of one group whose policy says so.
-
-    Args:
-        folded, chosen: from `smooth`; chosen is None for a group without smoothing.
-        group, policies: as there.
-        statistics: of the group's input.
-        storage: what the output format keeps.
-    """
-    policy = policy_of(group, policies)
-    assert policy is not None
-    members = [name for name in group.linears if policies[name] is not None]
-    inputs = statistics.smoothed(folded.columns(members[0]))
-    quantizer = input_quantizer(policy, inputs, storage)
-    noisy = quantizer(inputs.sample)
-    rounder = _Rounder(policy, inputs, noisy, storage)
-    few = slice(None, None, max(1, len(inputs.sample) // _REPORT_TOKENS))
-    error = _Error(inputs.sample[few], noisy[few])
-    rounded = _round(folded, members, rounder, error)
-    linears = {
-        name: QuantizedLinear(
-            scheme=policy.scheme,
-            weight=integers,
-            weight_scale=scale,
-            bias=folded.vector(f"{name}.bias"),
-            input_scale=quantizer.scale,
-            input_zero_point=quantizer.zero_point,
-        )
-        for name, (integers, scale) in rounded.items()
-    }
-    before = extent(statistics.low, statistics.high)
-    return linears, report(members, policy, chosen, error.relative, before, extent(inputs.low, inputs.high))
-
-
-class _Rounder:
-    """Rounds the weights of one group as a policy says.
-
-    Attributes:
-        chunk: how many weights are best rounded at a time.
-    """
-
-    def __init__(self, policy: Policy, inputs: Smoothed, noisy: torch.Tensor, storage: Storage) -> None:
-        self.args = policy.scheme.weights
-        self._gptq: GPTQ | None = None
-        if policy.rounding.method == "gptq":
-            noise = float((noisy - inputs.sample).square_().mean())
-            self._gptq = GPTQ(inputs.hessian, noise, self.args)
-        self._search = ScaleSearch(
-            args=self.args,
-            ratios=_CLIP_RATIOS if policy.clip else (1.0,),
-            error=ErrorByEnergy(inputs.energy) if policy.clip else None,
-            storable=lambda scale: storage.weight_scale(scale, policy.scheme),
-        )
-        self.chunk = _CHUNK if self._gptq is None else _GPTQ_CHUNK
-
-    def scale_of_all(self, folded: Folded, name: str) -> Scales | None:
-        """The one scale that all rows of a linear share; None where they don't."""
-        if self.args.strategy != "tensor":
-            return None
-        return self._search.of_tensor(
-            lambda: (folded.rows(*rows) for chunk in chunks(folded, [name], self.chunk) for rows in chunk)
-        )
-
-    def scales(self, weight: torch.Tensor) -> Scales:
-        """Of some rows [rows, in]."""
-        return self._search.of_rows(weight)
-
-    def round(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
-        """Some rows [rows, in], as int8."""
-        if self._gptq is not None:
-            return self._gptq.round(weight, scales.scale)
-        return round_to_nearest(weight, *scales, self.args).to(torch.int8)
-
-
-class _Error:
-    """The squared error of a group's output on a few tokens, relative to its square.
-
-    Args:
-        sample, noisy: the input before and after it is quantized, float32 [tokens, in].
-    """
-
-    def __init__(self, sample: torch.Tensor, noisy: torch.Tensor) -> None:
-        self._sample, self._noisy = sample, noisy
-        self._error = self._signal = 0.0
-
-    def add(self, weight: torch.Tensor, rounded: torch.Tensor) -> None:
-        """Some rows of a weight [rows, in], and what their integers stand for."""
-        reference = self._sample @ weight.t()
-        self._error += float((self._noisy @ rounded.t()).sub_(reference).square_().sum())
-        self._signal += float(reference.square_().sum())
-
-    @property
-    def relative(self) -> float:
-        return self._error / max(self._signal, 1e-30)
-
-
-def _round(
-    folded: Folded, members: Sequence[str], rounder: _Rounder, error: _Error
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Integers int8 [out, in] and scales of each linear."""
-    shapes = {name: folded.shape(name) for name in members}
-    of_all = {name: rounder.scale_of_all(folded, name) for name in members}
-    made = {
-        name: (torch.empty(shape, dtype=torch.int8), torch.empty(rounder.args.scales_shape(shape)))
-        for name, shape in shapes.items()
-    }
-    for chunk in chunks(folded, members, rounder.chunk):
-        parts = [folded.rows(*rows) for rows in chunk]
-        weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-        scales = _shared(chunk, of_all) or rounder.scales(weight)
-        rounded = rounder.round(weight, scales)
-        error.add(weight, dequantize(rounded, scales.scale))
-        first = 0
-        for name, start, stop in chunk:
-            last = first + stop - start
-            integers, scale = made[name]
-            integers[start:stop] = rounded[first:last]
-            if len(scale) == len(integers):
-                scale[start:stop] = scales.scale[first:last]
-            else:
-                scale.copy_(scales.scale[first : first + 1])
-            first = last
-    return made
-
-
-def _shared(chunk: Iterable[Rows], of_all: Mapping[str, Scales | None]) -> Scales | None:
-    """The scales of some rows of linears that have one for all of theirs; None where they don't."""
-    parts = []
-    for name, start, stop in chunk:
-        found = of_all[name]
-        if found is None:
-            return None
-        parts.append(Scales(*(each.expand(stop - start) for each in found)))
-    return Scales(torch.cat([part.scale for part in parts]), torch.cat([part.bound for part in parts]))
-
-
-def policy_of(group: Group, policies: Mapping[str, Policy | None]) -> Policy | None:
-    """The policy of a group's quantized members; None when there are none."""
-    return next((policy for name in group.linears if (policy := policies[name]) is not None), None)
-
-
-def needs_hessian(policy: Policy) -> bool:
-    """Whether quantizing wants the Hessian of the group's input."""
-    transform = transform_of(policy)
-    return policy.rounding.method == "gptq" or (transform is not None and transform.needs_hessian)
-
-
-def needs_tokens(policy: Policy) -> bool:
-    """Whether what comes out depends on calibration tokens at all."""
-    return policy.scheme.is_static or policy.smoothing.method != "none" or policy.clip or needs_hessian(policy)
-
-
-def input_quantizer(policy: Policy, inputs: Smoothed, storage: Storage) -> InputQuantizer:
-    """What quantizes the input of a group: where it is static with the scale as stored, and its zero point."""
-    args = policy.scheme.activations
-    if policy.activations.mode == "dynamic" or args is None:
-        return InputQuantizer(args)
-    low, high = observers.static_range(inputs, policy.activations.observer, args)
-    scale, _ = asymmetric_parameters(torch.tensor(low), torch.tensor(high), args)
-    kept = storage.input_scale(float(scale))
-    zero_point = round(args.qmin - min(low, 0.0) / kept)
-    return InputQuantizer(args, kept, max(args.qmin, min(args.qmax, zero_point)))
 
 
 @torch.no_grad()

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
@@ -21,10 +19,9 @@ import yaml as pyyaml
 
 from qtool import resources
 from qtool.errors import InputError
-from qtool.recipe.policy import Policy
+from qtool.recipe.problems import problems_of
 from qtool.recipe.schema import Recipe
-from qtool.recipe.strict import WRONG
-from qtool.recipe.yaml import MAX_BYTES, Path, Problem, dotted, parse
+from qtool.recipe.yaml import MAX_BYTES, Path, Problem, parse
 
 SUFFIXES = (".yaml", ".yml")
 _SHOWN = 3  # problems that an error message lists
@@ -230,123 +227,8 @@ def _validate(source: _Source, where: str) -> Recipe:
     try:
         return Recipe.model_validate(source.data)
     except pydantic.ValidationError as error:
-        problems = [_problem(item, source) for item in error.errors(include_url=False)]
+        problems = problems_of(error, source.lines)
     raise _error(problems, where)
-
-
-def _problem(item: Any, source: _Source) -> Problem:
-    """One pydantic error, with its place in the file and in plain words."""
-    kind, context = item["type"], item.get("ctx", {})
-    path, around = _path(item["loc"])
-    if kind == WRONG:
-        path = (*path, context["key"])
-    elif kind == "union_tag_invalid":
-        path = (*path, context["discriminator"].strip("'"))
-    path, (file, line) = _as_written(path, source)
-    if kind == "union_tag_not_found":
-        path = (*path, context["discriminator"].strip("'"))
-    if kind == "extra_forbidden":
-        known = _keys(around)
-        close = difflib.get_close_matches(str(path[-1]), known, n=1)
-        guess = f"did you mean {close[0]!r}?" if close else "known are " + ", ".join(known)
-        message = f"unknown key; {guess}"
-    elif kind in ("missing", "union_tag_not_found"):
-        message = "is missing"
-    elif kind == "literal_error":
-        message = f"must be {context['expected']}, not {_short(item['input'])}"
-    elif kind == "union_tag_invalid":
-        message = f"must be {_either(context['expected_tags'])}, not {context['tag']!r}"
-    elif kind in ("model_type", "model_attributes_type"):
-        message = f"must be a mapping of keys to values, not {_short(item['input'])}"
-    elif kind == WRONG:
-        message = item["msg"]
-    elif kind == "value_error":
-        message = str(context["error"])
-    elif kind.endswith("_type") or kind.endswith("_parsing"):
-        message = f"{_lower(item['msg'])}, not {_short(item['input'])}"
-    else:
-        message = f"{_lower(item['msg'])}, it is {_short(item['input'])}"
-    return Problem(line, dotted(path), message, file)
-
-
-def _lower(message: str) -> str:
-    message = message.removeprefix("Input ").removeprefix("Value error, ")
-    return message[:1].lower() + message[1:]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _either(tags: str) -> str:
-    """ "'a', 'b', 'c'" → "'a', 'b' or 'c'"."""
-    before, _, last = tags.rpartition(", ")
-    return f"{before} or {last}" if before else last
-
-
-def _path(location: Sequence[int | str]) -> tuple[Path, Any]:
-    """A place that pydantic names, without the methods that it puts between; and the type around the last key.
-
-    Found by walking the schema's annotations.
-    """
-    path: Path = ()
-    current: Any = Recipe
-    around = current
-    for part in location:
-        around = current
-        if methods := _methods(current):  # a union told apart by a method's name, which is no key of the file
-            current = methods[str(part)]
-            continue
-        if isinstance(current, type) and issubclass(current, pydantic.BaseModel):
-            current = current.model_fields[str(part)].annotation if part in current.model_fields else None
-        else:
-            current = (typing.get_args(current) or (None,))[-1]
-        while typing.get_origin(current) in _WRAPPERS and not _methods(current):
-            current = typing.get_args(current)[0]
-        path = (*path, part)
-    return path, around
-
-
-_WRAPPERS = (typing.Annotated, typing.Union, types.UnionType)
-
-
-def _methods(annotation: Any) -> dict[str, type[pydantic.BaseModel]]:
-    """The members of a union by the names that tell them apart; empty for anything else."""
-    members = typing.get_args(annotation) if typing.get_origin(annotation) in _WRAPPERS else ()
-    if len(members) < 2 or not all(isinstance(m, type) and issubclass(m, pydantic.BaseModel) for m in members):
-        return {}
-    return {typing.get_args(next(iter(m.model_fields.values())).annotation)[0]: m for m in members}
-
-
-def _keys(model: Any) -> list[str]:
-    """The keys that the schema knows in a mapping of this type."""
-    if not (isinstance(model, type) and issubclass(model, pydantic.BaseModel)):
-        return []
-    more = {Recipe: ["extends"], Policy: ["scheme"]}
-    return [*model.model_fields, *more.get(model, [])]
-
-
-def _as_written(path: Path, source: _Source) -> tuple[Path, tuple[str, int]]:
-    """The key as the file has it, which may be in a shorter or an earlier spelling, and its file and line."""
-    for spelling in (path, *_spellings(path)):
-        if spelling in source.lines:
-            return spelling, source.lines[spelling]
-    place = path
-    while place and place not in source.lines:
-        place = place[:-1]
-    return path, source.lines.get(place, ("", 1))
-
-
-def _spellings(path: Path) -> list[Path]:
-    match path:
-        case (*before, "smoothing", "alpha"):
-            return [(*before, "smoothquant_alpha")]
-        case (*before, "observer", "percentile"):
-            return [(*before, "percentile")]
-        case (*before, "method" | "mode"):
-            return [tuple(before)]
-    return []
 
 
 def _error(problems: list[Problem], where: str) -> RecipeError:

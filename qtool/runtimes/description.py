@@ -114,7 +114,8 @@ class Runtime:
     """What generates text from a checkpoint. A new one is a file that holds one of these, and a line in `facts`.
 
     Attributes:
-        name: for `--runtime`, and of what provides its interpreter (`qtool.environments.table.ENGINES`).
+        name: for `--runtime`. An interpreter that has it is found by the row of this name in
+            `qtool.environments.table.ENGINES`, which also says with what it is installed.
         title: what people call it.
         summary: one line about it.
         reads: the formats that it reads; "float" is a model that is not quantized.
@@ -144,6 +145,10 @@ class Runtime:
     vllm: bool = True
     adapt: Callable[[Launch, Checkpoint], Launch] = _as_it_is
     explain: Callable[[BaseException], InputError | None] = _in_its_own_words
+
+    def possible(self, wishes: Mapping[str, Any]) -> dict[str, Any]:
+        """What of the sampling that a recipe or a model wishes for it can do; the rest is left out."""
+        return {name: value for name, value in wishes.items() if self.sampling is None or name in self.sampling}
 
     def reading(self, format: str) -> Reads | None:
         """How it reads a format of those that it names, or None."""

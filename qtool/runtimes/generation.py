@@ -10,9 +10,10 @@ from typing import Any
 from qtool import workers
 from qtool.errors import InputError
 from qtool.runtimes import window
+from qtool.runtimes.arguments import split
 from qtool.runtimes.job import Extras, GenerationJob, WorkerJob
 from qtool.runtimes.launch import Launch, adapted, choose, kind_of
-from qtool.runtimes.settings import dtype, split
+from qtool.runtimes.settings import dtype
 
 OnEvent = Callable[[workers.Event], None]
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import formats
 from qtool.errors import InputError
+from qtool.runtimes.arguments import KEY, split
 from qtool.runtimes.launch import adapted, choose, kind_of
-from qtool.runtimes.settings import KEY, dtype, engine, environment, settings, split
+from qtool.runtimes.settings import dtype, engine, environment, settings
 from qtool.workers.processes import python
 
 if TYPE_CHECKING:

@@ -1,27 +1,17 @@
-"""How a runtime is set up for the hardware: configs/runtime-*.yaml, and what the user says over it."""
+"""How a runtime is set up for the hardware: configs/runtime-*.yaml."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.environments import machine
-from qtool.errors import InputError
-from qtool.runtimes import facts
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
 
-KEY = "api_key"  # of a server; whatever it looks like, it is text
 DTYPES = ("bfloat16", "float16", "float32")
-
-
-def possible(runtime: str, wishes: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the sampling that a recipe or a model wishes for this runtime can do; the rest is left out."""
-    known = facts.get(runtime).sampling
-    return {name: value for name, value in wishes.items() if known is None or name in known}
 
 
 def settings(hardware: str) -> dict[str, Any]:
@@ -78,30 +68,3 @@ def preload(hardware: str, python: str) -> dict[str, str]:
         matches = [match for folder in folders for match in sorted(folder.glob(f"{name}.so*"))]
         found += [str(match) for match in matches[:1]]
     return {"LD_PRELOAD": ":".join(filter(None, [*found, *named]))} if found else {}
-
-
-def parse(pairs: Iterable[str]) -> dict[str, Any]:
-    """`--set key=value` as a mapping; values are YAML (numbers, true, null, {..}); dashes in keys are underscores.
-
-    Raises:
-        InputError: no `=`, or the value is not YAML.
-    """
-    import yaml
-
-    given = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals or not key:
-            raise InputError(f"{pair!r} is no key=value", where="--set", hint="Like --set max_num_seqs=32.")
-        try:
-            given[key] = value if key.isupper() or key == KEY else yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"the value of {key} is not YAML", where="--set", hint="Quote it.") from error
-    return given
-
-
-def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What of it are EngineArgs, and what (in capitals) are environment variables."""
-    engine = {name: value for name, value in given.items() if not name.isupper()}
-    return engine, {name: str(value) for name, value in given.items() if name.isupper()}

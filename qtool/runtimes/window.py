@@ -139,39 +139,57 @@ def run(
         WorkerDied: twice in a row. And whatever `work`, `source` and `on_answer` raise.
     """
     window = Window(source)
-    progress = True
-    texts: dict[int, str] = {}  # what this worker has written of answers that are not finished
-    told = 0  # how much of the first of them has been told
+    outlet = _Outlet(window, on_answer, on_event)
+    while True:
+        try:
+            result = work(window.requests(), outlet.event)
+        except WorkerDied as error:
+            if not outlet.progress:
+                raise
+            outlet.begin_anew()
+            on_event({"event": "warning", "message": f"{error.what}; another one goes on where it stopped"})
+            continue
+        outlet.give_out()
+        return result
 
-    def event(event: workers.Event) -> None:
-        nonlocal told
+
+class _Outlet:
+    """Where a worker's events go: answers in their order, and each new piece of the first that is not finished.
+
+    Attributes:
+        progress: an answer has been given out since the last worker died.
+    """
+
+    def __init__(
+        self, window: Window, on_answer: Callable[[Item], None], on_event: Callable[[workers.Event], None]
+    ) -> None:
+        self._window, self._on_answer, self._on_event = window, on_answer, on_event
+        self._texts: dict[int, str] = {}  # what this worker has written of answers that are not finished
+        self._told = 0  # how much of the first of them has been told
+        self.progress = True
+
+    def begin_anew(self) -> None:
+        """Another worker writes the unfinished answers again; what has been told of them stays told."""
+        self._texts.clear()
+        self.progress = False
+
+    def event(self, event: workers.Event) -> None:
+        texts = self._texts
         if event["event"] == "item":
-            window.answer(event["data"])
+            self._window.answer(event["data"])
         elif event["event"] == "piece":
             texts[event["index"]] = texts.get(event["index"], "") + event["text"]
         else:
-            on_event(event)
-        give_out()
-        if (first := window.first) is not None and len(text := texts.get(first, "")) > told:
-            on_event({"event": "piece", "index": first, "text": text[told:]})
-            told = len(text)
+            self._on_event(event)
+        self.give_out()
+        first = self._window.first
+        if first is not None and len(text := texts.get(first, "")) > self._told:
+            self._on_event({"event": "piece", "index": first, "text": text[self._told :]})
+            self._told = len(text)
 
-    def give_out() -> None:
-        nonlocal told, progress
-        for item in window.give_out():
-            on_answer(item)
-            texts.pop(item["index"], None)
-            told, progress = 0, True
-
-    while True:
-        try:
-            result = work(window.requests(), event)
-        except WorkerDied as error:
-            if not progress:
-                raise
-            progress = False
-            texts.clear()
-            on_event({"event": "warning", "message": f"{error.what}; another one goes on where it stopped"})
-            continue
-        give_out()
-        return result
+    def give_out(self) -> None:
+        """Answers before which none is missing."""
+        for item in self._window.give_out():
+            self._on_answer(item)
+            self._texts.pop(item["index"], None)
+            self._told, self.progress = 0, True

@@ -19,6 +19,7 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "progress": {"stage": str, "done": (int, float), "total": (int, float), "unit": str},
     "warning": {"message": str},
     "item": {"data": dict},
+    "piece": {"index": int, "text": str},
     "result": {"data": dict},
     "error": {"type": str, "what": str, "where": _TEXT, "hint": _TEXT},
 }

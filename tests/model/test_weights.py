@@ -19,7 +19,8 @@ from qtool.model.decoder import DecoderStream
 from qtool.model.observe import observe, sample_stride
 from qtool.model.probe import probe
 from qtool.model.weights import ModelWeights, StoredWeights
-from qtool.quant.layer import Storage, quantize_group, smooth
+from qtool.quant.group import Storage, quantize_group
+from qtool.quant.layer import smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import linear_layers
 from qtool.quant.types import QuantizedLinear

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from qtool.quant.layer import LayerResult, Storage, quantize_layer, smooth
+from qtool.quant.group import Storage
+from qtool.quant.layer import LayerResult, quantize_layer, smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups, linear_layers
 from qtool.quant.weights import ModuleWeights

@@ -40,3 +40,21 @@ def test_static_and_dynamic_have_their_names() -> None:
 def test_a_strategy_and_its_size_belong_together(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="strategy"):
         QuantizationArgs(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("args", "scales", "nbytes"),
+    [
+        (QuantizationArgs(), (48,), 48 * 64 + 4 * 48),
+        (QuantizationArgs(num_bits=4, strategy="group", group_size=32), (48, 2), 48 * 64 // 2 + 4 * 48 * 2),
+        (QuantizationArgs(num_bits=3, strategy="tensor"), (1,), 48 * 64 * 3 // 8 + 4),
+        (QuantizationArgs(type="float", strategy="block", block_structure=(32, 48)), (2, 2), 48 * 64 + 16),
+    ],
+)
+def test_sizes_of_a_weight(args: QuantizationArgs, scales: tuple[int, ...], nbytes: int) -> None:
+    assert (args.scales_shape((48, 64)), args.nbytes((48, 64))) == (scales, nbytes)
+
+
+def test_groups_must_divide_the_input_channels() -> None:
+    with pytest.raises(ValueError, match="64 input channels are no whole number of groups of 48"):
+        QuantizationArgs(strategy="group", group_size=48).nbytes((48, 64))

@@ -11,7 +11,7 @@ from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.formats import QuantizedFormat
 from qtool.checkpoint.reader import Checkpoint
 from qtool.model.decoder import DecoderStream
-from qtool.quant.layer import Storage
+from qtool.quant.group import Storage
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 from qtool.engines.job import CalibrationText
 from qtool.errors import InputError
-from qtool.quant.layer import needs_hessian
+from qtool.quant.group import needs_hessian
 from qtool.quant.topology import linear_layers
 from qtool.recipe.schema import Policy
 

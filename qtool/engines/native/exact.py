@@ -10,7 +10,7 @@ from torch import nn
 from qtool.engines.native.pieces import Float, Linear, Piece, Row
 from qtool.engines.native.units import LayerLinears
 from qtool.quant import exact
-from qtool.quant.layer import Storage
+from qtool.quant.group import Storage
 from qtool.quant.statistics import InputStatistics
 
 

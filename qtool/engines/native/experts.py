@@ -14,7 +14,9 @@ from qtool.checkpoint.formats import QuantizedFormat
 from qtool.engines.native.context import storage
 from qtool.model.observe import sample_stride
 from qtool.model.weights import ModelWeights, StoredWeights, refuse_damage
-from qtool.quant.layer import GroupReport, needs_hessian, policy_of, quantize_group, smooth
+from qtool.quant.group import needs_hessian, policy_of, quantize_group
+from qtool.quant.layer import smooth
+from qtool.quant.report import GroupReport
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups
 from qtool.quant.types import QuantizedLinear

@@ -12,7 +12,7 @@ from typing import Any
 
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.engines.report import ExpertTokens, QuantizedGroup
-from qtool.quant.layer import GroupReport
+from qtool.quant.report import GroupReport
 
 DENSE = "dense"  # the unit of a layer's linears without its routed experts
 _LAYER = "layer"

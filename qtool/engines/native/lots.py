@@ -13,7 +13,7 @@ from qtool.engines.native.units import ExpertTask
 from qtool.engines.report import ExpertTokens
 from qtool.model.experts import Routing
 from qtool.model.recorder import Recorder
-from qtool.quant.layer import needs_tokens
+from qtool.quant.group import needs_tokens
 from qtool.recipe.schema import Policy
 
 if TYPE_CHECKING:

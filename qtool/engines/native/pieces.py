@@ -10,7 +10,7 @@ import torch
 
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.model.decoder import DecoderStream
-from qtool.quant.layer import GroupReport
+from qtool.quant.report import GroupReport
 from qtool.quant.types import QuantizedLinear
 from qtool.recipe.schema import Policy
 

@@ -60,6 +60,15 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
             hint="correct the `layers` patterns; they must match the whole name",
         )
     schemes = _schemes(policies)
+    for name, how in schemes.items():
+        if how is not None:
+            _check_scales(name, how, checkpoint, where)
+            if recipe.osl == "exact" and how.weights.strategy != "channel":
+                raise InputError(
+                    f"osl: exact is Golden Stick's search, which knows no weights by {how.weights.strategy}",
+                    where=where,
+                    hint="use osl: fast",
+                )
     problems = formats.get(format_name).problems(schemes)
     if problems:
         raise InputError(
@@ -72,6 +81,14 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
         if limitation.fatal:
             raise InputError(limitation.text, where=f"{where}, format {format_name}", hint=limitation.hint)
     return QuantizationPlan(policies, [str(limitation) for limitation in limitations])
+
+
+def _check_scales(name: str, scheme: Scheme, checkpoint: Checkpoint, where: str) -> None:
+    """Raises InputError when the weight can't be divided into groups of that size."""
+    try:
+        scheme.weights.scales_shape(checkpoint.info(f"{name}.weight").shape)
+    except ValueError as error:
+        raise InputError(f"{name}: {error}", where=where, hint="choose another group_size for this layer") from None
 
 
 def _schemes(policies: Mapping[str, Policy | None]) -> dict[str, Scheme | None]:

@@ -28,7 +28,8 @@ from qtool.model.activations import Activations
 from qtool.model.observe import sample_stride
 from qtool.model.probe import probe
 from qtool.model.recorder import Recorder
-from qtool.quant.layer import GroupReport, needs_hessian, policy_of
+from qtool.quant.group import needs_hessian, policy_of
+from qtool.quant.report import GroupReport
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, linear_layers, signature
 

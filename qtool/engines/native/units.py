@@ -16,7 +16,8 @@ from qtool.engines.native.experts import PARTS, ExpertLinears, ExpertSamples, Sm
 from qtool.engines.native.pieces import Float, Linear, Output, Piece, Row
 from qtool.model.recorder import ExpertInputs
 from qtool.model.weights import StoredWeights
-from qtool.quant.layer import policy_of, quantize_group, smooth
+from qtool.quant.group import policy_of, quantize_group
+from qtool.quant.layer import smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group
 from qtool.recipe.schema import Policy

@@ -15,7 +15,8 @@ from torch import nn
 
 from qtool.quant.exact.replay import Recording
 from qtool.quant.exact.search import CLIP_RATIOS, CLIP_TOKENS, search
-from qtool.quant.layer import LayerResult, Storage, input_quantizer, policy_of
+from qtool.quant.group import Storage, input_quantizer, policy_of
+from qtool.quant.layer import LayerResult
 from qtool.quant.report import extent, report
 from qtool.quant.rounding.clipping import Scales, ScaleSearch
 from qtool.quant.rounding.errors import ErrorOnTokens

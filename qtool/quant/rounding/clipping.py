@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from qtool.quant.integer import symmetric_scale
-from qtool.quant.rounding.errors import RowError
+from qtool.quant.rounding.errors import ErrorInGroups, RowError, ScaleError
 from qtool.quant.rounding.nearest import round_to_nearest
 from qtool.scheme import QuantizationArgs
 
@@ -45,12 +45,11 @@ class ScaleSearch:
     def of_rows(self, weight: torch.Tensor) -> Scales:
         """Scales of some rows of a weight, float32 [rows, in], each row or each group of its channels by itself."""
         if self.args.strategy != "group":
-            return self._of_columns(weight, self.error)
-        found = [
-            self._of_columns(weight[:, block], self.error and self.error.columns(block))
-            for block in column_blocks(self.args, weight.shape[1])
-        ]
-        return Scales(torch.stack([each.scale for each in found], 1), torch.stack([each.bound for each in found], 1))
+            return self._of_each(weight, self.error)
+        blocks = column_blocks(self.args, weight.shape[1])
+        error = None if self.error is None else ErrorInGroups(self.error, blocks)
+        found = self._of_each(weight.reshape(-1, weight.shape[1] // len(blocks)), error)
+        return Scales(*(each.view(len(weight), len(blocks)) for each in found))
 
     def of_tensor(self, parts: Callable[[], Iterable[torch.Tensor]]) -> Scales:
         """The one scale of a whole weight, [1].
@@ -67,12 +66,12 @@ class ScaleSearch:
                 for i in range(len(bounds)):
                     scale, bound = (each[i].expand(len(part)) for each in (scales, bounds))
                     q = round_to_nearest(part, scale, bound, self.args)
-                    errors[i] += float(self.error(q.mul_(scale[:, None]).sub_(part)).sum())
+                    errors[i] += float(self.error(q.mul_(scale[:, None]).sub_(part), torch.arange(len(part))).sum())
         best = int(errors.argmin())
         return Scales(scales[best : best + 1], bounds[best : best + 1])
 
-    def _of_columns(self, weight: torch.Tensor, row_error: RowError | None) -> Scales:
-        """A scale and bound [rows] of the columns [rows, some]."""
+    def _of_each(self, weight: torch.Tensor, row_error: ScaleError | None) -> Scales:
+        """A scale and bound for each row [rows] of a weight or of parts of it, float32 [rows, some]."""
         peak = weight.abs().amax(dim=1)
         bound = peak * self.ratios[0]
         scale = self.storable(symmetric_scale(bound, self.args))
@@ -84,7 +83,7 @@ class ScaleSearch:
             step = self.storable(symmetric_scale(narrower, self.args))
             delta = round_to_nearest(weight, step, narrower, self.args).mul_(step[:, None]).sub_(weight)
             rows = (row_error.at_least(delta) < least).nonzero()[:, 0]
-            error = row_error(delta if len(rows) == len(delta) else delta[rows])
+            error = row_error(delta, rows)
             rows = rows[better := error < least[rows]]
             least[rows] = error[better]
             scale[rows] = step[rows]

@@ -1,0 +1,59 @@
+"""What a plan refuses before any work: recipes that a format, a model or a search can't follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtool.checkpoint.formats import NAMES
+from qtool.checkpoint.reader import Checkpoint
+from qtool.engines.native import plan
+from qtool.errors import InputError
+from qtool.recipe.policy import Policy
+from qtool.recipe.schema import Recipe
+
+LINEARS = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
+
+
+def recipe(osl: Any = "fast", **policy: Any) -> Recipe:
+    made = Policy.model_validate({"layers": ".*", **policy})
+    return Recipe(name="mine", description="", default_scheme="s", schemes={"s": [made]}, osl=osl)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("activations", ["static", "dynamic"])
+@pytest.mark.parametrize("weights", [{"num_bits": 4}, {"group_size": 32}, {"num_bits": 7, "strategy": "tensor"}])
+def test_weights_that_no_format_has_a_place_for(
+    make_model: Callable[..., Path], name: str, activations: str, weights: dict[str, Any]
+) -> None:
+    checkpoint = Checkpoint.open(make_model("llama"))
+    with pytest.raises(InputError, match="can't express W") as caught:
+        plan.make(checkpoint, recipe(weights=weights, activations=activations), "s", name, LINEARS)
+    assert "q_proj" in caught.value.what
+
+
+def test_groups_that_do_not_divide_the_input_channels(make_model: Callable[..., Path]) -> None:
+    checkpoint = Checkpoint.open(make_model("llama"))
+    width = checkpoint.info(f"{LINEARS[0]}.weight").shape[1]
+    with pytest.raises(InputError, match=rf"q_proj: {width} input channels .* groups of 37"):
+        plan.make(checkpoint, recipe(weights={"group_size": 37}), "s", "compressed-tensors", LINEARS)
+
+
+def test_exact_osl_is_for_channels(make_model: Callable[..., Path]) -> None:
+    checkpoint = Checkpoint.open(make_model("llama"))
+    with pytest.raises(InputError, match="osl: exact"):
+        plan.make(checkpoint, recipe("exact", weights={"group_size": 32}), "s", "compressed-tensors", LINEARS)
+    plan.make(checkpoint, recipe("exact"), "s", "compressed-tensors", LINEARS)
+
+
+def test_a_policy_in_words() -> None:
+    assert plan.describe(recipe().schemes["s"][0]) == "W8A8 per-token dynamic, osl, clip, gptq"
+    static = Policy.model_validate(
+        {"layers": "x", "activations": {"mode": "static", "observer": "mse"}, "clip": False, "rounding": "nearest"}
+    )
+    assert plan.describe(static) == "W8A8 per-tensor static (mse), osl, nearest"
+    groups = Policy.model_validate({"layers": "x", "weights": {"num_bits": 4, "group_size": 128}, "smoothing": "none"})
+    assert plan.describe(groups) == "W4A8 by group of 128 per-token dynamic, clip, gptq"
