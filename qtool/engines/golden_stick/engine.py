@@ -18,12 +18,11 @@ from qtool import workers
 from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import PartialFolder
-from qtool.engines import native
+from qtool.engines import native, plan
 from qtool.engines.golden_stick import config, mindformers, mindone, view
 from qtool.engines.golden_stick.tasks import Calibrated, CalibrateTask, CardsLaunch, Exported, ExportTask
 from qtool.engines.job import CalibrationTokens, QuantizationJob
-from qtool.engines.native import plan
-from qtool.engines.native.plan import QuantizationPlan
+from qtool.engines.plan import QuantizationPlan
 from qtool.engines.report import (
     CalibrationUsed,
     DryRun,
