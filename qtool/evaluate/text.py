@@ -42,8 +42,7 @@ def windows_of_both(
 
 def check_length(text: EvaluationText, checkpoint: Checkpoint) -> None:
     """Raises InputError for windows longer than the model's context."""
-    config = checkpoint.config
-    context = (config.get("text_config") or config).get("max_position_embeddings")
+    context = (checkpoint.config.get("text_config") or checkpoint.config).get("max_position_embeddings")
     if isinstance(context, int) and text.length > context:
         raise InputError(
             f"windows of {text.length} tokens, but the model's context is {context}",
