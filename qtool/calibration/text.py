@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import InputError, in_one_line
+from qtool.files import expand
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,7 @@ def load(data: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int) ->
         tokens = _tokenize(_whole(_builtin(seed)), tokenizer, needed)
         source = f"builtin (documentation of CPython {platform.python_version()})"
     else:
-        path = Path(data).expanduser()
+        path = expand(data)
         suffix = path.suffix.lower()
         if suffix not in SUFFIXES:
             raise InputError("unknown kind of text", where=data, hint=_KINDS)

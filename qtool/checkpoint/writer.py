@@ -18,7 +18,7 @@ from qtool.checkpoint.reader import REPORT, Checkpoint
 from qtool.checkpoint.shards import Sharding, Shards
 from qtool.checkpoint.storage import PartialFolder, check_output, tidy
 from qtool.errors import InputError, QtoolError
-from qtool.files import disk_errors, encode_json
+from qtool.files import disk_errors, encode_json, expand
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ class CheckpointWriter:
         sharding: Sharding | None = None,
         resume: Resume | None = None,
     ) -> None:
-        self.output = Path(output).expanduser().absolute()
+        self.output = expand(output).absolute()
         self.format = format
         self._overwrite = overwrite
         self._complete = False

@@ -11,6 +11,7 @@ import typer
 
 from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
 from qtool.errors import InputError
+from qtool.files import expand
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
@@ -56,7 +57,7 @@ def analyze(
     from qtool.evaluate.job import EvaluationText
     from qtool.tuning.job import SensitivityJob, run
 
-    folder = Path(path_or_stdin(model)).expanduser().absolute()
+    folder = expand(path_or_stdin(model)).absolute()
     chosen, scheme, _ = recipe_for(Checkpoint.open(folder), recipe, scheme)
     data = calibration or chosen.calibration.data
     data = "builtin" if data == "self" else data
@@ -96,7 +97,7 @@ def analyze(
 
 
 def _absolute(text: str) -> str:
-    return text if text == "builtin" else str(Path(text).expanduser().absolute())
+    return text if text == "builtin" else str(expand(text).absolute())
 
 
 def _row(linear: Sensitivity, size: LinearBytes) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def recipe_for(checkpoint: Checkpoint, name: str | None, scheme: str | None) -> 
             hint=f"it has {', '.join(recipe.schemes)}",
         )
     shipped = name is None or name in names()
-    return recipe, wanted, recipe.name if shipped else str(Path(str(name)).expanduser().absolute())
+    return recipe, wanted, recipe.name if shipped else str(expand(str(name)).absolute())
 
 
 def _show(result: dict[str, Any], top: int, out: Console) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
 from qtool.errors import InputError
+from qtool.files import expand, is_dir
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
@@ -79,16 +80,16 @@ def evaluate(
     from qtool.evaluate.job import ComparisonJob, EvaluationText, TasksJob, run, solve
 
     models = [value for value in (base, quantized) if value is not None]
-    folders = [Path(path_or_stdin(value)).expanduser().absolute() for value in models]
+    folders = [expand(path_or_stdin(value)).absolute() for value in models]
     checkpoints = [Opened.open(folder) for folder in folders]  # what is wrong shows before torch is imported
     if tasks is not None:
-        if data is None or not data.is_dir():
+        if data is None or not is_dir(data):
             raise InputError("say where the tasks' data is", where="--data", hint="a folder; see qtool eval --help")
         jobs = [
             TasksJob(
                 model=checkpoint.path,
                 tasks=[name.strip() for name in tasks.split(",") if name.strip()],
-                data=data.expanduser().absolute(),
+                data=expand(data).absolute(),
                 vllm=_vllm(checkpoint),
                 limit=limit,
                 fewshot=fewshot,
@@ -112,7 +113,7 @@ def evaluate(
         base=folders[0],
         quantized=folders[1],
         text=EvaluationText(
-            text if text == "builtin" else str(Path(text).expanduser().absolute()), windows=windows, length=length
+            text if text == "builtin" else str(expand(text).absolute()), windows=windows, length=length
         ),
         vllm=_vllm(checkpoints[1]) if runtime == "vllm" else None,
         trust_remote_code=trust_remote_code,

@@ -10,6 +10,7 @@ import typer
 
 from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
 from qtool.errors import InputError, QtoolError
+from qtool.files import check_new_file, expand, is_dir
 
 if TYPE_CHECKING:
     from qtool.console import Console
@@ -73,12 +74,12 @@ def tune(
         raise InputError(
             "say either how much quality may go, or how large the model may be", hint="--max-kl X, or --max-size SIZE"
         )
-    folder = Path(path_or_stdin(model)).expanduser().absolute()
+    folder = expand(path_or_stdin(model)).absolute()
     checkpoint = Checkpoint.open(folder)
     chosen, scheme, extends = recipe_for(checkpoint, recipe, scheme)
     if output is not None:
         _check_output(output, extends, overwrite=overwrite)
-    if scratch is not None and not (scratch.is_dir() and os.access(scratch, os.W_OK)):
+    if scratch is not None and not (is_dir(scratch) and os.access(scratch, os.W_OK)):
         raise InputError("is no folder that can be written to", where=str(scratch), hint="Choose another --scratch.")
     wanted = CalibrationText(
         _text(calibration or chosen.calibration.data, "--calibration"),
@@ -120,21 +121,16 @@ def _check_output(output: Path, extends: str, *, overwrite: bool) -> None:
     """Before hours of measuring: the recipe can be written, and not over one that it builds on."""
     from qtool.recipe.load import files
 
-    hint = "Choose another --output."
-    if output.exists() and not overwrite:
-        raise InputError("exists already", where=str(output), hint="Choose another --output, or pass --overwrite.")
-    if output.is_dir():
-        raise InputError("is a folder", where=str(output), hint=hint)
+    check_new_file(output, "--output", overwrite=overwrite)
     if output.resolve() in files(extends):
-        raise InputError("the new recipe builds on this one and can't replace it", where=str(output), hint=hint)
-    if not (output.parent.is_dir() and os.access(output.parent, os.W_OK)):
-        raise InputError("its folder does not exist, or can't be written to", where=str(output), hint=hint)
+        what = "the new recipe builds on this one and can't replace it"
+        raise InputError(what, where=str(output), hint="Choose another --output.")
 
 
 def _text(value: str, option: str) -> str:
     if value == "self":
         raise InputError("the model's own samples can't be used here", where=option, hint="use builtin, or a file")
-    return value if value == "builtin" else str(Path(value).expanduser().absolute())
+    return value if value == "builtin" else str(expand(value).absolute())
 
 
 def _summary(result: Tuned, out: Console) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import qtool
 from qtool.errors import InputError
-from qtool.files import write_text
+from qtool.files import check_new_file, write_text
 
 # key of the result: (what it is called, how it is written)
 FIGURES = {
@@ -44,12 +44,7 @@ def check(file: Path, *, overwrite: bool) -> None:
     """
     from importlib.util import find_spec
 
-    if file.exists() and not overwrite:
-        raise InputError("exists already", where=str(file), hint="Choose another --report, or pass --overwrite.")
-    if file.is_dir():
-        raise InputError("is a folder", where=str(file), hint="Choose another --report.")
-    if not file.absolute().parent.is_dir():
-        raise InputError("no such folder", where=str(file.absolute().parent), hint="Choose another --report.")
+    check_new_file(file, "--report", overwrite=overwrite)
     if missing := [package for package in ("matplotlib", "jinja2") if find_spec(package) is None]:
         raise InputError(
             f"a report needs the Python package {missing[0]}, which is not installed",

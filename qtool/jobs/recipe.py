@@ -16,7 +16,7 @@ from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
 from qtool.errors import InputError
 from qtool.evaluate import job as evaluation
 from qtool.evaluate.job import ComparisonJob, EvaluationText
-from qtool.files import encode_json, write_json, write_text
+from qtool.files import encode_json, expand, write_json, write_text
 from qtool.jobs import contents, download, quantize
 from qtool.jobs.stages import Done, Job
 from qtool.recipe.schema import Recipe
@@ -181,7 +181,7 @@ class _Run:
         }
 
         def make(target: Path) -> None:
-            text = wanted.text if wanted.text == "builtin" else str(Path(wanted.text).expanduser().absolute())
+            text = wanted.text if wanted.text == "builtin" else str(expand(wanted.text).absolute())
             job = ComparisonJob(
                 base=model.path,
                 quantized=quantized.path,
@@ -244,7 +244,7 @@ class _Run:
         """What stands for a text among a stage's inputs: the SHA-256 of the file that it is in."""
         if data == "self":
             return data
-        path = Path(data).expanduser()
+        path = expand(data)
         if data == "builtin":
             found = importlib.util.find_spec("pydoc_data.topics")
             assert found is not None
