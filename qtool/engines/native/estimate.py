@@ -29,7 +29,7 @@ _AHEAD_BYTES = 2 * 10**9  # of statistics that wait for other processes, when me
 _BASE_SECONDS = 5.0
 _SLOWER = 2.3  # than a plain product of the same number of operations: attention, norms, reads and writes come besides
 _CHUNK_BYTES = 5 * 16 * 2**20  # float32 copies of the weights that are quantized at a time
-_COMPENSATED_CHUNK_BYTES = 4 * 64 * 2**20
+_GPTQ_CHUNK_BYTES = 4 * 64 * 2**20
 # What an element of a weight costs beside matrix products, on one thread: to read, round and write it, to search its
 # clipping ratio, to search its smoothing scale.
 _ROUND_SECONDS, _CLIP_SECONDS, _SMOOTH_SECONDS = 12e-9, 30e-9, 40e-9
@@ -101,7 +101,7 @@ def seconds(stream: DecoderStream, policies: Mapping[str, Policy | None], calibr
     """Estimated time of a job on this machine, from the sizes of the model and a short timing.
 
     Work per layer: one forward pass over the calibration tokens, the Gram matrices of the inputs that want them
-    (about as much again), error compensation, and work on every element of the weights.
+    (about as much again), GPTQ, and work on every element of the weights.
     """
     tokens = calibration.samples * calibration.seq_len
     rate = _flops(stream.dtype, stream.device)
@@ -136,22 +136,22 @@ class _Layer:
     @property
     def statistics_bytes(self) -> int:
         """What is known of the inputs of all linears that are not experts'."""
-        compensated = {width for _, width, policy in self.linears if policy and needs_hessian(policy)}
-        return 4 * sum(width**2 for width in compensated) + 4 * 512 * sum({width for _, width, _ in self.linears})
+        by_gptq = {width for _, width, policy in self.linears if policy and needs_hessian(policy)}
+        return 4 * sum(width**2 for width in by_gptq) + 4 * 512 * sum({width for _, width, _ in self.linears})
 
     def bytes(self, tokens: int, batch: int, item: int, scores: int, *, exact: bool) -> int:
         """Peak memory on top of what the process has anyway; `scores` is what attention takes for a token."""
         everything = [*self.linears, *self.experts]
         widest = max((width for _, width, _ in everything), default=0)
         longest = max((out for out, _, _ in everything), default=0)
-        compensated = [width for _, width, policy in everything if policy and needs_hessian(policy)]
-        statistics = 4 * sum({width: width**2 for width in compensated}.values()) + 4 * 512 * widest * 6
+        by_gptq = [width for _, width, policy in everything if policy and needs_hessian(policy)]
+        statistics = 4 * sum({width: width**2 for width in by_gptq}.values()) + 4 * 512 * widest * 6
         running = self.parameters * item + batch * (item * (3 * longest + 4 * widest) + scores) + statistics
         probing = 4 * self.parameters
-        chunk = _COMPENSATED_CHUNK_BYTES if compensated else _CHUNK_BYTES
+        chunk = _GPTQ_CHUNK_BYTES if by_gptq else _CHUNK_BYTES
         group = max((out * width for out, width, _ in everything), default=0)
         chunk = min(chunk, 5 * 4 * 3 * group)
-        quantizing = statistics + chunk + 4 * 4 * max(compensated, default=0) ** 2 + 2 * group
+        quantizing = statistics + chunk + 4 * 4 * max(by_gptq, default=0) ** 2 + 2 * group
         quantizing += 2 * 4 * min(group, 1 << 24)  # rows that the search for a smoothing scale looks at
         loading = 3 * (1 + item) * max((out * width for out, width, _ in self.experts), default=0)
         if exact:
@@ -166,7 +166,7 @@ class _Layer:
             for out, width, policy in linears:
                 total += 2 * out * width * tokens * share
                 if policy is not None and needs_hessian(policy):
-                    # the Hessian (of about every third linear: the others share an input), and compensation,
+                    # the Hessian (of about every third linear: the others share an input), and GPTQ,
                     # in float32 and in small steps
                     total += (2 * width**2 * min(tokens, 4 * 512) + 4 * width**3) / 3 + 4 * 2 * out * width**2
         return total
