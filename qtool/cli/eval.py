@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qtool.calibration.sources import BUILTIN, absolute
+from qtool.cli.measuring import WindowLength
 from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
 from qtool.errors import InputError
 from qtool.files import expand, is_dir
@@ -27,9 +29,9 @@ def evaluate(
     ] = None,
     text: Annotated[
         str, typer.Option("--text", metavar="FILE|builtin", help="What to predict: .txt, .jsonl, .parquet or built-in.")
-    ] = "builtin",
+    ] = BUILTIN,
     windows: Annotated[int, typer.Option(min=1, help="Windows of text, from its start.")] = 24,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    length: WindowLength = 512,
     runtime: Annotated[
         Literal["qtool", "vllm"],
         typer.Option(help="Who runs the quantized model: qtool, layer by layer in float32, or vLLM, whole."),
@@ -112,9 +114,7 @@ def evaluate(
     job = ComparisonJob(
         base=folders[0],
         quantized=folders[1],
-        text=EvaluationText(
-            text if text == "builtin" else str(expand(text).absolute()), windows=windows, length=length
-        ),
+        text=EvaluationText(absolute(text), windows=windows, length=length),
         vllm=_vllm(checkpoints[1]) if runtime == "vllm" else None,
         trust_remote_code=trust_remote_code,
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qtool.calibration.text import BUILTIN, Calibration, held_out, load, load_tokenizer
+from qtool.calibration.sources import BUILTIN
+from qtool.calibration.text import Calibration, held_out, load, load_tokenizer
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
 from qtool.evaluate.job import EvaluationText
