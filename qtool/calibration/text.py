@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtool.calibration.sources import BUILTIN
 from qtool.errors import InputError, in_one_line
 from qtool.files import expand
 
 if TYPE_CHECKING:
     import torch
 
-BUILTIN = "builtin"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 _KINDS = "use builtin, or a .txt, .jsonl or .parquet file"
 _MARGIN = 1024  # tokens; those nearer than this to where a text was cut may differ from the whole text's

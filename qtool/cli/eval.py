@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qtool.calibration.sources import BUILTIN, absolute
+from qtool.cli.measuring import WindowLength
 from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
 from qtool.errors import InputError
 from qtool.files import expand, is_dir
@@ -15,6 +18,7 @@ from qtool.files import expand, is_dir
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
     from qtool.console import Console
+    from qtool.evaluation.job import Vllm
 
 
 def evaluate(
@@ -25,9 +29,9 @@ def evaluate(
     ] = None,
     text: Annotated[
         str, typer.Option("--text", metavar="FILE|builtin", help="What to predict: .txt, .jsonl, .parquet or built-in.")
-    ] = "builtin",
+    ] = BUILTIN,
     windows: Annotated[int, typer.Option(min=1, help="Windows of text, from its start.")] = 24,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    length: WindowLength = 512,
     runtime: Annotated[
         Literal["qtool", "vllm"],
         typer.Option(help="Who runs the quantized model: qtool, layer by layer in float32, or vLLM, whole."),
@@ -75,8 +79,7 @@ def evaluate(
     from qtool.checkpoint.reader import Checkpoint as Opened
     from qtool.evaluation import facts, record
     from qtool.evaluation import report as page
-    from qtool.evaluation.job import ComparisonJob, EvaluationText, run
-    from qtool.jobs.evaluate import vllm_for
+    from qtool.evaluation.job import ComparisonJob, EvaluationText, TasksJob, run, solve
 
     models = [value for value in (base, quantized) if value is not None]
     folders = [expand(path_or_stdin(value)).absolute() for value in models]
@@ -84,16 +87,21 @@ def evaluate(
     if tasks is not None:
         if data is None or not is_dir(data):
             raise InputError("say where the tasks' data is", where="--data", hint="a folder; see qtool eval --help")
-        asked = {
-            "tasks": [name.strip() for name in tasks.split(",") if name.strip()],
-            "data": str(expand(data).absolute()),
-            "limit": limit,
-            "fewshot": fewshot,
-            "chat": chat,
-            "trust_remote_code": trust_remote_code,
-        }
+        jobs = [
+            TasksJob(
+                model=checkpoint.path,
+                tasks=[name.strip() for name in tasks.split(",") if name.strip()],
+                data=expand(data).absolute(),
+                vllm=_vllm(checkpoint),
+                limit=limit,
+                fewshot=fewshot,
+                chat=chat,
+                trust_remote_code=trust_remote_code,
+            )
+            for checkpoint in checkpoints
+        ]
         with console() as out:
-            solved = [_solve(checkpoint, asked, out) for checkpoint in checkpoints]
+            solved = [{"model": str(job.model), **asdict(solve(job, out.event))} for job in jobs]
         piped = json or not sys.stdout.isatty()
         _show_tasks(solved, out, result=not piped)
         if piped:
@@ -106,10 +114,8 @@ def evaluate(
     job = ComparisonJob(
         base=folders[0],
         quantized=folders[1],
-        text=EvaluationText(
-            text if text == "builtin" else str(expand(text).absolute()), windows=windows, length=length
-        ),
-        vllm=vllm_for(checkpoints[1]) if runtime == "vllm" else None,
+        text=EvaluationText(absolute(text), windows=windows, length=length),
+        vllm=_vllm(checkpoints[1]) if runtime == "vllm" else None,
         trust_remote_code=trust_remote_code,
     )
     sizes = {key: facts.sizes(of) for key, of in zip(("base", "quantized"), checkpoints, strict=True)}
@@ -128,15 +134,22 @@ def evaluate(
         out.info(f"report: {report.absolute()}")
 
 
-def _solve(checkpoint: Checkpoint, asked: dict[str, Any], out: Console) -> dict[str, Any]:
-    """One model's task results."""
-    from qtool import workers
-    from qtool.jobs.evaluate import vllm_for
+def _vllm(checkpoint: Checkpoint) -> Vllm:
+    from qtool import runtimes
+    from qtool.checkpoint import formats
+    from qtool.evaluation.job import Vllm
+    from qtool.runtimes.settings import dtype
 
-    vllm = vllm_for(checkpoint)
-    job = {**asked, "model": str(checkpoint.path), "engine": vllm.engine}
-    found = workers.run("qtool.evaluation.tasks", job, python=vllm.python, env=vllm.env, on_event=out.event)
-    return {"model": str(checkpoint.path), **found}
+    format = formats.of(checkpoint).name
+    chosen = runtimes.choose("vllm", format)
+    if chosen.name != "vllm":
+        raise InputError(
+            f"vLLM reads {format} checkpoints through {chosen.name} only, whose logits it can't have",
+            where="--runtime",
+            hint="leave it out: qtool computes what that runtime does with the same integers",
+        )
+    engine = chosen.engine | {"dtype": dtype(checkpoint, runtimes.kind_of(chosen.name))}
+    return Vllm(chosen.python, engine, {**chosen.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
 
 
 def _show_tasks(solved: list[dict[str, Any]], out: Console, *, result: bool) -> None:

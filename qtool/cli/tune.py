@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qtool.calibration.sources import BUILTIN, SELF, absolute
+from qtool.cli.measuring import CalibrationText, MeasuredText, RecipeScheme, SampleLength, WindowLength
 from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
 from qtool.errors import InputError, QtoolError
 from qtool.files import check_new_file, expand, is_dir
@@ -30,17 +32,13 @@ def tune(
     recipe: Annotated[
         str | None, typer.Option(help="The recipe to start from. Default: the one that matches the model.")
     ] = None,
-    scheme: Annotated[str | None, typer.Option(help="One of its schemes. Default: the recipe's own.")] = None,
-    text: Annotated[
-        str, typer.Option("--text", metavar="FILE|builtin", help="To measure on: .txt, .jsonl, .parquet or built-in.")
-    ] = "builtin",
+    scheme: RecipeScheme = None,
+    text: MeasuredText = BUILTIN,
     windows: Annotated[int, typer.Option(min=1, help="Windows of text to evaluate on.")] = 24,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
-    calibration: Annotated[
-        str | None, typer.Option(metavar="FILE|builtin", help="Calibration text. Default: the recipe's.")
-    ] = None,
+    length: WindowLength = 512,
+    calibration: CalibrationText = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples.")] = None,
-    seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens per calibration sample.")] = None,
+    seq_len: SampleLength = None,
     budget: Annotated[int, typer.Option(min=2, help="How often to quantize and evaluate, the untuned scheme too.")] = 3,
     scratch: Annotated[
         Path | None, typer.Option(help="Where quantized models lie meanwhile. Default: the system's temporary folder.")
@@ -128,9 +126,9 @@ def _check_output(output: Path, extends: str, *, overwrite: bool) -> None:
 
 
 def _text(value: str, option: str) -> str:
-    if value == "self":
+    if value == SELF:
         raise InputError("the model's own samples can't be used here", where=option, hint="use builtin, or a file")
-    return value if value == "builtin" else str(expand(value).absolute())
+    return absolute(value)
 
 
 def _summary(result: Tuned, out: Console) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qtool import engines, workers
+from qtool.calibration.sources import absolute
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import check_output, tidy
 from qtool.engines.job import CalibrationText, CalibrationTokens, OutputFolder, QuantizationJob, Resources
@@ -143,9 +144,7 @@ def dry_run(engine: str, job: QuantizationJob, on_event: OnEvent) -> DryRun:
 
 def _absolute(job: QuantizationJob) -> QuantizationJob:
     """The same job from any current folder."""
-    calibration = job.calibration
-    if calibration.data not in ("builtin", "self"):
-        calibration = replace(calibration, data=str(expand(calibration.data).absolute()))
+    calibration = replace(job.calibration, data=absolute(job.calibration.data))
     output = replace(job.output, path=job.output.path.absolute())
     return replace(job, model=job.model.absolute(), output=output, calibration=calibration)
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from qtool import conversion, engines, runtimes, workers
+from qtool.calibration.sources import BUILTIN, SELF, absolute
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
 from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
 from qtool.errors import InputError
 from qtool.evaluation import job as evaluation
 from qtool.evaluation.job import ComparisonJob, EvaluationText
-from qtool.files import encode_json, expand, write_json, write_text
+from qtool.files import encode_json, expand, is_file, write_json, write_text
 from qtool.jobs import contents, download, quantize
 from qtool.jobs.stages import Done, Job
 from qtool.recipe.schema import Recipe
@@ -181,7 +182,7 @@ class _Run:
         }
 
         def make(target: Path) -> None:
-            text = wanted.text if wanted.text == "builtin" else str(expand(wanted.text).absolute())
+            text = absolute(wanted.text)
             job = ComparisonJob(
                 base=model.path,
                 quantized=quantized.path,
@@ -242,15 +243,15 @@ class _Run:
 
     def _text(self, data: str) -> str:
         """What stands for a text among a stage's inputs: the SHA-256 of the file that it is in."""
-        if data == "self":
+        if data == SELF:
             return data
         path = expand(data)
-        if data == "builtin":
+        if data == BUILTIN:
             found = importlib.util.find_spec("pydoc_data.topics")
             assert found is not None
             assert found.origin is not None
             path = Path(found.origin)
-        if not path.is_file():
+        if not is_file(path):
             raise InputError("no such file", where=data)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
