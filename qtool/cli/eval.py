@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +18,7 @@ from qtool.files import expand, is_dir
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
     from qtool.console import Console
-    from qtool.evaluate.job import Vllm
+    from qtool.evaluation.job import Vllm
 
 
 def evaluate(
@@ -76,9 +77,9 @@ def evaluate(
     """
     from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint as Opened
-    from qtool.evaluate import facts, record
-    from qtool.evaluate import report as page
-    from qtool.evaluate.job import ComparisonJob, EvaluationText, run
+    from qtool.evaluation import facts, record
+    from qtool.evaluation import report as page
+    from qtool.evaluation.job import ComparisonJob, EvaluationText, TasksJob, run, solve
 
     models = [value for value in (base, quantized) if value is not None]
     folders = [expand(path_or_stdin(value)).absolute() for value in models]
@@ -86,16 +87,21 @@ def evaluate(
     if tasks is not None:
         if data is None or not is_dir(data):
             raise InputError("say where the tasks' data is", where="--data", hint="a folder; see qtool eval --help")
-        asked = {
-            "tasks": [name.strip() for name in tasks.split(",") if name.strip()],
-            "data": str(expand(data).absolute()),
-            "limit": limit,
-            "fewshot": fewshot,
-            "chat": chat,
-            "trust_remote_code": trust_remote_code,
-        }
+        jobs = [
+            TasksJob(
+                model=checkpoint.path,
+                tasks=[name.strip() for name in tasks.split(",") if name.strip()],
+                data=expand(data).absolute(),
+                vllm=_vllm(checkpoint),
+                limit=limit,
+                fewshot=fewshot,
+                chat=chat,
+                trust_remote_code=trust_remote_code,
+            )
+            for checkpoint in checkpoints
+        ]
         with console() as out:
-            solved = [_solve(checkpoint, asked, out) for checkpoint in checkpoints]
+            solved = [{"model": str(job.model), **asdict(solve(job, out.event))} for job in jobs]
         piped = json or not sys.stdout.isatty()
         _show_tasks(solved, out, result=not piped)
         if piped:
@@ -131,7 +137,7 @@ def evaluate(
 def _vllm(checkpoint: Checkpoint) -> Vllm:
     from qtool import runtimes
     from qtool.checkpoint import formats
-    from qtool.evaluate.job import Vllm
+    from qtool.evaluation.job import Vllm
     from qtool.runtimes.settings import dtype
 
     format = formats.of(checkpoint).name
@@ -144,16 +150,6 @@ def _vllm(checkpoint: Checkpoint) -> Vllm:
         )
     engine = chosen.engine | {"dtype": dtype(checkpoint, runtimes.kind_of(chosen.name))}
     return Vllm(chosen.python, engine, {**chosen.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
-
-
-def _solve(checkpoint: Checkpoint, asked: dict[str, Any], out: Console) -> dict[str, Any]:
-    """One model's task results."""
-    from qtool import workers
-
-    vllm = _vllm(checkpoint)
-    job = {**asked, "model": str(checkpoint.path), "engine": vllm.engine}
-    found = workers.run("qtool.evaluate.tasks", job, python=vllm.python, env=vllm.env, on_event=out.event)
-    return {"model": str(checkpoint.path), **found}
 
 
 def _show_tasks(solved: list[dict[str, Any]], out: Console, *, result: bool) -> None:

@@ -29,7 +29,7 @@ _AHEAD_BYTES = 2 * 10**9  # of statistics that wait for other processes, when me
 _BASE_SECONDS = 5.0
 _SLOWER = 2.3  # than a plain product of the same number of operations: attention, norms, reads and writes come besides
 _CHUNK_BYTES = 5 * 16 * 2**20  # float32 copies of the weights that are quantized at a time
-_COMPENSATED_CHUNK_BYTES = 4 * 64 * 2**20
+_GPTQ_CHUNK_BYTES = 4 * 64 * 2**20
 # What an element of a weight costs beside matrix products, on one thread: to read, round and write it, to search its
 # clipping ratio, to search its smoothing scale.
 _ROUND_SECONDS, _CLIP_SECONDS, _SMOOTH_SECONDS = 12e-9, 30e-9, 40e-9
@@ -106,7 +106,7 @@ def seconds(model: DecoderStream, policies: Mapping[str, Policy | None], calibra
     """Estimated time of a job on this machine, from the sizes of the model and a short timing.
 
     Work per layer: one forward pass over the calibration tokens, the Hessians of the inputs that want them (about as
-    much again), error compensation, and work on every element of the weights.
+    much again), GPTQ, and work on every element of the weights.
     """
     tokens = calibration.samples * calibration.seq_len
     rate = _flops(model.dtype, model.device)
@@ -141,7 +141,7 @@ class _Matrix:
         """Multiplications and additions of matrix products."""
         total = 2 * self.elements * tokens * self.share
         if self.is_compensated:
-            # the Hessian (of about every third linear: the others share an input), and compensation, in float32 and in
+            # the Hessian (of about every third linear: the others share an input), and GPTQ, in float32 and in
             # small steps
             total += (2 * self.width**2 * min(tokens, 4 * 512) + 4 * self.width**3) / 3
             total += 4 * 2 * self.out * self.width**2
@@ -191,14 +191,14 @@ class _LayerSizes:
     @property
     def waiting_bytes(self) -> int:
         """What is known of the inputs of all linears that are not experts', while their unit is under way."""
-        compensated = {each.width for each in self.linears if each.is_compensated}
-        return 4 * sum(width**2 for width in compensated) + 4 * 512 * sum({each.width for each in self.linears})
+        by_gptq = {each.width for each in self.linears if each.is_compensated}
+        return 4 * sum(width**2 for width in by_gptq) + 4 * 512 * sum({each.width for each in self.linears})
 
     @property
     def _statistics_bytes(self) -> int:
-        compensated = {each.width for each in self._all if each.is_compensated}
+        by_gptq = {each.width for each in self._all if each.is_compensated}
         widest = max((each.width for each in self._all), default=0)
-        return 4 * sum(width**2 for width in compensated) + 4 * 512 * widest * 6
+        return 4 * sum(width**2 for width in by_gptq) + 4 * 512 * widest * 6
 
     def running_bytes(self, batch: int, item: int, scores: int) -> int:
         """While it is run and observed.
@@ -224,10 +224,10 @@ class _LayerSizes:
 
     def quantizing_bytes(self, item: int) -> int:
         """While its linears, or one of its experts, are quantized."""
-        compensated = [each.width for each in self._all if each.is_compensated]
+        by_gptq = [each.width for each in self._all if each.is_compensated]
         largest = max((each.elements for each in self._all), default=0)
-        chunk = min(_COMPENSATED_CHUNK_BYTES if compensated else _CHUNK_BYTES, 5 * 4 * 3 * largest)
-        needed = self._statistics_bytes + chunk + 4 * 4 * max(compensated, default=0) ** 2 + 2 * largest
+        chunk = min(_GPTQ_CHUNK_BYTES if by_gptq else _CHUNK_BYTES, 5 * 4 * 3 * largest)
+        needed = self._statistics_bytes + chunk + 4 * 4 * max(by_gptq, default=0) ** 2 + 2 * largest
         needed += 2 * 4 * min(largest, 1 << 24)  # rows that the search for a smoothing scale looks at
         return needed + 3 * (1 + item) * max((each.elements for each in self.experts), default=0)
 

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.convert.job import GgufJob
+from qtool.conversion.job import GgufJob
 from qtool.errors import InputError, QtoolError, in_one_line
 from qtool.files import check_free_space, disk_errors
 from qtool.workers import hide_media_packages
