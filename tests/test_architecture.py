@@ -16,10 +16,10 @@ FILES = {
 # It belongs to the longest name that fits.
 LAYERS = (
     ("qtool.__main__",),
-    ("qtool.cli",),
+    ("qtool.cli", "qtool.api"),
     ("qtool.tuning",),
     ("qtool.jobs",),
-    ("qtool.evaluate", "qtool.convert"),
+    ("qtool.evaluation", "qtool.conversion"),
     ("qtool.engines",),
     ("qtool.hub",),
     ("qtool.runtimes", "qtool.model"),

@@ -52,7 +52,7 @@ def analyze(
     """
     from qtool.checkpoint.reader import Checkpoint
     from qtool.engines.job import CalibrationText
-    from qtool.evaluate.job import EvaluationText
+    from qtool.evaluation.job import EvaluationText
     from qtool.tuning.job import SensitivityJob, run
 
     folder = expand(path_or_stdin(model)).absolute()

@@ -66,7 +66,7 @@ def convert(
 
 
 def _checkpoint(source: Path, to: str | None, output: Path | None, dtype: str | None, *, overwrite: bool) -> None:
-    from qtool import convert as service
+    from qtool import conversion as service
     from qtool.checkpoint.reader import Checkpoint
 
     if to is None or to == SAFETENSORS:
@@ -89,7 +89,7 @@ def _checkpoint(source: Path, to: str | None, output: Path | None, dtype: str | 
 
 
 def _gguf(source: Path, to: str | None, output: Path | None, dtype: str, *, overwrite: bool) -> None:
-    from qtool import convert as service
+    from qtool import conversion as service
 
     if not is_file(source):
         raise InputError("no such file", where=str(source))

@@ -18,7 +18,7 @@ from qtool.files import expand, is_dir
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
     from qtool.console import Console
-    from qtool.evaluate.job import Vllm
+    from qtool.evaluation.job import Vllm
 
 
 def evaluate(
@@ -77,9 +77,9 @@ def evaluate(
     """
     from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint as Opened
-    from qtool.evaluate import facts, record
-    from qtool.evaluate import report as page
-    from qtool.evaluate.job import ComparisonJob, EvaluationText, TasksJob, run, solve
+    from qtool.evaluation import facts, record
+    from qtool.evaluation import report as page
+    from qtool.evaluation.job import ComparisonJob, EvaluationText, TasksJob, run, solve
 
     models = [value for value in (base, quantized) if value is not None]
     folders = [expand(path_or_stdin(value)).absolute() for value in models]
@@ -137,7 +137,7 @@ def evaluate(
 def _vllm(checkpoint: Checkpoint) -> Vllm:
     from qtool import runtimes
     from qtool.checkpoint import formats
-    from qtool.evaluate.job import Vllm
+    from qtool.evaluation.job import Vllm
     from qtool.runtimes.settings import dtype
 
     format = formats.of(checkpoint).name

@@ -63,7 +63,7 @@ def tune(
     from qtool.checkpoint.reader import Checkpoint
     from qtool.cli.analyze import recipe_for
     from qtool.engines.job import CalibrationText
-    from qtool.evaluate.job import EvaluationText
+    from qtool.evaluation.job import EvaluationText
     from qtool.files import write_text
     from qtool.tuning.tune import Goal, TuningJob
     from qtool.tuning.tune import tune as find

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtool import convert, engines, runtimes, workers
+from qtool import conversion, engines, runtimes, workers
 from qtool.calibration.sources import BUILTIN, SELF, absolute
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
 from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
 from qtool.errors import InputError
-from qtool.evaluate import job as evaluation
-from qtool.evaluate.job import ComparisonJob, EvaluationText
+from qtool.evaluation import job as evaluation
+from qtool.evaluation.job import ComparisonJob, EvaluationText
 from qtool.files import encode_json, expand, is_file, write_json, write_text
 from qtool.jobs import contents, download, quantize
 from qtool.jobs.stages import Done, Job
@@ -134,7 +134,7 @@ class _Run:
             "convert from GGUF",
             name,
             {"file": found[file.name]},
-            lambda target: convert.from_gguf(file, target, "bfloat16", overwrite=True, on_event=self.on_event),
+            lambda target: conversion.from_gguf(file, target, "bfloat16", overwrite=True, on_event=self.on_event),
         )
         return _Made(done.output, done.digest)
 
@@ -198,7 +198,7 @@ class _Run:
             f"convert to {target}",
             f"{source.path.name}-{target}",
             {"source": source.digest, "to": target},
-            lambda output: convert.to_format(source.path, output, target, overwrite=True, on_event=self.on_event),
+            lambda output: conversion.to_format(source.path, output, target, overwrite=True, on_event=self.on_event),
         )
         return _Made(done.output, done.digest)
 

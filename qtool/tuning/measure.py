@@ -16,7 +16,7 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.engines import plan
 from qtool.engines.native.context import Context
 from qtool.engines.plan import QuantizationPlan
-from qtool.evaluate.text import check_length, windows_of
+from qtool.evaluation.text import check_length, windows_of
 from qtool.model.decoder import DecoderStream
 from qtool.scheme import W8A8
 from qtool.tuning import sensitivity

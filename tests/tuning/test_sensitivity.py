@@ -15,8 +15,8 @@ from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
 from qtool.engines.native import device
 from qtool.engines.native.execute import execute
 from qtool.engines.native.prepare import prepare
-from qtool.evaluate.comparison import compare
-from qtool.evaluate.job import ComparisonJob, EvaluationText
+from qtool.evaluation.comparison import compare
+from qtool.evaluation.job import ComparisonJob, EvaluationText
 from qtool.model.decoder import DecoderStream
 from qtool.recipe.load import load
 from qtool.recipe.schema import Policy, Recipe

@@ -11,9 +11,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import InputError, QtoolError, in_one_line
-from qtool.evaluate import cache
-from qtool.evaluate.intervals import Estimate, estimate_share
-from qtool.evaluate.job import SolvedTasks, TasksJob
+from qtool.evaluation import cache
+from qtool.evaluation.intervals import Estimate, estimate_share
+from qtool.evaluation.job import SolvedTasks, TasksJob
 from qtool.runtimes import int8_kernel
 from qtool.workers import hide_media_packages
 

@@ -66,7 +66,7 @@ def page(result: Mapping[str, Any]) -> str:
     """The page for what `qtool eval --json` prints."""
     import jinja2
 
-    from qtool.evaluate import plots
+    from qtool.evaluation import plots
 
     groups = result["groups"]
     base, quantized = (Path(result[key]).name for key in ("base", "quantized"))
@@ -102,7 +102,7 @@ def page(result: Mapping[str, Any]) -> str:
             )
         )
     pictures.append(("Size", "Where the bytes are.", plots.sizes(sizes)))
-    template = resources.files("qtool.evaluate").joinpath("report.html.j2").read_text(encoding="utf-8")
+    template = resources.files("qtool.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["range"] = lambda r: f"{r['low']:.4g} to {r['high']:.4g}" if r else ""
     environment.filters["mb"] = lambda n: f"{n / 1e6:,.1f}"

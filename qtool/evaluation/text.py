@@ -8,7 +8,7 @@ from qtool.calibration.sources import BUILTIN
 from qtool.calibration.text import Calibration, held_out, load, load_tokenizer
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
-from qtool.evaluate.job import EvaluationText
+from qtool.evaluation.job import EvaluationText
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
 

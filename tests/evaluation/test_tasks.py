@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from qtool.evaluate.job import TasksJob, Vllm
-from qtool.evaluate.tasks import metrics
+from qtool.evaluation.job import TasksJob, Vllm
+from qtool.evaluation.tasks import metrics
 
 TASK = """
 task: pick

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qtool.errors import QtoolError
-from qtool.evaluate.cache import bytes_per_token
+from qtool.evaluation.cache import bytes_per_token
 from qtool.runtimes import int8_kernel
 
 _BLOCK = 128  # tokens in a block of vLLM's CPU cache

@@ -9,7 +9,7 @@ from typing import Any
 
 from qtool import workers
 from qtool.environments.lookup import interpreter
-from qtool.evaluate.intervals import Estimate
+from qtool.evaluation.intervals import Estimate
 
 
 @dataclass(frozen=True)
@@ -222,12 +222,12 @@ def run(job: ComparisonJob, on_event: Callable[[workers.Event], None]) -> Compar
     """
     python = job.vllm.python if job.vllm else interpreter("native")
     env = job.vllm.env if job.vllm else None
-    found = workers.run("qtool.evaluate.worker", job.to_json(), python=python, env=env, on_event=on_event)
+    found = workers.run("qtool.evaluation.worker", job.to_json(), python=python, env=env, on_event=on_event)
     return Comparison.from_json(found)
 
 
 def solve(job: TasksJob, on_event: Callable[[workers.Event], None]) -> SolvedTasks:
     """Have a model solve tasks in a process of its own. Raises InputError and QtoolError as `tasks.solve`."""
     vllm = job.vllm
-    found = workers.run("qtool.evaluate.tasks", job.to_json(), python=vllm.python, env=vllm.env, on_event=on_event)
+    found = workers.run("qtool.evaluation.tasks", job.to_json(), python=vllm.python, env=vllm.env, on_event=on_event)
     return SolvedTasks(**found)
