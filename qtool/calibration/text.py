@@ -267,7 +267,7 @@ def _document(record: dict[str, Any], tokenizer: Any, where: str) -> list[int]:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # a template is a program of the model's author: it may raise anything
-        what = " ".join(str(error).split())[:200]
+        what = in_one_line(error)
         raise InputError(f"the model's chat template refuses these messages: {what}", where=where) from None
     return _ids(text, tokenizer, add_special_tokens=False)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import glob
 import os
@@ -107,27 +106,38 @@ class PartialFolder:
     `tidy` removes it.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, path: Path, handle: int) -> None:
         self.output = output
+        self.path = path
+        self._handle: int | None = handle
+
+    @classmethod
+    def make(cls, output: Path) -> PartialFolder:
+        """A new one."""
+        prefix, number = f".{output.name}.partial-{os.getpid()}", 1
         with disk_errors(output):
             output.parent.mkdir(parents=True, exist_ok=True)
-            self._handle: int | None
-            self.path, self._handle = self._make()
+            while True:
+                path = output.with_name(prefix if number == 1 else f"{prefix}-{number}")
+                number += 1
+                try:
+                    path.mkdir()
+                except FileExistsError:  # another writer of this process, or the same number in another container
+                    continue
+                if folder := cls._held(output, path):  # else another process has tidied it away
+                    return folder
 
-    def _make(self) -> tuple[Path, int]:
-        prefix, number = f".{self.output.name}.partial-{os.getpid()}", 1
-        while True:
-            path = self.output.with_name(prefix if number == 1 else f"{prefix}-{number}")
-            number += 1
-            try:
-                path.mkdir()
-            except FileExistsError:  # another writer of this process, or the same number in another container
-                continue
-            with contextlib.suppress(FileNotFoundError):  # another process has tidied it away
-                handle = locks.open_folder(path)
-                if locks.lock(handle) and locks.is_still(handle, path):
-                    return path, handle
-                os.close(handle)
+    @classmethod
+    def _held(cls, output: Path, path: Path) -> PartialFolder | None:
+        """The folder at `path`, if it is there and no other process has it. Raises OSError."""
+        try:
+            handle = locks.open_folder(path)
+        except FileNotFoundError:
+            return None
+        if locks.lock(handle) and locks.is_still(handle, path):
+            return cls(output, path, handle)
+        os.close(handle)
+        return None
 
     @classmethod
     def resume(
@@ -146,13 +156,11 @@ class PartialFolder:
                 other = path
                 continue
             with disk_errors(output):
-                handle = locks.open_folder(path)
-            if not locks.lock(handle):
-                os.close(handle)
+                folder = cls._held(output, path)
+            if folder is None:
                 raise InputError("another process is writing this output", where=str(output), hint="Wait for it.")
-            folder = cls.__new__(cls)
-            folder.output, folder.path, folder._handle = output, path, handle
-            return folder, found[1]
+            _, entries = journal.read(path) or found  # it may have grown before it became ours
+            return folder, entries
         if other is not None and restart:
             tidy(output)
         elif other is not None:

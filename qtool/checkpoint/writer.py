@@ -83,7 +83,7 @@ class CheckpointWriter:
         found = None
         if resume is not None and resume.wanted:
             found = PartialFolder.resume(self.output, resume.key, restart=resume.restart)
-        folder, entries = found or (PartialFolder(self.output), [])
+        folder, entries = found or (PartialFolder.make(self.output), [])
         self._folder: PartialFolder | None = folder
         self._linears = Linears()
         self._shards = Shards(folder.path, sharding or Sharding())

@@ -27,7 +27,7 @@ def from_gguf(source: Path, output: Path, dtype: str, *, overwrite: bool, on_eve
     tidy(output)
     check_output(output, overwrite=overwrite, source=source)
     python = interpreter("native")
-    partial = PartialFolder(output)
+    partial = PartialFolder.make(output)
     try:
         job = GgufJob(str(source.absolute()), str(partial.path), str(output), dtype)
         result = workers.run("qtool.conversion.gguf", dataclasses.asdict(job), python=python, on_event=on_event)

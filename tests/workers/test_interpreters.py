@@ -136,10 +136,10 @@ def test_several_cards(run: Any, tmp_path: Path) -> None:
     code = "; ".join(
         [
             "from qtool.engines.golden_stick import launch, tasks",
-            "import json",
+            "import dataclasses, json",
             "start = tasks.CardsLaunch(yaml='', msrun=['msrun'])",
             "rest = {'policies': [], 'ids': [], 'seed': 0, 'output': '', 'model': ''}",
-            "job = tasks.CalibrateTask(**rest, scratch=sys.argv[1], launch=start).to_json()",
+            "job = dataclasses.asdict(tasks.CalibrateTask(**rest, scratch=sys.argv[1], launch=start))",
             "report = type('Report', (), {'progress': lambda *_: None})()",
             "print(json.dumps(launch.main(job, report)))",
         ]

@@ -234,7 +234,7 @@ def _text(job: QuantizationJob, python: str, on_event: OnEvent) -> CalibrationTo
 @contextmanager
 def _between(output: Path) -> Iterator[Path]:
     """A folder for what one process leaves to the next."""
-    partial = PartialFolder(output)
+    partial = PartialFolder.make(output)
     try:
         yield partial.path
     finally:
