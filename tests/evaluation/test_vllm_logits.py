@@ -17,9 +17,9 @@ from tests.processor import runtime_dtype
 
 WINDOWS, LENGTH = 2, 40
 
-# A bare script: every token's log-probabilities over all 512 entries, in a file.
 pytestmark = pytest.mark.vllm
 
+# A bare script: every token's log-probabilities over all 512 entries, in a file.
 SCRIPT = """
 import json, sys
 for package in ("torchaudio", "torchcodec", "torchvision"):
