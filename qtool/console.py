@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qtool import sizes
+from qtool.errors import one_line
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -87,12 +88,12 @@ class Console:
     def error(self, error: QtoolError) -> None:
         """What went wrong and where, then what to do next: one to three lines."""
         self.end_progress()
-        lines = [f"error: {_one_line(error.what)}"]
+        lines = [f"error: {one_line(error.what)}"]
         if error.where is not None:
-            lines.append(f"  at: {_one_line(error.where)}")
+            lines.append(f"  at: {one_line(error.where)}")
         self._say("\n".join(lines), style="red")
         if error.hint is not None:
-            self._say(f"  → {_one_line(error.hint)}")
+            self._say(f"  → {one_line(error.hint)}")
 
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, result: bool = False
@@ -246,7 +247,3 @@ def amount(count: float, unit: str) -> str:
 
 def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else bounded(visible(str(value).replace("\n", "\\n")))
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

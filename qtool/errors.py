@@ -40,4 +40,9 @@ class WorkerDied(QtoolError):
 
 def in_one_line(error: BaseException) -> str:
     """Another library's message, however long and spread out, fit to stand inside one of ours."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(str(error))[:300] or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """The words of a text, with one blank between them."""
+    return " ".join(text.split())

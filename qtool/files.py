@@ -37,7 +37,8 @@ def disk_errors(path: Path, nbytes: int = 0, *, hint: str | None = None) -> Iter
         yield
     except OSError as error:
         if error.errno not in NO_SPACE:
-            raise QtoolError(f"can't be written: {error.strerror}", where=str(path), hint=hint) from error
+            kind = InputError if error.errno == errno.ENAMETOOLONG else QtoolError
+            raise kind(f"can't be written: {error.strerror}", where=str(path), hint=hint) from error
         amount = f"{nbytes:,} bytes could not be written, " if nbytes else ""
         limit = "the size limit for files (ulimit -f) is reached" if error.errno == errno.EFBIG else _free(path)
         raise QtoolError(
@@ -82,6 +83,25 @@ def _free(path: Path) -> str:
         return f"{free_space(path.parent):,} bytes are free"
     except OSError:
         return "the disk is full"
+
+
+def check_new_file(file: Path, option: str, *, overwrite: bool) -> None:
+    """Refuse, before any work, a file that must not be written or can't be. `option` is the one that named it.
+
+    Raises:
+        InputError: it exists and `overwrite` is off, or is a folder; or its folder doesn't exist, or can't be written.
+    """
+    hint = f"Choose another {option}."
+    if exists(file) and not overwrite:
+        raise InputError("exists already", where=str(file), hint=f"Choose another {option}, or pass --overwrite.")
+    if is_dir(file):
+        raise InputError("is a folder", where=str(file), hint=hint)
+    exists(draft(file))  # its name is longer
+    folder = file.absolute().parent
+    if not is_dir(folder):
+        raise InputError("no such folder", where=str(folder), hint=hint)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError("this folder can't be written", where=str(folder), hint=hint)
 
 
 # ---------------------------------------------------------------- writing
@@ -161,7 +181,7 @@ def _open_draft(new: Path) -> int:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file that holds an object. Raises InputError for anything else."""
     try:
-        if not file.is_file():
+        if not is_file(file):
             raise InputError("no such file", where=str(file))
         if file.stat().st_size > _MAX_JSON_BYTES:
             raise InputError("too large for a JSON file", where=str(file))
@@ -178,6 +198,16 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- looking at a user's paths
+
+
+def expand(path: str | Path) -> Path:
+    """A path as a user gives it, a leading ~ meaning a home. Raises InputError when that is unknown."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            str(error), where=str(path), hint="Write the whole path; ./~ is a name that begins so."
+        ) from None
 
 
 def exists(path: Path) -> bool:

@@ -49,10 +49,10 @@ COMMANDS = {"analyze", "convert", "eval", "generate", "inspect", "quantize", "re
 WORKERS = {
     "qtool.calibration.worker",
     "qtool.checkpoint.ranges",
-    "qtool.convert.checkpoint",
-    "qtool.convert.gguf",
+    "qtool.conversion.checkpoint",
+    "qtool.conversion.gguf",
     "qtool.engines.native.worker",
-    "qtool.evaluate.worker",
+    "qtool.evaluation.worker",
     "qtool.runtimes.transformers_worker",
     "qtool.tuning.worker",
 }

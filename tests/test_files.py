@@ -182,3 +182,28 @@ except InputError as error:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     said = subprocess.check_output([sys.executable, "-c", code, str(locked)], env=env, text=True)
     assert said == "can't be looked at: Permission denied\n"
+
+
+def test_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.expand("~/model") == tmp_path / "model"
+    assert files.expand(Path("a/~")) == Path("a/~")
+    with pytest.raises(InputError, match="home") as caught:
+        files.expand("~no-such-user-here/model")
+    assert caught.value.where == "~no-such-user-here/model"
+
+
+def test_a_file_that_is_to_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    files.check_new_file(tmp_path / "new", "--output", overwrite=False)
+    files.check_new_file(tmp_path / "file", "--output", overwrite=True)
+    for path, overwrite, what in (
+        (tmp_path / "file", False, "exists already"),
+        (tmp_path, True, "is a folder"),
+        (tmp_path / "none/file", True, "no such folder"),
+        (tmp_path / "file/below", True, "no such folder"),
+        (tmp_path / ("x" * 253), False, "File name too long"),  # the file would do, what grows beside it would not
+    ):
+        with pytest.raises(InputError, match=what):
+            files.check_new_file(path, "--output", overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

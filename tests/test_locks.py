@@ -95,7 +95,7 @@ from qtool.checkpoint.journal import Journal
 from qtool.environments import store
 from qtool.hub import storage
 from qtool.jobs import stages
-from qtool.runtimes.results import Answers
+from qtool.runtimes.answers import Answers
 
 place = Path(sys.argv[1])
 handle = locks.open_folder(place)
@@ -117,7 +117,7 @@ files.write_text(place / "file", "content")
 assert (place / "file").read_text() == "content"
 
 # what is left of another writer can be gone on with, but is never taken for rubbish
-folder = PartialFolder(place / "model")
+folder = PartialFolder.make(place / "model")
 Journal(folder.path, "key", []).append({"record": 1})
 folder.leave()
 assert tidy(place / "model") is None

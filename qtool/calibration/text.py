@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtool.calibration.sources import BUILTIN
 from qtool.errors import InputError, in_one_line
+from qtool.files import expand
 
 if TYPE_CHECKING:
     import torch
 
-BUILTIN = "builtin"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 _KINDS = "use builtin, or a .txt, .jsonl or .parquet file"
 _MARGIN = 1024  # tokens; those nearer than this to where a text was cut may differ from the whole text's
@@ -77,7 +78,7 @@ def load(data: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int) ->
         tokens = _tokenize(_whole(_builtin(seed)), tokenizer, needed)
         source = f"builtin (documentation of CPython {platform.python_version()})"
     else:
-        path = Path(data).expanduser()
+        path = expand(data)
         suffix = path.suffix.lower()
         if suffix not in SUFFIXES:
             raise InputError("unknown kind of text", where=data, hint=_KINDS)
@@ -266,7 +267,7 @@ def _document(record: dict[str, Any], tokenizer: Any, where: str) -> list[int]:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # a template is a program of the model's author: it may raise anything
-        what = " ".join(str(error).split())[:200]
+        what = in_one_line(error)
         raise InputError(f"the model's chat template refuses these messages: {what}", where=where) from None
     return _ids(text, tokenizer, add_special_tokens=False)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qtool.checkpoint.header import TensorInfo, read_header
 from qtool.errors import InputError
-from qtool.files import read_json
+from qtool.files import exists, read_json
 
 _SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -24,7 +24,7 @@ def find_tensors(folder: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         file = folder / shard
-        if index and not file.exists():
+        if index and not exists(file):
             raise InputError(
                 f"names {shard}, which is not there",
                 where=str(index),

@@ -16,7 +16,7 @@ from qtool.checkpoint import dtypes
 from qtool.checkpoint.header import TensorInfo
 from qtool.checkpoint.index import find_tensors
 from qtool.errors import InputError, QtoolError
-from qtool.files import read_json
+from qtool.files import exists, expand, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +51,9 @@ class Checkpoint:
             InputError: no such folder, no or bad config.json, no safetensors, a damaged file, or an index that
                 disagrees with its shards. The message names the file; the hint says what to do.
         """
-        folder = Path(path).expanduser()
+        folder = expand(path)
         _check_folder(folder)
-        if not (folder / "config.json").exists():
+        if not exists(folder / "config.json"):
             raise InputError(
                 "no config.json in this folder", where=str(folder), hint="Give the folder of a whole model."
             )
@@ -176,15 +176,15 @@ def _check_folder(folder: Path) -> None:
         if folder.is_dir():
             next(folder.iterdir(), None)
             return
-        exists = folder.exists()
+        there = folder.exists()
     except (OSError, ValueError) as error:
         raise InputError(f"can't be read: {getattr(error, 'strerror', error)}", where=str(folder)) from None
-    if folder.suffix == ".gguf" and exists:
+    if folder.suffix == ".gguf" and there:
         hint = f"Convert it first: qtool convert {folder} --to safetensors --output DIR"
-    elif exists:
+    elif there:
         hint = "Give the folder that holds config.json, not a file in it."
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         hint = f"If this is a model on a hub, download it first: qtool download {folder}"
     else:
         hint = "Check the path."
-    raise InputError("not a folder" if exists else "no such folder", where=str(folder), hint=hint)
+    raise InputError("not a folder" if there else "no such folder", where=str(folder), hint=hint)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import glob
 import os
@@ -13,7 +12,7 @@ from typing import Any
 from qtool import locks
 from qtool.checkpoint import journal
 from qtool.errors import InputError
-from qtool.files import disk_errors, sync, used_space
+from qtool.files import disk_errors, exists, sync, used_space
 
 
 def resumable_bytes(output: Path) -> int:
@@ -31,6 +30,7 @@ def check_output(output: Path, *, overwrite: bool, source: Path | None = None) -
     """
     if not output.name or output.name == "..":
         raise InputError("not a path for an output folder", where=str(output))
+    exists(output.with_name(f".{output.name}.replaced-{os.getpid()}-10"))  # its longest name is one that can be
     if source is not None:
         ours, theirs = output.resolve(), source.resolve()
         if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
@@ -106,27 +106,38 @@ class PartialFolder:
     `tidy` removes it.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, path: Path, handle: int) -> None:
         self.output = output
+        self.path = path
+        self._handle: int | None = handle
+
+    @classmethod
+    def make(cls, output: Path) -> PartialFolder:
+        """A new one."""
+        prefix, number = f".{output.name}.partial-{os.getpid()}", 1
         with disk_errors(output):
             output.parent.mkdir(parents=True, exist_ok=True)
-            self._handle: int | None
-            self.path, self._handle = self._make()
+            while True:
+                path = output.with_name(prefix if number == 1 else f"{prefix}-{number}")
+                number += 1
+                try:
+                    path.mkdir()
+                except FileExistsError:  # another writer of this process, or the same number in another container
+                    continue
+                if folder := cls._held(output, path):  # else another process has tidied it away
+                    return folder
 
-    def _make(self) -> tuple[Path, int]:
-        prefix, number = f".{self.output.name}.partial-{os.getpid()}", 1
-        while True:
-            path = self.output.with_name(prefix if number == 1 else f"{prefix}-{number}")
-            number += 1
-            try:
-                path.mkdir()
-            except FileExistsError:  # another writer of this process, or the same number in another container
-                continue
-            with contextlib.suppress(FileNotFoundError):  # another process has tidied it away
-                handle = locks.open_folder(path)
-                if locks.lock(handle) and locks.is_still(handle, path):
-                    return path, handle
-                os.close(handle)
+    @classmethod
+    def _held(cls, output: Path, path: Path) -> PartialFolder | None:
+        """The folder at `path`, if it is there and no other process has it. Raises OSError."""
+        try:
+            handle = locks.open_folder(path)
+        except FileNotFoundError:
+            return None
+        if locks.lock(handle) and locks.is_still(handle, path):
+            return cls(output, path, handle)
+        os.close(handle)
+        return None
 
     @classmethod
     def resume(
@@ -145,13 +156,11 @@ class PartialFolder:
                 other = path
                 continue
             with disk_errors(output):
-                handle = locks.open_folder(path)
-            if not locks.lock(handle):
-                os.close(handle)
+                folder = cls._held(output, path)
+            if folder is None:
                 raise InputError("another process is writing this output", where=str(output), hint="Wait for it.")
-            folder = cls.__new__(cls)
-            folder.output, folder.path, folder._handle = output, path, handle
-            return folder, found[1]
+            _, entries = journal.read(path) or found  # it may have grown before it became ours
+            return folder, entries
         if other is not None and restart:
             tidy(output)
         elif other is not None:

@@ -18,7 +18,7 @@ from qtool.checkpoint.reader import REPORT, Checkpoint
 from qtool.checkpoint.shards import Sharding, Shards
 from qtool.checkpoint.storage import PartialFolder, check_output, tidy
 from qtool.errors import InputError, QtoolError
-from qtool.files import disk_errors, encode_json
+from qtool.files import disk_errors, encode_json, expand
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ class CheckpointWriter:
         sharding: Sharding | None = None,
         resume: Resume | None = None,
     ) -> None:
-        self.output = Path(output).expanduser().absolute()
+        self.output = expand(output).absolute()
         self.format = format
         self._overwrite = overwrite
         self._complete = False
@@ -83,7 +83,7 @@ class CheckpointWriter:
         found = None
         if resume is not None and resume.wanted:
             found = PartialFolder.resume(self.output, resume.key, restart=resume.restart)
-        folder, entries = found or (PartialFolder(self.output), [])
+        folder, entries = found or (PartialFolder.make(self.output), [])
         self._folder: PartialFolder | None = folder
         self._linears = Linears()
         self._shards = Shards(folder.path, sharding or Sharding())

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qtool.calibration.sources import BUILTIN, SELF, absolute
+from qtool.cli.measuring import CalibrationText, MeasuredText, RecipeScheme, SampleLength, WindowLength
 from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
 from qtool.errors import InputError
+from qtool.files import expand
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
@@ -22,17 +25,13 @@ if TYPE_CHECKING:
 def analyze(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A float model's folder; - reads its path from stdin.")],
     recipe: Annotated[str | None, typer.Option(help="A recipe's name or file. Default: the matching one.")] = None,
-    scheme: Annotated[str | None, typer.Option(help="One of its schemes. Default: the recipe's own.")] = None,
-    text: Annotated[
-        str, typer.Option("--text", metavar="FILE|builtin", help="To measure on: .txt, .jsonl, .parquet or built-in.")
-    ] = "builtin",
+    scheme: RecipeScheme = None,
+    text: MeasuredText = BUILTIN,
     windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 4,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
-    calibration: Annotated[
-        str | None, typer.Option(metavar="FILE|builtin", help="Calibration text. Default: the recipe's.")
-    ] = None,
+    length: WindowLength = 256,
+    calibration: CalibrationText = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 16,
-    seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens per calibration sample.")] = None,
+    seq_len: SampleLength = None,
     top: Annotated[int, typer.Option(min=0, help="Rows of the table; 0 shows all.")] = 20,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
@@ -53,21 +52,21 @@ def analyze(
     """
     from qtool.checkpoint.reader import Checkpoint
     from qtool.engines.job import CalibrationText
-    from qtool.evaluate.job import EvaluationText
+    from qtool.evaluation.job import EvaluationText
     from qtool.tuning.job import SensitivityJob, run
 
-    folder = Path(path_or_stdin(model)).expanduser().absolute()
+    folder = expand(path_or_stdin(model)).absolute()
     chosen, scheme, _ = recipe_for(Checkpoint.open(folder), recipe, scheme)
     data = calibration or chosen.calibration.data
-    data = "builtin" if data == "self" else data
+    data = BUILTIN if data == SELF else data
     job = SensitivityJob(
         model=folder,
         recipe=chosen,
         scheme=scheme,
         format=chosen.export.format,
-        text=EvaluationText(_absolute(text), windows, length),
+        text=EvaluationText(absolute(text), windows, length),
         calibration=CalibrationText(
-            _absolute(data), samples, seq_len or chosen.calibration.seq_len, chosen.calibration.seed
+            absolute(data), samples, seq_len or chosen.calibration.seq_len, chosen.calibration.seed
         ),
         trust_remote_code=trust_remote_code,
     )
@@ -95,10 +94,6 @@ def analyze(
         _show(result, top, out)
 
 
-def _absolute(text: str) -> str:
-    return text if text == "builtin" else str(Path(text).expanduser().absolute())
-
-
 def _row(linear: Sensitivity, size: LinearBytes) -> dict[str, Any]:
     return {
         "name": linear.linears[0],
@@ -124,7 +119,7 @@ def recipe_for(checkpoint: Checkpoint, name: str | None, scheme: str | None) -> 
             hint=f"it has {', '.join(recipe.schemes)}",
         )
     shipped = name is None or name in names()
-    return recipe, wanted, recipe.name if shipped else str(Path(str(name)).expanduser().absolute())
+    return recipe, wanted, recipe.name if shipped else str(expand(str(name)).absolute())
 
 
 def _show(result: dict[str, Any], top: int, out: Console) -> None:

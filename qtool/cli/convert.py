@@ -10,6 +10,7 @@ import typer
 from qtool.checkpoint import formats
 from qtool.cli.options import Debug, Json, Quiet, console, path_or_stdin
 from qtool.errors import InputError
+from qtool.files import expand, is_dir, is_file
 
 SAFETENSORS = "safetensors"  # what a GGUF file becomes
 
@@ -55,17 +56,17 @@ def convert(
 
       qtool convert SmolLM2-135M-Instruct.Q4_1.gguf --output SmolLM2
     """
-    path = Path(path_or_stdin(source)).expanduser()
-    if path.is_dir():
+    path = expand(path_or_stdin(source))
+    if is_dir(path):
         _checkpoint(path, to, output, dtype, overwrite=overwrite)
-    elif path.is_file() or path.suffix == ".gguf":
+    elif is_file(path) or path.suffix == ".gguf":
         _gguf(path, to, output, dtype or "bfloat16", overwrite=overwrite)
     else:
         raise InputError("no such file or folder", where=str(path))
 
 
 def _checkpoint(source: Path, to: str | None, output: Path | None, dtype: str | None, *, overwrite: bool) -> None:
-    from qtool import convert as service
+    from qtool import conversion as service
     from qtool.checkpoint.reader import Checkpoint
 
     if to is None or to == SAFETENSORS:
@@ -74,7 +75,7 @@ def _checkpoint(source: Path, to: str | None, output: Path | None, dtype: str | 
     if dtype is not None:
         raise InputError("goes with a GGUF file; a folder keeps its dtype", where="--dtype")
     source = Checkpoint.open(source).path.absolute()  # whatever is wrong should show before torch is imported
-    target = (output or source.with_name(f"{source.name}-{to}")).expanduser().absolute()
+    target = expand(output or source.with_name(f"{source.name}-{to}")).absolute()
     with console() as out:
         result = service.to_format(source, target, to, overwrite=overwrite, on_event=out.event)
         layers = ", ".join(f"{count} {mode}" for mode, count in result["layers"].items() if count)
@@ -88,14 +89,14 @@ def _checkpoint(source: Path, to: str | None, output: Path | None, dtype: str | 
 
 
 def _gguf(source: Path, to: str | None, output: Path | None, dtype: str, *, overwrite: bool) -> None:
-    from qtool import convert as service
+    from qtool import conversion as service
 
-    if not source.is_file():
+    if not is_file(source):
         raise InputError("no such file", where=str(source))
     if to not in (None, SAFETENSORS):
         hint = "Convert it to a folder first (--to safetensors), then: qtool quantize DIR"
         raise InputError(f"a file is a GGUF file, and can't become {to} at once", where="--to", hint=hint)
-    target = (output or source.with_name(source.stem)).expanduser().absolute()
+    target = expand(output or source.with_name(source.stem)).absolute()
     with console() as out:
         result = service.from_gguf(source, target, dtype, overwrite=overwrite, on_event=out.event)
         facts = f"{result['parameters']:,} parameters in {dtype}, {result['nbytes']:,} bytes"

@@ -11,6 +11,7 @@ import typer
 from qtool import sizes
 from qtool.cli.options import Debug, Json, Quiet, console
 from qtool.errors import InputError, QtoolError
+from qtool.files import expand, is_dir
 
 if TYPE_CHECKING:
     from qtool.console import Console
@@ -71,10 +72,10 @@ def download(
 
     with console() as out:
         if verify and _is_folder(repo):
-            _verify(Path(repo).expanduser().absolute(), workers, out)
+            _verify(expand(repo).absolute(), workers, out)
             return
         repo, wanted, revision = places.find(repo, source, revision)
-        target = (to or Path(repo.rpartition("/")[2])).expanduser().absolute()
+        target = expand(to or Path(repo.rpartition("/")[2])).absolute()
         if not target.name:
             raise InputError("not a path for a folder", where=str(target))
         if offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
@@ -109,7 +110,7 @@ def download(
 
 
 def _is_folder(repo: str) -> bool:
-    return Path(repo).expanduser().is_dir() or repo.startswith((".", "/", "~"))
+    return is_dir(expand(repo)) or repo.startswith((".", "/", "~"))
 
 
 def _summary(planned: Plan) -> str:
@@ -154,7 +155,7 @@ def _facts(planned: Plan, target: Path) -> dict[str, Any]:
 def _use_offline(repo: str, target: Path, revision: str | None, verify: bool, workers: int, out: Console) -> None:
     from qtool.hub import lock
 
-    held = lock.read(target) if target.is_dir() else None
+    held = lock.read(target) if is_dir(target) else None
     if held is None:
         hint = "Run it once with the network, and without --offline or HF_HUB_OFFLINE."
         raise InputError("no complete download is there", where=str(target), hint=hint)

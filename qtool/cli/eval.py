@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qtool.calibration.sources import BUILTIN, absolute
+from qtool.cli.measuring import WindowLength
 from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
 from qtool.errors import InputError
+from qtool.files import expand, is_dir
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
     from qtool.console import Console
-    from qtool.evaluate.job import Vllm
+    from qtool.evaluation.job import Vllm
 
 
 def evaluate(
@@ -25,9 +29,9 @@ def evaluate(
     ] = None,
     text: Annotated[
         str, typer.Option("--text", metavar="FILE|builtin", help="What to predict: .txt, .jsonl, .parquet or built-in.")
-    ] = "builtin",
+    ] = BUILTIN,
     windows: Annotated[int, typer.Option(min=1, help="Windows of text, from its start.")] = 24,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    length: WindowLength = 512,
     runtime: Annotated[
         Literal["qtool", "vllm"],
         typer.Option(help="Who runs the quantized model: qtool, layer by layer in float32, or vLLM, whole."),
@@ -73,26 +77,31 @@ def evaluate(
     """
     from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint as Opened
-    from qtool.evaluate import facts, record
-    from qtool.evaluate import report as page
-    from qtool.evaluate.job import ComparisonJob, EvaluationText, run
+    from qtool.evaluation import facts, record
+    from qtool.evaluation import report as page
+    from qtool.evaluation.job import ComparisonJob, EvaluationText, TasksJob, run, solve
 
     models = [value for value in (base, quantized) if value is not None]
-    folders = [Path(path_or_stdin(value)).expanduser().absolute() for value in models]
+    folders = [expand(path_or_stdin(value)).absolute() for value in models]
     checkpoints = [Opened.open(folder) for folder in folders]  # what is wrong shows before torch is imported
     if tasks is not None:
-        if data is None or not data.is_dir():
+        if data is None or not is_dir(data):
             raise InputError("say where the tasks' data is", where="--data", hint="a folder; see qtool eval --help")
-        asked = {
-            "tasks": [name.strip() for name in tasks.split(",") if name.strip()],
-            "data": str(data.expanduser().absolute()),
-            "limit": limit,
-            "fewshot": fewshot,
-            "chat": chat,
-            "trust_remote_code": trust_remote_code,
-        }
+        jobs = [
+            TasksJob(
+                model=checkpoint.path,
+                tasks=[name.strip() for name in tasks.split(",") if name.strip()],
+                data=expand(data).absolute(),
+                vllm=_vllm(checkpoint),
+                limit=limit,
+                fewshot=fewshot,
+                chat=chat,
+                trust_remote_code=trust_remote_code,
+            )
+            for checkpoint in checkpoints
+        ]
         with console() as out:
-            solved = [_solve(checkpoint, asked, out) for checkpoint in checkpoints]
+            solved = [{"model": str(job.model), **asdict(solve(job, out.event))} for job in jobs]
         piped = json or not sys.stdout.isatty()
         _show_tasks(solved, out, result=not piped)
         if piped:
@@ -105,9 +114,7 @@ def evaluate(
     job = ComparisonJob(
         base=folders[0],
         quantized=folders[1],
-        text=EvaluationText(
-            text if text == "builtin" else str(Path(text).expanduser().absolute()), windows=windows, length=length
-        ),
+        text=EvaluationText(absolute(text), windows=windows, length=length),
         vllm=_vllm(checkpoints[1]) if runtime == "vllm" else None,
         trust_remote_code=trust_remote_code,
     )
@@ -130,7 +137,7 @@ def evaluate(
 def _vllm(checkpoint: Checkpoint) -> Vllm:
     from qtool import runtimes
     from qtool.checkpoint import formats
-    from qtool.evaluate.job import Vllm
+    from qtool.evaluation.job import Vllm
     from qtool.runtimes.settings import dtype
 
     format = formats.of(checkpoint).name
@@ -144,16 +151,6 @@ def _vllm(checkpoint: Checkpoint) -> Vllm:
     chosen = runtimes.adapted(chosen, checkpoint)
     engine = chosen.engine | {"dtype": dtype(checkpoint, runtimes.kind_of(chosen.name))}
     return Vllm(chosen.python, engine, {**chosen.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
-
-
-def _solve(checkpoint: Checkpoint, asked: dict[str, Any], out: Console) -> dict[str, Any]:
-    """One model's task results."""
-    from qtool import workers
-
-    vllm = _vllm(checkpoint)
-    job = {**asked, "model": str(checkpoint.path), "engine": vllm.engine}
-    found = workers.run("qtool.evaluate.tasks", job, python=vllm.python, env=vllm.env, on_event=out.event)
-    return {"model": str(checkpoint.path), **found}
 
 
 def _show_tasks(solved: list[dict[str, Any]], out: Console, *, result: bool) -> None:

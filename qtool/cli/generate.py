@@ -19,6 +19,7 @@ from qtool.cli.generation import ChatTemplateKwargs, Printed, Running, Thinking,
 from qtool.cli.options import console, path_or_stdin
 from qtool.cli.printers import Printer, ToFile, ToPipe, ToTerminal
 from qtool.errors import InputError
+from qtool.files import expand
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
@@ -139,7 +140,7 @@ def _check_apart(prompts: list[str], output: Path | None) -> None:
     from qtool.runtimes.requests import reads
 
     with contextlib.suppress(OSError):  # such as no file yet
-        if reads(prompts, os.fstat(1) if output is None else output.expanduser().stat()):
+        if reads(prompts, os.fstat(1) if output is None else expand(output).stat()):
             where = "standard output" if output is None else f"--output {output}"
             raise InputError("the prompts are in this very file", where=where, hint="Name another file.")
 
@@ -189,7 +190,7 @@ def _file(job: GenerationJob, system: str | None, output: Output) -> Answers:
         "chat_template_kwargs": job.chat.template_kwargs,
         "reasoning_parser": job.chat.reasoning_parser,
     }
-    return Answers(output.output.expanduser(), settled, resume=output.resume, overwrite=output.overwrite)
+    return Answers(expand(output.output), settled, resume=output.resume, overwrite=output.overwrite)
 
 
 def _lines(prompts: Prompts, job: GenerationJob, system: str | None) -> Iterator[Line]:

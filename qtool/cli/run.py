@@ -10,6 +10,7 @@ import typer
 
 from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
 from qtool.errors import InputError
+from qtool.files import exists, expand, is_dir
 
 if TYPE_CHECKING:
     from qtool.console import Console
@@ -56,8 +57,8 @@ def run(
     from qtool.recipe.load import load
 
     chosen = load(recipe)
-    given = None if model is None else Path(path_or_stdin(model)).expanduser()
-    folder = (work or Path(_default(chosen, given))).expanduser().absolute()
+    given = None if model is None else expand(path_or_stdin(model))
+    folder = expand(work or Path(_default(chosen, given))).absolute()
     _check(chosen, given, folder)
     with console() as out:
         settings = service.Settings(engine, device, runtime, trust_remote_code)
@@ -83,9 +84,9 @@ def _check(recipe: Recipe, given: Path | None, folder: Path) -> None:
     if given is None and recipe.model is None:
         hint = "Give a model folder after the recipe, or a recipe with `model: {hub: ..., repo: ORG/NAME}`."
         raise InputError("this recipe names no model", where=f"recipe {recipe.name}", hint=hint)
-    if given is not None and not given.exists():
+    if given is not None and not exists(given):
         raise InputError("no such file or folder", where=str(given), hint="Check the path.")
-    if given is not None and given.is_dir() and folder.resolve().is_relative_to(given.resolve()):
+    if given is not None and is_dir(given) and folder.resolve().is_relative_to(given.resolve()):
         raise InputError("lies in the model's folder", where=str(folder), hint="Choose another --work.")
 
 

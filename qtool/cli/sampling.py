@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 
 from qtool.cli.bundle import Bundle, option
 from qtool.errors import InputError
+from qtool.files import expand
 from qtool.recipe.schema import Sampling
 
 _RECIPE = "from the model's recipe"
@@ -138,7 +138,7 @@ def _json_schema(file: str | None) -> Any:
         return None
     from qtool.files import read_json
 
-    return read_json(Path(file).expanduser())
+    return read_json(expand(file))
 
 
 ALL = bundle()

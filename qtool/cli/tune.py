@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qtool.calibration.sources import BUILTIN, SELF, absolute
+from qtool.cli.measuring import CalibrationText, MeasuredText, RecipeScheme, SampleLength, WindowLength
 from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
 from qtool.errors import InputError, QtoolError
+from qtool.files import check_new_file, expand, is_dir
 
 if TYPE_CHECKING:
     from qtool.console import Console
@@ -29,17 +32,13 @@ def tune(
     recipe: Annotated[
         str | None, typer.Option(help="The recipe to start from. Default: the one that matches the model.")
     ] = None,
-    scheme: Annotated[str | None, typer.Option(help="One of its schemes. Default: the recipe's own.")] = None,
-    text: Annotated[
-        str, typer.Option("--text", metavar="FILE|builtin", help="To measure on: .txt, .jsonl, .parquet or built-in.")
-    ] = "builtin",
+    scheme: RecipeScheme = None,
+    text: MeasuredText = BUILTIN,
     windows: Annotated[int, typer.Option(min=1, help="Windows of text to evaluate on.")] = 24,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
-    calibration: Annotated[
-        str | None, typer.Option(metavar="FILE|builtin", help="Calibration text. Default: the recipe's.")
-    ] = None,
+    length: WindowLength = 512,
+    calibration: CalibrationText = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples.")] = None,
-    seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens per calibration sample.")] = None,
+    seq_len: SampleLength = None,
     budget: Annotated[int, typer.Option(min=2, help="How often to quantize and evaluate, the untuned scheme too.")] = 3,
     scratch: Annotated[
         Path | None, typer.Option(help="Where quantized models lie meanwhile. Default: the system's temporary folder.")
@@ -64,7 +63,7 @@ def tune(
     from qtool.checkpoint.reader import Checkpoint
     from qtool.cli.analyze import recipe_for
     from qtool.engines.job import CalibrationText
-    from qtool.evaluate.job import EvaluationText
+    from qtool.evaluation.job import EvaluationText
     from qtool.files import write_text
     from qtool.tuning.tune import Goal, TuningJob
     from qtool.tuning.tune import tune as find
@@ -73,12 +72,12 @@ def tune(
         raise InputError(
             "say either how much quality may go, or how large the model may be", hint="--max-kl X, or --max-size SIZE"
         )
-    folder = Path(path_or_stdin(model)).expanduser().absolute()
+    folder = expand(path_or_stdin(model)).absolute()
     checkpoint = Checkpoint.open(folder)
     chosen, scheme, extends = recipe_for(checkpoint, recipe, scheme)
     if output is not None:
         _check_output(output, extends, overwrite=overwrite)
-    if scratch is not None and not (scratch.is_dir() and os.access(scratch, os.W_OK)):
+    if scratch is not None and not (is_dir(scratch) and os.access(scratch, os.W_OK)):
         raise InputError("is no folder that can be written to", where=str(scratch), hint="Choose another --scratch.")
     wanted = CalibrationText(
         _text(calibration or chosen.calibration.data, "--calibration"),
@@ -120,21 +119,16 @@ def _check_output(output: Path, extends: str, *, overwrite: bool) -> None:
     """Before hours of measuring: the recipe can be written, and not over one that it builds on."""
     from qtool.recipe.load import files
 
-    hint = "Choose another --output."
-    if output.exists() and not overwrite:
-        raise InputError("exists already", where=str(output), hint="Choose another --output, or pass --overwrite.")
-    if output.is_dir():
-        raise InputError("is a folder", where=str(output), hint=hint)
+    check_new_file(output, "--output", overwrite=overwrite)
     if output.resolve() in files(extends):
-        raise InputError("the new recipe builds on this one and can't replace it", where=str(output), hint=hint)
-    if not (output.parent.is_dir() and os.access(output.parent, os.W_OK)):
-        raise InputError("its folder does not exist, or can't be written to", where=str(output), hint=hint)
+        what = "the new recipe builds on this one and can't replace it"
+        raise InputError(what, where=str(output), hint="Choose another --output.")
 
 
 def _text(value: str, option: str) -> str:
-    if value == "self":
+    if value == SELF:
         raise InputError("the model's own samples can't be used here", where=option, hint="use builtin, or a file")
-    return value if value == "builtin" else str(Path(value).expanduser().absolute())
+    return absolute(value)
 
 
 def _summary(result: Tuned, out: Console) -> None:

@@ -12,6 +12,7 @@ import typer
 from qtool import sizes
 from qtool.cli.options import Debug, Json, Quiet, console, path_or_stdin
 from qtool.errors import InputError
+from qtool.files import expand
 
 
 def upload(
@@ -46,7 +47,7 @@ def upload(
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
         raise InputError("not a repository's name", where=repo[:100], hint="It is given as ORG/NAME.")
-    path = Path(path_or_stdin(folder)).expanduser().absolute()
+    path = expand(path_or_stdin(folder)).absolute()
     token = tokens.read(to, token_file)
     parcel = pack(path, repo)
     texts = {README: parcel.card} if parcel.card else {}

@@ -20,7 +20,7 @@ from typing import IO
 
 from qtool import locks
 from qtool.environments.table import ENGINES, find
-from qtool.files import disk_errors, write_json
+from qtool.files import disk_errors, expand, write_json
 
 INSTALLED, OUTDATED, BROKEN, ABSENT = "installed", "outdated", "broken", "absent"
 BUILD = "build-"
@@ -42,7 +42,7 @@ class Marker:
 def root() -> Path:
     """The folder of all environments: QTOOL_ENVIRONMENTS, else `environments` in the user's data folder."""
     if named := os.environ.get("QTOOL_ENVIRONMENTS"):
-        return Path(named).expanduser().absolute()
+        return expand(named).absolute()
     from platformdirs import user_data_path  # here: workers' interpreters import this module and need not have it
 
     return user_data_path("qtool") / "environments"

@@ -15,7 +15,7 @@ from qtool.checkpoint.header import read_header
 from qtool.checkpoint.storage import put_in_place, tidy
 from qtool.environments.lookup import interpreter
 from qtool.errors import InputError, QtoolError
-from qtool.files import check_free_space, read_json, sync
+from qtool.files import check_free_space, exists, read_json, sync
 from qtool.hub import lock, names, selection, storage
 from qtool.hub.listing import HUBS, Listing, RemoteFile
 
@@ -113,6 +113,7 @@ def is_there(planned: Plan, target: Path, *, overwrite: bool) -> bool:
     Raises:
         InputError: something else is there, and `overwrite` is off or it is nothing that may be replaced.
     """
+    exists(storage.partial_path(target))  # its longest name is one that can be
     if not os.path.lexists(target) or (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
         return False
     held = lock.read(target) if target.is_dir() and not target.is_symlink() else None

@@ -22,7 +22,7 @@ from openmind_hub.plugins.openmind.constants import UPLOAD_OBS_HOSTNAME_WHITE_LI
 from requests.adapters import HTTPAdapter
 
 import qtool
-from qtool.errors import InputError, QtoolError
+from qtool.errors import InputError, QtoolError, in_one_line
 from qtool.hub.access import PIECE, Hub
 from qtool.hub.guard import Guard
 from qtool.hub.listing import Listing, RemoteFile
@@ -140,7 +140,7 @@ class Modelers(Hub):
         if isinstance(error, openmind_hub.OmHubHTTPError | requests.HTTPError):
             return self._explain_answer(error)
         if isinstance(error, openmind_hub.OMValidationError):
-            return InputError(" ".join(str(error).split())[:200], where=self.endpoint)
+            return InputError(in_one_line(error), where=self.endpoint)
         if isinstance(error, requests.exceptions.SSLError):
             what = "its certificate can't be verified"
             return QtoolError(what, where=self.endpoint, hint="If the proxy has its own: REQUESTS_CA_BUNDLE=ca.pem")

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qtool import engines, workers
+from qtool.calibration.sources import absolute
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import check_output, tidy
 from qtool.engines.job import CalibrationText, CalibrationTokens, OutputFolder, QuantizationJob, Resources
 from qtool.engines.report import DryRun, QuantizationResult
 from qtool.errors import InputError
+from qtool.files import expand
 from qtool.recipe.load import load, match
 from qtool.recipe.schema import Recipe
 
@@ -77,12 +79,12 @@ def decide(model: Path, wanted: Wanted) -> Decided:
     Raises:
         InputError: no such model, recipe or scheme.
     """
-    folder = model.expanduser().absolute()
+    folder = expand(model).absolute()
     config = Checkpoint.open(folder).config
     recipe, reason = match(config) if wanted.recipe is None else (load(wanted.recipe), _ASKED)
     scheme = scheme_of(recipe, wanted.scheme)
     engine, why = engines.choose() if wanted.engine == "auto" else (wanted.engine, _ASKED)
-    output = (wanted.output or folder.with_name(f"{folder.name}-{scheme}")).expanduser().absolute()
+    output = expand(wanted.output or folder.with_name(f"{folder.name}-{scheme}")).absolute()
     job = QuantizationJob(
         model=folder,
         output=OutputFolder(
@@ -142,9 +144,7 @@ def dry_run(engine: str, job: QuantizationJob, on_event: OnEvent) -> DryRun:
 
 def _absolute(job: QuantizationJob) -> QuantizationJob:
     """The same job from any current folder."""
-    calibration = job.calibration
-    if calibration.data not in ("builtin", "self"):
-        calibration = replace(calibration, data=str(Path(calibration.data).expanduser().absolute()))
+    calibration = replace(job.calibration, data=absolute(job.calibration.data))
     output = replace(job.output, path=job.output.path.absolute())
     return replace(job, model=job.model.absolute(), output=output, calibration=calibration)
 

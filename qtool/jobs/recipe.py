@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qtool import convert, engines, runtimes, workers
+from qtool import conversion, engines, runtimes, workers
+from qtool.calibration.sources import BUILTIN, SELF, absolute
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
 from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
 from qtool.errors import InputError
-from qtool.evaluate import job as evaluation
-from qtool.evaluate.job import ComparisonJob, EvaluationText
-from qtool.files import encode_json, write_json, write_text
+from qtool.evaluation import job as evaluation
+from qtool.evaluation.job import ComparisonJob, EvaluationText
+from qtool.files import encode_json, expand, is_file, write_json, write_text
 from qtool.jobs import contents, download, quantize
 from qtool.jobs.stages import Done, Job
 from qtool.recipe.schema import Recipe
@@ -133,7 +134,7 @@ class _Run:
             "convert from GGUF",
             name,
             {"file": found[file.name]},
-            lambda target: convert.from_gguf(file, target, "bfloat16", overwrite=True, on_event=self.on_event),
+            lambda target: conversion.from_gguf(file, target, "bfloat16", overwrite=True, on_event=self.on_event),
         )
         return _Made(done.output, done.digest)
 
@@ -181,7 +182,7 @@ class _Run:
         }
 
         def make(target: Path) -> None:
-            text = wanted.text if wanted.text == "builtin" else str(Path(wanted.text).expanduser().absolute())
+            text = absolute(wanted.text)
             job = ComparisonJob(
                 base=model.path,
                 quantized=quantized.path,
@@ -197,7 +198,7 @@ class _Run:
             f"convert to {target}",
             f"{source.path.name}-{target}",
             {"source": source.digest, "to": target},
-            lambda output: convert.to_format(source.path, output, target, overwrite=True, on_event=self.on_event),
+            lambda output: conversion.to_format(source.path, output, target, overwrite=True, on_event=self.on_event),
         )
         return _Made(done.output, done.digest)
 
@@ -242,15 +243,15 @@ class _Run:
 
     def _text(self, data: str) -> str:
         """What stands for a text among a stage's inputs: the SHA-256 of the file that it is in."""
-        if data == "self":
+        if data == SELF:
             return data
-        path = Path(data).expanduser()
-        if data == "builtin":
+        path = expand(data)
+        if data == BUILTIN:
             found = importlib.util.find_spec("pydoc_data.topics")
             assert found is not None
             assert found.origin is not None
             path = Path(found.origin)
-        if not path.is_file():
+        if not is_file(path):
             raise InputError("no such file", where=data)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,7 +22,7 @@ from qtool import locks
 from qtool.checkpoint.reader import REPORT
 from qtool.checkpoint.storage import tidy
 from qtool.errors import InputError, QtoolError
-from qtool.files import disk_errors, draft, read_json, write_json
+from qtool.files import disk_errors, draft, exists, read_json, write_json
 from qtool.jobs import contents
 from qtool.jobs.contents import Files
 
@@ -152,7 +152,7 @@ def opened(folder: Path, say: Callable[[str], None], progress: Callable[[str, in
     """
     with disk_errors(folder):
         state = folder / STATE
-        if folder.exists() and not state.exists() and not _is_empty(folder):
+        if exists(folder) and not exists(state) and not _is_empty(folder):
             raise InputError("is not empty and no job's folder", where=str(folder), hint="Choose another --work.")
         folder.mkdir(parents=True, exist_ok=True)
         handle = locks.open_folder(folder)

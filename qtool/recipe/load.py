@@ -19,6 +19,7 @@ import yaml as pyyaml
 
 from qtool import resources
 from qtool.errors import InputError
+from qtool.files import expand
 from qtool.recipe.problems import problems_of
 from qtool.recipe.schema import Recipe
 from qtool.recipe.yaml import MAX_BYTES, Path, Problem, parse
@@ -142,8 +143,8 @@ def _is_file(name_or_path: str) -> bool:
 
 def _read(name_or_path: str, seen: Sequence[str]) -> tuple[_Source, str]:
     if _is_file(name_or_path):
-        where, text = name_or_path, _read_file(FilePath(name_or_path).expanduser())
-        identity = str(FilePath(name_or_path).expanduser().resolve())
+        where, text = name_or_path, _read_file(expand(name_or_path))
+        identity = str(expand(name_or_path).resolve())
     else:
         where = identity = f"recipes/{name_or_path}.yaml"
         if name_or_path not in names():
@@ -164,7 +165,7 @@ def _read(name_or_path: str, seen: Sequence[str]) -> tuple[_Source, str]:
     if not isinstance(base, str):
         raise _error([Problem(line, "extends", "must be the name or the path of a recipe")], where)
     if _is_file(base) and not os.path.isabs(base):
-        base = str(FilePath(where).expanduser().parent / base)
+        base = str(expand(where).parent / base)
     try:
         inherited, _ = _read(base, seen=(*seen, identity))
     except InputError as error:

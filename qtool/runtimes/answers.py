@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from qtool.errors import InputError, QtoolError
-from qtool.files import disk_errors, encode_json, write_json
+from qtool.files import disk_errors, encode_json, exists, write_json
 from qtool.locks import lock
 from qtool.runtimes.lines import Line
 from qtool.runtimes.results import belongs
@@ -43,7 +43,7 @@ class Answers:
         self.path = path
         self._settings = path.with_name(f".{path.name}.qtool.json")
         self._known: Mapping[str, Any] | None = None
-        there = path.exists() and path.stat().st_size > 0  # one that never got as far leaves an empty file
+        there = exists(path) and path.stat().st_size > 0  # one that never got as far leaves an empty file
         if there and not (resume or overwrite):
             hint = "--resume continues it, --overwrite begins anew."
             raise InputError("there are answers in it already", where=str(path), hint=hint)

@@ -63,7 +63,7 @@ def fingerprint(model: Path) -> str:
     found = hashlib.sha256()
     for file in sorted({file for pattern in _SMALL for file in model.glob(pattern) if file.is_file()}):
         found.update(repr(file.name).encode() + file.read_bytes())
-    for file in sorted(model.glob("*.safetensors")):
+    for file in sorted(file for file in model.glob("*.safetensors") if file.is_file()):
         size = file.stat().st_size
         found.update(repr((file.name, size)).encode())
         with file.open("rb", buffering=0) as weights:

@@ -11,9 +11,9 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from qtool.errors import InputError
+from qtool.files import expand
 from qtool.runtimes import batch
 from qtool.runtimes.lines import NO_MESSAGES, NO_PROMPT, Chat, Line, is_conversation, is_prompt
 
@@ -51,14 +51,14 @@ def reads(prompts: Iterable[str], file: os.stat_result) -> bool:
     names = [prompt[1:] for prompt in prompts if prompt.startswith("@") and not prompt.startswith("@@")]
     for name in names:
         with contextlib.suppress(OSError):  # reading it will say so
-            if os.path.samestat(file, os.fstat(0) if name == "-" else Path(name).expanduser().stat()):
+            if os.path.samestat(file, os.fstat(0) if name == "-" else expand(name).stat()):
                 return True
     return False
 
 
 def _newlines(name: str) -> int:
     try:
-        descriptor = os.dup(0) if name == "-" else os.open(Path(name).expanduser(), os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = os.dup(0) if name == "-" else os.open(expand(name), os.O_RDONLY | os.O_NONBLOCK)
     except OSError:  # reading it will say so
         return 0
     try:
@@ -75,7 +75,7 @@ def _newlines(name: str) -> int:
 
 def _file(name: str, chat: Chat, format: str) -> Iterator[Line]:
     try:
-        descriptor = 0 if name == "-" else os.open(Path(name).expanduser(), os.O_RDONLY)
+        descriptor = 0 if name == "-" else os.open(expand(name), os.O_RDONLY)
         try:
             yield from _parsed(_lines(descriptor), name, chat, format)
         finally:

@@ -11,7 +11,7 @@ from qtool import workers
 from qtool.engines import native
 from qtool.engines.job import CalibrationText
 from qtool.environments.lookup import interpreter
-from qtool.evaluate.job import EvaluationText
+from qtool.evaluation.job import EvaluationText
 from qtool.recipe.schema import Recipe
 
 

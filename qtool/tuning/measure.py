@@ -13,10 +13,10 @@ from qtool import memory
 from qtool.calibration.text import Calibration, load, load_tokenizer
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
-from qtool.engines.native import plan
+from qtool.engines import plan
 from qtool.engines.native.context import Context
-from qtool.engines.native.plan import QuantizationPlan
-from qtool.evaluate.text import check_length, windows_of
+from qtool.engines.plan import QuantizationPlan
+from qtool.evaluation.text import check_length, windows_of
 from qtool.model.decoder import DecoderStream
 from qtool.scheme import W8A8
 from qtool.tuning import sensitivity

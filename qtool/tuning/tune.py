@@ -14,9 +14,9 @@ import yaml
 from qtool import sizes, workers
 from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
 from qtool.errors import InputError
-from qtool.evaluate import job as evaluation
-from qtool.evaluate.intervals import Estimate
-from qtool.evaluate.job import ComparisonJob, EvaluationText
+from qtool.evaluation import job as evaluation
+from qtool.evaluation.intervals import Estimate
+from qtool.evaluation.job import ComparisonJob, EvaluationText
 from qtool.jobs import quantize
 from qtool.recipe.schema import Policy, Recipe
 from qtool.tuning import job as measuring

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from qtool.errors import InputError, QtoolError, WorkerDied
+from qtool.errors import InputError, QtoolError, WorkerDied, one_line
 
 READ_AHEAD = 256  # inputs that a worker holds before it needs them
 
@@ -63,7 +63,7 @@ def error_event(error: BaseException) -> Event:
     kind = next((known.__name__ for known in (InputError, WorkerDied) if isinstance(error, known)), "QtoolError")
     if isinstance(error, QtoolError):
         return {"event": "error", "type": kind, "what": error.what, "where": error.where, "hint": error.hint}
-    what = " ".join(traceback.format_exception_only(error)[-1].split())
+    what = one_line(traceback.format_exception_only(error)[-1])
     return {"event": "error", "type": kind, "what": what, "where": None, "hint": None}
 
 

@@ -578,7 +578,7 @@ def test_a_scheme_that_a_format_has_no_tensors_for_is_refused(name: str) -> None
     assert all(form.expresses(scheme) for scheme in (W8A8, W8A8_DYNAMIC))
     assert not form.expresses(INT4)
     (problem,) = form.problems({"a": W8A8, "b": INT4, "c": INT4, "d": None})
-    assert problem.text == f"{name} can't express W4A16, which b would be (1 of 2 layers)"
+    assert problem.text == f"{name} can't express W4A16, which 2 layers would be (b, ...)"
     assert problem.hint == f"{name} has W8A8 static, W8A8 dynamic"
 
 

@@ -127,7 +127,7 @@ read_description = modelslim.AscendModelSlimConfig.maybe_update_config
 modelslim.AscendModelSlimConfig.maybe_update_config = lambda self, model, **_: read_description(self, model)
 type(current_platform).supported_quantization = ["ascend"]
 
-from qtool.evaluate.vllm_logits import VllmLogits  # noqa: E402
+from qtool.evaluation.vllm_logits import VllmLogits  # noqa: E402
 
 model, ids, output = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 with open(f"{model}/config.json") as file:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from qtool.checkpoint.reader import Checkpoint
+from qtool.engines import plan
 from qtool.engines.job import CalibrationText
-from qtool.engines.native import plan
 from qtool.engines.native.estimate import ResourceEstimate
 from qtool.engines.native.estimate import estimate as estimated
 from qtool.errors import InputError

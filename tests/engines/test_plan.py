@@ -10,7 +10,7 @@ import pytest
 
 from qtool.checkpoint.formats import NAMES
 from qtool.checkpoint.reader import Checkpoint
-from qtool.engines.native import plan
+from qtool.engines import plan
 from qtool.errors import InputError
 from qtool.recipe.policy import Policy
 from qtool.recipe.schema import Recipe

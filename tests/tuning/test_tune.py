@@ -9,8 +9,8 @@ import pytest
 
 from qtool.engines.job import CalibrationText
 from qtool.errors import InputError
-from qtool.evaluate.intervals import Estimate
-from qtool.evaluate.job import EvaluationText
+from qtool.evaluation.intervals import Estimate
+from qtool.evaluation.job import EvaluationText
 from qtool.recipe.load import load
 from qtool.tuning import tune as tuning
 from qtool.tuning.job import LinearBytes, Measured, Sensitivities, Sensitivity

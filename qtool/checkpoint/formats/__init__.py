@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from qtool.checkpoint.formats.base import (
     Description,
     Format,
-    Problem,
+    Inexpressible,
     QuantizedFormat,
     UnknownScheme,
     Writable,
@@ -64,8 +64,8 @@ __all__ = [
     "TARGETS",
     "Description",
     "Format",
+    "Inexpressible",
     "Name",
-    "Problem",
     "QuantizedFormat",
     "Target",
     "UnknownScheme",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Problem:
+class Inexpressible:
     """What a format can't express of a plan.
 
     Attributes:
@@ -175,7 +175,7 @@ class QuantizedFormat(Writable):
     def check_only_linears(self, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> None:
         """Raises InputError where something else than these linear layers is quantized, such as the cache."""
 
-    def problems(self, schemes: Mapping[str, Scheme | None]) -> list[Problem]:
+    def problems(self, schemes: Mapping[str, Scheme | None]) -> list[Inexpressible]:
         """What this format can't express of a plan (layer name → scheme, None: float); empty when all is well."""
         refused: dict[Scheme, list[str]] = {}
         for name, scheme in schemes.items():
@@ -183,14 +183,14 @@ class QuantizedFormat(Writable):
                 refused.setdefault(scheme, []).append(name)
         known = ", ".join(scheme.label for scheme in self.schemes)
         found = [
-            Problem(
-                f"{self.name} can't express {scheme.label}, which {names[0]} would be (1 of {len(names)} layers)",
+            Inexpressible(
+                f"{self.name} can't express {scheme.label}, which {len(names)} layers would be ({names[0]}, ...)",
                 hint=f"{self.name} has {known}",
             )
             for scheme, names in refused.items()
         ]
         fused = "give the layers that the runtime fuses one policy"
-        return found + [Problem(text, hint=fused) for text in disagreements(schemes)]
+        return found + [Inexpressible(text, hint=fused) for text in disagreements(schemes)]
 
     def storable_scale(self, value: float, dtype: torch.dtype) -> float:
         """The static input scale that a runtime will compute with when given `value` in a model of `dtype`. Whoever

@@ -11,19 +11,18 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qtool import workers
 from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import PartialFolder
-from qtool.engines import native
+from qtool.engines import native, plan
 from qtool.engines.golden_stick import config, mindformers, mindone, view
 from qtool.engines.golden_stick.tasks import Calibrated, CalibrateTask, CardsLaunch, Exported, ExportTask
 from qtool.engines.job import CalibrationTokens, QuantizationJob
-from qtool.engines.native import plan
-from qtool.engines.native.plan import QuantizationPlan
+from qtool.engines.plan import QuantizationPlan
 from qtool.engines.report import (
     CalibrationUsed,
     DryRun,
@@ -116,8 +115,8 @@ def _execute(prepared: _Prepared, on_event: OnEvent) -> QuantizationResult:
             module, env = "qtool.engines.golden_stick.worker", _environment()
         else:
             module, env = "qtool.engines.golden_stick.launch", mindformers.environment() | _environment()
-        answer = workers.run(module, task.to_json(), python=python, on_event=on_event, env=env)
-        report = _report(prepared, text, Calibrated.from_json(answer))
+        answer = workers.run(module, asdict(task), python=python, on_event=on_event, env=env)
+        report = _report(prepared, text, Calibrated(**answer))
         export = ExportTask(
             source=str(job.model),
             quantized=task.output,
@@ -129,8 +128,8 @@ def _execute(prepared: _Prepared, on_event: OnEvent) -> QuantizationResult:
             report=report.to_json(),
         )
         module = "qtool.engines.golden_stick.export"
-        answer = workers.run(module, export.to_json(), python=torch_python, on_event=on_event)
-    written = Exported.from_json(answer)
+        answer = workers.run(module, asdict(export), python=torch_python, on_event=on_event)
+    written = Exported(**answer)
     assert report.seconds is not None
     assert report.peak_memory_bytes is not None
     return QuantizationResult(
@@ -235,7 +234,7 @@ def _text(job: QuantizationJob, python: str, on_event: OnEvent) -> CalibrationTo
 @contextmanager
 def _between(output: Path) -> Iterator[Path]:
     """A folder for what one process leaves to the next."""
-    partial = PartialFolder(output)
+    partial = PartialFolder.make(output)
     try:
         yield partial.path
     finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def main(message: dict[str, Any], report: Report) -> dict[str, Any]:
     Raises:
         QtoolError: a layer is not quantized as planned, cards' parts don't fit together, or the disk is full.
     """
-    task = ExportTask.from_json(message)
+    task = ExportTask(**message)
     source, quantized = Checkpoint.open(task.source), Path(task.quantized)
     if task.schemes is None:
         parts = shards.Parts(quantized)
@@ -63,7 +64,7 @@ def main(message: dict[str, Any], report: Report) -> dict[str, Any]:
                 writer.add(name, value)
         path = writer.finish(source, source.config, task.report)
     written = Checkpoint.open(path)
-    return Exported(output=str(path), output_bytes=written.nbytes, input_bytes=source.nbytes).to_json()
+    return asdict(Exported(output=str(path), output_bytes=written.nbytes, input_bytes=source.nbytes))
 
 
 def _layers(source: Checkpoint, quantized: Checkpoint, schemes: Mapping[str, Scheme]) -> _Tensors:

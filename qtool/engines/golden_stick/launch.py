@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ def main(message: dict[str, Any], report: Report) -> dict[str, Any]:
     scratch = Path(task.scratch)
     settings = scratch / "model.yaml"
     settings.write_text(task.launch.yaml, encoding="utf-8")
-    (scratch / "job.json").write_text(json.dumps(replace(task, model=str(settings)).to_json()))
+    (scratch / "job.json").write_text(json.dumps(asdict(replace(task, model=str(settings)))))
     (scratch / "events.jsonl").touch()
     report.progress("start MindSpore", 0, 0)
     # As a module: the script of that name may have been moved with its environment.

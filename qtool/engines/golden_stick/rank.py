@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def main() -> int:
     events = Path(sys.argv[1]).with_name("events.jsonl") if first else Path(os.devnull)
     report = workers.Report(os.open(events, os.O_WRONLY | os.O_APPEND))
     try:
-        report.send(event="result", data=worker.calibrate(task, "npu", report).to_json())
+        report.send(event="result", data=asdict(worker.calibrate(task, "npu", report)))
     except BaseException as error:
         traceback.print_exc()
         report.send(**error_event(error))

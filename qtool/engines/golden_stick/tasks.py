@@ -5,8 +5,8 @@ The interpreter that has mindspore-gs has neither torch nor pydantic, so nothing
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,8 @@ class LayerPolicy:
     clip: bool
 
 
-class Message:
-    """A dataclass that travels as JSON."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload]
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
-        return cls(**content)
-
-
 @dataclass(frozen=True, kw_only=True)
-class CardsLaunch(Message):
+class CardsLaunch:
     """How MindFormers is started on several cards.
 
     Attributes:
@@ -53,7 +42,7 @@ class CardsLaunch(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateTask(Message):
+class CalibrateTask:
     """What mindspore-gs does in one process, or in one for every card.
 
     Attributes:
@@ -77,14 +66,14 @@ class CalibrateTask(Message):
     launch: CardsLaunch | None = None
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
+    def from_json(cls, content: dict[str, Any]) -> CalibrateTask:
         policies = [LayerPolicy(**policy) for policy in content["policies"]]
-        launch = content["launch"] and CardsLaunch.from_json(content["launch"])
+        launch = content["launch"] and CardsLaunch(**content["launch"])
         return cls(**content | {"policies": policies, "launch": launch})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibrated(Message):
+class Calibrated:
     """What mindspore-gs did.
 
     Attributes:
@@ -102,7 +91,7 @@ class Calibrated(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportTask(Message):
+class ExportTask:
     """What mindspore-gs saved, to be made a checkpoint.
 
     Attributes:
@@ -127,7 +116,7 @@ class ExportTask(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exported(Message):
+class Exported:
     """The checkpoint: its folder, and the bytes of its tensors and of the float model's."""
 
     output: str

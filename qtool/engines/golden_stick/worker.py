@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def main(message: dict[str, Any], report: Report) -> dict[str, Any]:
     if device == "cpu":
         cpu.provide()
     mindone.register()
-    return calibrate(task, device, report).to_json()
+    return asdict(calibrate(task, device, report))
 
 
 def calibrate(task: CalibrateTask, device: str, report: Report) -> Calibrated:

@@ -29,7 +29,7 @@ _AHEAD_BYTES = 2 * 10**9  # of statistics that wait for other processes, when me
 _BASE_SECONDS = 5.0
 _SLOWER = 2.3  # than a plain product of the same number of operations: attention, norms, reads and writes come besides
 _CHUNK_BYTES = 5 * 16 * 2**20  # float32 copies of the weights that are quantized at a time
-_COMPENSATED_CHUNK_BYTES = 4 * 64 * 2**20
+_GPTQ_CHUNK_BYTES = 4 * 64 * 2**20
 # What an element of a weight costs beside matrix products, on one thread: to read, round and write it, to search its
 # clipping ratio, to search its smoothing scale.
 _ROUND_SECONDS, _CLIP_SECONDS, _SMOOTH_SECONDS = 12e-9, 30e-9, 40e-9
@@ -53,7 +53,7 @@ class ResourceEstimate:
 
 
 def estimate(
-    stream: DecoderStream,
+    model: DecoderStream,
     policies: Mapping[str, Policy | None],
     calibration: CalibrationText,
     *,
@@ -69,25 +69,24 @@ def estimate(
     Raises InputError when even one sample at a time does not.
     """
     seq_len, tokens = calibration.seq_len, calibration.samples * calibration.seq_len
-    layers = [_Layer(stream, i, policies) for i in range(stream.depth)]
-    item = stream.dtype.itemsize
-    has_experts = any(layer.experts for layer in layers)
-    scratch = tokens * stream.hidden_size * (2 * item + has_experts * (item + 4))
+    layers = [_LayerSizes.of(model, index, policies) for index in range(model.depth)]
     # Where query and value heads differ in size, as in DeepSeek's, torch computes attention with all scores at once, in
     # float32 and twice.
-    scores = stream.heads * seq_len * 8
+    scores = model.heads * seq_len * 8
     batch = max(seq_len, min(BATCH_TOKENS, _SCORES_BYTES // scores))
     while True:
-        needed = _BASE_BYTES + _HEAP_BYTES + _TENSOR_BYTES * len(stream.checkpoint.names)
-        together = min(batch, tokens)
-        needed += max(layer.bytes(tokens, together, item, scores, exact=exact) for layer in layers)
-        if limit is None or needed <= limit:
-            spare = _AHEAD_BYTES if limit is None else limit - needed
-            each = max(layer.statistics_bytes for layer in layers)
-            ahead = min(processes, len(layers), spare // max(1, each))
-            return ResourceEstimate(
-                batch, ahead, needed + ahead * each, scratch + ahead * tokens * stream.hidden_size * item
+        together, item = min(batch, tokens), model.dtype.itemsize
+        needed = _BASE_BYTES + _HEAP_BYTES + _TENSOR_BYTES * len(model.checkpoint.names)
+        needed += max(
+            max(
+                layer.running_bytes(together, item, scores) + (layer.exact_bytes(tokens) if exact else 0),
+                layer.probing_bytes,
+                layer.quantizing_bytes(item),
             )
+            for layer in layers
+        )
+        if limit is None or needed <= limit:
+            break
         if batch <= seq_len:
             raise InputError(
                 f"this model needs {needed / 1e9:.2f} GB, {limit / 1e9:.2f} GB are allowed",
@@ -95,91 +94,149 @@ def estimate(
                 hint="allow more, or make the samples shorter (--seq-len)",
             )
         batch = max(seq_len, batch // 2)
+    spare = _AHEAD_BYTES if limit is None else limit - needed
+    each = max(layer.waiting_bytes for layer in layers)
+    ahead = min(processes, len(layers), spare // max(1, each))
+    has_experts = any(layer.experts for layer in layers)
+    scratch = tokens * model.hidden_size * ((2 + ahead) * item + has_experts * (item + 4))
+    return ResourceEstimate(batch, ahead, needed + ahead * each, scratch)
 
 
-def seconds(stream: DecoderStream, policies: Mapping[str, Policy | None], calibration: CalibrationText) -> float:
+def seconds(model: DecoderStream, policies: Mapping[str, Policy | None], calibration: CalibrationText) -> float:
     """Estimated time of a job on this machine, from the sizes of the model and a short timing.
 
-    Work per layer: one forward pass over the calibration tokens, the Gram matrices of the inputs that want them
-    (about as much again), error compensation, and work on every element of the weights.
+    Work per layer: one forward pass over the calibration tokens, the Hessians of the inputs that want them (about as
+    much again), GPTQ, and work on every element of the weights.
     """
     tokens = calibration.samples * calibration.seq_len
-    rate = _flops(stream.dtype, stream.device)
-    products = elements = 0.0
-    for index in range(stream.depth):
-        layer = _Layer(stream, index, policies)
-        products += layer.products(tokens)
-        elements += layer.element_seconds()
+    rate = _flops(model.dtype, model.device)
+    layers = [_LayerSizes.of(model, index, policies) for index in range(model.depth)]
+    products = sum(layer.products(tokens) for layer in layers)
+    elements = sum(layer.element_seconds for layer in layers)
     return round(_BASE_SECONDS + _SLOWER * products / rate + elements / torch.get_num_threads(), 1)
 
 
-class _Layer:
-    """The sizes of one decoder layer, from its skeleton."""
+@dataclass(frozen=True)
+class _Matrix:
+    """A linear's weight [out, width], and what becomes of it.
 
-    def __init__(self, stream: DecoderStream, index: int, policies: Mapping[str, Policy | None]) -> None:
-        layer = stream.skeleton_layer(index)
-        self.linears: list[tuple[int, int, Policy | None]] = []
-        for name, linear in linear_layers(layer).items():
-            stored = stream.stored(index, f"{name}.weight").removesuffix(".weight")
-            self.linears.append((linear.out_features, linear.in_features, policies.get(stored)))
-        self.parameters = sum(p.numel() for p in layer.parameters())
-        self.experts: list[tuple[int, int, Policy | None]] = []
-        self.share = 0.0
-        routed = stream.routed(index)
-        if routed is not None:
-            for expert in routed.names:
-                for name in expert:
-                    out, width = stream.checkpoint.info(f"{name}.weight").shape
-                    self.experts.append((out, width, policies.get(name)))
-            self.share = stream.experts_per_token / len(routed.names)
+    Attributes:
+        share: of the tokens that it sees.
+    """
+
+    out: int
+    width: int
+    policy: Policy | None
+    share: float = 1.0
 
     @property
-    def statistics_bytes(self) -> int:
-        """What is known of the inputs of all linears that are not experts'."""
-        compensated = {width for _, width, policy in self.linears if policy and needs_hessian(policy)}
-        return 4 * sum(width**2 for width in compensated) + 4 * 512 * sum({width for _, width, _ in self.linears})
+    def elements(self) -> int:
+        return self.out * self.width
 
-    def bytes(self, tokens: int, batch: int, item: int, scores: int, *, exact: bool) -> int:
-        """Peak memory on top of what the process has anyway; `scores` is what attention takes for a token."""
-        everything = [*self.linears, *self.experts]
-        widest = max((width for _, width, _ in everything), default=0)
-        longest = max((out for out, _, _ in everything), default=0)
-        compensated = [width for _, width, policy in everything if policy and needs_hessian(policy)]
-        statistics = 4 * sum({width: width**2 for width in compensated}.values()) + 4 * 512 * widest * 6
-        running = self.parameters * item + batch * (item * (3 * longest + 4 * widest) + scores) + statistics
-        probing = 4 * self.parameters
-        chunk = _COMPENSATED_CHUNK_BYTES if compensated else _CHUNK_BYTES
-        group = max((out * width for out, width, _ in everything), default=0)
-        chunk = min(chunk, 5 * 4 * 3 * group)
-        quantizing = statistics + chunk + 4 * 4 * max(compensated, default=0) ** 2 + 2 * group
-        quantizing += 2 * 4 * min(group, 1 << 24)  # rows that the search for a smoothing scale looks at
-        loading = 3 * (1 + item) * max((out * width for out, width, _ in self.experts), default=0)
-        if exact:
-            both = sum(out + width for out, width, _ in self.linears)
-            running += 12 * self.parameters + 2 * 4 * tokens * both
-        return max(running, probing, quantizing + loading)
+    @property
+    def is_compensated(self) -> bool:
+        return self.policy is not None and needs_hessian(self.policy)
 
     def products(self, tokens: int) -> float:
         """Multiplications and additions of matrix products."""
-        total = 0.0
-        for linears, share in ((self.linears, 1.0), (self.experts, self.share)):
-            for out, width, policy in linears:
-                total += 2 * out * width * tokens * share
-                if policy is not None and needs_hessian(policy):
-                    # the Hessian (of about every third linear: the others share an input), and compensation,
-                    # in float32 and in small steps
-                    total += (2 * width**2 * min(tokens, 4 * 512) + 4 * width**3) / 3 + 4 * 2 * out * width**2
+        total = 2 * self.elements * tokens * self.share
+        if self.is_compensated:
+            # the Hessian (of about every third linear: the others share an input), and GPTQ, in float32 and in
+            # small steps
+            total += (2 * self.width**2 * min(tokens, 4 * 512) + 4 * self.width**3) / 3
+            total += 4 * 2 * self.out * self.width**2
         return total
 
+    @property
     def element_seconds(self) -> float:
-        total = 0.0
-        for out, width, policy in (*self.linears, *self.experts):
-            if policy is not None:
-                each = (
-                    _ROUND_SECONDS + _CLIP_SECONDS * policy.clip + _SMOOTH_SECONDS * (policy.smoothing.method == "osl")
-                )
-                total += out * width * each
-        return total
+        if self.policy is None:
+            return 0.0
+        searched = self.policy.smoothing.method == "osl"
+        return self.elements * (_ROUND_SECONDS + _CLIP_SECONDS * self.policy.clip + _SMOOTH_SECONDS * searched)
+
+
+@dataclass(frozen=True)
+class _LayerSizes:
+    """The sizes of one decoder layer, from its skeleton, and memory on top of what the process has anyway.
+
+    Attributes:
+        linears: without routed experts.
+        experts: those of the routed experts.
+        parameters: elements of all weights but the experts'.
+    """
+
+    linears: list[_Matrix]
+    experts: list[_Matrix]
+    parameters: int
+
+    @classmethod
+    def of(cls, model: DecoderStream, index: int, policies: Mapping[str, Policy | None]) -> _LayerSizes:
+        layer, routed = model.skeleton_layer(index), model.routed(index)
+        linears = []
+        for name, linear in linear_layers(layer).items():
+            stored = model.stored(index, f"{name}.weight").removesuffix(".weight")
+            linears.append(_Matrix(linear.out_features, linear.in_features, policies.get(stored)))
+        experts = []
+        if routed is not None:
+            share = model.experts_per_token / len(routed.names)
+            for name in (name for expert in routed.names for name in expert):
+                out, width = model.weights.shape(f"{name}.weight")
+                experts.append(_Matrix(out, width, policies.get(name), share))
+        return cls(linears, experts, sum(p.numel() for p in layer.parameters()))
+
+    @property
+    def _all(self) -> list[_Matrix]:
+        return [*self.linears, *self.experts]
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What is known of the inputs of all linears that are not experts', while their unit is under way."""
+        by_gptq = {each.width for each in self.linears if each.is_compensated}
+        return 4 * sum(width**2 for width in by_gptq) + 4 * 512 * sum({each.width for each in self.linears})
+
+    @property
+    def _statistics_bytes(self) -> int:
+        by_gptq = {each.width for each in self._all if each.is_compensated}
+        widest = max((each.width for each in self._all), default=0)
+        return 4 * sum(width**2 for width in by_gptq) + 4 * 512 * widest * 6
+
+    def running_bytes(self, batch: int, item: int, scores: int) -> int:
+        """While it is run and observed.
+
+        Args:
+            batch: tokens at a time.
+            item: bytes of a number.
+            scores: bytes that attention takes for a token.
+        """
+        longest = max((each.out for each in self._all), default=0)
+        widest = max((each.width for each in self._all), default=0)
+        activations = batch * (item * (3 * longest + 4 * widest) + scores)
+        return self.parameters * item + activations + self._statistics_bytes
+
+    def exact_bytes(self, tokens: int) -> int:
+        """What osl: exact takes besides: the layer several times in float32, and every linear's input and output."""
+        return 12 * self.parameters + 2 * 4 * tokens * sum(each.out + each.width for each in self.linears)
+
+    @property
+    def probing_bytes(self) -> int:
+        """While its groups are found, in float32."""
+        return 4 * self.parameters
+
+    def quantizing_bytes(self, item: int) -> int:
+        """While its linears, or one of its experts, are quantized."""
+        by_gptq = [each.width for each in self._all if each.is_compensated]
+        largest = max((each.elements for each in self._all), default=0)
+        chunk = min(_GPTQ_CHUNK_BYTES if by_gptq else _CHUNK_BYTES, 5 * 4 * 3 * largest)
+        needed = self._statistics_bytes + chunk + 4 * 4 * max(by_gptq, default=0) ** 2 + 2 * largest
+        needed += 2 * 4 * min(largest, 1 << 24)  # rows that the search for a smoothing scale looks at
+        return needed + 3 * (1 + item) * max((each.elements for each in self.experts), default=0)
+
+    def products(self, tokens: int) -> float:
+        return sum(each.products(tokens) for each in self._all)
+
+    @property
+    def element_seconds(self) -> float:
+        return sum(each.element_seconds for each in self._all)
 
 
 def _flops(dtype: torch.dtype, device: torch.device) -> float:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from qtool.checkpoint.reader import Checkpoint
+from qtool.engines import plan
 from qtool.engines.job import QuantizationJob
-from qtool.engines.native import device, estimate, executor, plan
+from qtool.engines.native import device, estimate, executor
 from qtool.engines.native.context import Context, Setup
 from qtool.engines.native.estimate import ResourceEstimate
-from qtool.engines.native.plan import QuantizationPlan
+from qtool.engines.plan import QuantizationPlan
 from qtool.engines.report import DryRun, EstimatedResources
 from qtool.errors import InputError
 from qtool.model.decoder import DecoderStream

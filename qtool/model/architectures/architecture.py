@@ -54,15 +54,18 @@ class Architecture:
     experts_per_token: ClassVar[str] = "num_experts_per_tok"
 
     def layers(self, model: Any) -> str | None:
-        """The name of the list of decoder layers: the first that is as long as config.json says, in the text model.
+        """The name of the list of decoder layers: the first that is as long as config.json says.
 
-        Towers for pictures and sound are outside of that.
+        The text model goes first: towers for pictures and sound, which are outside of it, may be as deep.
         """
-        depth, inside = model.config.get_text_config().num_hidden_layers, set(model.get_decoder().modules())
-        for name, module in model.named_modules():
-            if isinstance(module, nn.ModuleList) and len(module) == depth and module in inside:
-                return str(name)
-        return None
+        depth = model.config.get_text_config().num_hidden_layers
+        found = {
+            module: name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == depth
+        }
+        inside = [name for module in model.get_decoder().modules() if (name := found.get(module)) is not None]
+        return next(iter([*inside, *found.values()]), None)
 
     def final_norm(self, model: nn.Module, layers: str) -> str | None:
         """The name of the norm after the last layer; None for a model without."""

@@ -1,4 +1,4 @@
-"""GPT-J: its decoder layers return a tuple, and its base model takes the hidden states out of it."""
+"""GPT-J and CodeGen: decoder layers return a tuple, and the base model takes the hidden states out of it."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from qtool.model.architectures.architecture import Architecture
 
 
 class GptJ(Architecture):
-    model_types = ("gptj",)
+    model_types = ("gptj", "codegen")
     layers_return_tuples = True

@@ -1,4 +1,4 @@
-"""LFM2: the norm after the last layer is called embedding_norm."""
+"""LFM2, dense and with experts: the norm after the last layer is called embedding_norm."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from qtool.model.architectures.architecture import Architecture
 
 
 class Lfm2(Architecture):
-    model_types = ("lfm2",)
+    model_types = ("lfm2", "lfm2_moe")
     final_norm_names = r"embedding_norm"

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool.errors import InputError, QtoolError
-from qtool.evaluate.comparison import compare
-from qtool.evaluate.job import Comparison, ComparisonJob, EvaluationText
+from qtool.evaluation.comparison import compare
+from qtool.evaluation.job import Comparison, ComparisonJob, EvaluationText
 
 WINDOWS, LENGTH = 4, 48
 
@@ -247,8 +247,8 @@ def test_the_vocabulary_is_cut_into_slices(
     tiny_llama: Path, dynamic: Path, job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(job(tiny_llama, dynamic))
-    monkeypatch.setattr("qtool.evaluate.comparison._ROWS", 100)
-    monkeypatch.setattr("qtool.evaluate.comparison._TOKENS", 60)
+    monkeypatch.setattr("qtool.evaluation.comparison._ROWS", 100)
+    monkeypatch.setattr("qtool.evaluation.comparison._TOKENS", 60)
     sliced = run(job(tiny_llama, dynamic))
     assert sliced["kl_divergence"]["value"] == pytest.approx(whole["kl_divergence"]["value"], rel=0.02)
     assert sliced["base_perplexity"]["value"] == pytest.approx(whole["base_perplexity"]["value"], rel=1e-5)

@@ -7,10 +7,13 @@ import importlib.metadata
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from qtool.errors import InputError, QtoolError, in_one_line
-from qtool.evaluate.intervals import Estimate, estimate_share
+from qtool.evaluation import cache
+from qtool.evaluation.intervals import Estimate, estimate_share
+from qtool.evaluation.job import SolvedTasks, TasksJob
 from qtool.runtimes import int8_kernel
 from qtool.workers import hide_media_packages
 
@@ -23,23 +26,19 @@ _Z = 1.96  # standard errors to either side of a 95 % interval
 
 
 def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Evaluate one model.
+    """Run `solve`: a `TasksJob` and `SolvedTasks`, both as JSON."""
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    hide_media_packages()
+    return asdict(solve(TasksJob.from_json(job), report))
 
-    Job keys: model, tasks (names), data (folder), engine (vLLM's arguments on this machine), limit (documents per task,
-    or None), fewshot (examples, or None for each task's own), chat (apply the chat template), trust_remote_code.
 
-    The folder may hold tasks in the harness's YAML format, and copies of the data sets' repositories under their names
-    (openai/gsm8k, ceval/ceval-exam, cais/mmlu): it becomes the working directory, where `datasets` looks first.
-
-    Returns:
-        {"tasks": {name: {metric: {"value", "low", "high"}}}, "documents": {name: how many}}.
+def solve(job: TasksJob, report: Report) -> SolvedTasks:
+    """Have one model solve tasks. The job's data becomes the working directory, where `datasets` looks first.
 
     Raises:
         InputError: no such task, its data is not in the folder, or lm_eval is not installed here.
         QtoolError: the harness fails.
     """
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    hide_media_packages()
     report.progress("import lm_eval", 0, 0)
     try:
         import lm_eval
@@ -51,9 +50,9 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
         ) from None
     _name_vllm()
     int8_kernel.register()
-    os.chdir(job["data"])
-    manager = TaskManager(include_path=job["data"])
-    names = [_NAMES.get(name, name) for name in job["tasks"]]
+    os.chdir(job.data)
+    manager = TaskManager(include_path=str(job.data))
+    names = [_NAMES.get(name, name) for name in job.tasks]
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise InputError(
             f"no task is named {unknown[0]!r}",
@@ -67,15 +66,15 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
             model_args=_model_arguments(job),
             tasks=names,
             task_manager=manager,
-            num_fewshot=job["fewshot"],
-            limit=job["limit"],
-            apply_chat_template=job["chat"],
+            num_fewshot=job.fewshot,
+            limit=job.limit,
+            apply_chat_template=job.chat,
             log_samples=False,
         )
     except (FileNotFoundError, ConnectionError) as error:
         raise InputError(
             f"the data of {', '.join(names)} can't be read: {in_one_line(error)}",
-            where=job["data"],
+            where=str(job.data),
             hint="put copies of the data sets' repositories there, such as openai/gsm8k",
         ) from error
     except ValueError as error:
@@ -84,7 +83,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
         raise QtoolError("the harness gave no results")
     documents = {name: counts["effective"] for name, counts in found.get("n-samples", {}).items()}
     tasks = {name: metrics(row, documents.get(name)) for name, row in found["results"].items()}
-    return {"tasks": tasks, "documents": documents}
+    return SolvedTasks(tasks, documents)
 
 
 def _name_vllm() -> None:
@@ -104,25 +103,21 @@ def _name_vllm() -> None:
     importlib.metadata.version = version
 
 
-def _model_arguments(job: Mapping[str, Any]) -> dict[str, Any]:
+def _model_arguments(job: TasksJob) -> dict[str, Any]:
     import torch
 
     from qtool.checkpoint.reader import Checkpoint
 
     arguments: dict[str, Any] = {
-        "pretrained": job["model"],
-        "trust_remote_code": job["trust_remote_code"],
-        **job["engine"],
+        "pretrained": str(job.model),
+        "trust_remote_code": job.trust_remote_code,
+        **job.vllm.engine,
     }
     if not torch.cuda.is_available():  # vLLM for CPUs takes, and touches, most of the machine's memory by itself
-        config = Checkpoint.open(job["model"]).config
-        text = config.get("text_config") or config
-        heads = text["num_attention_heads"]
-        width = text.get("head_dim") or text["hidden_size"] // heads
-        per_token = 8 * text["num_hidden_layers"] * (text.get("num_key_value_heads") or heads) * width
-        context = text.get("max_position_embeddings") or 4096
-        wanted = job["engine"].get("max_num_seqs", 64) * context * per_token
-        arguments["kv_cache_memory_bytes"] = min(wanted, max(_MOST_CACHE_BYTES, context * per_token))
+        config = Checkpoint.open(job.model).config
+        one = cache.context(config) * cache.bytes_per_token(config)
+        wanted = job.vllm.engine.get("max_num_seqs", 64) * one
+        arguments["kv_cache_memory_bytes"] = min(wanted, max(_MOST_CACHE_BYTES, one))
     return arguments
 
 

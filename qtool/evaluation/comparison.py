@@ -18,10 +18,10 @@ import torch
 from qtool import memory
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
-from qtool.evaluate.divergence import Divergence
-from qtool.evaluate.intervals import estimate, estimate_quantile
-from qtool.evaluate.job import AlongText, Comparison, ComparisonJob, Figures, Maximum, RuntimeUsed, TextUsed, Vllm
-from qtool.evaluate.text import check_length, windows_of_both
+from qtool.evaluation.divergence import Divergence
+from qtool.evaluation.intervals import estimate, estimate_quantile
+from qtool.evaluation.job import AlongText, Comparison, ComparisonJob, Figures, Maximum, RuntimeUsed, TextUsed, Vllm
+from qtool.evaluation.text import check_length, windows_of_both
 from qtool.model.decoder import DecoderStream
 from qtool.model.observe import forward
 
@@ -129,7 +129,7 @@ def _against_vllm(
     base: _Ran, ids: torch.Tensor, job: ComparisonJob, vllm: Vllm, report: Report
 ) -> tuple[Divergence, str]:
     """The quantized model in vLLM, and the dtype that it computes in."""
-    from qtool.evaluate.vllm_logits import VllmLogits
+    from qtool.evaluation.vllm_logits import VllmLogits
 
     windows, length = ids.shape
     report.progress("start vLLM", 0, 0)

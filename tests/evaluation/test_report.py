@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from qtool.evaluate.report import FIGURES
+from qtool.evaluation.report import FIGURES
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 

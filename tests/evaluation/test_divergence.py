@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtool.evaluate.divergence import Divergence
+from qtool.evaluation.divergence import Divergence
 
 
 @pytest.mark.parametrize("rows", [1, 7, 100, 1000])

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from qtool.evaluate.intervals import estimate, estimate_quantile
+from qtool.evaluation.intervals import estimate, estimate_quantile
 
 
 def test_students_interval() -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     """Run `comparison.compare`: a `ComparisonJob` and a `Comparison`, both as JSON."""
     hide_media_packages()
-    from qtool.evaluate.comparison import compare
-    from qtool.evaluate.job import ComparisonJob
+    from qtool.evaluation.comparison import compare
+    from qtool.evaluation.job import ComparisonJob
 
     return compare(ComparisonJob.from_json(job), report).to_json()

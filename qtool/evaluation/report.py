@@ -9,7 +9,7 @@ from typing import Any
 
 import qtool
 from qtool.errors import InputError
-from qtool.files import write_text
+from qtool.files import check_new_file, write_text
 
 # key of the result: (what it is called, how it is written)
 FIGURES = {
@@ -44,12 +44,7 @@ def check(file: Path, *, overwrite: bool) -> None:
     """
     from importlib.util import find_spec
 
-    if file.exists() and not overwrite:
-        raise InputError("exists already", where=str(file), hint="Choose another --report, or pass --overwrite.")
-    if file.is_dir():
-        raise InputError("is a folder", where=str(file), hint="Choose another --report.")
-    if not file.absolute().parent.is_dir():
-        raise InputError("no such folder", where=str(file.absolute().parent), hint="Choose another --report.")
+    check_new_file(file, "--report", overwrite=overwrite)
     if missing := [package for package in ("matplotlib", "jinja2") if find_spec(package) is None]:
         raise InputError(
             f"a report needs the Python package {missing[0]}, which is not installed",
@@ -71,7 +66,7 @@ def page(result: Mapping[str, Any]) -> str:
     """The page for what `qtool eval --json` prints."""
     import jinja2
 
-    from qtool.evaluate import plots
+    from qtool.evaluation import plots
 
     groups = result["groups"]
     base, quantized = (Path(result[key]).name for key in ("base", "quantized"))
@@ -107,7 +102,7 @@ def page(result: Mapping[str, Any]) -> str:
             )
         )
     pictures.append(("Size", "Where the bytes are.", plots.sizes(sizes)))
-    template = resources.files("qtool.evaluate").joinpath("report.html.j2").read_text(encoding="utf-8")
+    template = resources.files("qtool.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["range"] = lambda r: f"{r['low']:.4g} to {r['high']:.4g}" if r else ""
     environment.filters["mb"] = lambda n: f"{n / 1e6:,.1f}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qtool.calibration.text import BUILTIN, Calibration, held_out, load, load_tokenizer
+from qtool.calibration.sources import BUILTIN
+from qtool.calibration.text import Calibration, held_out, load, load_tokenizer
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
-from qtool.evaluate.job import EvaluationText
+from qtool.evaluation.job import EvaluationText
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
 
@@ -42,8 +43,7 @@ def windows_of_both(
 
 def check_length(text: EvaluationText, checkpoint: Checkpoint) -> None:
     """Raises InputError for windows longer than the model's context."""
-    config = checkpoint.config
-    context = (config.get("text_config") or config).get("max_position_embeddings")
+    context = (checkpoint.config.get("text_config") or checkpoint.config).get("max_position_embeddings")
     if isinstance(context, int) and text.length > context:
         raise InputError(
             f"windows of {text.length} tokens, but the model's context is {context}",

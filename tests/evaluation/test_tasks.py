@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from qtool.evaluate.tasks import metrics
+from qtool.evaluation.job import TasksJob, Vllm
+from qtool.evaluation.tasks import metrics
 
 TASK = """
 task: pick
@@ -74,6 +75,12 @@ def test_intervals_of_shares(right: int, low: float, high: float) -> None:
     row = {"alias": "pick", "acc,none": share, "acc_stderr,none": (share * (1 - share) / 9) ** 0.5}
     found = metrics(row, 10)["acc"]
     assert [found["low"], found["high"]] == pytest.approx([low, high], abs=1e-6)
+
+
+def test_a_job_through_the_pipe() -> None:
+    vllm = Vllm("python", {"max_num_seqs": 4}, {"A": "1"})
+    job = TasksJob(model=Path("/m"), tasks=["pick"], data=Path("/d"), vllm=vllm, limit=3, chat=True)
+    assert TasksJob.from_json(json.loads(json.dumps(job.to_json()))) == job
 
 
 def test_intervals_of_other_figures() -> None:

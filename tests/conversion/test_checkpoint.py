@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from qtool.checkpoint import formats
 from qtool.checkpoint.writer import CheckpointWriter, Sharding
-from qtool.convert.checkpoint import main
+from qtool.conversion.checkpoint import main
 from qtool.errors import InputError
 from qtool.quant.types import QuantizedLinear
 from tests.fake_quantized import FakeQuantized

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qtool.errors import QtoolError
+from qtool.evaluation.cache import bytes_per_token
 from qtool.runtimes import int8_kernel
 
 _BLOCK = 128  # tokens in a block of vLLM's CPU cache
@@ -102,10 +103,6 @@ class VllmLogits:
 
 
 def _cache_bytes(config: dict[str, Any], length: int) -> int:
-    """Room for one window: key and value of every layer, in float32 at most."""
-    text = config.get("text_config") or config
-    heads = text["num_attention_heads"]
-    width = text.get("head_dim") or text["hidden_size"] // heads
+    """Room for one window."""
     blocks = -(-(length + 1) // _BLOCK) + 2
-    per_token = 8 * text["num_hidden_layers"] * (text.get("num_key_value_heads") or heads) * width
-    return blocks * _BLOCK * int(per_token)
+    return blocks * _BLOCK * bytes_per_token(config)

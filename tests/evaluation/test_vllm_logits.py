@@ -17,6 +17,8 @@ from tests.processor import runtime_dtype
 
 WINDOWS, LENGTH = 2, 40
 
+pytestmark = pytest.mark.vllm
+
 # A bare script: every token's log-probabilities over all 512 entries, in a file.
 SCRIPT = """
 import json, sys
@@ -26,7 +28,6 @@ model, ids, output = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 import torch
 from vllm import LLM, SamplingParams
 
-pytestmark = pytest.mark.vllm
 size = {"max_model_len": 64, "kv_cache_memory_bytes": 1 << 24}
 llm = LLM(model, dtype=sys.argv[4], enforce_eager=True, max_logprobs=512, **size)
 outputs = llm.generate([{"prompt_token_ids": row} for row in ids], SamplingParams(max_tokens=1, prompt_logprobs=512))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qtool.errors import InputError
-from qtool.evaluate.record import keep
+from qtool.evaluation.record import keep
 from qtool.hub.card import card
 
 ESTIMATE = {"value": 0.00625, "low": 0.0058, "high": 0.0067}

@@ -18,8 +18,8 @@ from qtool.checkpoint.formats import DEQUANTIZED
 from qtool.checkpoint.formats.stored import Stored
 from qtool.checkpoint.reader import REPORT, Checkpoint
 from qtool.checkpoint.writer import CheckpointWriter, Sharding
-from qtool.convert.job import FormatJob
-from qtool.convert.plan import Conversion, plan
+from qtool.conversion.job import FormatJob
+from qtool.conversion.plan import Conversion, plan
 from qtool.files import check_free_space, read_json
 
 if TYPE_CHECKING:

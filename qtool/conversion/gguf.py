@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.convert.job import GgufJob
-from qtool.errors import InputError, QtoolError
+from qtool.conversion.job import GgufJob
+from qtool.errors import InputError, QtoolError, in_one_line
 from qtool.files import check_free_space, disk_errors
 from qtool.workers import hide_media_packages
 
@@ -75,7 +75,7 @@ def _check(source: Path) -> None:
     try:
         reader = gguf.GGUFReader(source)
     except Exception as error:  # the reader checks little: damage shows as whatever numpy raises
-        what = " ".join(str(error).split())[:200]
+        what = in_one_line(error)
         raise InputError(f"damaged or truncated GGUF file: {what}", where=where, hint="download it again") from None
     if "split.count" in reader.fields and reader.fields["split.count"].contents() > 1:
         hint = "merge the parts first: llama-gguf-split --merge FIRST_PART OUTPUT"
@@ -103,7 +103,7 @@ def _load(source: Path, dtype: str) -> tuple[Any, Any]:
         )
         tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-        what = " ".join(str(error).split())[:300]
+        what = in_one_line(error)
         raise InputError(f"transformers can't load this GGUF file: {what}", where=str(source)) from error
     # transformers fills what is missing with random numbers
     absent = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]

@@ -1,4 +1,4 @@
-"""What a comparison is asked for and what it finds: typed on both sides of the pipe to its process, JSON in between."""
+"""What an evaluation is asked for and what it finds: typed on both sides of the pipe to its process, JSON between."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from qtool import workers
 from qtool.environments.lookup import interpreter
-from qtool.evaluate.intervals import Estimate
+from qtool.evaluation.intervals import Estimate
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,53 @@ class ComparisonJob:
             vllm=content["vllm"] and Vllm(**content["vllm"]),
             trust_remote_code=content["trust_remote_code"],
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksJob:
+    """Tasks of lm-evaluation-harness for one model.
+
+    Attributes:
+        model: the checkpoint's folder.
+        tasks: their names.
+        data: a folder with tasks in the harness's YAML format, and copies of the data sets' repositories under their
+            names (openai/gsm8k, ceval/ceval-exam, cais/mmlu).
+        vllm: runs the model.
+        limit: documents per task; None takes all.
+        fewshot: examples before each question; None for each task's own.
+        chat: ask through the chat template.
+        trust_remote_code: allow the checkpoint's own modelling code.
+    """
+
+    model: Path
+    tasks: list[str]
+    data: Path
+    vllm: Vllm
+    limit: int | None = None
+    fewshot: int | None = None
+    chat: bool = False
+    trust_remote_code: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"model": str(self.model), "data": str(self.data)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> TasksJob:
+        paths = {key: Path(content[key]) for key in ("model", "data")}
+        return cls(**{**content, **paths, "vllm": Vllm(**content["vllm"])})
+
+
+@dataclass(frozen=True)
+class SolvedTasks:
+    """How well a model solved tasks.
+
+    Attributes:
+        tasks: per task its metrics.
+        documents: how many there were, per task.
+    """
+
+    tasks: dict[str, dict[str, Estimate]]
+    documents: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -175,5 +222,12 @@ def run(job: ComparisonJob, on_event: Callable[[workers.Event], None]) -> Compar
     """
     python = job.vllm.python if job.vllm else interpreter("native")
     env = job.vllm.env if job.vllm else None
-    found = workers.run("qtool.evaluate.worker", job.to_json(), python=python, env=env, on_event=on_event)
+    found = workers.run("qtool.evaluation.worker", job.to_json(), python=python, env=env, on_event=on_event)
     return Comparison.from_json(found)
+
+
+def solve(job: TasksJob, on_event: Callable[[workers.Event], None]) -> SolvedTasks:
+    """Have a model solve tasks in a process of its own. Raises InputError and QtoolError as `tasks.solve`."""
+    vllm = job.vllm
+    found = workers.run("qtool.evaluation.tasks", job.to_json(), python=vllm.python, env=vllm.env, on_event=on_event)
+    return SolvedTasks(**found)

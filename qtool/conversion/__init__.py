@@ -9,7 +9,7 @@ from typing import Any
 
 from qtool import workers
 from qtool.checkpoint.storage import PartialFolder, check_output, tidy
-from qtool.convert.job import FormatJob, GgufJob
+from qtool.conversion.job import FormatJob, GgufJob
 from qtool.engines import native
 from qtool.environments.lookup import interpreter
 from qtool.files import disk_errors
@@ -27,10 +27,10 @@ def from_gguf(source: Path, output: Path, dtype: str, *, overwrite: bool, on_eve
     tidy(output)
     check_output(output, overwrite=overwrite, source=source)
     python = interpreter("native")
-    partial = PartialFolder(output)
+    partial = PartialFolder.make(output)
     try:
         job = GgufJob(str(source.absolute()), str(partial.path), str(output), dtype)
-        result = workers.run("qtool.convert.gguf", dataclasses.asdict(job), python=python, on_event=on_event)
+        result = workers.run("qtool.conversion.gguf", dataclasses.asdict(job), python=python, on_event=on_event)
         with disk_errors(output, result["nbytes"]):
             partial.commit(overwrite=overwrite)
     finally:
@@ -50,6 +50,6 @@ def to_format(source: Path, output: Path, to: str, *, overwrite: bool, on_event:
     job = dataclasses.asdict(FormatJob(str(source.absolute()), str(output), to, overwrite))
     python, env = interpreter("native"), native.environment()
     try:
-        return workers.run("qtool.convert.checkpoint", job, python=python, on_event=on_event, env=env)
+        return workers.run("qtool.conversion.checkpoint", job, python=python, on_event=on_event, env=env)
     finally:
         tidy(output)  # what a killed worker could not remove
