@@ -14,7 +14,7 @@ import pytest
 from qtool import runtimes
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
-from qtool.engines.native import plan
+from qtool.engines import plan
 from qtool.environments.table import ENGINES
 from qtool.errors import InputError
 from qtool.recipe.load import load
