@@ -19,7 +19,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-import qtool
 from qtool.engines.job import Resources
 from qtool.engines.native.pieces import Piece
 from qtool.errors import InputError, QtoolError
@@ -35,7 +34,7 @@ _LOST = "the processes that run it were killed {} times, most likely because mem
 _HINT = "use fewer --workers or a smaller --memory; what is finished is kept"
 
 
-class Setup(Protocol):
+class Opener(Protocol):
     """How another process comes to its context. Equal ones come to the same."""
 
     def open(self) -> Any:
@@ -66,7 +65,7 @@ def check(resources: Resources) -> None:
 
 
 @contextmanager
-def make(resources: Resources, context: Any, setup: Setup) -> Iterator[Executor]:
+def make(resources: Resources, context: Any, setup: Opener) -> Iterator[Executor]:
     """The executor for these resources.
 
     Args:
@@ -101,7 +100,7 @@ class Here:
 class Processes:
     """Processes on this machine, which end with this one."""
 
-    def __init__(self, count: int, setup: Setup) -> None:
+    def __init__(self, count: int, setup: Opener) -> None:
         self.ahead = 2 * count
         self._count, self._setup = count, setup
         self._pool = self._new_pool()
@@ -149,10 +148,10 @@ class Processes:
 
 
 @contextmanager
-def _ray(address: str, setup: Setup) -> Iterator[Executor]:
+def _ray(address: str, setup: Opener) -> Iterator[Executor]:
     import ray
 
-    root = Path(qtool.__file__).parent.parent
+    root = Path(__file__).resolve().parents[3]
     try:
         with contextlib.chdir(root):  # Ray lets its workers import what lies in the current folder
             ray.init(
@@ -173,7 +172,7 @@ def _ray(address: str, setup: Setup) -> Iterator[Executor]:
 class Ray:
     """The workers of a Ray cluster whose machines see the model under the same path and have the same qtool."""
 
-    def __init__(self, ray: Any, setup: Setup) -> None:
+    def __init__(self, ray: Any, setup: Opener) -> None:
         self._ray, self._setup = ray, setup
         self._remote = ray.remote(max_retries=_TRIES)(_run)
         self.ahead = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -200,7 +199,7 @@ def _run(content: bytes) -> bytes:
 
 
 @lru_cache(maxsize=1)
-def _opened(setup: Setup) -> Any:
+def _opened(setup: Opener) -> Any:
     """Once in a process. Raises QtoolError, since the job itself could open it before."""
     try:
         return setup.open()
