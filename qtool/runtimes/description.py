@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qtool.runtimes.launch import Launch
 
 Hardware = Literal["cpu", "cuda", "ascend"]
+Checked = Literal["run", "read", "not"]
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,17 @@ class Reads:
         format: its name, as `formats.of` has it.
         engine: vLLM's EngineArgs that the runtime must be given for it.
         limits: what of it the runtime doesn't read.
+        source: package version and files that say that it reads `studied`, but for the limits.
+        studied: architectures whose way through it was read there.
+        ran: recipes' schemes by architecture, whose checkpoints the tests have the runtime's own code read.
     """
 
     format: str
     engine: Mapping[str, Any] = field(default_factory=dict)
     limits: tuple[Limit, ...] = ()
+    source: str = ""
+    studied: frozenset[str] = frozenset()
+    ran: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def _as_it_is(launch: Launch, checkpoint: Checkpoint) -> Launch:
@@ -119,6 +126,7 @@ class Runtime:
         name: for `--runtime`. An interpreter that has it is found by the row of this name in
             `qtool.environments.table.ENGINES`, which also says with what it is installed.
         title: what people call it.
+        version: that all this is known of.
         summary: one line about it.
         reads: the formats that it reads; "float" is a model that is not quantized.
         others: it is given formats that no runtime names, too, and says itself what it makes of them.
@@ -135,6 +143,7 @@ class Runtime:
 
     name: str
     title: str
+    version: str
     summary: str
     reads: tuple[Reads, ...]
     others: bool = False

@@ -56,6 +56,7 @@ def _experts(model: Quantized) -> Limitation | None:
 RUNTIME = Runtime(
     name="vllm-ascend",
     title="vllm-ascend",
+    version="0.18.0",
     summary="vLLM on Ascend, through PyTorch",
     reads=(
         Reads("float"),
@@ -74,6 +75,19 @@ RUNTIME = Runtime(
                     _experts,
                 ),
             ),
+            "vllm-ascend 0.18.0: quantization/modelslim_config.py, quantization/methods/w8a8_{static,dynamic}.py",
+            frozenset(
+                {
+                    "DeepseekV3ForCausalLM",
+                    "Glm4MoeForCausalLM",
+                    "LlamaForCausalLM",
+                    "MistralForCausalLM",
+                    "Qwen2ForCausalLM",
+                    "Qwen3ForCausalLM",
+                    "Qwen3MoeForCausalLM",
+                }
+            ),
+            {"LlamaForCausalLM": ("w8a8",), "Qwen2ForCausalLM": ("w8a8-static",)},
         ),
     ),
     hardware=("ascend",),
