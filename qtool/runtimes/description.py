@@ -59,7 +59,7 @@ class Limitation:
     """One sentence about what a runtime makes of a model.
 
     Attributes:
-        fatal: no version of the runtime can read such a checkpoint.
+        fatal: such a checkpoint must not be made: it would load as noise, or no version of the runtime can read it.
         unread: the known version doesn't read this model so; another model, or another version, may be read.
         hint: what to do about it.
     """
@@ -78,10 +78,12 @@ class Limit:
     """Something that a runtime doesn't read of a format, or under a condition only.
 
     Attributes:
+        why: the same for all models that it touches, in one line.
         source: package version and file that say so.
         find: whether it touches a model, and how.
     """
 
+    why: str
     source: str
     find: Callable[[Quantized], Limitation | None]
 
@@ -156,6 +158,10 @@ class Runtime:
 
     def limitations(self, format: str, model: Quantized) -> list[Limitation]:
         """What it doesn't read of a model in this format."""
+        return [limitation for _, limitation in self.limits(format, model)]
+
+    def limits(self, format: str, model: Quantized) -> list[tuple[Limit, Limitation]]:
+        """The same, each with what is known of it."""
         reads = self.reading(format)
-        found = (limit.find(model) for limit in (reads.limits if reads else ()))
-        return [limitation for limitation in found if limitation is not None]
+        found = ((limit, limit.find(model)) for limit in (reads.limits if reads else ()))
+        return [(limit, limitation) for limit, limitation in found if limitation is not None]

@@ -63,10 +63,16 @@ RUNTIME = Runtime(
             "modelslim",
             {"quantization": "ascend"},
             (
-                # no deq_scale is registered for other dtypes than these two
-                Limit("vllm-ascend 0.18.0: quantization/methods/w8a8_static.py", _static_in_float32),
-                # KeyError in get_linear_quant_type: packed_modules_model_mapping names no experts for other models
-                Limit("vllm-ascend 0.18.0: quantization/modelslim_config.py", _experts),
+                Limit(
+                    "deq_scale is registered for bfloat16 and float16 alone",
+                    "vllm-ascend 0.18.0: quantization/methods/w8a8_static.py",
+                    _static_in_float32,
+                ),
+                Limit(
+                    "KeyError: packed_modules_model_mapping names no experts of this model type",
+                    "vllm-ascend 0.18.0: quantization/modelslim_config.py (get_linear_quant_type)",
+                    _experts,
+                ),
             ),
         ),
     ),
