@@ -124,7 +124,7 @@ def test_parquet_rows_lack_what_their_jsonl_lines_lack(tmp_path: Path, tiny_toke
     )
     call = {"function": {"name": "weather", "arguments": {"city": "Paris"}}}
     other = {"function": {"name": "time", "arguments": {"zone": "CET"}}}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"messages": [{"role": "user", "content": "Rain?"}, {"role": "assistant", "tool_calls": [call]}]},
         {"messages": [{"role": "user", "content": "Late?"}, {"role": "assistant", "tool_calls": [other]}]},
         {"text": "A document between conversations."},
