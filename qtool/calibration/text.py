@@ -44,24 +44,6 @@ class Calibration:
     source: str
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
-    """The tokenizer of a checkpoint folder, as transformers loads it.
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise InputError(
-            f"the tokenizer can't be loaded: {in_one_line(error)}",
-            where=str(folder),
-            hint="tokenizer.json and tokenizer_config.json must lie beside the weights",
-        ) from error
-
-
 def load(data: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int) -> Calibration:
     """The first samples * seq_len tokens of `data`: sample i holds tokens i*seq_len to (i+1)*seq_len - 1.
 
