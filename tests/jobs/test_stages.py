@@ -236,9 +236,9 @@ def make(path):
     new = path.with_name(f".{path.name}.new")
     new.write_text(text)
     time.sleep(0.01)
-    new.replace(path)
     with open(sys.argv[2], "a") as log:
         log.write(path.name + "\\n")
+    new.replace(path)
 
 with opened(Path(sys.argv[1]), lambda _: None, lambda *_: None) as job:
     before = ""
@@ -265,6 +265,6 @@ def test_kill_9_at_any_moment(tmp_path: Path, qtool_environment: dict[str, Any])
     for number in range(10):
         assert (tmp_path / "job" / f"{number}.txt").read_text() == f"{number}.txt" * 1000
     made = (tmp_path / "log").read_text().split()
-    # A stage can be made twice only if a kill struck between its rename and its line in the log.
+    # What is there is complete: a stage is made twice only if a kill struck between its line in the log and its rename
     assert len(made) <= 10 + kills
     assert sorted(set(made)) == [f"{number}.txt" for number in range(10)]

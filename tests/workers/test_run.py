@@ -113,6 +113,8 @@ except KeyboardInterrupt:
     sys.exit(130)
 """
 
+BARE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
 
 @pytest.fixture(scope="module")
 def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
@@ -165,7 +167,9 @@ def test_the_worker_imports_nothing_but_the_standard_library_and_qtool(run: Any)
     startup = subprocess.check_output([sys.executable, "-c", "import sys; print(*sys.modules)"], text=True).split()
     assert packages - sys.stdlib_module_names - set(startup) == {"qtool", "misbehave"}
     assert "" not in result["path"]  # nothing in the current folder can stand in for a real module
-    assert not {str(folder) for folder in Path(workers.__file__).parents} & set(result["path"])
+    code = "import sys; print(*sys.path)"
+    own = subprocess.check_output([sys.executable, "-P", "-c", code], env=BARE, text=True).split()
+    assert not {str(folder) for folder in Path(workers.__file__).parents} & (set(result["path"]) - set(own))
 
 
 def test_an_interpreter_of_its_own(run: Any, env: dict[str, str], tmp_path: Path, logs: Path) -> None:
