@@ -125,17 +125,11 @@ def evaluate(
         runtime: who runs the quantized model: qtool, layer by layer in float32, or vLLM, whole.
         on_event: hears of progress and warnings.
     """
-    from qtool.checkpoint.reader import Checkpoint
-    from qtool.evaluation.job import ComparisonJob, EvaluationText, run
-    from qtool.jobs.evaluate import vllm_for
+    from qtool.evaluation.job import EvaluationText, run
+    from qtool.jobs import evaluate as jobs
 
-    job = ComparisonJob(
-        base=Path(base).expanduser().absolute(),
-        quantized=Path(quantized).expanduser().absolute(),
-        text=EvaluationText(text if text == "builtin" else str(Path(text).expanduser().absolute()), windows, length),
-        vllm=vllm_for(Checkpoint.open(Path(quantized))) if runtime == "vllm" else None,
-        trust_remote_code=trust_remote_code,
-    )
+    pair = jobs.opened(Path(base), Path(quantized))
+    job = jobs.comparison(pair, EvaluationText(text, windows, length), runtime, trust_remote_code=trust_remote_code)
     return run(job, on_event)
 
 
