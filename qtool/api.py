@@ -294,11 +294,11 @@ def convert(
     if path.suffix == ".gguf" and not path.is_dir():
         if to != "safetensors":
             raise InputError(f"a GGUF file can't become {to} at once", where=str(path), hint="quantize it afterwards")
-        target = path.with_name(path.stem) if output is None else Path(output).expanduser()
+        target = service.beside(path, None) if output is None else Path(output).expanduser()
         service.from_gguf(path, target, dtype, overwrite=overwrite, on_event=on_event)
     else:
         path = Checkpoint.open(path).path
-        target = path.with_name(f"{path.name}-{to}") if output is None else Path(output).expanduser()
+        target = service.beside(path, to) if output is None else Path(output).expanduser()
         service.to_format(path, target, to, overwrite=overwrite, on_event=on_event)
     return target.absolute()
 
@@ -334,7 +334,7 @@ def download(
     from qtool.jobs import download as jobs
 
     place = jobs.find(name, hub, revision)
-    target = Path(place.repo.rpartition("/")[2] if to is None else to).expanduser().absolute()
+    target = jobs.folder(place, None if to is None else Path(to))
     jobs.run(place, target, overwrite=overwrite, on_event=on_event)
     return target
 
