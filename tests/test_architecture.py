@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.launcher import WORKERS
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
@@ -121,3 +123,7 @@ def test_lower_layers_are_light() -> None:
             }
             found |= {str(node.module).partition(".")[0] for node in top if isinstance(node, ast.ImportFrom)}
             assert not found & heavy, name
+
+
+def test_what_the_tests_launcher_forks_exists() -> None:
+    assert set(FILES) >= WORKERS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import itertools
 import re
 import tomllib
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_architecture import FILES, LAYERS
+from tests.test_architecture import FILES, GRAPH, LAYERS, place
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
@@ -104,6 +105,22 @@ def test_the_list_of_rooms_has_the_order_that_imports_have() -> None:
     listed = [name for names in rooms() for name in names]
     assert sorted(listed) == sorted(name for name in places if name != "qtool.__main__")
     assert [places[name] for name in listed] == sorted(places[name] for name in listed)
+
+
+def test_the_arrows_of_the_picture_are_imports() -> None:
+    (picture,) = (text for language, text in blocks(ARCHITECTURE) if language == "mermaid")
+    named = {"cli": ("cli", "api"), "types": ("quant.types",)}
+    imports = {
+        (place(name)[1], place(other)[1]) for name, others in GRAPH.items() if name != "qtool" for other in others
+    }
+    arrows = []
+    for line in re.sub(r"\[.*?\]", "", picture).splitlines()[1:]:
+        ends = [re.findall(r"\w+", end) for end in line.split("-->")]
+        arrows += [(a, b) for above, below in itertools.pairwise(ends) for a in above for b in below]
+    assert len(arrows) > 20
+    for a, b in arrows:
+        (below,) = named.get(b, (b,))
+        assert {(f"qtool.{above}", f"qtool.{below}") for above in named.get(a, (a,))} & imports, (a, b)
 
 
 def test_every_package_has_a_room() -> None:
