@@ -51,21 +51,9 @@ def analyze(
 
       qtool analyze ./Qwen3-8B --scheme w8a8-dynamic --text texts.jsonl --json > sensitivity.json
     """
-    from qtool.tuning.job import SensitivityJob, run
-    from qtool.tuning.wanted import start
+    from qtool.tuning.job import run
 
-    wanted = measurement.wanted()
-    begun = start(path_or_stdin(model), wanted)
-    text, calibration = wanted.texts(begun.recipe, for_self=BUILTIN)
-    job = SensitivityJob(
-        model=begun.model,
-        recipe=begun.recipe,
-        scheme=begun.scheme,
-        format=begun.recipe.export.format,
-        text=text,
-        calibration=calibration,
-        trust_remote_code=trust_remote_code,
-    )
+    job = _job(model, measurement, trust_remote_code=trust_remote_code)
     with console() as out:
         out.info(f"recipe {job.recipe.name}, scheme {job.scheme}")
         found = run(job, out.event)
@@ -75,6 +63,24 @@ def analyze(
         out.result(result)
     else:
         _show(result, top, out)
+
+
+def _job(model: str, measurement: Estimate, *, trust_remote_code: bool) -> SensitivityJob:
+    from qtool.tuning.job import SensitivityJob
+    from qtool.tuning.wanted import start
+
+    wanted = measurement.wanted()
+    begun = start(path_or_stdin(model), wanted)
+    text, calibration = wanted.texts(begun.recipe, for_self=BUILTIN)
+    return SensitivityJob(
+        model=begun.model,
+        recipe=begun.recipe,
+        scheme=begun.scheme,
+        format=begun.recipe.export.format,
+        text=text,
+        calibration=calibration,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _result(job: SensitivityJob, found: Sensitivities) -> dict[str, Any]:

@@ -101,19 +101,29 @@ def download(
 
     with console() as out:
         if mode.verify and _is_folder(repo):
-            folder = expand(repo).absolute()
-            held = _check(folder, transfer.workers, out)
-            out.result(_lock_facts(held, folder) if out.json else folder)
+            _verify(expand(repo).absolute(), transfer.workers, out)
             return
         place = jobs.find(repo, origin.source, origin.revision)
         target = jobs.folder(place, to)
         if mode.offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-            held = jobs.held(place, target)
-            if mode.verify:
-                _check(target, transfer.workers, out)
-            out.result(_lock_facts(held, target) if out.json else target)
-            return
-        _fetch(place, target, choice, transfer, mode, out)
+            _use(place, target, transfer.workers, out, verify=mode.verify)
+        else:
+            _fetch(place, target, choice, transfer, mode, out)
+
+
+def _verify(folder: Path, workers: int, out: Console) -> None:
+    held = _check(folder, workers, out)
+    out.result(_lock_facts(held, folder) if out.json else folder)
+
+
+def _use(place: Place, target: Path, workers: int, out: Console, *, verify: bool) -> None:
+    """The folder as it is, without the network."""
+    from qtool.jobs import download as jobs
+
+    held = jobs.held(place, target)
+    if verify:
+        _check(target, workers, out)
+    out.result(_lock_facts(held, target) if out.json else target)
 
 
 def _fetch(place: Place, target: Path, choice: Choice, transfer: Transfer, mode: Mode, out: Console) -> None:
