@@ -125,17 +125,11 @@ def evaluate(
         runtime: who runs the quantized model: qtool, layer by layer in float32, or vLLM, whole.
         on_event: hears of progress and warnings.
     """
-    from qtool.checkpoint.reader import Checkpoint
-    from qtool.evaluation.job import ComparisonJob, EvaluationText, run
-    from qtool.jobs.evaluate import vllm_for
+    from qtool.evaluation.job import EvaluationText, run
+    from qtool.jobs import evaluate as jobs
 
-    job = ComparisonJob(
-        base=Path(base).expanduser().absolute(),
-        quantized=Path(quantized).expanduser().absolute(),
-        text=EvaluationText(text if text == "builtin" else str(Path(text).expanduser().absolute()), windows, length),
-        vllm=vllm_for(Checkpoint.open(Path(quantized))) if runtime == "vllm" else None,
-        trust_remote_code=trust_remote_code,
-    )
+    pair = jobs.opened(Path(base), Path(quantized))
+    job = jobs.comparison(pair, EvaluationText(text, windows, length), runtime, trust_remote_code=trust_remote_code)
     return run(job, on_event)
 
 
@@ -300,11 +294,11 @@ def convert(
     if path.suffix == ".gguf" and not path.is_dir():
         if to != "safetensors":
             raise InputError(f"a GGUF file can't become {to} at once", where=str(path), hint="quantize it afterwards")
-        target = path.with_name(path.stem) if output is None else Path(output).expanduser()
+        target = service.beside(path, None) if output is None else Path(output).expanduser()
         service.from_gguf(path, target, dtype, overwrite=overwrite, on_event=on_event)
     else:
         path = Checkpoint.open(path).path
-        target = path.with_name(f"{path.name}-{to}") if output is None else Path(output).expanduser()
+        target = service.beside(path, to) if output is None else Path(output).expanduser()
         service.to_format(path, target, to, overwrite=overwrite, on_event=on_event)
     return target.absolute()
 
@@ -340,7 +334,7 @@ def download(
     from qtool.jobs import download as jobs
 
     place = jobs.find(name, hub, revision)
-    target = Path(place.repo.rpartition("/")[2] if to is None else to).expanduser().absolute()
+    target = jobs.folder(place, None if to is None else Path(to))
     jobs.run(place, target, overwrite=overwrite, on_event=on_event)
     return target
 

@@ -4,39 +4,40 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qtool.calibration.sources import BUILTIN, SELF, absolute
-from qtool.cli.measuring import CalibrationText, MeasuredText, RecipeScheme, SampleLength, WindowLength
-from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
-from qtool.errors import InputError
-from qtool.files import expand
+from qtool.calibration.sources import BUILTIN
+from qtool.cli.bundle import expanded
+from qtool.cli.measuring import Measurement, WindowLength
+from qtool.cli.options import Printed, TrustRemoteCode, console, path_or_stdin
 
 if TYPE_CHECKING:
-    from qtool.checkpoint.reader import Checkpoint
     from qtool.console import Console
-    from qtool.recipe.schema import Recipe
-    from qtool.tuning.job import LinearBytes, Sensitivity
+    from qtool.tuning.job import LinearBytes, Sensitivities, Sensitivity, SensitivityJob
 
 
+@dataclass(frozen=True)
+class Estimate(Measurement):
+    """A measurement that is an estimate: less text does."""
+
+    recipe: Annotated[str | None, typer.Option(help="A recipe's name or file. Default: the matching one.")] = None
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 4
+    length: WindowLength = 256
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 16
+
+
+@expanded
 def analyze(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A float model's folder; - reads its path from stdin.")],
-    recipe: Annotated[str | None, typer.Option(help="A recipe's name or file. Default: the matching one.")] = None,
-    scheme: RecipeScheme = None,
-    text: MeasuredText = BUILTIN,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 4,
-    length: WindowLength = 256,
-    calibration: CalibrationText = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 16,
-    seq_len: SampleLength = None,
+    measurement: Estimate,
+    *,
     top: Annotated[int, typer.Option(min=0, help="Rows of the table; 0 shows all.")] = 20,
     trust_remote_code: TrustRemoteCode = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    printed: Printed,
 ) -> None:
     """Rank a float model's linear layers by what quantizing each of them alone would cost.
 
@@ -50,48 +51,52 @@ def analyze(
 
       qtool analyze ./Qwen3-8B --scheme w8a8-dynamic --text texts.jsonl --json > sensitivity.json
     """
-    from qtool.checkpoint.reader import Checkpoint
-    from qtool.engines.job import CalibrationText
-    from qtool.evaluation.job import EvaluationText
-    from qtool.tuning.job import SensitivityJob, run
+    from qtool.tuning.job import run
 
-    folder = expand(path_or_stdin(model)).absolute()
-    chosen, scheme, _ = recipe_for(Checkpoint.open(folder), recipe, scheme)
-    data = calibration or chosen.calibration.data
-    data = BUILTIN if data == SELF else data
-    job = SensitivityJob(
-        model=folder,
-        recipe=chosen,
-        scheme=scheme,
-        format=chosen.export.format,
-        text=EvaluationText(absolute(text), windows, length),
-        calibration=CalibrationText(
-            absolute(data), samples, seq_len or chosen.calibration.seq_len, chosen.calibration.seed
-        ),
-        trust_remote_code=trust_remote_code,
-    )
+    job = _job(model, measurement, trust_remote_code=trust_remote_code)
     with console() as out:
-        out.info(f"recipe {chosen.name}, scheme {scheme}")
+        out.info(f"recipe {job.recipe.name}, scheme {job.scheme}")
         found = run(job, out.event)
     out.info(f"{found.seconds:.0f} s, peak memory {found.peak_memory_bytes / 1e9:.2f} GB")
-    result = {
-        "model": str(folder),
-        "recipe": chosen.name,
-        "scheme": scheme,
+    result = _result(job, found)
+    if printed.json or not sys.stdout.isatty():
+        out.result(result)
+    else:
+        _show(result, top, out)
+
+
+def _job(model: str, measurement: Estimate, *, trust_remote_code: bool) -> SensitivityJob:
+    from qtool.tuning.job import SensitivityJob
+    from qtool.tuning.wanted import start
+
+    wanted = measurement.wanted()
+    begun = start(path_or_stdin(model), wanted)
+    text, calibration = wanted.texts(begun.recipe, for_self=BUILTIN)
+    return SensitivityJob(
+        model=begun.model,
+        recipe=begun.recipe,
+        scheme=begun.scheme,
+        format=begun.recipe.export.format,
+        text=text,
+        calibration=calibration,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _result(job: SensitivityJob, found: Sensitivities) -> dict[str, Any]:
+    """What is printed as JSON: the linears, the costliest first."""
+    linears = sorted(found.measured.linears, key=lambda linear: -linear.kl)
+    return {
+        "model": str(job.model),
+        "recipe": job.recipe.name,
+        "scheme": job.scheme,
         "text": found.text,
         "calibration": found.calibration,
         "seconds": found.seconds,
         "peak_memory_bytes": found.peak_memory_bytes,
         "kl_of_all": sum(group.kl for group in found.measured.groups),
-        "linears": [
-            _row(linear, found.bytes[linear.linears[0]])
-            for linear in sorted(found.measured.linears, key=lambda linear: -linear.kl)
-        ],
+        "linears": [_row(linear, found.bytes[linear.linears[0]]) for linear in linears],
     }
-    if json or not sys.stdout.isatty():
-        out.result(result)
-    else:
-        _show(result, top, out)
 
 
 def _row(linear: Sensitivity, size: LinearBytes) -> dict[str, Any]:
@@ -100,26 +105,6 @@ def _row(linear: Sensitivity, size: LinearBytes) -> dict[str, Any]:
         **{key: getattr(linear, key) for key in ("activations", "alpha", "relative_error", "kl")},
         "bytes_saved": size.float - size.quantized,
     }
-
-
-def recipe_for(checkpoint: Checkpoint, name: str | None, scheme: str | None) -> tuple[Recipe, str, str]:
-    """The recipe, its scheme, and how another recipe can name it in `extends`.
-
-    Raises:
-        InputError: no such recipe, none that fits, or no such scheme in it.
-    """
-    from qtool.recipe.load import load, match, names
-
-    recipe = match(checkpoint.config)[0] if name is None else load(name)
-    wanted = scheme or recipe.default_scheme
-    if wanted not in recipe.schemes:
-        raise InputError(
-            f"no scheme {wanted!r} in this recipe",
-            where=f"recipe {recipe.name}",
-            hint=f"it has {', '.join(recipe.schemes)}",
-        )
-    shipped = name is None or name in names()
-    return recipe, wanted, recipe.name if shipped else str(expand(str(name)).absolute())
 
 
 def _show(result: dict[str, Any], top: int, out: Console) -> None:

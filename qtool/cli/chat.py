@@ -13,8 +13,8 @@ import typer
 
 from qtool.cli import sampling
 from qtool.cli.bundle import expanded
-from qtool.cli.generation import ChatTemplateKwargs, Running, Shown, Thinking, template_kwargs
-from qtool.cli.options import console
+from qtool.cli.generation import ChatTemplateKwargs, Running, Thinking, template_kwargs
+from qtool.cli.options import Shown, console
 from qtool.errors import InputError
 
 if TYPE_CHECKING:

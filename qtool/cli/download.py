@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from qtool import sizes
-from qtool.cli.options import Debug, Json, Quiet, console
+from qtool.cli.bundle import expanded
+from qtool.cli.options import Printed, console
 from qtool.errors import InputError, QtoolError
 from qtool.files import expand, is_dir
 
@@ -17,39 +19,68 @@ if TYPE_CHECKING:
     from qtool.console import Console
     from qtool.hub.download import Plan
     from qtool.hub.lock import Lock
+    from qtool.jobs.download import Place
 
 _SHOWN = 5  # wrong files that an error lists
 
 
-def download(
-    repo: Annotated[str, typer.Argument(metavar="ORG/NAME|RECIPE", help="A repository, or a recipe that names one.")],
+@dataclass(frozen=True)
+class Origin:
+    """Where the model is."""
+
     source: Annotated[
         Literal["auto", "modelers", "huggingface"],
         typer.Option("--from", help="The hub. auto: the recipe's, else Hugging Face, then modelers.cn."),
-    ] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
-    to: Annotated[Path | None, typer.Option("--to", help="The folder to make. Default: NAME, here.")] = None,
+    ] = "auto"
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which of its files."""
+
     include: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Only files that match; repeat it for more.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Not these files; repeat it for more.")
-    ] = None,
+    ] = None
+    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Not these files; repeat it for more.")] = (
+        None
+    )
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How files come."""
+
     token_file: Annotated[
         Path | None, typer.Option("--token-file", metavar="FILE", help="A file that holds the token.")
-    ] = None,
-    workers: Annotated[int, typer.Option(min=1, max=64, help="Files at a time.")] = 4,
+    ] = None
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Files at a time.")] = 4
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What is done with what is there, and what must not be done."""
+
     verify: Annotated[
         bool, typer.Option("--verify", help="Check every byte of a folder that is there: ORG/NAME's, or give its path.")
-    ] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Use what is there, never the network.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be downloaded and stop.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the folder if it holds something else.")
-    ] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    ] = False
+    offline: Annotated[bool, typer.Option("--offline", help="Use what is there, never the network.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be downloaded and stop.")] = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it holds something else.")] = (
+        False
+    )
+
+
+@expanded
+def download(
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME|RECIPE", help="A repository, or a recipe that names one.")],
+    origin: Origin,
+    *,
+    to: Annotated[Path | None, typer.Option("--to", help="The folder to make. Default: NAME, here.")] = None,
+    choice: Choice,
+    transfer: Transfer,
+    mode: Mode,
+    printed: Printed,
 ) -> None:
     """Download a model from modelers.cn or Hugging Face and print the folder's path.
 
@@ -66,47 +97,66 @@ def download(
 
       qtool download --verify /data/models/DeepSeek-R1-W8A8
     """
-    from qtool.hub import download as hub
-    from qtool.hub import tokens
-    from qtool.jobs import download as places
+    from qtool.jobs import download as jobs
 
     with console() as out:
-        if verify and _is_folder(repo):
-            _verify(expand(repo).absolute(), workers, out)
+        if mode.verify and _is_folder(repo):
+            _verify(expand(repo).absolute(), transfer.workers, out)
             return
-        repo, wanted, revision = places.find(repo, source, revision)
-        target = expand(to or Path(repo.rpartition("/")[2])).absolute()
-        if not target.name:
-            raise InputError("not a path for a folder", where=str(target))
-        if offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-            _use_offline(repo, target, revision, verify, workers, out)
-            return
-        if token_file and wanted == "auto":
-            raise InputError(
-                "say which hub this token is for, so that no other gets it", where="--token-file", hint="Add --from."
-            )
-        listing = hub.find(repo, wanted, revision, lambda name: tokens.read(name, token_file), out.event)
-        planned = hub.plan(listing, include or [], exclude or [])
-        out.info(_summary(planned))
-        if dry_run:
-            _show(planned, target, out)
-            return
-        if hub.is_there(planned, target, overwrite=overwrite):
-            if verify:
-                _check(target, workers, out)
-            else:
-                out.info(f"{target} is complete already (--verify checks every byte)")
+        place = jobs.find(repo, origin.source, origin.revision)
+        target = jobs.folder(place, to)
+        if mode.offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+            _use(place, target, transfer.workers, out, verify=mode.verify)
         else:
-            hub.obtain(
-                planned,
-                target,
-                tokens.read(listing.hub, token_file),
-                workers=workers,
-                overwrite=overwrite,
-                on_event=out.event,
-                waiting=lambda: out.info("another qtool downloads to this folder: waiting for it"),
-            )
-        out.result(_facts(planned, target) if json else target)
+            _fetch(place, target, choice, transfer, mode, out)
+
+
+def _verify(folder: Path, workers: int, out: Console) -> None:
+    held = _check(folder, workers, out)
+    out.result(_lock_facts(held, folder) if out.json else folder)
+
+
+def _use(place: Place, target: Path, workers: int, out: Console, *, verify: bool) -> None:
+    """The folder as it is, without the network."""
+    from qtool.jobs import download as jobs
+
+    held = jobs.held(place, target)
+    if verify:
+        _check(target, workers, out)
+    out.result(_lock_facts(held, target) if out.json else target)
+
+
+def _fetch(place: Place, target: Path, choice: Choice, transfer: Transfer, mode: Mode, out: Console) -> None:
+    """Have the folder made, unless it is there."""
+    from qtool.hub import download as hub
+    from qtool.hub import tokens
+
+    if transfer.token_file and place.hub == "auto":
+        what = "say which hub this token is for, so that no other gets it"
+        raise InputError(what, where="--token-file", hint="Add --from.")
+    listing = hub.find(
+        place.repo, place.hub, place.revision, lambda name: tokens.read(name, transfer.token_file), out.event
+    )
+    planned = hub.plan(listing, choice.include or [], choice.exclude or [])
+    out.info(_summary(planned))
+    if mode.dry_run:
+        _show(planned, target, out)
+        return
+    if not hub.is_there(planned, target, overwrite=mode.overwrite):
+        hub.obtain(
+            planned,
+            target,
+            tokens.read(listing.hub, transfer.token_file),
+            workers=transfer.workers,
+            overwrite=mode.overwrite,
+            on_event=out.event,
+            waiting=lambda: out.info("another qtool downloads to this folder: waiting for it"),
+        )
+    elif mode.verify:
+        _check(target, transfer.workers, out)
+    else:
+        out.info(f"{target} is complete already (--verify checks every byte)")
+    out.result(_facts(planned, target) if out.json else target)
 
 
 def _is_folder(repo: str) -> bool:
@@ -152,33 +202,10 @@ def _facts(planned: Plan, target: Path) -> dict[str, Any]:
     }
 
 
-def _use_offline(repo: str, target: Path, revision: str | None, verify: bool, workers: int, out: Console) -> None:
-    from qtool.hub import lock
-
-    held = lock.read(target) if is_dir(target) else None
-    if held is None:
-        hint = "Run it once with the network, and without --offline or HF_HUB_OFFLINE."
-        raise InputError("no complete download is there", where=str(target), hint=hint)
-    if held.repo != repo or revision not in (None, held.revision, held.commit):
-        raise InputError(f"holds {held.repo}, {held.revision} at {held.commit[:12]}", where=str(target))
-    missing = lock.missing(target, held)
-    if missing:
-        raise QtoolError(
-            f"incomplete: {missing[0]} is missing or has another size", where=str(target), hint=_repair(held, target)
-        )
-    if verify:
-        _check(target, workers, out)
-    out.result(_lock_facts(held, target) if out.json else target)
-
-
-def _verify(folder: Path, workers: int, out: Console) -> None:
-    held = _check(folder, workers, out)
-    out.result(_lock_facts(held, folder) if out.json else folder)
-
-
 def _check(folder: Path, workers: int, out: Console) -> Lock:
     """Read every file of a downloaded folder and compare it with the lock."""
     from qtool.hub import lock
+    from qtool.jobs.download import repair
 
     held = lock.read(folder)
     if held is None:
@@ -190,16 +217,12 @@ def _check(folder: Path, workers: int, out: Console) -> Lock:
     if wrong:
         listed = "; ".join(f"{path} {problem}" for path, problem in sorted(wrong.items())[:_SHOWN])
         more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        raise QtoolError(f"{listed}{more}", where=str(folder), hint=_repair(held, folder))
+        raise QtoolError(f"{listed}{more}", where=str(folder), hint=repair(held, folder))
     extra = lock.unknown(folder, held)
     if extra:
         out.warning(f"not downloaded, so not checked: {', '.join(map(ascii, extra[:_SHOWN]))}")
     out.info(f"{len(held.files)} files are as downloaded: {held.repo} at {held.commit[:12]}")
     return held
-
-
-def _repair(held: Lock, folder: Path) -> str:
-    return f"Repair it: qtool download {held.repo} --from {held.hub} --revision {held.commit} --to {folder} --overwrite"
 
 
 def _lock_facts(held: Lock, folder: Path) -> dict[str, Any]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qtool.calibration.sources import BUILTIN, absolute
+from qtool.calibration.sources import BUILTIN
+from qtool.cli.bundle import expanded
 from qtool.cli.measuring import WindowLength
-from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
+from qtool.cli.options import Printed, TrustRemoteCode, console, path_or_stdin
 from qtool.errors import InputError
 from qtool.files import expand, is_dir
 
@@ -19,40 +20,61 @@ if TYPE_CHECKING:
     from qtool.console import Console
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What is predicted, and by whom."""
+
+    text: Annotated[
+        str, typer.Option("--text", metavar="FILE|builtin", help="What to predict: .txt, .jsonl, .parquet or built-in.")
+    ] = BUILTIN
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text, from its start.")] = 24
+    length: WindowLength = 512
+    runtime: Annotated[
+        Literal["qtool", "vllm"],
+        typer.Option(help="Who runs the quantized model: qtool, layer by layer in float32, or vLLM, whole."),
+    ] = "qtool"
+
+
+@dataclass(frozen=True)
+class Page:
+    """The page with plots."""
+
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE.html", help="Also make a page with plots, in one file.")
+    ] = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the report if it exists.")] = False
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks to solve instead."""
+
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Solve tasks of lm-evaluation-harness instead, in vLLM.")
+    ] = None
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The tasks' data: data sets' repositories, or tasks of your own.")
+    ] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents per task. Default: all.")] = None
+    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question. Default: the task's.")] = (
+        None
+    )
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False
+
+
+@expanded
 def evaluate(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The folder of the original model.")],
     quantized: Annotated[
         str | None,
         typer.Argument(metavar="QUANTIZED", help="The folder of its quantized version; - reads it from stdin."),
     ] = None,
-    text: Annotated[
-        str, typer.Option("--text", metavar="FILE|builtin", help="What to predict: .txt, .jsonl, .parquet or built-in.")
-    ] = BUILTIN,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text, from its start.")] = 24,
-    length: WindowLength = 512,
-    runtime: Annotated[
-        Literal["qtool", "vllm"],
-        typer.Option(help="Who runs the quantized model: qtool, layer by layer in float32, or vLLM, whole."),
-    ] = "qtool",
-    report: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE.html", help="Also make a page with plots, in one file.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the report if it exists.")] = False,
-    tasks: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="Solve tasks of lm-evaluation-harness instead, in vLLM.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The tasks' data: data sets' repositories, or tasks of your own.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents per task. Default: all.")] = None,
-    fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples before each question. Default: the task's.")
-    ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
+    *,
+    prediction: Prediction,
+    page: Page,
+    tasks: Tasks,
     trust_remote_code: TrustRemoteCode = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    printed: Printed,
 ) -> None:
     """Compare a quantized model with its original: perplexity, KL divergence, agreement of the likeliest tokens.
 
@@ -73,64 +95,74 @@ def evaluate(
 
       qtool quantize ./SmolLM2-135M | qtool eval ./SmolLM2-135M - --json
     """
+    models = [path_or_stdin(value) for value in (base, quantized) if value is not None]
+    if tasks.tasks is not None:
+        _solve(models, tasks.tasks, tasks, trust_remote_code=trust_remote_code)
+    else:
+        _compare(models, prediction, page, trust_remote_code=trust_remote_code)
+
+
+def _solve(models: list[str], names: str, tasks: Tasks, *, trust_remote_code: bool) -> None:
+    from qtool.checkpoint.reader import Checkpoint
+    from qtool.evaluation.job import TasksJob, solve
+    from qtool.jobs.evaluate import vllm_for
+
+    checkpoints = [Checkpoint.open(expand(model).absolute()) for model in models]
+    if tasks.data is None or not is_dir(tasks.data):
+        raise InputError("say where the tasks' data is", where="--data", hint="a folder; see qtool eval --help")
+    jobs = [
+        TasksJob(
+            model=checkpoint.path,
+            tasks=[name.strip() for name in names.split(",") if name.strip()],
+            data=expand(tasks.data).absolute(),
+            vllm=vllm_for(checkpoint),
+            limit=tasks.limit,
+            fewshot=tasks.fewshot,
+            chat=tasks.chat,
+            trust_remote_code=trust_remote_code,
+        )
+        for checkpoint in checkpoints
+    ]
+    with console() as out:
+        solved = [{"model": str(job.model), **asdict(solve(job, out.event))} for job in jobs]
+    piped = out.json or not sys.stdout.isatty()
+    _show_tasks(solved, out, result=not piped)
+    if piped:
+        out.result(solved)
+
+
+def _compare(models: list[str], prediction: Prediction, page: Page, *, trust_remote_code: bool) -> None:
     from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint
     from qtool.evaluation import facts, record
-    from qtool.evaluation import report as page
-    from qtool.evaluation.job import ComparisonJob, EvaluationText, TasksJob, run, solve
-    from qtool.jobs.evaluate import vllm_for
+    from qtool.evaluation import report as pages
+    from qtool.evaluation.job import EvaluationText, run
+    from qtool.jobs import evaluate as jobs
 
-    models = [value for value in (base, quantized) if value is not None]
-    folders = [expand(path_or_stdin(value)).absolute() for value in models]
-    checkpoints = [Checkpoint.open(folder) for folder in folders]  # what is wrong shows before torch is imported
-    if tasks is not None:
-        if data is None or not is_dir(data):
-            raise InputError("say where the tasks' data is", where="--data", hint="a folder; see qtool eval --help")
-        jobs = [
-            TasksJob(
-                model=checkpoint.path,
-                tasks=[name.strip() for name in tasks.split(",") if name.strip()],
-                data=expand(data).absolute(),
-                vllm=vllm_for(checkpoint),
-                limit=limit,
-                fewshot=fewshot,
-                chat=chat,
-                trust_remote_code=trust_remote_code,
-            )
-            for checkpoint in checkpoints
-        ]
-        with console() as out:
-            solved = [{"model": str(job.model), **asdict(solve(job, out.event))} for job in jobs]
-        piped = json or not sys.stdout.isatty()
-        _show_tasks(solved, out, result=not piped)
-        if piped:
-            out.result(solved)
-        return
-    if len(folders) < 2:
+    if len(models) < 2:
+        Checkpoint.open(expand(models[0]).absolute())
         raise InputError("compare with what?", where="QUANTIZED", hint="give a quantized model too, or --tasks")
-    if report is not None:
-        page.check(report, overwrite=overwrite)
-    job = ComparisonJob(
-        base=folders[0],
-        quantized=folders[1],
-        text=EvaluationText(absolute(text), windows=windows, length=length),
-        vllm=vllm_for(checkpoints[1]) if runtime == "vllm" else None,
-        trust_remote_code=trust_remote_code,
-    )
-    sizes = {key: facts.sizes(of) for key, of in zip(("base", "quantized"), checkpoints, strict=True)}
-    details = {"sizes": sizes, "groups": facts.groups(checkpoints[1])}
+    pair = jobs.opened(*models)
+    if page.report is not None:
+        pages.check(page.report, overwrite=page.overwrite)
+    text = EvaluationText(prediction.text, prediction.windows, prediction.length)
+    job = jobs.comparison(pair, text, prediction.runtime, trust_remote_code=trust_remote_code)
+    details = {
+        "sizes": {key: facts.sizes(checkpoint) for key, checkpoint in pair._asdict().items()},
+        "groups": facts.groups(pair.quantized),
+    }
     with console() as out:
         result = run(job, out.event).to_json() | details
-        if not formats.of(checkpoints[1]).is_float and (reason := record.keep(folders[1], result)):
+        if not formats.of(pair.quantized).is_float and (reason := record.keep(job.quantized, result)):
             out.info(f"the figures are not kept in the quantized model: {reason}")
     out.info(f"{result['seconds']:.0f} s, peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB")
-    piped = json or not sys.stdout.isatty()
-    _show(result, page.rows(result), out, result=not piped)
+    piped = out.json or not sys.stdout.isatty()
+    _show(result, pages.rows(result), out, result=not piped)
     if piped:
         out.result(result)
-    if report is not None:  # last: a full disk must not cost the figures
-        page.write(report, result)
-        out.info(f"report: {report.absolute()}")
+    if page.report is not None:  # last: a full disk must not cost the figures
+        pages.write(page.report, result)
+        out.info(f"report: {page.report.absolute()}")
 
 
 def _show_tasks(solved: list[dict[str, Any]], out: Console, *, result: bool) -> None:

@@ -15,8 +15,8 @@ import typer
 
 from qtool.cli import sampling
 from qtool.cli.bundle import expanded
-from qtool.cli.generation import ChatTemplateKwargs, Printed, Running, Thinking, template_kwargs
-from qtool.cli.options import console, path_or_stdin
+from qtool.cli.generation import ChatTemplateKwargs, Running, Thinking, template_kwargs
+from qtool.cli.options import Printed, console, path_or_stdin
 from qtool.cli.printers import Printer, ToFile, ToPipe, ToTerminal
 from qtool.errors import InputError
 from qtool.files import expand

@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 
 from qtool.cli.bundle import expanded
-from qtool.cli.generation import Server, Set, Shown
-from qtool.cli.options import TrustRemoteCode, console, path_or_stdin
+from qtool.cli.generation import Server, Set
+from qtool.cli.options import Shown, TrustRemoteCode, console, path_or_stdin
 from qtool.errors import QtoolError
 
 

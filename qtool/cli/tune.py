@@ -3,51 +3,57 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qtool.calibration.sources import BUILTIN, SELF, absolute
-from qtool.cli.measuring import CalibrationText, MeasuredText, RecipeScheme, SampleLength, WindowLength
-from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
+from qtool.cli.bundle import expanded
+from qtool.cli.measuring import Measurement
+from qtool.cli.options import Printed, TrustRemoteCode, console, path_or_stdin
 from qtool.errors import InputError, QtoolError
-from qtool.files import check_new_file, expand, is_dir
+from qtool.files import check_new_file, is_dir
 
 if TYPE_CHECKING:
     from qtool.console import Console
-    from qtool.tuning.tune import Tuned
+    from qtool.tuning.tune import Tuned, TuningJob
 
 
-def tune(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A float model's folder; - reads its path from stdin.")],
+@dataclass(frozen=True)
+class Limit:
+    """What the model may cost: quality or bytes."""
+
     max_kl: Annotated[
         float | None, typer.Option("--max-kl", min=0, help="As small as can be with at most this KL divergence (nats).")
-    ] = None,
+    ] = None
     max_size: Annotated[
         str | None,
         typer.Option("--max-size", metavar="SIZE", help="As good as can be in 165MB, or 102% of the untuned scheme."),
-    ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The recipe's file. Default: stdout.")] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="The recipe to start from. Default: the one that matches the model.")
-    ] = None,
-    scheme: RecipeScheme = None,
-    text: MeasuredText = BUILTIN,
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text to evaluate on.")] = 24,
-    length: WindowLength = 512,
-    calibration: CalibrationText = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples.")] = None,
-    seq_len: SampleLength = None,
-    budget: Annotated[int, typer.Option(min=2, help="How often to quantize and evaluate, the untuned scheme too.")] = 3,
+    ] = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the recipe is searched for, and what that may do."""
+
+    budget: Annotated[int, typer.Option(min=2, help="How often to quantize and evaluate, the untuned scheme too.")] = 3
     scratch: Annotated[
         Path | None, typer.Option(help="Where quantized models lie meanwhile. Default: the system's temporary folder.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe's file if it exists.")] = False,
-    trust_remote_code: TrustRemoteCode = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    ] = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe's file if it exists.")] = False
+    trust_remote_code: TrustRemoteCode = False
+
+
+@expanded
+def tune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A float model's folder; - reads its path from stdin.")],
+    limit: Limit,
+    *,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The recipe's file. Default: stdout.")] = None,
+    measurement: Measurement,
+    search: Search,
+    printed: Printed,
 ) -> None:
     """Make a recipe: which layers stay float, which quantize per token and which per tensor.
 
@@ -60,59 +66,57 @@ def tune(
 
       qtool quantize ./SmolLM2-135M --recipe smollm2-tuned.yaml
     """
-    from qtool.checkpoint.reader import Checkpoint
-    from qtool.cli.analyze import recipe_for
-    from qtool.engines.job import CalibrationText
-    from qtool.evaluation.job import EvaluationText
     from qtool.files import write_text
-    from qtool.tuning.tune import Goal, TuningJob
     from qtool.tuning.tune import tune as find
 
-    if (max_kl is None) == (max_size is None):
-        raise InputError(
-            "say either how much quality may go, or how large the model may be", hint="--max-kl X, or --max-size SIZE"
-        )
-    folder = expand(path_or_stdin(model)).absolute()
-    checkpoint = Checkpoint.open(folder)
-    chosen, scheme, extends = recipe_for(checkpoint, recipe, scheme)
-    if output is not None:
-        _check_output(output, extends, overwrite=overwrite)
-    if scratch is not None and not (is_dir(scratch) and os.access(scratch, os.W_OK)):
-        raise InputError("is no folder that can be written to", where=str(scratch), hint="Choose another --scratch.")
-    wanted = CalibrationText(
-        _text(calibration or chosen.calibration.data, "--calibration"),
-        samples or chosen.calibration.samples,
-        seq_len or chosen.calibration.seq_len,
-        chosen.calibration.seed,
-    )
+    job = _job(model, limit, output, measurement, search)
     with console() as out:
-        out.info(f"recipe {chosen.name}, scheme {scheme}")
-        job = TuningJob(
-            model=folder,
-            recipe=chosen,
-            scheme=scheme,
-            extends=extends,
-            format=chosen.export.format,
-            goal=Goal(max_kl, max_size),
-            text=EvaluationText(_text(text, "--text"), windows, length),
-            calibration=wanted,
-            budget=budget,
-            scratch=scratch,
-            trust_remote_code=trust_remote_code,
-        )
+        out.info(f"recipe {job.recipe.name}, scheme {job.scheme}")
         result = find(job, out.event)
         _summary(result, out)
         if output is not None:
             write_text(output, result.recipe)
-        if json:
+        if printed.json:
             out.result(result.to_json())
         else:
             out.result(result.recipe.rstrip("\n") if output is None else output.absolute())
     if not result.reached:
         raise QtoolError(
-            f"a KL divergence of {max_kl:g} was not reached: {result.tuned.kl:.5f}",
+            f"a KL divergence of {limit.max_kl:g} was not reached: {result.tuned.kl:.5f}",
             hint="the recipe is the best one measured; a larger --budget corrects it further, or allow more",
         )
+
+
+def _job(model: str, limit: Limit, output: Path | None, measurement: Measurement, search: Search) -> TuningJob:
+    """The job. Whatever is wrong shows before hours of measuring."""
+    from qtool.tuning.tune import Goal, TuningJob
+    from qtool.tuning.wanted import start
+
+    if (limit.max_kl is None) == (limit.max_size is None):
+        raise InputError(
+            "say either how much quality may go, or how large the model may be", hint="--max-kl X, or --max-size SIZE"
+        )
+    wanted = measurement.wanted()
+    begun = start(path_or_stdin(model), wanted)
+    if output is not None:
+        _check_output(output, begun.extends, overwrite=search.overwrite)
+    scratch = search.scratch
+    if scratch is not None and not (is_dir(scratch) and os.access(scratch, os.W_OK)):
+        raise InputError("is no folder that can be written to", where=str(scratch), hint="Choose another --scratch.")
+    text, calibration = wanted.texts(begun.recipe)
+    return TuningJob(
+        model=begun.model,
+        recipe=begun.recipe,
+        scheme=begun.scheme,
+        extends=begun.extends,
+        format=begun.recipe.export.format,
+        goal=Goal(limit.max_kl, limit.max_size),
+        text=text,
+        calibration=calibration,
+        budget=search.budget,
+        scratch=scratch,
+        trust_remote_code=search.trust_remote_code,
+    )
 
 
 def _check_output(output: Path, extends: str, *, overwrite: bool) -> None:
@@ -123,12 +127,6 @@ def _check_output(output: Path, extends: str, *, overwrite: bool) -> None:
     if output.resolve() in files(extends):
         what = "the new recipe builds on this one and can't replace it"
         raise InputError(what, where=str(output), hint="Choose another --output.")
-
-
-def _text(value: str, option: str) -> str:
-    if value == SELF:
-        raise InputError("the model's own samples can't be used here", where=option, hint="use builtin, or a file")
-    return absolute(value)
 
 
 def _summary(result: Tuned, out: Console) -> None:

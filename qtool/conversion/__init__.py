@@ -17,6 +17,11 @@ from qtool.files import disk_errors
 OnEvent = Callable[[workers.Event], None]
 
 
+def beside(source: Path, to: str | None) -> Path:
+    """The folder that `source` becomes where nobody names one; `to` is a format, None for a GGUF file's folder."""
+    return source.with_name(source.stem if to is None else f"{source.name}-{to}")
+
+
 def from_gguf(source: Path, output: Path, dtype: str, *, overwrite: bool, on_event: OnEvent) -> dict[str, Any]:
     """Make `output` a Hugging Face checkpoint of a GGUF file, its parameters in `dtype`; see `convert.gguf.main`.
 

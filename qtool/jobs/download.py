@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qtool import workers
-from qtool.errors import InputError
-from qtool.hub import download, tokens
+from qtool.errors import InputError, QtoolError
+from qtool.files import expand, is_dir
+from qtool.hub import download, lock, tokens
 from qtool.recipe import load
 from qtool.recipe.schema import Repository
 
@@ -51,6 +52,38 @@ def find(name: str, hub: str, revision: str | None) -> Place:
     if hub not in ("auto", model.hub):
         raise InputError(f"the recipe's model is on {model.hub}", where="--from", hint="Give ORG/NAME for another hub.")
     return Place(model.repo, model.hub, revision or model.revision)
+
+
+def folder(place: Place, to: str | Path | None) -> Path:
+    """The folder that a download makes: `to`, or the repository's name in the current folder. Raises InputError."""
+    target = expand(to or place.repo.rpartition("/")[2]).absolute()
+    if not target.name:
+        raise InputError("not a path for a folder", where=str(target))
+    return target
+
+
+def held(place: Place, target: Path) -> lock.Lock:
+    """What is known of a folder that was downloaded before, without the network.
+
+    Raises:
+        InputError: it is not there, or something else is. QtoolError: some of it is missing.
+    """
+    found = lock.read(target) if is_dir(target) else None
+    if found is None:
+        hint = "Run it once with the network, and without --offline or HF_HUB_OFFLINE."
+        raise InputError("no complete download is there", where=str(target), hint=hint)
+    if found.repo != place.repo or place.revision not in (None, found.revision, found.commit):
+        raise InputError(f"holds {found.repo}, {found.revision} at {found.commit[:12]}", where=str(target))
+    if missing := lock.missing(target, found):
+        what = f"incomplete: {missing[0]} is missing or has another size"
+        raise QtoolError(what, where=str(target), hint=repair(found, target))
+    return found
+
+
+def repair(found: lock.Lock, target: Path) -> str:
+    """How a folder that was downloaded is made whole again, in words."""
+    source = f"{found.repo} --from {found.hub} --revision {found.commit}"
+    return f"Repair it: qtool download {source} --to {target} --overwrite"
 
 
 def run(
