@@ -35,7 +35,7 @@ import torch
 from tests import families, simulate
 from tests.benchmarks._common import table
 from tests.device import models, watch
-from tests.device.watch import REPOSITORY, Run
+from tests.device.watch import REPOSITORY, Place, Run
 
 _DEVICE = os.environ.get("CHECK_DEVICE", "cuda")  # "cpu" tries this script itself, with small shapes
 _SMALL = _DEVICE == "cpu"
@@ -45,7 +45,7 @@ _SIZES = {"128x512": (128, 512), "128x2048": (128, 2048), "512x2048": (512, 2048
 _TIMED = [  # the most telling first
     "llama-3-8b-128x2048",
     "qwen3-32b-128x512",
-    "deepseek-r1-128x512",
+    f"deepseek-r1-{models.R1_EXPERTS}-experts-128x512",
     "llama-3-70b-128x512",
     "llama-3-8b-128x512",
     "qwen3-32b-128x2048",
@@ -209,7 +209,13 @@ def _cost(name: str, folder: Path, end: float) -> dict[str, Any]:
     _remove(output)
     said = run.error or f"{run.layer_seconds:.1f} s"
     print(f"{name}: {said} (weights made in {made:.1f} s)", file=sys.stderr, flush=True)
-    places = [
+    about = {"name": name, "samples": samples, "seq_len": length, "layers": 1}
+    return about | vars(run) | {"start": _described(run.start), "places": _described(run.places)}
+
+
+def _described(places: list[Place]) -> list[dict[str, Any]]:
+    """For JSON, with the longest lines' text."""
+    return [
         {
             "file": place.file,
             "function": place.function,
@@ -220,10 +226,8 @@ def _cost(name: str, folder: Path, end: float) -> dict[str, Any]:
                 for line, seconds in sorted(place.lines.items(), key=lambda item: -item[1])[:5]
             },
         }
-        for place in run.places[:40]
+        for place in places[:40]
     ]
-    about = {"name": name, "samples": samples, "seq_len": length, "layers": 1}
-    return about | vars(run) | {"places": places}
 
 
 def _remove(folder: Path) -> None:
@@ -267,13 +271,7 @@ def _show(figures: dict[str, Any]) -> None:
         columns = ["layer, calibration", "seconds", "layer s", "device busy", "peak GB: host", "tensors on device"]
         columns += ["device in all", ""]
         print(table(columns, [_cost_row(case) for case in figures["costs"]]), end="\n\n")
-        rows = []
-        for case in figures["costs"]:
-            for place in case["places"][:_LONGEST]:
-                (line, seconds), *_ = place["lines"].items()
-                share = f"{100 * place['seconds'] / max(case['layer_seconds'], 1e-9):.0f} %"
-                where = f"{place['file']} {place['function']}"
-                rows.append([case["name"], where, f"{place['seconds']:.1f}", share, f"{seconds:.1f} in {line[:70]}"])
+        rows = [row for case in figures["costs"] for row in _place_rows(case)]
         print(table(["layer, calibration", "function", "seconds", "share", "its longest line"], rows))
 
 
@@ -306,6 +304,21 @@ def _cost_row(case: dict[str, Any]) -> list[str]:
         "" if used is None else f"{used / 1e9:.2f}",
         case["error"].splitlines()[0] if case["error"] else "",
     ]
+
+
+def _place_rows(case: dict[str, Any]) -> list[list[str]]:
+    """Where the layer's time went, and in brackets the time before."""
+    rows = []
+    before = max(case["seconds"] - case["layer_seconds"], 1e-9)
+    for places, most, total, name in (
+        (case["start"], _LONGEST // 3, before, f"({case['name']})"),
+        (case["places"], _LONGEST, max(case["layer_seconds"], 1e-9), case["name"]),
+    ):
+        for place in places[:most]:
+            (line, seconds), *_ = place["lines"].items()
+            where, share = f"{place['file']} {place['function']}", f"{100 * place['seconds'] / total:.0f} %"
+            rows.append([name, where, f"{place['seconds']:.1f}", share, f"{seconds:.1f} in {line[:70]}"])
+    return rows
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ SHAPES = {
     "llama-3-8b": _dense("llama", 4096, 14336, 32),
     "qwen3-32b": _dense("qwen3", 5120, 25600, 64),
     "llama-3-70b": _dense("llama", 8192, 28672, 64),
-    "deepseek-r1": Shape(
+    f"deepseek-r1-{R1_EXPERTS}-experts": Shape(
         "deepseek_v3", {"n_routed_experts": R1_EXPERTS}, {"n_routed_experts": 16}, ("--recipe", "deepseek-r1-osl")
     ),
 }

@@ -49,7 +49,8 @@ class Run:
         device_bytes: peak of torch's tensors on the device.
         device_used: peak of the device's memory in use, over what was before, as nvidia-smi says; None without one.
         load: share of the layers' time that the device computed, 0 to 1, as nvidia-smi says; None without one.
-        places: the longest first, of the layers' time.
+        start: where the time before the layers went, the longest first.
+        places: where the layers' time went.
         error: the end of what it said, if it failed or was stopped; "" otherwise.
     """
 
@@ -59,6 +60,7 @@ class Run:
     device_bytes: int
     device_used: int | None
     load: float | None
+    start: list[Place]
     places: list[Place]
     error: str
 
@@ -119,7 +121,8 @@ def quantize(model: Path, output: Path, options: Sequence[str | Path], limit: fl
         device_bytes=max((one["device_bytes"] for one in found), default=0),
         device_used=max(memory) - min(memory) if memory else None,
         load=sum(loads) / len(loads) if loads else None,
-        places=_places(found, first),
+        start=_places(found, begin, first),
+        places=_places(found, first, end),
         error=error,
     )
 
@@ -128,11 +131,11 @@ def _listen(pipe: IO[str], said: list[tuple[float, str]]) -> None:
     said += ((time.time(), line.rstrip()) for line in pipe)
 
 
-def _places(found: Sequence[dict[str, list[list[str | int]]]], first: float) -> list[Place]:
+def _places(found: Sequence[dict[str, list[list[str | int]]]], begin: float, end: float) -> list[Place]:
     places: dict[tuple[str, str, str], Place] = {}
     for one in found:
         for moment, seconds, number in one["samples"]:
-            if float(moment) >= first:
+            if begin <= float(moment) < end:
                 file, function, line, thread = one["places"][int(number)]
                 key = (str(file), str(function), str(thread))
                 places.setdefault(key, Place(*key)).lines[int(line)] += float(seconds)
