@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -91,6 +92,14 @@ def run_qtool(qtool_environment: dict[str, str], launcher: Launcher) -> Callable
         return Finished(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture
+def moments() -> random.Random:
+    """What chooses when a process is killed. A test that fails shows the seed; QTOOL_TEST_SEED repeats it."""
+    seed = int(os.environ.get("QTOOL_TEST_SEED") or random.randrange(1 << 32))
+    print(f"QTOOL_TEST_SEED={seed}")
+    return random.Random(seed)
 
 
 @pytest.fixture(scope="session")

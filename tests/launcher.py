@@ -53,7 +53,7 @@ WORKERS = {
     "qtool.conversion.gguf",
     "qtool.engines.native.worker",
     "qtool.evaluation.worker",
-    "qtool.runtimes.transformers_worker",
+    "qtool.runtimes.worker.transformers",
     "qtool.tuning.worker",
 }
 """Workers that need nothing but what the launcher has."""

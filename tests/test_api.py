@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,26 @@ def test_bad_input(tiny_llama: Path, call: Callable[[Path], Any], message: str) 
 def test_warnings_are_pythons(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="dynamic activations"):
         qtool.quantize(tiny_llama, tmp_path / "out", format="golden-stick", scheme="w8a8-dynamic", **SMALL)
+
+
+def test_the_example_in_the_readme_runs(tiny_llama: Path, tmp_path: Path, qtool_environment: Mapping[str, str]) -> None:
+    """As it stands in the README, but on a tiny model and short text."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"<!-- library: begin.*?```python\n(.*?)```", readme, re.DOTALL)
+    for call, short in (
+        ('scheme="w8a8-dynamic"', ", samples=2, seq_len=32"),
+        ("made.output)\n", "windows=2, length=32"),
+        ("max_tokens=8", ', runtime="transformers"'),
+    ):
+        assert call in code
+        code = code.replace(call, f"made.output, {short})\n" if call.endswith("\n") else call + short, 1)
+    (tmp_path / "smollm2").symlink_to(tiny_llama)
+    (tmp_path / "example.py").write_text(code, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, env=dict(qtool_environment), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    divergence, *answers = done.stdout.splitlines()
+    assert 0 < float(divergence) < 1
+    assert len(answers) >= 2
+    assert (tmp_path / "smollm2-w8a8" / "config.json").exists()

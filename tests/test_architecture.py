@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.launcher import WORKERS
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
@@ -30,7 +32,7 @@ LAYERS = (
     ("qtool.scheme", "qtool.workers", "qtool.console"),
     ("qtool.files", "qtool.memory", "qtool.resources"),
     ("qtool.locks", "qtool.sizes"),
-    ("qtool.errors",),
+    ("qtool.errors", "qtool.version"),
 )
 
 # (module, what it imports although that lies above it): why
@@ -57,7 +59,8 @@ def imports(name: str) -> Iterator[str]:
             assert node.level == 0, f"{name} has a relative import"
             inner = [f"{node.module}.{alias.name}" for alias in node.names]
             found = [each if each in FILES else str(node.module) for each in inner]
-        yield from (each for each in found if each in FILES and each not in (name, "qtool"))
+        assert name == "qtool" or "qtool" not in found, f"{name} imports the whole package, which is above it"
+        yield from (each for each in found if each in FILES and each != name)
 
 
 GRAPH = {name: sorted(set(imports(name))) for name in FILES}
@@ -120,3 +123,7 @@ def test_lower_layers_are_light() -> None:
             }
             found |= {str(node.module).partition(".")[0] for node in top if isinstance(node, ast.ImportFrom)}
             assert not found & heavy, name
+
+
+def test_what_the_tests_launcher_forks_exists() -> None:
+    assert set(FILES) >= WORKERS

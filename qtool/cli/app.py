@@ -19,11 +19,11 @@ import typer
 import typer.core
 import typer.main
 
-import qtool
 from qtool.cli import streams
 from qtool.cli.options import common
 from qtool.errors import InputError, QtoolError, in_one_line
 from qtool.files import NO_SPACE
+from qtool.version import __version__
 
 if TYPE_CHECKING:
     from qtool.cli.options import Common
@@ -72,7 +72,7 @@ class LazyGroup(typer.core.TyperGroup):
 
 def _print_version(value: bool) -> None:
     if value:
-        print(f"qtool {qtool.__version__}")
+        print(f"qtool {__version__}")
         raise typer.Exit
 
 

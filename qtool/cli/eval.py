@@ -16,9 +16,7 @@ from qtool.errors import InputError
 from qtool.files import expand, is_dir
 
 if TYPE_CHECKING:
-    from qtool.checkpoint.reader import Checkpoint
     from qtool.console import Console
-    from qtool.evaluation.job import Vllm
 
 
 def evaluate(
@@ -76,14 +74,15 @@ def evaluate(
       qtool quantize ./SmolLM2-135M | qtool eval ./SmolLM2-135M - --json
     """
     from qtool.checkpoint import formats
-    from qtool.checkpoint.reader import Checkpoint as Opened
+    from qtool.checkpoint.reader import Checkpoint
     from qtool.evaluation import facts, record
     from qtool.evaluation import report as page
     from qtool.evaluation.job import ComparisonJob, EvaluationText, TasksJob, run, solve
+    from qtool.jobs.evaluate import vllm_for
 
     models = [value for value in (base, quantized) if value is not None]
     folders = [expand(path_or_stdin(value)).absolute() for value in models]
-    checkpoints = [Opened.open(folder) for folder in folders]  # what is wrong shows before torch is imported
+    checkpoints = [Checkpoint.open(folder) for folder in folders]  # what is wrong shows before torch is imported
     if tasks is not None:
         if data is None or not is_dir(data):
             raise InputError("say where the tasks' data is", where="--data", hint="a folder; see qtool eval --help")
@@ -92,7 +91,7 @@ def evaluate(
                 model=checkpoint.path,
                 tasks=[name.strip() for name in tasks.split(",") if name.strip()],
                 data=expand(data).absolute(),
-                vllm=_vllm(checkpoint),
+                vllm=vllm_for(checkpoint),
                 limit=limit,
                 fewshot=fewshot,
                 chat=chat,
@@ -115,7 +114,7 @@ def evaluate(
         base=folders[0],
         quantized=folders[1],
         text=EvaluationText(absolute(text), windows=windows, length=length),
-        vllm=_vllm(checkpoints[1]) if runtime == "vllm" else None,
+        vllm=vllm_for(checkpoints[1]) if runtime == "vllm" else None,
         trust_remote_code=trust_remote_code,
     )
     sizes = {key: facts.sizes(of) for key, of in zip(("base", "quantized"), checkpoints, strict=True)}
@@ -132,24 +131,6 @@ def evaluate(
     if report is not None:  # last: a full disk must not cost the figures
         page.write(report, result)
         out.info(f"report: {report.absolute()}")
-
-
-def _vllm(checkpoint: Checkpoint) -> Vllm:
-    from qtool import runtimes
-    from qtool.checkpoint import formats
-    from qtool.evaluation.job import Vllm
-    from qtool.runtimes.settings import dtype
-
-    format = formats.of(checkpoint).name
-    chosen = runtimes.choose("vllm", format)
-    if chosen.name != "vllm":
-        raise InputError(
-            f"vLLM reads {format} checkpoints through {chosen.name} only, whose logits it can't have",
-            where="--runtime",
-            hint="leave it out: qtool computes what that runtime does with the same integers",
-        )
-    engine = chosen.engine | {"dtype": dtype(checkpoint, runtimes.kind_of(chosen.name))}
-    return Vllm(chosen.python, engine, {**chosen.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
 
 
 def _show_tasks(solved: list[dict[str, Any]], out: Console, *, result: bool) -> None:

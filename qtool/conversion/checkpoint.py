@@ -12,7 +12,6 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
-import qtool
 from qtool.checkpoint import dtypes, formats
 from qtool.checkpoint.formats import DEQUANTIZED
 from qtool.checkpoint.formats.stored import Stored
@@ -21,6 +20,7 @@ from qtool.checkpoint.writer import CheckpointWriter, Sharding
 from qtool.conversion.job import FormatJob
 from qtool.conversion.plan import Conversion, plan
 from qtool.files import check_free_space, read_json
+from qtool.version import __version__
 
 if TYPE_CHECKING:
     import torch
@@ -130,9 +130,9 @@ def _config(source: Checkpoint, conversion: Conversion) -> dict[str, Any]:
 def _note(source: Checkpoint, conversion: Conversion) -> dict[str, Any]:
     """The source's qtool.json, saying that this was converted."""
     found = source.path / REPORT
-    report = read_json(found) if found.is_file() else {"qtool": qtool.__version__, "source": source.path.name}
+    report = read_json(found) if found.is_file() else {"qtool": __version__, "source": source.path.name}
     step = {
-        "qtool": qtool.__version__,
+        "qtool": __version__,
         "from": conversion.format.name,
         "to": conversion.to,
         "input_scale_rounding": conversion.rounding,

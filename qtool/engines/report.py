@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import qtool
+from qtool.version import __version__
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class QuantizationReport:
             its qtool.json is the same for the same job, however it ran.
     """
 
-    qtool: str = qtool.__version__
+    qtool: str = __version__
     versions: dict[str, str]
     engine: str
     device: str

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import qtool
 from qtool import workers
 from qtool.environments import lookup, machine, store
 from qtool.environments.table import ENGINES, Engine
 from qtool.errors import InputError, QtoolError, in_one_line
 from qtool.files import free_space
+from qtool.version import __version__
 
 PROBE = "qtool.environments.probe"
 PROBE_SECONDS = 120.0
@@ -36,7 +36,7 @@ def examine(on_event: Callable[[workers.Event], None], timeout: float = PROBE_SE
         engines.append(try_engine(engine, timeout))
     working = {row["kind"] for row in engines if row["works"]}
     return {
-        "qtool": qtool.__version__,
+        "qtool": __version__,
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "machine": describe(),
         "engines": engines,

@@ -7,9 +7,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import qtool
 from qtool.errors import InputError
 from qtool.files import check_new_file, write_text
+from qtool.version import __version__
 
 # key of the result: (what it is called, how it is written)
 FIGURES = {
@@ -115,5 +115,5 @@ def page(result: Mapping[str, Any]) -> str:
         groups=groups,
         sizes=sizes,
         along=along,
-        version=qtool.__version__,
+        version=__version__,
     )

@@ -19,7 +19,6 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers
 
-import qtool
 from qtool.errors import InputError, QtoolError
 from qtool.hub.access import PIECE, TIMEOUT, Hub
 from qtool.hub.guard import Guard
@@ -27,6 +26,7 @@ from qtool.hub.listing import Listing, RemoteFile
 from qtool.hub.names import MAX_FILES
 from qtool.hub.patience import Again, StartOver, Stopped
 from qtool.hub.sink import Sink
+from qtool.version import __version__
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -45,8 +45,8 @@ class HuggingFace(Hub):
         self.endpoint = constants.ENDPOINT
         given = self.token or False  # None would make the client look for one itself
         self._guard = Guard(self.endpoint)
-        self._api = HfApi(self.endpoint, token=given, library_name="qtool", library_version=qtool.__version__)
-        self._headers = build_hf_headers(token=given, library_name="qtool", library_version=qtool.__version__) | {
+        self._api = HfApi(self.endpoint, token=given, library_name="qtool", library_version=__version__)
+        self._headers = build_hf_headers(token=given, library_name="qtool", library_version=__version__) | {
             "Accept-Encoding": "identity"
         }
         set_client_factory(self._client)

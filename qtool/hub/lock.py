@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import qtool
 from qtool.checkpoint.reader import LOCK
 from qtool.errors import InputError
 from qtool.files import read_json
@@ -19,6 +18,7 @@ from qtool.hub.names import name_problem
 from qtool.hub.sink import Hashes
 from qtool.hub.storage import errors
 from qtool.hub.transfer import Meter, in_parallel
+from qtool.version import __version__
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Lock:
 def write(folder: Path, listing: Listing, hashes: Mapping[str, str]) -> None:
     """Write the lock of a folder that holds `listing.files`, with their sha256 by path."""
     data = {
-        "qtool": qtool.__version__,
+        "qtool": __version__,
         "hub": listing.hub,
         "endpoint": listing.endpoint,
         "repo": listing.repo,

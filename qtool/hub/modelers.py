@@ -21,7 +21,6 @@ from openmind_hub.plugins.openmind.constants import DEFAULT_REQUEST_TIMEOUT, HOS
 from openmind_hub.plugins.openmind.constants import UPLOAD_OBS_HOSTNAME_WHITE_LIST as STORAGE_DOMAINS
 from requests.adapters import HTTPAdapter
 
-import qtool
 from qtool.errors import InputError, QtoolError, in_one_line
 from qtool.hub.access import PIECE, Hub
 from qtool.hub.guard import Guard
@@ -29,6 +28,7 @@ from qtool.hub.listing import Listing, RemoteFile
 from qtool.hub.names import MAX_FILES, name_problem
 from qtool.hub.patience import Again, StartOver, Stopped
 from qtool.hub.sink import Sink
+from qtool.version import __version__
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SEND = HTTPAdapter.send
@@ -57,7 +57,7 @@ class Modelers(Hub):
             raise InputError("not an address of this hub", where=where, hint=hint) from None
         self._api = openmind_hub.OmApi(self.endpoint, token=token)
         self._headers = openmind_hub.build_om_headers(
-            token=token, library_name="qtool", library_version=qtool.__version__
+            token=token, library_name="qtool", library_version=__version__
         ) | {"Accept-Encoding": "identity"}
         file_download.DOWNLOAD_CHUNK_SIZE = PIECE
         self._watch()

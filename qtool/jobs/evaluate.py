@@ -24,5 +24,6 @@ def vllm_for(checkpoint: Checkpoint) -> Vllm:
             where="--runtime",
             hint="leave it out: qtool computes what that runtime does with the same integers",
         )
+    chosen = runtimes.adapted(chosen, checkpoint)
     engine = chosen.engine | {"dtype": dtype(checkpoint, runtimes.kind_of(chosen.name))}
     return Vllm(chosen.python, engine, {**chosen.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import qtool
 from qtool import locks
 from qtool.checkpoint.reader import REPORT
 from qtool.checkpoint.storage import tidy
@@ -25,6 +24,7 @@ from qtool.errors import InputError, QtoolError
 from qtool.files import disk_errors, draft, exists, read_json, write_json
 from qtool.jobs import contents
 from qtool.jobs.contents import Files
+from qtool.version import __version__
 
 STATE = "qtool-run.json"
 
@@ -74,7 +74,7 @@ class Job:
             QtoolError: what `make` raises; the stages before stay done.
         """
         path = self.folder / output
-        key = contents.digest({"stage": name, "output": output, "qtool": qtool.__version__, **inputs})
+        key = contents.digest({"stage": name, "output": output, "qtool": __version__, **inputs})
         record = self._records.get(name) or {}
         known = record.get("key") == key
         files = self._measure(name, path) if known else {}
@@ -127,7 +127,7 @@ class Job:
             path.unlink(missing_ok=True)
 
     def _save(self) -> None:
-        content = {"qtool": qtool.__version__, "stages": self._records}
+        content = {"qtool": __version__, "stages": self._records}
         write_json(self.folder / STATE, content, indent=1)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from qtool.runtimes.facts import NAMES, RUNTIMES, get, problems, read_by, readers
 from qtool.runtimes.generation import Generated, check, generate, sample, stream
 from qtool.runtimes.job import ChatSettings, Extras, GenerationJob
-from qtool.runtimes.launch import Launch, choose, kind_of
+from qtool.runtimes.launch import Launch, adapted, choose, kind_of
 
 __all__ = [
     "NAMES",
@@ -21,6 +21,7 @@ __all__ = [
     "Generated",
     "GenerationJob",
     "Launch",
+    "adapted",
     "check",
     "choose",
     "generate",

@@ -37,7 +37,7 @@ def _static_in_float32(model: Quantized) -> Limitation | None:
     return Limitation(
         "a float32 model with static activations: vllm-ascend has them for bfloat16 and float16 only",
         fatal=True,
-        hint="Quantize with --scheme w8a8-dynamic, or in another --format.",
+        hint="Take the model in bfloat16, or another format.",
     )
 
 

@@ -185,8 +185,9 @@ def clean(env: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("number", "times"), [(signal.SIGKILL, 4), (signal.SIGINT, 2), (signal.SIGTERM, 2)])
-def test_an_installation_that_is_ended_never_counts(site: Site, number: signal.Signals, times: int) -> None:
-    moments = random.Random(int(number))
+def test_an_installation_that_is_ended_never_counts(
+    site: Site, moments: random.Random, number: signal.Signals, times: int
+) -> None:
     for _ in range(times):
         process = site.start("install", "golden-stick")
         assert process.stderr is not None

@@ -255,10 +255,10 @@ def test_a_damaged_download_is_mended(repository: Hub, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same(
-    repository: Hub, finished: Path, qtool_environment: dict[str, str], tmp_path: Path
+    repository: Hub, finished: Path, qtool_environment: dict[str, str], tmp_path: Path, moments: random.Random
 ) -> None:
     """The same as the undisturbed run made of the same model, beside the download itself and where it came from."""
-    recipe, rng = write_recipe(tmp_path, model=ON_A_HUB), random.Random()
+    recipe = write_recipe(tmp_path, model=ON_A_HUB)
     environment = {**qtool_environment, **repository.env}
     arguments = command(recipe, "--work", "job")
     for _ in range(4):
@@ -270,7 +270,7 @@ def test_killed_at_random_moments_it_ends_with_the_same(
             stderr=subprocess.PIPE,
         )
         try:
-            process.communicate(timeout=rng.uniform(0.5, 10))
+            process.communicate(timeout=moments.uniform(0.5, 10))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,11 @@ import pytest
 
 from qtool import runtimes
 from qtool.checkpoint import formats
+from qtool.checkpoint.reader import Checkpoint
+from qtool.engines import plan
 from qtool.environments.table import ENGINES
 from qtool.errors import InputError
+from qtool.recipe.load import load
 from qtool.runtimes import vllm_ascend
 from qtool.scheme import W8A8, W8A8_DYNAMIC, Scheme
 from tests.managed import unpacked
@@ -72,6 +76,27 @@ def test_problems(
     for problem in found:
         assert str(says) in problem.text
         assert (problem.fatal, problem.unread) == (fatal, unread)
+
+
+def test_quantize_refuses_what_nothing_would_load(tiny_llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "float32"))
+    file = model / "model.safetensors"
+    save_file({name: tensor.float() for name, tensor in load_file(file).items()}, file)
+    for folder, refused in ((tiny_llama, False), (model, True)):
+        checkpoint = Checkpoint.open(folder)
+        linears = [name.removesuffix(".weight") for name in checkpoint.names if name.endswith("_proj.weight")]
+
+        def make(scheme: str, opened: Checkpoint = checkpoint, names: list[str] = linears) -> object:
+            return plan.make(opened, load("default"), scheme, "modelslim", names)
+
+        assert make("w8a8-dynamic")
+        if refused:
+            with pytest.raises(InputError, match="bfloat16 and float16 only"):
+                make("w8a8-static")
+        else:
+            assert make("w8a8-static")
 
 
 @pytest.fixture(scope="module")

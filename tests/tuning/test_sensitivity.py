@@ -35,6 +35,13 @@ class Silent:
     def warning(self, _: str) -> None: ...
 
 
+@pytest.fixture(autouse=True)
+def float32_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimates are in float32. Where processors multiply bfloat16 faster, the engine takes that, and its calibration
+    sends a few tokens to other experts, which is no error of the estimates."""
+    monkeypatch.setattr("qtool.engines.native.device.compute_dtype", lambda device, *, exact: torch.float32)
+
+
 def sensitivity(model: Path, recipe: Recipe, modes: list[str]) -> dict[str, Any]:
     """What is found, through the pipe."""
     job = SensitivityJob(

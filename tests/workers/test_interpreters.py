@@ -69,10 +69,10 @@ def run(tiny_llama: Path, tmp_path: Path) -> Callable[..., Any]:
         (modules / name).write_text(text)
     poisoned = tmp_path / "poisoned"
 
-    def call(*arguments: str) -> Any:
+    def call(*arguments: str, engines: Path = modules) -> Any:
         env = {
             **os.environ,
-            "PYTHONPATH": f"{modules}:{ROOT}:",  # as `export PYTHONPATH=…:$PYTHONPATH` leaves it
+            "PYTHONPATH": f"{engines}:{ROOT}:",  # as `export PYTHONPATH=…:$PYTHONPATH` leaves it
             "POISONED": str(poisoned),
             "XDG_STATE_HOME": str(tmp_path),
         }
@@ -150,6 +150,15 @@ def test_several_cards(run: Any, tmp_path: Path) -> None:
     found = run(code, str(scratch))
     assert is_real(found["json"])
     assert found["safe"]
+
+
+@pytest.mark.slow
+def test_a_ray_cluster(run: Any, tmp_path: Path) -> None:
+    """Ray tells its workers the folder that whoever starts it is in."""
+    code = "from qtool.cli.app import run; sys.exit(run(sys.argv[1:]))"
+    options = ("--ray", "local", "--samples", "2", "--seq-len", "16", "--json", "--quiet")
+    found = run(code, "quantize", ".", "-o", str(tmp_path / "out"), *options, engines=tmp_path)
+    assert Path(found["output"]).name == "out"
 
 
 STARTS = {"subprocess", "multiprocessing", "pty", "ray"}

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-import qtool
 from qtool import memory
 from qtool.calibration.text import Calibration, load, load_tokenizer
 from qtool.checkpoint.storage import resumable_bytes
@@ -23,6 +22,7 @@ from qtool.engines.native.prepare import Prepared
 from qtool.engines.native.schedule import Schedule
 from qtool.engines.report import CalibrationUsed, QuantizationReport, QuantizationResult
 from qtool.files import check_free_space
+from qtool.version import __version__
 
 if TYPE_CHECKING:
     from qtool.workers import Report
@@ -83,7 +83,7 @@ def _key(prepared: Prepared, calibration: Calibration) -> str:
     checkpoint, recipe, setup = prepared.model.checkpoint, prepared.job.recipe, prepared.setup
     files = sorted({checkpoint.info(name).file for name in checkpoint.names})
     parts = {
-        "qtool": qtool.__version__,
+        "qtool": __version__,
         "versions": _versions(),
         "setup": vars(setup) | {"dtype": str(setup.dtype), "path": ""},
         "config": checkpoint.config,

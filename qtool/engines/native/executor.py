@@ -19,7 +19,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-import qtool
 from qtool.engines.job import Resources
 from qtool.engines.native.pieces import Piece
 from qtool.errors import InputError, QtoolError
@@ -152,7 +151,7 @@ class Processes:
 def _ray(address: str, setup: Opener) -> Iterator[Executor]:
     import ray
 
-    root = Path(qtool.__file__).parent.parent
+    root = Path(__file__).resolve().parents[3]
     try:
         with contextlib.chdir(root):  # Ray lets its workers import what lies in the current folder
             ray.init(

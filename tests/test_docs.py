@@ -1,0 +1,163 @@
+"""The documents name what exists, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import itertools
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.test_architecture import FILES, GRAPH, LAYERS, place
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+FOR_DEVELOPERS = (ARCHITECTURE, CONTRIBUTING)
+ALL = (*FOR_DEVELOPERS, ROOT / "README.md", ROOT / "configs" / "README.md")
+
+_FOLDERS = "qtool|tests|configs|recipes|docs"
+_ELSEWHERE = re.compile(r"/(?:mine|balanced)\.py$|^qtool/_data/")  # files that examples make; in the wheel alone
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(document: Path) -> Iterator[tuple[str, str]]:
+    """Language and text of each block of code."""
+    yield from _BLOCK.findall(document.read_text(encoding="utf-8"))
+
+
+def paths(text: str) -> set[str]:
+    """Files and folders of the repository that a text names."""
+    return set(re.findall(rf"(?<![\w/.-])(?:{_FOLDERS})/[\w./-]*\w/?(?![\w{{*-])", text))
+
+
+def modules(text: str) -> set[str]:
+    """Names below qtool that a text uses, such as qtool.quant.types or qtool.quantize."""
+    return set(re.findall(r"(?<![\w.-])qtool(?:\.[A-Za-z_]\w*)+", text))
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module, or a name that one defines at its top."""
+    if name in FILES:
+        return True
+    module, _, attribute = name.rpartition(".")
+    if module not in FILES:
+        return False
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            defined |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            defined |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return attribute in defined
+
+
+@pytest.mark.parametrize("document", ALL, ids=lambda document: document.name)
+def test_paths_that_are_named_exist(document: Path) -> None:
+    found = {path for path in paths(document.read_text(encoding="utf-8")) if not _ELSEWHERE.search(path)}
+    assert {path for path in found if not (ROOT / path).exists()} == set()
+
+
+@pytest.mark.parametrize("document", FOR_DEVELOPERS, ids=lambda document: document.name)
+def test_modules_that_are_named_exist(document: Path) -> None:
+    found = modules(document.read_text(encoding="utf-8"))
+    assert found
+    assert {name for name in found if not exists(name) and not name.endswith(".json")} == set()
+
+
+def test_names_beside_a_file_are_in_it() -> None:
+    """`name` in `file.py`, and `name` (`file.py`): what a reader will search for."""
+    text = re.sub(r"\s+", " ", ARCHITECTURE.read_text(encoding="utf-8"))
+    pairs = re.findall(r"`(\w+)`(?: in | \()`((?:qtool|tests)/[\w/]+\.py)`", text)
+    assert pairs
+    missing = {(name, file) for name, file in pairs if not re.search(rf"\b{name}\b", (ROOT / file).read_text("utf-8"))}
+    assert missing == set()
+
+
+@pytest.mark.parametrize("document", ALL, ids=lambda document: document.name)
+def test_relative_links_lead_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", _BLOCK.sub("", text)):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        there = (document.parent / path) if path else document
+        assert there.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", _BLOCK.sub("", there.read_text(encoding="utf-8")), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in anchors, target
+
+
+def rooms() -> list[list[str]]:
+    """The packages of the plain list in the architecture, line by line."""
+    lines = re.findall(r"^- ((?:`qtool\.[\w.]+`(?:, )?)+):", ARCHITECTURE.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.findall(r"`([\w.]+)`", line) for line in lines]
+
+
+def test_the_list_of_rooms_has_the_order_that_imports_have() -> None:
+    places = {name: line for line, names in enumerate(LAYERS) for name in names}
+    listed = [name for names in rooms() for name in names]
+    assert sorted(listed) == sorted(name for name in places if name != "qtool.__main__")
+    assert [places[name] for name in listed] == sorted(places[name] for name in listed)
+
+
+def test_the_arrows_of_the_picture_are_imports() -> None:
+    (picture,) = (text for language, text in blocks(ARCHITECTURE) if language == "mermaid")
+    named = {"cli": ("cli", "api"), "types": ("quant.types",)}
+    imports = {
+        (place(name)[1], place(other)[1]) for name, others in GRAPH.items() if name != "qtool" for other in others
+    }
+    arrows = []
+    for line in re.sub(r"\[.*?\]", "", picture).splitlines()[1:]:
+        ends = [re.findall(r"\w+", end) for end in line.split("-->")]
+        arrows += [(a, b) for above, below in itertools.pairwise(ends) for a in above for b in below]
+    assert len(arrows) > 20
+    for a, b in arrows:
+        (below,) = named.get(b, (b,))
+        assert {(f"qtool.{above}", f"qtool.{below}") for above in named.get(a, (a,))} & imports, (a, b)
+
+
+def test_every_package_has_a_room() -> None:
+    listed = {name for names in rooms() for name in names}
+    packages = {path.parent.name for path in (ROOT / "qtool").glob("*/__init__.py")}
+    assert {name for name in packages if f"qtool.{name}" not in listed} == set()
+
+
+@pytest.mark.parametrize("document", ALL, ids=lambda document: document.name)
+def test_examples_compile_and_import_what_exists(document: Path) -> None:
+    for language, code in blocks(document):
+        if language != "python":
+            continue
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("qtool"):
+                for alias in node.names:
+                    assert exists(f"{node.module}.{alias.name}"), ast.unparse(node)
+            elif isinstance(node, ast.Import):
+                assert all(importlib.util.find_spec(alias.name.partition(".")[0]) for alias in node.names)
+
+
+def test_what_the_documents_say_of_commands_is_what_there_is() -> None:
+    from qtool.cli.app import COMMANDS
+
+    for document in (*FOR_DEVELOPERS, ROOT / "README.md"):
+        text = document.read_text(encoding="utf-8")
+        commands = set(re.findall(r"(?:`|\$ |[a-z] \| |\$\()qtool ([a-z][a-z-]*)", text))
+        assert commands <= {*COMMANDS}, document.name
+
+
+def test_the_makefile_has_what_contributors_are_told_to_make() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    told = {word for document in ALL for word in re.findall(r"(?:`|\$ )make ([\w-]+)", document.read_text("utf-8"))}
+    assert told <= targets
+
+
+def test_the_documents_are_in_the_source_distribution() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    include = project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert {"/docs", "/CONTRIBUTING.md"} <= {*include}
