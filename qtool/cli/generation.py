@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qtool.cli.options import TrustRemoteCode
+from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode
 from qtool.errors import InputError
 from qtool.runtimes.facts import NAMES, RUNTIMES
 
@@ -43,6 +43,23 @@ class Running:
     runtime: Runtime = "auto"
     set_: Set = None
     trust_remote_code: TrustRemoteCode = False
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How much is told; `options.common` has it too."""
+
+    quiet: Quiet = False
+    debug: Debug = False
+
+
+@dataclass(frozen=True)
+class Printed:
+    """The same, of a command whose result can be JSON."""
+
+    json: Json = False
+    quiet: Quiet = False
+    debug: Debug = False
 
 
 def template_kwargs(thinking: bool | None, further: str | None) -> dict[str, Any]:

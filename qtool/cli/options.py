@@ -1,6 +1,6 @@
 """Options and conventions that every command shares.
 
-A command takes `Printed` (or `json: Json = False, quiet: Quiet = False, debug: Debug = False`) and makes its console
+A command takes `json: Json = False, quiet: Quiet = False, debug: Debug = False` and makes its console
 with `console()`; the values are also kept in `common`, so that an error is printed the same way.
 """
 
@@ -52,23 +52,6 @@ Debug = Annotated[
     bool, typer.Option("--debug", help="On failure, show the whole traceback.", callback=_keep, is_eager=True)
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own Python code.")]
-
-
-@dataclass(frozen=True)
-class Shown:
-    """How much is told; `common` has it too."""
-
-    quiet: Quiet = False
-    debug: Debug = False
-
-
-@dataclass(frozen=True)
-class Printed:
-    """The same, of a command whose result can be JSON."""
-
-    json: Json = False
-    quiet: Quiet = False
-    debug: Debug = False
 
 
 def console() -> Console:

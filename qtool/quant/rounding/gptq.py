@@ -6,8 +6,6 @@ columns is nobody else's business.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from qtool.quant import threads
@@ -18,8 +16,6 @@ REMAINDER = 0.3  # of the rounding noise that it leaves; measured 0.2 to 0.5 on 
 _BLOCK = 64
 _WORTH_A_GRAPH = 4 * _BLOCK  # columns
 _DAMPINGS = 20  # each four times the one before: the last is larger than any rounding error
-
-BlockRounder = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class GPTQ:
@@ -48,15 +44,14 @@ class GPTQ:
         inverse = self._inverse
         # Rows are input channels, so that updates are contiguous. With one scale per output channel they are in its
         # units; where scales change along the row, an error moves on in the weight's own.
-        grouped = scale.dim() == 2
+        grouped, size = scale.dim() == 2, width // scale.shape[-1]
         work = (weight if grouped else weight / scale[:, None])[:, self._order].t().contiguous()
         quantized = torch.empty(work.shape, dtype=torch.int8, device=weight.device)
-        by_group, groups = scale.t().contiguous(), self._order // (width // scale.shape[-1])
         round_block = self._block_rounder(work, grouped)
         for start in range(0, width, _BLOCK):
             end = min(start + _BLOCK, width)
             block, factor = work[start:end], inverse[start:end, start:end]
-            steps = [by_group[groups[start:end]]] if grouped else []
+            steps = [scale.t()[self._order[start:end] // size]] if grouped else []
             quantized[start:end], errors = round_block(block, factor, *steps)
             if end < width:
                 work[end:].addmm_(inverse[start:end, end:].t(), errors, alpha=-1)
@@ -64,10 +59,8 @@ class GPTQ:
         back[self._order] = torch.arange(width, device=back.device)
         return quantized[back].t().contiguous()
 
-    def _block_rounder(self, work: torch.Tensor, grouped: bool) -> BlockRounder:
+    def _block_rounder(self, work: torch.Tensor, grouped: bool) -> graphs.Function:
         """What rounds one block after the other of `work` [in, out]; all of a shape but the last."""
-        if work.device.type == "cpu":
-            return self._round_block
         if graphs.usable(work.device) and len(work) >= _WORTH_A_GRAPH:
             few = work[:_BLOCK]
             examples = [few, few.new_ones(_BLOCK, _BLOCK), *([few] if grouped else [])]
