@@ -1,7 +1,7 @@
 """Many small operations on a CUDA device as one launch.
 
 Each takes the device a few microseconds, and Python several times as long to ask for. A CUDA graph has them asked for
-once, and gives what they give, bit for bit.
+once; it runs the same kernels in the same order.
 """
 
 from __future__ import annotations
