@@ -17,13 +17,14 @@ MODEL := build/SmolLM2-135M-Instruct
 QUANTIZED := build/SmolLM2-W8A8
 
 .DELETE_ON_ERROR:
-.PHONY: help env demo test test-slow lint bench clean
+.PHONY: help env demo docs test test-slow lint bench clean
 
 help:
 	@echo "make env    the environment ($(QTOOL_VENV)): qtool, torch and vLLM for CPUs, tools for development"
 	@echo "make demo   a real model, from its package to W8A8 to generated text"
 	@echo "make test   the tests that take minutes and download nothing"
 	@echo "make test-slow  the others: vLLM, Golden Stick and openmind-hub (1.1 GB to download, once), random kills"
+	@echo "make docs   docs/runtimes.md, from what qtool knows of the runtimes"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  measurements; they assert nothing"
 	@echo "make clean  remove what demo made"
@@ -64,6 +65,9 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+docs: $(STAMP)
+	$(BIN)/python -c "from qtool.runtimes.table import markdown; print(markdown(), end='')" > docs/runtimes.md
 
 bench: $(STAMP)
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

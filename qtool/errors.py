@@ -6,6 +6,9 @@ exits with `exit_code`. Anything else that escapes is a bug and shows as one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class QtoolError(Exception):
     """Something failed while working (exit code 1).
@@ -34,8 +37,29 @@ class InputError(QtoolError):
     exit_code = 2
 
 
+class ForeignError(InputError):
+    """Another library fails on the user's input; the log of a worker where that happens tells more."""
+
+
 class WorkerDied(QtoolError):
     """A worker process was killed or ended without a word: what it did may work the next time."""
+
+
+@contextmanager
+def foreign(what: str, *, where: str | None = None, hint: str | None = None) -> Iterator[None]:
+    """Around another library's loader, which may raise anything on bad input, Rust's panics included.
+
+    Raises:
+        ForeignError: "`what`: " and the library's words. Not for qtool's own errors, lack of memory and Ctrl-C.
+    """
+    try:
+        yield
+    except (QtoolError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's
+            raise
+        raise ForeignError(f"{what}: {in_one_line(error)}", where=where, hint=hint) from error
 
 
 def in_one_line(error: BaseException) -> str:

@@ -44,24 +44,6 @@ class Calibration:
     source: str
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
-    """The tokenizer of a checkpoint folder, as transformers loads it.
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise InputError(
-            f"the tokenizer can't be loaded: {in_one_line(error)}",
-            where=str(folder),
-            hint="tokenizer.json and tokenizer_config.json must lie beside the weights",
-        ) from error
-
-
 def load(data: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int) -> Calibration:
     """The first samples * seq_len tokens of `data`: sample i holds tokens i*seq_len to (i+1)*seq_len - 1.
 
@@ -75,7 +57,7 @@ def load(data: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int) ->
     """
     needed = samples * seq_len
     if data == BUILTIN:
-        tokens = _tokenize(_whole(_builtin(seed)), tokenizer, needed)
+        tokens = _tokenize(_whole(_builtin(seed)), tokenizer, needed, BUILTIN)
         source = f"builtin (documentation of CPython {platform.python_version()})"
     else:
         path = expand(data)
@@ -84,7 +66,7 @@ def load(data: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int) ->
             raise InputError("unknown kind of text", where=data, hint=_KINDS)
         _check_file(path)
         if suffix == ".txt":
-            tokens = _tokenize(functools.partial(_read_text, path), tokenizer, needed)
+            tokens = _tokenize(functools.partial(_read_text, path), tokenizer, needed, data)
         else:
             documents = _jsonl(path, tokenizer) if suffix == ".jsonl" else _parquet(path, tokenizer)
             tokens = _join(documents, tokenizer, needed)
@@ -98,7 +80,7 @@ def held_out(tokenizer: Any, *, samples: int, seq_len: int) -> Calibration:
     Raises:
         InputError: it is shorter than samples * seq_len (there are about 66,000 characters).
     """
-    tokens = _tokenize(_whole("\n\n".join(_topics()[1])), tokenizer, samples * seq_len)
+    tokens = _tokenize(_whole("\n\n".join(_topics()[1])), tokenizer, samples * seq_len, BUILTIN)
     source = f"builtin, held-out part (documentation of CPython {platform.python_version()})"
     return _pack(tokens, samples, seq_len, source, where=BUILTIN)
 
@@ -170,7 +152,7 @@ def _read_text(path: Path, length: int) -> tuple[str, bool]:
     return text, complete
 
 
-def _tokenize(read: Callable[[int], tuple[str, bool]], tokenizer: Any, needed: int) -> list[int]:
+def _tokenize(read: Callable[[int], tuple[str, bool]], tokenizer: Any, needed: int, where: str) -> list[int]:
     """The first `needed` of tokenizer(text)["input_ids"], or all if there are fewer.
 
     Tokenizing a megabyte takes 300 MB, so no more of the text is tokenized than it takes: `read(length)`
@@ -179,7 +161,7 @@ def _tokenize(read: Callable[[int], tuple[str, bool]], tokenizer: Any, needed: i
     length = 8 * (needed + _MARGIN)
     while True:
         text, complete = read(length)
-        tokens = _ids(text, tokenizer)
+        tokens = _ids(text, tokenizer, where)
         if complete or len(tokens) >= needed + _MARGIN:
             return tokens[:needed]
         length *= 2
@@ -189,7 +171,14 @@ def _whole(text: str) -> Callable[[int], tuple[str, bool]]:
     return lambda length: (text[:length], length >= len(text))
 
 
-def _ids(text: str, tokenizer: Any, **options: Any) -> list[int]:
+def _ids(text: str, tokenizer: Any, where: str, **options: Any) -> list[int]:
+    """The only way to the tokenizer. `where` the text comes from is for errors."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        what = f"the text has half a character: U+{ord(text[error.start]):04X} without the half that belongs to it"
+        hint = "JSON can say that, UTF-8 and tokenizers can't; complete the character or leave it out"
+        raise InputError(what, where=where, hint=hint) from None
     return list(tokenizer(text, verbose=False, **options)["input_ids"])
 
 
@@ -230,7 +219,7 @@ def _parquet(path: Path, tokenizer: Any) -> Iterator[list[int]]:
         raise InputError("reading .parquet needs pyarrow", where=str(path), hint=hint) from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [name for name in ("text", "messages") if name in file.schema_arrow.names][:1]
+            columns = [name for name in ("text", "messages") if name in file.schema_arrow.names]
             if not columns:
                 found = ", ".join(file.schema_arrow.names)
                 raise InputError("no column is named `text` or `messages`", where=str(path), hint=f"columns: {found}")
@@ -238,9 +227,19 @@ def _parquet(path: Path, tokenizer: Any) -> Iterator[list[int]]:
             for batch in file.iter_batches(batch_size=64, columns=columns):
                 for record in batch.to_pylist():
                     row += 1
-                    yield _document(record, tokenizer, f"{path}: row {row}")
-    except (pyarrow.ArrowException, OSError) as error:
+                    yield _document(_said(record), tokenizer, f"{path}: row {row}")
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"not a valid parquet file: {' '.join(str(error).split())[:200]}", where=str(path)) from None
+
+
+def _said(value: Any) -> Any:
+    """A value from Arrow with the keys that its row was written with.
+
+    A struct in Arrow has every key that any row has, None where a row lacks it. Templates ask whether a key is there.
+    """
+    if isinstance(value, dict):
+        return {key: _said(part) for key, part in value.items() if part is not None}
+    return [_said(part) for part in value] if isinstance(value, list) else value
 
 
 def _document(record: dict[str, Any], tokenizer: Any, where: str) -> list[int]:
@@ -248,7 +247,7 @@ def _document(record: dict[str, Any], tokenizer: Any, where: str) -> list[int]:
     if record.get("text") is not None:
         if not isinstance(record["text"], str):
             raise InputError(f"`text` must be a string, not {type(record['text']).__name__}", where=where)
-        return _ids(record["text"], tokenizer)
+        return _ids(record["text"], tokenizer, where)
     messages = record.get("messages")
     if messages is None:
         found = ", ".join(list(record)[:8]) or "nothing"
@@ -269,7 +268,7 @@ def _document(record: dict[str, Any], tokenizer: Any, where: str) -> list[int]:
     except Exception as error:  # a template is a program of the model's author: it may raise anything
         what = in_one_line(error)
         raise InputError(f"the model's chat template refuses these messages: {what}", where=where) from None
-    return _ids(text, tokenizer, add_special_tokens=False)
+    return _ids(text, tokenizer, where, add_special_tokens=False)
 
 
 def _pack(tokens: list[int], samples: int, seq_len: int, source: str, where: str) -> Calibration:

@@ -24,7 +24,8 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
         InputError: no usable tokenizer, no such text, or too little of it.
     """
     hide_media_packages()
-    from qtool.calibration.text import load, load_tokenizer
+    from qtool.calibration.text import load
+    from qtool.calibration.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(Path(job["model"]), trust_remote_code=job["trust_remote_code"])
     found = load(job["data"], tokenizer, samples=job["samples"], seq_len=job["seq_len"], seed=job["seed"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qtool.checkpoint.formats import DESCRIPTION_FILES
 from qtool.checkpoint.reader import LOCK, REPORT, Checkpoint
+from qtool.errors import InputError
 
 _NAMES = re.compile(
     r".+\.(json|txt|jinja|model|tiktoken|md|spm|vocab|bpe)"
@@ -19,29 +20,43 @@ _OWN = {"config.json", REPORT, LOCK} | DESCRIPTION_FILES
 def companions(checkpoint: Checkpoint, *, code: bool = False) -> list[Path]:
     """Such files, relative to the checkpoint's folder.
 
-    Left out: weights, indexes, what a format or qtool wrote, pickles, links that leave the model's own storage,
-    and Python code unless `code`.
+    Left out: weights, indexes, what a format or qtool wrote, pickles, and Python code unless `code`.
+
+    Raises:
+        InputError: one is a link out of the model's own storage. It would be used, and yet must not be copied: a
+            stranger's folder could so take any of the user's files along.
     """
     folder = checkpoint.path
     found = [*folder.iterdir()]
     templates = folder / "additional_chat_templates"
     if templates.is_dir() and not templates.is_symlink():
         found += templates.iterdir()
-    return sorted(
-        file.relative_to(folder)
+    files = sorted(
+        file
         for file in found
         if file.is_file()
         and file.name not in _OWN
         and not file.name.startswith(".")
         and not file.name.endswith(".index.json")
         and (_NAMES.fullmatch(file.name) or (code and file.suffix == ".py"))
-        and _is_own(folder.resolve(), file)
     )
+    for file in files:
+        if not _is_own(folder.resolve(), file):
+            hint = "If it belongs to the model, put the file itself there instead of the link."
+            raise InputError(
+                f"this is a link out of the model's folder, to {file.resolve()}", where=str(file), hint=hint
+            )
+    return [file.relative_to(folder) for file in files]
 
 
 def _is_own(folder: Path, file: Path) -> bool:
-    """False for a link out of the folder; the blobs of a Hugging Face cache belong to its snapshots."""
+    """False for a link out of the folder, but to the blobs of a Hugging Face cache.
+
+    They belong to its snapshots, and huggingface_hub's local_dir used to link large files there.
+    """
+    target = file.resolve()
     homes = [folder]
     if folder.parent.name == "snapshots":
         homes.append(folder.parent.parent / "blobs")
-    return any(file.resolve().is_relative_to(home) for home in homes)
+    cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return cached or any(target.is_relative_to(home) for home in homes)

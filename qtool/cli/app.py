@@ -38,6 +38,7 @@ COMMANDS = {
     "eval": ("qtool.cli.eval:evaluate", "Compare a quantized model with its original."),
     "analyze": ("qtool.cli.analyze:analyze", "Rank a model's linear layers by what quantizing them costs."),
     "tune": ("qtool.cli.tune:tune", "Make a recipe: which layers stay float, which go per token."),
+    "runtimes": ("qtool.cli.runtimes:runtimes", "Show which runtime reads what, or can serve a model."),
     "inspect": ("qtool.cli.inspect:inspect", "Show what a checkpoint is: architecture, format, size, schemes."),
     "convert": ("qtool.cli.convert:convert", "Convert between W8A8 formats, or from a GGUF file."),
     "run": ("qtool.cli.run:run", "Do a whole recipe, from download to text, as one job."),

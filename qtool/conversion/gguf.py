@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.conversion.job import GgufJob
-from qtool.errors import InputError, QtoolError, in_one_line
+from qtool.errors import InputError, QtoolError, foreign, in_one_line
 from qtool.files import check_free_space, disk_errors
 from qtool.workers import hide_media_packages
 
@@ -97,14 +97,11 @@ def _load(source: Path, dtype: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    try:
+    with foreign("transformers can't load this GGUF file", where=str(source)):
         model, info = AutoModelForCausalLM.from_pretrained(
             **where, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True
         )
         tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-        what = in_one_line(error)
-        raise InputError(f"transformers can't load this GGUF file: {what}", where=str(source)) from error
     # transformers fills what is missing with random numbers
     absent = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
     if absent:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool import workers
+from qtool.engines import native
 from qtool.environments.lookup import interpreter
 from qtool.evaluation.intervals import Estimate
 
@@ -221,7 +222,7 @@ def run(job: ComparisonJob, on_event: Callable[[workers.Event], None]) -> Compar
         QtoolError: a model's hidden states are not finite, or vLLM or the process fails.
     """
     python = job.vllm.python if job.vllm else interpreter("native")
-    env = job.vllm.env if job.vllm else None
+    env = job.vllm.env if job.vllm else native.environment()
     found = workers.run("qtool.evaluation.worker", job.to_json(), python=python, env=env, on_event=on_event)
     return Comparison.from_json(found)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from qtool.calibration.sources import BUILTIN
-from qtool.calibration.text import Calibration, held_out, load, load_tokenizer
+from qtool.calibration.text import Calibration, held_out, load
+from qtool.calibration.tokenizer import load_tokenizer
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
 from qtool.evaluation.job import EvaluationText

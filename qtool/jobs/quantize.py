@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qtool import engines, workers
 from qtool.calibration.sources import absolute
+from qtool.checkpoint.companions import companions
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import check_output, tidy
 from qtool.engines.job import CalibrationText, CalibrationTokens, OutputFolder, QuantizationJob, Resources
@@ -80,7 +81,9 @@ def decide(model: Path, wanted: Wanted) -> Decided:
         InputError: no such model, recipe or scheme.
     """
     folder = expand(model).absolute()
-    config = Checkpoint.open(folder).config
+    checkpoint = Checkpoint.open(folder)
+    companions(checkpoint)  # what can't be carried over is better said now than at the end
+    config = checkpoint.config
     recipe, reason = match(config) if wanted.recipe is None else (load(wanted.recipe), _ASKED)
     scheme = scheme_of(recipe, wanted.scheme)
     engine, why = engines.choose() if wanted.engine == "auto" else (wanted.engine, _ASKED)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qtool.checkpoint.reader import Checkpoint
-from qtool.errors import InputError, in_one_line
+from qtool.errors import InputError, foreign, in_one_line
 from qtool.model import architectures
 
 
@@ -153,10 +153,10 @@ class Skeleton:
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool, where: str) -> Any:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    try:
+    hint = "check model_type; a newer transformers may know it; custom code needs --trust-remote-code"
+    with foreign("transformers can't build this model", where=where, hint=hint):
         config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
         try:
             return _from_config(config, dtype, trust_remote_code, "sdpa")
@@ -164,12 +164,6 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool, 
             if "scaled_dot_product_attention" not in str(error):
                 raise
             return _from_config(config, dtype, trust_remote_code, "eager")  # the family has no other
-    except (ValueError, KeyError, OSError, ImportError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise InputError(
-            f"transformers can't build this model: {in_one_line(error)}",
-            where=where,
-            hint="check model_type; a newer transformers may know it; custom code needs --trust-remote-code",
-        ) from error
 
 
 def _from_config(config: Any, dtype: torch.dtype, trust_remote_code: bool, attention: str) -> Any:

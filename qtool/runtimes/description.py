@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qtool.runtimes.launch import Launch
 
 Hardware = Literal["cpu", "cuda", "ascend"]
+Checked = Literal["run", "read", "not"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Limitation:
     """One sentence about what a runtime makes of a model.
 
     Attributes:
-        fatal: no version of the runtime can read such a checkpoint.
+        fatal: such a checkpoint must not be made: it would load as noise, or no version of the runtime can read it.
         unread: the known version doesn't read this model so; another model, or another version, may be read.
         hint: what to do about it.
     """
@@ -78,10 +79,12 @@ class Limit:
     """Something that a runtime doesn't read of a format, or under a condition only.
 
     Attributes:
+        why: the same for all models that it touches, in one line.
         source: package version and file that say so.
         find: whether it touches a model, and how.
     """
 
+    why: str
     source: str
     find: Callable[[Quantized], Limitation | None]
 
@@ -94,11 +97,17 @@ class Reads:
         format: its name, as `formats.of` has it.
         engine: vLLM's EngineArgs that the runtime must be given for it.
         limits: what of it the runtime doesn't read.
+        source: package version and files that say that it reads `studied`, but for the limits.
+        studied: architectures whose way through it was read there.
+        ran: recipes' schemes by architecture, whose checkpoints the tests have the runtime's own code read.
     """
 
     format: str
     engine: Mapping[str, Any] = field(default_factory=dict)
     limits: tuple[Limit, ...] = ()
+    source: str = ""
+    studied: frozenset[str] = frozenset()
+    ran: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def _as_it_is(launch: Launch, checkpoint: Checkpoint) -> Launch:
@@ -117,6 +126,7 @@ class Runtime:
         name: for `--runtime`. An interpreter that has it is found by the row of this name in
             `qtool.environments.table.ENGINES`, which also says with what it is installed.
         title: what people call it.
+        version: that all this is known of.
         summary: one line about it.
         reads: the formats that it reads; "float" is a model that is not quantized.
         others: it is given formats that no runtime names, too, and says itself what it makes of them.
@@ -133,6 +143,7 @@ class Runtime:
 
     name: str
     title: str
+    version: str
     summary: str
     reads: tuple[Reads, ...]
     others: bool = False
@@ -156,6 +167,10 @@ class Runtime:
 
     def limitations(self, format: str, model: Quantized) -> list[Limitation]:
         """What it doesn't read of a model in this format."""
+        return [limitation for _, limitation in self.limits(format, model)]
+
+    def limits(self, format: str, model: Quantized) -> list[tuple[Limit, Limitation]]:
+        """The same, each with what is known of it."""
         reads = self.reading(format)
-        found = (limit.find(model) for limit in (reads.limits if reads else ()))
-        return [limitation for limitation in found if limitation is not None]
+        found = ((limit, limit.find(model)) for limit in (reads.limits if reads else ()))
+        return [(limit, limitation) for limit, limitation in found if limitation is not None]

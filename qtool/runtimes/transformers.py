@@ -7,8 +7,12 @@ from qtool.runtimes.description import Reads, Runtime
 RUNTIME = Runtime(
     name="transformers",
     title="transformers",
+    version="5.19.0",
     summary="the reference: transformers' own models, one plain decoding loop",
-    reads=(Reads("float"), Reads("compressed-tensors")),
+    reads=(
+        Reads("float"),
+        Reads("compressed-tensors", ran={"LlamaForCausalLM": ("w8a8",), "Qwen2ForCausalLM": ("w8a8",)}),
+    ),
     others=True,
     hardware=("cpu",),
     worker="qtool.runtimes.worker.transformers",

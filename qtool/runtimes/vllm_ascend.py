@@ -56,6 +56,7 @@ def _experts(model: Quantized) -> Limitation | None:
 RUNTIME = Runtime(
     name="vllm-ascend",
     title="vllm-ascend",
+    version="0.18.0",
     summary="vLLM on Ascend, through PyTorch",
     reads=(
         Reads("float"),
@@ -63,11 +64,30 @@ RUNTIME = Runtime(
             "modelslim",
             {"quantization": "ascend"},
             (
-                # no deq_scale is registered for other dtypes than these two
-                Limit("vllm-ascend 0.18.0: quantization/methods/w8a8_static.py", _static_in_float32),
-                # KeyError in get_linear_quant_type: packed_modules_model_mapping names no experts for other models
-                Limit("vllm-ascend 0.18.0: quantization/modelslim_config.py", _experts),
+                Limit(
+                    "deq_scale is registered for bfloat16 and float16 alone",
+                    "vllm-ascend 0.18.0: quantization/methods/w8a8_static.py",
+                    _static_in_float32,
+                ),
+                Limit(
+                    "KeyError: packed_modules_model_mapping names no experts of this model type",
+                    "vllm-ascend 0.18.0: quantization/modelslim_config.py (get_linear_quant_type)",
+                    _experts,
+                ),
             ),
+            "vllm-ascend 0.18.0: quantization/modelslim_config.py, quantization/methods/w8a8_{static,dynamic}.py",
+            frozenset(
+                {
+                    "DeepseekV3ForCausalLM",
+                    "Glm4MoeForCausalLM",
+                    "LlamaForCausalLM",
+                    "MistralForCausalLM",
+                    "Qwen2ForCausalLM",
+                    "Qwen3ForCausalLM",
+                    "Qwen3MoeForCausalLM",
+                }
+            ),
+            {"LlamaForCausalLM": ("w8a8",), "Qwen2ForCausalLM": ("w8a8-static",)},
         ),
     ),
     hardware=("ascend",),

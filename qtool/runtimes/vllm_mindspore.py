@@ -1,9 +1,10 @@
 """What vLLM-MindSpore 0.5.1 needs to be told besides what vLLM does, and what its failures mean.
 
 It is vLLM with `import vllm_mindspore` before it, and has three kinds of models: its own (native), MindFormers' and
-MindOne's. Facts from its source: utils.py (VLLM_MS_MODEL_BACKEND), model_executor/models/registry.py (the native
-architectures), model_executor/layers/quantization/golden_stick (native models take W8A8 and FLOAT), scripts.py (the
-variables that it sets by itself).
+MindOne's. Left alone it takes MindFormers' where there is one. Facts from its source: utils.py (VLLM_MS_MODEL_BACKEND),
+model_executor/models/registry.py (the native architectures), model_executor/model_loader/utils.py (which kind comes
+first), model_executor/layers/quantization/golden_stick (native models take W8A8 and FLOAT), scripts.py (the variables
+that it sets by itself).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from qtool.errors import InputError, in_one_line
 from qtool.runtimes.description import Limit, Limitation, Quantized, Reads, Runtime, architecture
 from qtool.runtimes.vllm import RUNTIME as VLLM
-from qtool.scheme import W8A8_DYNAMIC
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
@@ -45,6 +45,13 @@ MINDFORMERS = (
     "Qwen3MoeForCausalLM",
     "TeleChat2ForCausalLM",
 )
+# Those of them that ask how their layers are quantized (get_quant_config); the others put int8 into float parameters.
+ASKING = ("DeepseekV3ForCausalLM", "Qwen3ForCausalLM", "TeleChat2ForCausalLM")
+# Those of them that load `weight_scale` into what holds it there, `w_scale` (convert_name).
+DYNAMIC = ("DeepseekV3ForCausalLM",)
+# Native models with experts, which assert a method that neither W8A8 nor FLOAT is.
+EXPERTS = ("Qwen3MoeForCausalLM", "Qwen3VLMoeForConditionalGeneration")
+_FORMAT = "golden-stick"
 _VARIABLE = "VLLM_MS_MODEL_BACKEND"
 
 # (what the message says, what is wrong, what to do); the first that matches counts
@@ -89,30 +96,37 @@ def adapt(launch: Launch, checkpoint: Checkpoint) -> Launch:
     """
     from qtool.checkpoint.summary import schemes
 
-    dynamic = W8A8_DYNAMIC in schemes(checkpoint).values()
-    chosen = os.environ.get(_VARIABLE, "").lower() or backend(checkpoint.config, dynamic=dynamic)
-    named = architecture(checkpoint.config)
-    if dynamic and (chosen != "mindformers" or named not in MINDFORMERS):
+    model = Quantized(checkpoint.config, schemes(checkpoint))
+    chosen = os.environ.get(_VARIABLE, "").lower()
+    if not _any(model):
+        return dataclasses.replace(launch, env={**launch.env, _VARIABLE: chosen or backend(checkpoint.config)})
+    for limitation in RUNTIME.limitations(_FORMAT, model):
+        if limitation.fatal or limitation.unread:
+            raise InputError(limitation.text, where=str(checkpoint.path), hint=limitation.hint)
+    kinds = reading(model.architecture, dynamic=bool(model.dynamic))
+    if chosen and chosen not in kinds:
         raise InputError(
-            "this checkpoint has layers with dynamic activations (W8A8_DYNAMIC), which vLLM-MindSpore runs through "
-            f"MindFormers only, and that not for {named or 'this model'}"
-            if named not in MINDFORMERS
-            else f"W8A8_DYNAMIC layers need MindFormers' models, but {_VARIABLE} is {chosen}",
+            f"{_VARIABLE} is {chosen}, whose models don't read this checkpoint; those of {' and '.join(kinds)} do",
             where=str(checkpoint.path),
-            hint="Quantize with --scheme w8a8-static.",
+            hint=f"Unset {_VARIABLE}.",
         )
-    return dataclasses.replace(launch, env={**launch.env, _VARIABLE: chosen})
+    return dataclasses.replace(launch, env={**launch.env, _VARIABLE: chosen or kinds[0]})
 
 
-def backend(config: Mapping[str, Any], *, dynamic: bool) -> str:
-    """native, mindformers or mindone, for a model's config.json and whether some layers have dynamic activations.
-
-    Native where it can; MindFormers for what only it has: some architectures, and dynamic activations.
-    """
+def backend(config: Mapping[str, Any]) -> str:
+    """native, mindformers or mindone, for a float model's config.json: the first of them that has its architecture."""
     named = architecture(config)
-    if named in NATIVE and not dynamic:
-        return "native"
-    return "mindformers" if dynamic or named in MINDFORMERS else "mindone"
+    return "native" if named in NATIVE else "mindformers" if named in MINDFORMERS else "mindone"
+
+
+def reading(named: str, *, dynamic: bool) -> list[str]:
+    """Which kinds of models read a golden-stick checkpoint of the architecture `named`, the preferred one first.
+
+    `dynamic` says whether some of its layers have dynamic activations. MindOne's never do.
+    """
+    native = named in NATIVE and named not in EXPERTS and not dynamic
+    mindformers = named in (DYNAMIC if dynamic else ASKING)
+    return ["native"] * native + ["mindformers"] * mindformers
 
 
 def explain(error: BaseException) -> InputError | None:
@@ -128,39 +142,124 @@ def explain(error: BaseException) -> InputError | None:
     return None
 
 
-def _dynamic(model: Quantized) -> Limitation | None:
-    if not model.dynamic:
+def _any(model: Quantized) -> list[str]:
+    """Its quantized layers."""
+    return [name for name, scheme in model.schemes.items() if scheme is not None]
+
+
+def _unread(model: Quantized) -> bool:
+    return bool(_any(model)) and not reading(model.architecture, dynamic=bool(model.dynamic))
+
+
+def _instead(model: Quantized) -> str:
+    static = "Quantize the original with --scheme w8a8-static, or" if reading(model.architecture, dynamic=False) else ""
+    other = "with --format compressed-tensors, for vLLM, or modelslim, for vllm-ascend."
+    return f"{static or 'Quantize the original'} {other}"
+
+
+def _which(names: list[str]) -> str:
+    return f"{len(names)} layers ({names[0]}, ...)" if len(names) > 1 else f"1 layer ({names[0]})"
+
+
+def _unasked(model: Quantized) -> Limitation | None:
+    named = model.architecture
+    if not _unread(model) or named not in MINDFORMERS or named in ASKING:
         return None
-    count, first = len(model.dynamic), model.dynamic[0]
-    if model.architecture in MINDFORMERS:
-        which = first if count == 1 else f"{first}, ..."
-        return Limitation(
-            f"{count} layers ({which}) have dynamic activations (W8A8_DYNAMIC), which only the MindFormers models of "
-            "vLLM-MindSpore run; its native models take W8A8 and FLOAT"
-        )
     return Limitation(
-        f"{count} layers have dynamic activations ({first}), which vLLM-MindSpore runs through MindFormers only, and "
-        f"that not for {model.architecture or 'this model'}",
-        unread=True,
-        hint="Quantize the original with --scheme w8a8-static.",
+        f"{_which(_any(model))} would be quantized, but vLLM-MindSpore runs {named} through MindFormers, whose model "
+        "never asks how: it would take the integers for the weights themselves, and generate noise",
+        fatal=True,
+        hint=_instead(model),
     )
 
+
+def _unscaled(model: Quantized) -> Limitation | None:
+    named = model.architecture
+    if not _unread(model) or named not in ASKING:
+        return None
+    return Limitation(
+        f"{_which(model.dynamic)} would have dynamic activations (W8A8_DYNAMIC), but vLLM-MindSpore runs those "
+        f"through MindFormers only, whose {named} doesn't load their scales: it would generate noise",
+        fatal=True,
+        hint=_instead(model),
+    )
+
+
+def _unsupported(model: Quantized) -> Limitation | None:
+    named = model.architecture
+    if not _unread(model) or named in MINDFORMERS:
+        return None
+    if named in NATIVE and named not in EXPERTS:
+        text = (
+            f"{_which(model.dynamic)} have dynamic activations, which vLLM-MindSpore runs through MindFormers only, "
+            f"and that not for {named}"
+        )
+    else:
+        text = f"{_which(_any(model))} are quantized, which vLLM-MindSpore doesn't load for {named or 'this model'}"
+    return Limitation(text, unread=True, hint=_instead(model))
+
+
+def _native(model: Quantized) -> Limitation | None:
+    named = model.architecture
+    if not _any(model) or _unread(model) or named not in MINDFORMERS or named in ASKING:
+        return None
+    return Limitation(
+        f"vLLM-MindSpore reads this with {_VARIABLE}=native only, as qtool starts it; by itself it takes MindFormers' "
+        f"{named}, which never asks how the layers are quantized"
+    )
+
+
+_MINDFORMERS = "mindformers 1.7.0: models"
+_PLUGIN = "vllm-mindspore 0.5.1: model_executor"
+_LIMITS = (
+    Limit(
+        "MindFormers' model never asks how its layers are quantized: int8 weights land in float parameters",
+        f"{_MINDFORMERS}/{{qwen2,qwen3_moe,glm4,glm4_moe}}/modeling_*_infer.py (no get_quant_config; GPTModel without "
+        f"quant_config); {_PLUGIN}/model_loader/utils.py (MindFormers first), models/registry.py, "
+        "layers/quantization/golden_stick/golden_stick.py (native: W8A8 and FLOAT), layers/fused_moe/layer.py (native "
+        "experts: assert isinstance(quant_method, FusedMoEMethodBase))",
+        _unasked,
+    ),
+    Limit(
+        "MindFormers calls the scale w_scale, this model doesn't rename weight_scale, and what finds no parameter is "
+        "passed over: scales stay as they were made",
+        "mindformers 1.7.0: parallel_core/inference/quantization/golden_stick/a8dynw8.py (w_scale), "
+        "parallel_core/inference/base_models/gpt/gpt_model.py (load_weights, load_default_param), "
+        "models/{qwen3/utils.py,telechat2/utils.py,telechat2/modeling_telechat2_infer.py} (no such name; "
+        "models/deepseek3/modeling_deepseek_v3_infer.py has it)",
+        _unscaled,
+    ),
+    Limit(
+        "native models refuse W8A8_DYNAMIC, and experts of any type; MindOne's load no integers",
+        f"{_PLUGIN}/layers/quantization/golden_stick/golden_stick.py (quantization_method_mapping), "
+        "layers/fused_moe/layer.py (assert isinstance(quant_method, FusedMoEMethodBase)), "
+        "models/mindone_models/transformers.py (load_weights; mindspore 2.7.1: train/serialization.py, _type_convert)",
+        _unsupported,
+    ),
+    Limit(
+        f"with {_VARIABLE}=native",
+        f"{_PLUGIN}/model_loader/utils.py (resolve_mix_backend_architecture: MindFormers first); "
+        f"{_MINDFORMERS}/{{qwen2,glm4}}/modeling_*_infer.py (no get_quant_config)",
+        _native,
+    ),
+)
 
 RUNTIME = Runtime(
     name="vllm-mindspore",
     title="vLLM-MindSpore",
+    version="0.5.1",
     summary="vLLM on Ascend, through MindSpore",
     reads=(
         Reads("float"),
         Reads(
-            "golden-stick",
+            _FORMAT,
             {"quantization": "golden-stick"},
-            (
-                Limit(
-                    "vllm-mindspore 0.5.1: model_executor/layers/quantization/golden_stick; mindformers 1.7.0: models",
-                    _dynamic,
-                ),
-            ),
+            _LIMITS,
+            f"{_PLUGIN}/layers/quantization/golden_stick; {_MINDFORMERS}/{{deepseek3,qwen3}}/"
+            "modeling_*_infer.py (get_quant_config), parallel_core/inference/quantization/golden_stick",
+            # TeleChat2: whether MindFormers finds its key_value, which it has no name for, is open.
+            frozenset({"DeepseekV3ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}),
+            {"LlamaForCausalLM": ("w8a8-static",)},
         ),
     ),
     hardware=("ascend",),

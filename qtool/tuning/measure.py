@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from qtool import memory
-from qtool.calibration.text import Calibration, load, load_tokenizer
+from qtool.calibration.text import Calibration, load
+from qtool.calibration.tokenizer import load_tokenizer
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
 from qtool.engines import plan

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from qtool import locks, sizes
-from qtool.errors import InputError, QtoolError, WorkerDied
+from qtool.errors import ForeignError, InputError, QtoolError, WorkerDied
 from qtool.workers import processes
 from qtool.workers.logs import new_log
 from qtool.workers.protocol import Event, as_exception, decode, encode
@@ -200,7 +200,7 @@ def _termination_as_exit() -> Iterator[None]:
 
 def _named(error: Exception, log: Path) -> Exception:
     """The worker's error; unless it is for the user to mend, with the log's name."""
-    if isinstance(error, QtoolError) and not isinstance(error, InputError):
+    if isinstance(error, ForeignError) or (isinstance(error, QtoolError) and not isinstance(error, InputError)):
         error.hint = f"{error.hint}  (log: {log})" if error.hint else f"The worker's log has the details: {log}"
     return error
 

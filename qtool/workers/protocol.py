@@ -7,12 +7,13 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from qtool.errors import InputError, QtoolError, WorkerDied, one_line
+from qtool.errors import ForeignError, InputError, QtoolError, WorkerDied, one_line
 
 READ_AHEAD = 256  # inputs that a worker holds before it needs them
 
 Event = dict[str, Any]
 
+_KINDS: tuple[type[QtoolError], ...] = (ForeignError, InputError, WorkerDied)  # the special ones first
 _TEXT = (str, type(None))
 _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "alive": {},
@@ -60,7 +61,9 @@ def decode(line: bytes) -> Event:
 
 def error_event(error: BaseException) -> Event:
     """How an error is told to the other side. Errors that nobody foresaw come as a QtoolError."""
-    kind = next((known.__name__ for known in (InputError, WorkerDied) if isinstance(error, known)), "QtoolError")
+    kind = next(
+        (known.__name__ for known in (ForeignError, InputError, WorkerDied) if isinstance(error, known)), "QtoolError"
+    )
     if isinstance(error, QtoolError):
         return {"event": "error", "type": kind, "what": error.what, "where": error.where, "hint": error.hint}
     what = one_line(traceback.format_exception_only(error)[-1])
@@ -69,5 +72,5 @@ def error_event(error: BaseException) -> Event:
 
 def as_exception(event: Event) -> Exception:
     """The error that an error event tells."""
-    kind = {"InputError": InputError, "WorkerDied": WorkerDied}.get(event["type"], QtoolError)
+    kind = next((known for known in _KINDS if known.__name__ == event["type"]), QtoolError)
     return kind(event["what"], where=event["where"], hint=event["hint"])

@@ -109,6 +109,38 @@ def test_parquet_is_the_same_as_jsonl(tmp_path: Path, tiny_tokenizer: Any, colum
     assert load(table, tiny_tokenizer, **kwargs).digest == load(lines, tiny_tokenizer, **kwargs).digest
 
 
+def test_parquet_rows_lack_what_their_jsonl_lines_lack(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """Arrow gives every struct of a column all keys, and every row all columns."""
+    import copy
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if 'tool_calls' in message %}{% if message.tool_calls | length != 1 %}"
+        "{{ raise_exception('single tool calls only') }}{% endif %}{{ message.tool_calls[0] | tojson }}"
+        "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    )
+    call = {"function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    other = {"function": {"name": "time", "arguments": {"zone": "CET"}}}
+    rows: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": "Rain?"}, {"role": "assistant", "tool_calls": [call]}]},
+        {"messages": [{"role": "user", "content": "Late?"}, {"role": "assistant", "tool_calls": [other]}]},
+        {"text": "A document between conversations."},
+        {"messages": MESSAGES[0], "text": None},
+    ]
+    lines = jsonl(tmp_path / "x.jsonl", rows)
+    pq.write_table(
+        pa.Table.from_pylist([{"text": None, "messages": None} | row for row in rows]), tmp_path / "x.parquet"
+    )
+    expected = load(lines, tokenizer, samples=1, seq_len=120, seed=0).ids.tolist()
+    assert load(str(tmp_path / "x.parquet"), tokenizer, samples=1, seq_len=120, seed=0).ids.tolist() == expected
+    text = tokenizer.decode(expected[0])
+    assert "Paris" in text
+    assert "between conversations" in text
+
+
 def test_builtin_is_deterministic_and_the_seed_orders_it(tiny_tokenizer: Any) -> None:
     first = load("builtin", tiny_tokenizer, samples=8, seq_len=128, seed=0)
     assert first.digest == load("builtin", tiny_tokenizer, samples=8, seq_len=128, seed=0).digest
@@ -170,6 +202,8 @@ def test_too_little_text_says_how_much_is_missing(tmp_path: Path, tiny_tokenizer
         ("a.jsonl", b'{"messages": [{"content": "a"}]}', ":1: `messages` must be a list"),
         ("a.jsonl", b'{"messages": []}', ":1: `messages` is empty"),
         ("a.jsonl", b'{"text": "\xff"}', ":1: not UTF-8"),
+        ("a.jsonl", b'{"text": "good"}\n{"text": "cut \\ud83d off"}', r":2: the text has half a character: U\+D83D"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "\\udc00"}]}', r":1: .*half a character: U\+DC00"),
         ("a.jsonl", b"\x1f\x8b\x08\0\0\0", ":1: this is a binary file"),
         ("a.parquet", b"", "not a valid parquet file"),
         ("a.parquet", b"PAR1 nonsense PAR1", "not a valid parquet file"),

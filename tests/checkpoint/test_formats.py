@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,29 @@ def test_golden_stick_satisfies_vllm_mindspore(
     assert "quantization_config" not in json.loads((tmp_path / "m" / "config.json").read_text())
 
 
+def test_deepseek_alone_says_in_config_json_that_it_is_quantized(
+    tmp_path: Path, tiny_llama: Path, quantize_folder: Callable[..., Layers], run_qtool: Callable[..., Any]
+) -> None:
+    """MindFormers' DeepSeek asks for it there; and nobody takes it for another format by that."""
+    source = Path(shutil.copytree(tiny_llama, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "architectures": ["DeepseekV3ForCausalLM"]}))
+    made = quantize_folder(source, tmp_path / "m", "golden-stick", "mixed")
+    written = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert written["quantization_config"] == {"quant_method": "golden-stick"}
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    form = formats.of(checkpoint)
+    assert form.name == "golden-stick"
+    assert {name: form.scheme(checkpoint, name) for name in made} == {n: layer.scheme for n, layer in made.items()}
+    inspected = json.loads(run_qtool("inspect", tmp_path / "m", "--json").stdout)
+    assert inspected["format"] == "golden-stick"
+    for target, method in (("modelslim", None), ("compressed-tensors", "compressed-tensors"), ("bfloat16", None)):
+        done = run_qtool("convert", tmp_path / "m", "--to", target, "--output", tmp_path / target)
+        assert done.code == 0, done.stderr
+        other = json.loads((tmp_path / target / "config.json").read_text())
+        assert (other.get("quantization_config") or {}).get("quant_method") == method
+
+
 def test_the_rules_object_to_what_problems_warns_of(
     tmp_path: Path, tiny_llama: Path, quantize_folder: Callable[..., Layers]
 ) -> None:
@@ -240,8 +264,7 @@ def test_the_rules_object_to_what_problems_warns_of(
     assert any("W8A8_DYNAMIC" in objection for objection in vllm_mindspore_objections(description, list(made)))
     schemes = {name: layer.scheme for name, layer in made.items()}
     (problem,) = runtimes.problems("golden-stick", {"architectures": ["Qwen3ForCausalLM"]}, schemes)
-    assert not problem.fatal
-    assert not problem.unread
+    assert problem.fatal
     assert "6 layers" in problem.text
     assert "MindFormers" in problem.text
 

@@ -182,10 +182,13 @@ def test_a_linked_shard_as_in_the_hugging_face_cache(tmp_path: Path) -> None:
     (tmp_path / "secret.json").write_text("{}")
     for name, target in {"model.safetensors": "1", "config.json": "2", "tokenizer.json": "2"}.items():
         (snapshot / name).symlink_to(Path("../../blobs") / target)
-    (snapshot / "vocab.json").symlink_to(tmp_path / "secret.json")
     checkpoint = Checkpoint.open(snapshot)
     assert checkpoint.tensor("a").sum() == 2
     assert [str(file) for file in companions(checkpoint)] == ["tokenizer.json"]
+    (snapshot / "vocab.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(InputError, match="link out of the model's folder") as caught:
+        companions(checkpoint)
+    assert caught.value.where == str(snapshot / "vocab.json")
 
 
 # ------------------------------------------------------------------ what is wrong with a folder

@@ -61,8 +61,11 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 
 @pytest.fixture(scope="module")
 def qwen2(make_model: Callable[..., Path]) -> Path:
-    """Its q, k and v have biases, its head is tied, and vLLM-MindSpore runs it with dynamic activations as well."""
-    return make_model("qwen2", tie_word_embeddings=True)
+    """Its q, k and v have biases, its head is tied, and every runtime reads what it says it is, dynamic layers too."""
+    model = make_model("qwen2", tie_word_embeddings=True, name="conversion")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "architectures": ["DeepseekV3ForCausalLM"]}))
+    return model
 
 
 # ------------------------------------------------------------------ round trips
@@ -353,7 +356,7 @@ REFUSALS: dict[str, tuple[str, str, Callable[[Path], object], str, str]] = {
         "mixed",
         lambda m: config(m, architectures=["LlamaForCausalLM"]),
         "golden-stick",
-        "dynamic activations .* MindFormers only, and that not for LlamaForCausalLM",
+        "dynamic activations.* MindFormers only, and that not for LlamaForCausalLM",
     ),
     "another method": (
         "compressed-tensors",
@@ -497,10 +500,33 @@ def test_a_float_model_is_to_be_quantized(tmp_path: Path, tiny_llama: Path, targ
     assert "qtool quantize" in str(caught.value.hint)
 
 
-def test_dynamic_layers_go_to_golden_stick_with_a_word_of_warning(
-    tmp_path: Path, quantized: Callable[..., Path], quantize_folder: Quantize
+@pytest.mark.parametrize(
+    ("architecture", "mode", "says"),
+    [
+        ("LlamaForCausalLM", "mixed", "not for LlamaForCausalLM"),
+        ("Qwen2ForCausalLM", "mixed", "never asks how"),
+        ("Qwen3ForCausalLM", "mixed", "doesn't load their scales"),
+        ("Qwen3MoeForCausalLM", "static", "never asks how"),
+    ],
+)
+def test_what_vllm_mindspore_would_not_read_does_not_become_golden_stick(
+    tmp_path: Path, qwen2: Path, quantize_folder: Quantize, architecture: str, mode: str, says: str
 ) -> None:
+    quantize_folder(qwen2, tmp_path / "source", "compressed-tensors", mode)
+    config = tmp_path / "source" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "architectures": [architecture]}))
+    with pytest.raises(InputError, match=says):
+        convert(tmp_path / "source", tmp_path / "out", "golden-stick")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_needs_a_setting_goes_with_a_word_of_warning(
+    tmp_path: Path, qwen2: Path, quantize_folder: Quantize
+) -> None:
+    quantize_folder(qwen2, tmp_path / "source", "compressed-tensors", "static")
+    config = tmp_path / "source" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "architectures": ["Qwen2ForCausalLM"]}))
     report = Report()
-    convert(quantized(quantize_folder, "compressed-tensors", "mixed"), tmp_path / "out", "golden-stick", report)
+    convert(tmp_path / "source", tmp_path / "out", "golden-stick", report)
     assert len(report.warnings) == 1
-    assert "MindFormers" in report.warnings[0]
+    assert "VLLM_MS_MODEL_BACKEND=native" in report.warnings[0]

@@ -51,7 +51,7 @@ class Kind:
 KINDS = {
     "llama with grouped queries": Kind("llama", {}, 0, STATIC),
     "qwen3 without": Kind("qwen3", {"num_key_value_heads": 4, "num_hidden_layers": 1}, 1, STATIC),
-    "qwen2, mixed, bfloat16": Kind("qwen2", {"head_dim": 16}, 2, DEEPSEEK, float32=False),
+    "llama, mixed, bfloat16": Kind("llama", {"attention_bias": True}, 2, DEEPSEEK, float32=False),
 }
 # Nothing that Golden Stick would search for.
 QUICK: list[dict[str, Any]] = [{"layers": r".*\.mlp\.(up|gate)_proj", "smoothing": "none", "clip": False}]
@@ -171,7 +171,7 @@ def test_both_engines_leave_the_same_files(pairs: Callable[[str], Pair], name: s
 
 
 def test_the_first_policy_that_matches_counts(pairs: Callable[[str], Pair]) -> None:
-    pair = pairs("qwen2, mixed, bfloat16")
+    pair = pairs("llama, mixed, bfloat16")
     types = json.loads((pair.golden / "quantization_description.json").read_text())
     for layer in (0, 1):
         prefix = f"model.layers.{layer}"
@@ -184,7 +184,7 @@ def test_the_first_policy_that_matches_counts(pairs: Callable[[str], Pair]) -> N
 
 
 def test_a_bfloat16_model_stays_one(pairs: Callable[[str], Pair]) -> None:
-    pair = pairs("qwen2, mixed, bfloat16")
+    pair = pairs("llama, mixed, bfloat16")
     source, golden = tensors(pair.model), tensors(pair.golden)
     kept = [name for name in source if name in golden and golden[name].dtype != torch.int8]
     assert {golden[name].dtype for name in kept} == {torch.bfloat16}
@@ -231,7 +231,7 @@ def test_it_says_what_it_does_differently(pairs: Callable[[str], Pair], run_qtoo
 def test_another_format_can_be_asked_for(
     pairs: Callable[[str], Pair], run_qtool: Callable[..., Any], golden_stick: dict[str, str], tmp_path: Path
 ) -> None:
-    model = pairs("qwen2, mixed, bfloat16").model
+    model = pairs("llama, mixed, bfloat16").model
     arguments = ("--recipe", recipe(tmp_path, QUICK), "--format", "compressed-tensors", *SIZE)
     done = run_qtool(
         "quantize", model, "--output", tmp_path / "out", "--engine", "golden-stick", *arguments, env=golden_stick

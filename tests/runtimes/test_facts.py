@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,12 +20,17 @@ from qtool.engines import plan
 from qtool.environments.table import ENGINES
 from qtool.errors import InputError
 from qtool.recipe.load import load
-from qtool.runtimes import vllm_ascend
+from qtool.runtimes import vllm_ascend, vllm_mindspore
 from qtool.scheme import W8A8, W8A8_DYNAMIC, Scheme
 from tests.managed import unpacked
 
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+QWEN3_MOE = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+QWEN3_VL_MOE = {"architectures": ["Qwen3VLMoeForConditionalGeneration"], "model_type": "qwen3_vl_moe"}
+GLM4_MOE = {"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe"}
+DEEPSEEK = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
 MIXTRAL = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
 Q_PROJ, EXPERT = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.0.up_proj"
 
@@ -50,9 +57,16 @@ def test_who_reads_what() -> None:
     ("format", "config", "schemes", "dtype", "says", "fatal", "unread"),
     [
         ("golden-stick", QWEN3, {Q_PROJ: W8A8, EXPERT: None}, "BF16", None, False, False),
-        ("golden-stick", QWEN3, {Q_PROJ: W8A8_DYNAMIC}, "BF16", "only the MindFormers models", False, False),
+        ("golden-stick", QWEN3, {Q_PROJ: W8A8, EXPERT: W8A8_DYNAMIC}, "BF16", "doesn't load their scales", True, False),
+        ("golden-stick", QWEN2, {Q_PROJ: W8A8}, "BF16", "VLLM_MS_MODEL_BACKEND=native", False, False),
+        ("golden-stick", QWEN2, {Q_PROJ: W8A8_DYNAMIC}, "BF16", "never asks how", True, False),
+        ("golden-stick", QWEN3_MOE, {Q_PROJ: W8A8, EXPERT: None}, "BF16", "never asks how", True, False),
+        ("golden-stick", GLM4_MOE, {Q_PROJ: W8A8}, "BF16", "never asks how", True, False),
+        ("golden-stick", QWEN3_VL_MOE, {Q_PROJ: W8A8}, "BF16", "doesn't load for Qwen3VLMoe", False, True),
+        ("golden-stick", DEEPSEEK, {Q_PROJ: W8A8, EXPERT: W8A8_DYNAMIC}, "BF16", None, False, False),
+        ("golden-stick", MIXTRAL, {Q_PROJ: W8A8}, "BF16", "doesn't load for MixtralForCausalLM", False, True),
         ("golden-stick", LLAMA, {Q_PROJ: W8A8_DYNAMIC}, "BF16", "not for LlamaForCausalLM", False, True),
-        ("golden-stick", {}, {Q_PROJ: W8A8_DYNAMIC}, None, "not for this model", False, True),
+        ("golden-stick", {}, {Q_PROJ: W8A8_DYNAMIC}, None, "doesn't load for this model", False, True),
         ("modelslim", LLAMA, {Q_PROJ: W8A8_DYNAMIC}, "F32", None, False, False),
         ("modelslim", LLAMA, {Q_PROJ: W8A8}, "BF16", None, False, False),
         ("modelslim", LLAMA, {Q_PROJ: W8A8}, "F32", "bfloat16 and float16 only", True, False),
@@ -97,6 +111,55 @@ def test_quantize_refuses_what_nothing_would_load(tiny_llama: Path, tmp_path: Pa
                 make("w8a8-static")
         else:
             assert make("w8a8-static")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "scheme", "says"),
+    [
+        ("Qwen3ForCausalLM", "w8a8", "doesn't load their scales"),
+        ("Qwen3ForCausalLM", "w8a8-static", None),
+        ("Qwen2ForCausalLM", "w8a8-dynamic", "never asks how"),
+        ("Qwen2ForCausalLM", "w8a8-static", None),
+        ("Qwen3MoeForCausalLM", "w8a8-static", "never asks how"),
+        ("Glm4MoeForCausalLM", "w8a8", "never asks how"),
+        ("LlamaForCausalLM", "w8a8", None),
+    ],
+)
+def test_quantize_refuses_what_would_load_as_noise(
+    tiny_llama: Path, tmp_path: Path, architecture: str, scheme: str, says: str | None
+) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
+    checkpoint = Checkpoint.open(model)
+    linears = [name.removesuffix(".weight") for name in checkpoint.names if name.endswith("_proj.weight")]
+    if says is None:
+        assert plan.make(checkpoint, load("default"), scheme, "golden-stick", linears).policies
+        return
+    with pytest.raises(InputError, match=says) as caught:
+        plan.make(checkpoint, load("default"), scheme, "golden-stick", linears)
+    assert "compressed-tensors" in str(caught.value.hint)
+    assert ("w8a8-static" in str(caught.value.hint)) == (architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"))
+
+
+@pytest.fixture(scope="module")
+def mindformers() -> Path:
+    return unpacked("mindformers==1.7.0") / "mindformers"
+
+
+def test_mindformers_models_are_what_is_said_of_them(mindformers: Path) -> None:
+    """Which inference models there are, which ask for a quantization config, and which know its name for scales."""
+    models = {}
+    for file in mindformers.glob("models/*/modeling_*_infer.py"):
+        (given,) = file.parent.glob(f"{file.stem.removesuffix('_infer')}.py")
+        names = re.findall(r"^class (\w+ForCausalLM)\b", given.read_text(), re.MULTILINE)
+        models[names[0]] = file.read_text() + (file.parent / "utils.py").read_text()
+    assert set(models) == set(vllm_mindspore.MINDFORMERS)
+    assert {name for name, text in models.items() if "get_quant_config(" in text} == set(vllm_mindspore.ASKING)
+    assert {name for name, text in models.items() if "w_scale" in text} == set(vllm_mindspore.DYNAMIC)
+    golden = mindformers / "parallel_core/inference/quantization/golden_stick"
+    assert 'insert_param_to_cell("w_scale"' in (golden / "a8dynw8.py").read_text()
+    assert "weight_scale" not in (golden / "a8dynw8.py").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,9 @@ up to the first thing it misses, and MindSpore's own refusal of a device that is
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,23 +32,20 @@ def plugin() -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkpoints(
-    tiny_llama: Path, make_model: Callable[..., Path], run_qtool: Callable[..., Any], tmp_path_factory: Any
-) -> dict[str, Path]:
-    """golden-stick checkpoints: static, and the same model with dynamic layers; and a Qwen3 with dynamic layers."""
+def checkpoints(tiny_llama: Path, run_qtool: Callable[..., Any], tmp_path_factory: Any) -> dict[str, Path]:
+    """golden-stick checkpoints: static; the same model with dynamic layers; and both as if of another architecture."""
     folder = tmp_path_factory.mktemp("golden")
-    qwen = make_model("qwen3", name="runtime-qwen3")
     made = {}
-    for name, model, scheme in (
-        ("static", tiny_llama, "w8a8-static"),
-        ("dynamic", tiny_llama, "w8a8"),
-        ("qwen3", qwen, "w8a8"),
-    ):
+    for name, scheme in (("static", "w8a8-static"), ("dynamic", "w8a8")):
         size = ("--samples", 2, "--seq-len", 32)
         options = ("--scheme", scheme, "--format", "golden-stick", "--engine", "native", *size)
-        done = run_qtool("quantize", model, "--output", folder / name, *options)
+        done = run_qtool("quantize", tiny_llama, "--output", folder / name, *options)
         assert done.code == 0, done.stderr
         made[name] = folder / name
+        for other in ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"):
+            copy = made[f"{other} {name}"] = Path(shutil.copytree(folder / name, folder / f"{other}-{name}"))
+            config = json.loads((copy / "config.json").read_text())
+            (copy / "config.json").write_text(json.dumps({**config, "architectures": [other]}))
     return made
 
 
@@ -119,18 +118,17 @@ def test_other_failures_keep_their_own_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "dynamic", "expected"),
+    ("architecture", "expected"),
     [
-        ("LlamaForCausalLM", False, "native"),
-        ("Qwen3ForCausalLM", False, "native"),
-        ("Qwen3ForCausalLM", True, "mindformers"),
-        ("DeepseekV3ForCausalLM", False, "mindformers"),
-        ("TeleChat2ForCausalLM", True, "mindformers"),
-        ("MistralForCausalLM", False, "mindone"),
+        ("LlamaForCausalLM", "native"),
+        ("Qwen3ForCausalLM", "native"),
+        ("DeepseekV3ForCausalLM", "mindformers"),
+        ("Glm4MoeForCausalLM", "mindformers"),
+        ("MistralForCausalLM", "mindone"),
     ],
 )
-def test_the_kind_of_model(architecture: str, dynamic: bool, expected: str) -> None:
-    assert vllm_mindspore.backend({"architectures": [architecture]}, dynamic=dynamic) == expected
+def test_the_kind_of_model(architecture: str, expected: str) -> None:
+    assert vllm_mindspore.backend({"architectures": [architecture]}) == expected
 
 
 def test_the_native_architectures_are_the_plugins(plugin: Path) -> None:
@@ -152,21 +150,58 @@ def test_a_static_checkpoint(checkpoints: dict[str, Path], monkeypatch: pytest.M
     assert adapted.env == {"X": "1", VARIABLE: "native"}
     assert adapted.engine == {"quantization": "golden-stick"}
     monkeypatch.setenv(VARIABLE, "MindOne")
-    assert vllm_mindspore.adapt(base(), Checkpoint.open(checkpoints["static"])).env[VARIABLE] == "mindone"
+    with pytest.raises(InputError, match=f"{VARIABLE} is mindone"):
+        vllm_mindspore.adapt(base(), Checkpoint.open(checkpoints["static"]))
 
 
 def test_a_float_checkpoint(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     assert vllm_mindspore.adapt(base(), Checkpoint.open(tiny_llama)).env == {"X": "1", VARIABLE: "native"}
+    monkeypatch.setenv(VARIABLE, "MindOne")
+    assert vllm_mindspore.adapt(base(), Checkpoint.open(tiny_llama)).env[VARIABLE] == "mindone"
 
 
-def test_dynamic_layers(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("Qwen2ForCausalLM static", "native"),
+        ("Qwen3ForCausalLM static", "native"),
+        ("DeepseekV3ForCausalLM static", "mindformers"),
+        ("DeepseekV3ForCausalLM dynamic", "mindformers"),
+    ],
+)
+def test_what_is_read(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert vllm_mindspore.adapt(base(), Checkpoint.open(checkpoints["qwen3"])).env[VARIABLE] == "mindformers"
-    with pytest.raises(InputError, match="not for LlamaForCausalLM") as caught:
-        vllm_mindspore.adapt(base(), Checkpoint.open(checkpoints["dynamic"]))
-    assert caught.value.hint is not None
-    assert "w8a8-static" in caught.value.hint
+    assert vllm_mindspore.adapt(base(), Checkpoint.open(checkpoints[name])).env[VARIABLE] == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("dynamic", "not for LlamaForCausalLM"),
+        ("Qwen2ForCausalLM dynamic", "never asks how"),
+        ("Qwen3ForCausalLM dynamic", "doesn't load their scales"),
+        ("Qwen3MoeForCausalLM static", "never asks how"),
+    ],
+)
+def test_what_would_be_noise_is_refused(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, says: str
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with pytest.raises(InputError, match=says) as caught:
+        vllm_mindspore.adapt(base(), Checkpoint.open(checkpoints[name]))
+    assert ("w8a8-static" in str(caught.value.hint)) == ("Moe" not in name)
+
+
+def test_a_wrong_kind_is_refused(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "mindformers")
+    assert vllm_mindspore.adapt(base(), Checkpoint.open(checkpoints["Qwen3ForCausalLM static"])).env == {
+        "X": "1",
+        VARIABLE: "mindformers",
+    }
+    for name in ("static", "Qwen2ForCausalLM static"):
+        with pytest.raises(InputError, match=f"{VARIABLE} is mindformers.*those of native do"):
+            vllm_mindspore.adapt(base(), Checkpoint.open(checkpoints[name]))
     monkeypatch.setenv(VARIABLE, "native")
     with pytest.raises(InputError, match=f"{VARIABLE} is native"):
-        vllm_mindspore.adapt(base(), Checkpoint.open(checkpoints["qwen3"]))
+        vllm_mindspore.adapt(base(), Checkpoint.open(checkpoints["DeepseekV3ForCausalLM dynamic"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -54,7 +55,7 @@ def run(tiny_llama: Path, tmp_path: Path) -> Callable[..., Any]:
     folder = tmp_path / "model"
     folder.mkdir()
     for file in tiny_llama.iterdir():
-        (folder / file.name).symlink_to(file)
+        shutil.copyfile(file, folder / file.name)
     for name in NAMES:
         (folder / f"{name}.py").write_text(POISON)
     modules = tmp_path / "modules"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qtool.quant.types import QuantizedLinear
 
 DESCRIPTION = "quantization_description.json"
+_ASKED = "DeepseekV3ForCausalLM"
 
 
 class GoldenStick(DescribedFormat):
@@ -71,7 +72,11 @@ class GoldenStick(DescribedFormat):
     ) -> Description:
         # Every parameter of a layer, its bias too, gets the layer's type: vLLM-MindSpore refuses a mixture.
         types = {name: TYPES[schemes.get(name.rpartition(".")[0])] for name in names}
-        return Description(None, {DESCRIPTION: types})
+        # What config.json says would take the place of the description file in vLLM, so it says nothing but where it
+        # must: MindFormers 1.7.0 lays out DeepSeek's cache by it (modeling_deepseek_v3_infer.py, use_fused_mla), and
+        # updates it from the description (quantization/utils.py).
+        asked = _ASKED in (config.get("architectures") or ())
+        return Description({"quant_method": self.name} if asked else None, {DESCRIPTION: types})
 
     def read(self, stored: Stored, scheme: Scheme) -> QuantizedLinear:
         linear = self.read_parts(stored, scheme)

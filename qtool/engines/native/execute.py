@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from qtool import memory
-from qtool.calibration.text import Calibration, load, load_tokenizer
+from qtool.calibration.text import Calibration, load
+from qtool.calibration.tokenizer import load_tokenizer
 from qtool.checkpoint.storage import resumable_bytes
 from qtool.checkpoint.writer import CheckpointWriter, Resume, Sharding
 from qtool.engines.native import executor

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qtool.calibration.tokenizer import load_tokenizer
 from qtool.errors import InputError, in_one_line
 from qtool.runtimes.job import WorkerJob
 from qtool.workers import Report
@@ -56,7 +57,7 @@ class Front:
         folder = Path(job.model)
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.text_config = _named(self.config.get("text_config") or self.config, job)
-        self.tokenizer = _tokenizer(folder, job.trust_remote_code)
+        self.tokenizer = load_tokenizer(folder, trust_remote_code=job.trust_remote_code)
         self.context = int(self.text_config.get("max_position_embeddings") or 1 << 20)
         if (limit := int(job.engine.get("max_model_len") or -1)) > 0:  # to vLLM -1 is what there is memory for
             self.context = min(self.context, limit)
@@ -157,19 +158,6 @@ def _named(config: dict[str, Any], job: WorkerJob) -> dict[str, Any]:
     except Exception:  # a model that the runtime may know all the same
         return config
     return config | {name: value for name in SIZES if (value := getattr(known, name, None)) is not None}
-
-
-def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:
-        what = str(error).strip() or type(error).__name__
-        own_code = "trust_remote_code" in what
-        hint = "If you trust its author, add --trust-remote-code." if own_code else "Copy its tokenizer files there."
-        what = "the tokenizer is Python code of the model's own" if own_code else f"no usable tokenizer: {what[:300]}"
-        raise InputError(what, where=str(folder), hint=hint) from error
 
 
 def _stop_ids(folder: Path, config: dict[str, Any], text_config: dict[str, Any], tokenizer: Any) -> list[int]:

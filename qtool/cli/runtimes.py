@@ -1,0 +1,82 @@
+"""`qtool runtimes`: which runtime reads what, and what can serve a model."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from qtool.cli.options import Debug, Json, Quiet, console, path_or_stdin
+
+
+def runtimes(
+    model: Annotated[
+        str | None, typer.Argument(help="A model folder, quantized or not; - reads its path from standard input.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show which runtime reads which models in which format and scheme, where that is known from, and why not.
+
+    With MODEL, what can serve that one: as it is, and in each scheme of its recipe and each format. A table on a
+    terminal; into a pipe or with --json one JSON list.
+
+    Examples:
+
+      qtool runtimes
+
+      qtool runtimes ./Qwen3-8B
+
+      qtool runtimes ./Qwen3-8B --json | jq '.[] | select(.answer != "no") | .how'
+    """
+    from qtool.runtimes import table
+
+    out = console()
+    as_text = sys.stdout.isatty() and not (json or quiet)
+    if model is None:
+        known = table.rows()
+        if as_text:
+            out.table(
+                "",
+                ["runtime", "format", "models", "scheme", "reads it", "why, or how", "checked"],
+                [
+                    (
+                        f"{row.runtime} {row.version}",
+                        row.format,
+                        ", ".join(row.models),
+                        ", ".join(row.schemes),
+                        row.answer,
+                        row.why,
+                        row.checked,
+                    )
+                    for row in known
+                ],
+            )
+            return
+        out.result([asdict(row) for row in known])
+        return
+    from qtool.checkpoint.reader import Checkpoint
+
+    checkpoint = Checkpoint.open(path_or_stdin(model))
+    ways = table.ways(checkpoint)
+    if as_text:
+        out.table(
+            str(checkpoint.path),
+            ["runtime", "format", "scheme", "reads it", "how, or why not", "checked"],
+            [
+                (
+                    f"{way.runtime} {way.version}",
+                    way.format,
+                    way.scheme or "as it is",
+                    way.answer,
+                    "; ".join(filter(None, [way.how, way.why])),
+                    way.checked,
+                )
+                for way in ways
+            ],
+        )
+        return
+    out.result([asdict(way) for way in ways])

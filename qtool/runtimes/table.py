@@ -1,0 +1,270 @@
+"""Who reads what, as rows from the runtimes' descriptions: for the families of the recipes, and for one model."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from qtool.runtimes import facts
+from qtool.runtimes.description import Checked, Quantized, Runtime
+from qtool.scheme import W8A8, W8A8_DYNAMIC, Scheme
+
+if TYPE_CHECKING:
+    from qtool.checkpoint.reader import Checkpoint
+
+Answer = Literal["yes", "with a setting", "no", "unknown"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one architecture, as config.json has it; `experts` says whether they have routed experts."""
+
+    architecture: str
+    model_type: str
+    experts: bool = False
+
+    def quantized(self, scheme: str, dtype: str) -> Quantized:
+        """One of its models, by one of SCHEMES."""
+        attention, others = SCHEMES[scheme]
+        linears = {"model.layers.0.self_attn.q_proj": attention}
+        if not self.experts:
+            linears["model.layers.0.mlp.up_proj"] = others
+        elif others != W8A8:  # recipes leave experts float rather than static
+            linears["model.layers.0.mlp.experts.0.up_proj"] = others
+        return Quantized({"architectures": [self.architecture], "model_type": self.model_type}, linears, dtype)
+
+
+FAMILIES = (
+    Family("DeepseekV3ForCausalLM", "deepseek_v3", experts=True),
+    Family("Glm4MoeForCausalLM", "glm4_moe", experts=True),
+    Family("Glm4vForConditionalGeneration", "glm4v"),
+    Family("LlamaForCausalLM", "llama"),
+    Family("MistralForCausalLM", "mistral"),
+    Family("MixtralForCausalLM", "mixtral", experts=True),
+    Family("Qwen2ForCausalLM", "qwen2"),
+    Family("Qwen3ForCausalLM", "qwen3"),
+    Family("Qwen3MoeForCausalLM", "qwen3_moe", experts=True),
+    Family("TeleChat2ForCausalLM", "telechat"),
+)
+# The recipes' schemes: how the linears of attention are quantized, and how the others are.
+SCHEMES: dict[str, tuple[Scheme, Scheme]] = {
+    "w8a8": (W8A8, W8A8_DYNAMIC),
+    "w8a8-dynamic": (W8A8_DYNAMIC, W8A8_DYNAMIC),
+    "w8a8-static": (W8A8, W8A8),
+}
+DTYPES = {"BF16": "", "F32": " in float32"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Whether a runtime reads some models in one format.
+
+    Attributes:
+        runtime: its title.
+        version: that this is known of.
+        format: as `--format` has it; "float" is a model that is not quantized.
+        models: their architectures.
+        schemes: of the recipes.
+        answer: yes; with a setting, which qtool makes where it starts the runtime; no; or unknown, though the runtime
+            reads the format.
+        why: which setting, or why not; empty for yes and unknown.
+        source: package and files that say so; empty where nobody looked.
+        checked: run, where the tests have the runtime's own code read such a checkpoint; read in its source; or not.
+    """
+
+    runtime: str
+    version: str
+    format: str
+    models: tuple[str, ...]
+    schemes: tuple[str, ...]
+    answer: Answer
+    why: str
+    source: str
+    checked: Checked
+
+
+@dataclass(frozen=True)
+class Way:
+    """Whether, and how, one model can be served.
+
+    Attributes:
+        runtime, version, format, answer, why, source, checked: as of a `Row`.
+        scheme: of the recipe; empty for the model as it is.
+        how: the commands that lead to it; empty for no.
+    """
+
+    runtime: str
+    version: str
+    format: str
+    scheme: str
+    answer: Answer
+    why: str
+    how: str
+    source: str
+    checked: Checked
+
+
+def rows() -> list[Row]:
+    """For all families, schemes and formats; those that have the same answer for the same reason are one row."""
+    found = []
+    for runtime in facts.RUNTIMES:
+        for reads in runtime.reads:
+            if reads.format != "float":
+                found += _rows(runtime, reads.format)
+    return found
+
+
+def ways(checkpoint: Checkpoint) -> list[Way]:
+    """For one model: as it is, and in each scheme and format that qtool could give it.
+
+    Raises:
+        InputError: a config.json or a description that makes no sense.
+    """
+    from qtool.checkpoint import formats
+    from qtool.checkpoint.summary import float_dtype, schemes
+
+    format, found = formats.of(checkpoint), schemes(checkpoint)
+    quantized = {name: scheme for name, scheme in found.items() if scheme is not None}
+    model = Quantized(checkpoint.config, found, float_dtype(checkpoint, quantized))
+    path = _shown(checkpoint.path)
+    result = [way for runtime in facts.readers(format.name) for way in [_way(runtime, format.name, "", model, path)]]
+    if not format.is_float:
+        targets = [name for name in formats.NAMES if name != format.name] if quantized else []
+        return result + [
+            way for name in targets for way in _each(name, "", model, f"qtool convert {path} --to {name} | ")
+        ]
+    for scheme, planned in _planned(checkpoint).items():
+        for name in formats.NAMES:
+            wanted = Quantized(checkpoint.config, planned, model.dtype)
+            command = f"qtool quantize {path} --scheme {scheme} --format {name} | "
+            result += _each(name, scheme, wanted, command)
+    return result
+
+
+def markdown() -> str:
+    """The page of the documentation that shows `rows`."""
+    table = rows()
+    counts = {checked: sum(row.checked == checked for row in table) for checked in ("run", "read", "not")}
+    lines = [
+        "# Which runtime reads what",
+        "",
+        "For the families that recipes are for. `qtool runtimes` prints these rows, `qtool runtimes MODEL` what they",
+        "mean for one model. `make docs` writes this page.",
+        "",
+        f"Of {len(table)} rows {counts['run']} were checked by having the runtime's own code read such a checkpoint in",
+        f"the tests, {counts['read']} by reading its source, and {counts['not']} not at all: *unknown*. *With a",
+        "setting*: qtool makes it where it starts the runtime. MindIE, which is said to read modelslim too, is started",
+        "by others, and nothing of it was checked. `quantize` refuses what could only load as noise; it warns of the",
+        "rest that is *no*, which `convert` refuses.",
+        "",
+        "| runtime | format | models | scheme | reads it | why, or how | source | checked |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in table:
+        cells = (
+            f"{row.runtime} {row.version}",
+            row.format,
+            ", ".join(row.models),
+            ", ".join(row.schemes),
+            row.answer,
+            row.why,
+            row.source,
+            row.checked,
+        )
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _rows(runtime: Runtime, format: str) -> list[Row]:
+    grouped: dict[tuple[Answer, str, str, Checked], dict[str, list[str]]] = {}
+    for family in FAMILIES:
+        for scheme in SCHEMES:
+            usual = None
+            for dtype, suffix in DTYPES.items():
+                answer, why, source, checked, _ = _judge(runtime, format, scheme, family.quantized(scheme, dtype))
+                key = (answer, why, source, checked)
+                if key != usual:
+                    grouped.setdefault(key, {}).setdefault(family.architecture + suffix, []).append(scheme)
+                usual = usual or key
+    return [
+        Row(runtime.title, runtime.version, format, models, schemes, *key)
+        for key, by_model in grouped.items()
+        for schemes, models in _together(by_model).items()
+    ]
+
+
+def _together(by_model: Mapping[str, list[str]]) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Models by their schemes."""
+    together: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for model, schemes in by_model.items():
+        together[tuple(schemes)] = (*together.get(tuple(schemes), ()), model)
+    return together
+
+
+def _judge(
+    runtime: Runtime, format: str, scheme: str, model: Quantized
+) -> tuple[Answer, str, str, Checked, tuple[str, ...]]:
+    """Answer, why, source, how it was checked, and the sentences about this model."""
+    limits = runtime.limits(format, model)
+    refused = [found for found in limits if found[1].fatal or found[1].unread]
+    counting = refused or limits
+    if counting:
+        why, source = (
+            "; ".join(dict.fromkeys(getattr(limit, key) for limit, _ in counting)) for key in ("why", "source")
+        )
+        said = tuple(limitation.text for _, limitation in counting)
+        return "no" if refused else "with a setting", why, source, "read", said
+    reads = runtime.reading(format)
+    if reads is not None and scheme in reads.ran.get(model.architecture, ()):
+        return "yes", "", reads.source, "run", ()
+    if reads is not None and model.architecture in reads.studied:
+        return "yes", "", reads.source, "read", ()
+    return "unknown", "", "", "not", ()
+
+
+def _each(format: str, scheme: str, model: Quantized, command: str) -> Iterable[Way]:
+    from qtool.checkpoint import formats
+
+    problems = formats.get(format).problems(model.schemes)
+    for runtime in facts.readers(format):
+        way = _way(runtime, format, scheme, model, "-", command)
+        if problems:
+            way = Way(runtime.title, runtime.version, format, scheme, "no", problems[0].text, "", "", "read")
+        yield way
+
+
+def _way(runtime: Runtime, format: str, scheme: str, model: Quantized, path: str, command: str = "") -> Way:
+    answer, _, source, checked, said = _judge(runtime, format, scheme, model)
+    how = f"{command}qtool {'serve' if runtime.server else 'generate'} {path} --runtime {runtime.name}"
+    return Way(
+        runtime.title,
+        runtime.version,
+        format,
+        scheme,
+        answer,
+        "; ".join(said),
+        "" if answer == "no" else how,
+        source,
+        checked,
+    )
+
+
+def _planned(checkpoint: Checkpoint) -> dict[str, dict[str, Scheme | None]]:
+    """How each scheme of the recipe that fits a float model would quantize its linears."""
+    from qtool.checkpoint import formats
+    from qtool.recipe.load import match
+
+    recipe, _ = match(checkpoint.config)
+    linears = [name for name in formats.of(checkpoint).layers(checkpoint) if any(map(str.isdigit, name.split(".")))]
+    found = {}
+    for scheme in recipe.schemes:
+        policies = {name: recipe.policy(scheme, name) for name in linears}
+        found[scheme] = {name: None if policy is None else policy.scheme for name, policy in policies.items()}
+    return found
+
+
+def _shown(path: Path) -> str:
+    return shlex.quote(str(path))

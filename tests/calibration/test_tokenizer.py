@@ -1,0 +1,34 @@
+"""Damaged and empty tokenizers, through transformers itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtool.calibration.tokenizer import load_tokenizer
+from qtool.errors import ForeignError, InputError
+
+
+@pytest.mark.parametrize(
+    "change", [{"model": {"type": "WordPiece"}}, {"model": 7}, {"added_tokens": [{"id": -1}]}, {"version": None}]
+)
+def test_whatever_the_library_raises_is_bad_input(tmp_path: Path, tiny_tokenizer: Any, change: dict[str, Any]) -> None:
+    tiny_tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ForeignError, match="no usable tokenizer: ") as caught:
+        load_tokenizer(tmp_path, trust_remote_code=False)
+    assert caught.value.where == str(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_vocabulary_is_no_tokenizer(tmp_path: Path) -> None:
+    """What transformers makes of a folder whose tokenizer.json is missing."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="vocabulary is empty"):
+        load_tokenizer(tmp_path, trust_remote_code=False)
