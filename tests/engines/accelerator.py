@@ -40,7 +40,7 @@ class Accelerator(TorchFunctionMode):
 
     Attributes:
         operations: how many ran on the device.
-        in_main_memory: the functions of qtool that computed on a large tensor in main memory, as "file:function: operation".
+        in_main_memory: what computed on a large tensor in main memory, as "file:function of qtool: operation".
     """
 
     def __init__(self, limit: int = 1 << 20) -> None:

@@ -83,7 +83,9 @@ _ALLOWED = {
 
 
 @pytest.mark.parametrize("smoothing", ["osl", "smoothquant"])
-@pytest.mark.parametrize(("model_type", "limit"), [("llama", 1 << 20), ("qwen3_moe", 1 << 16), ("deepseek_v3", 1 << 16)])
+@pytest.mark.parametrize(
+    ("model_type", "limit"), [("llama", 1 << 20), ("qwen3_moe", 1 << 16), ("deepseek_v3", 1 << 16)]
+)
 def test_nothing_large_is_computed_in_main_memory(
     model_type: str,
     limit: int,
