@@ -90,6 +90,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **_DEEPSEEK_LIKE,
     },
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32},
+    "llama": {"architectures": ["LlamaForCausalLM"], "head_dim": 32},
 }
 
 

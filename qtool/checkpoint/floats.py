@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -24,10 +25,13 @@ class FloatReader:
 
     Args:
         checkpoint: of a format whose `is_float` is set; of another, `linear` tells which tensors can't be read here.
+        device: where `tensor` and `rows` put what they read, and compute; all else is in main memory.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
         self.checkpoint = checkpoint
+        self._device = device
+        self._on_cpu = str(device) == "cpu"
         self._format = formats.of(checkpoint)
         self._block = (
             fp8.block_shape(checkpoint.config, str(checkpoint.path / "config.json"))
@@ -38,8 +42,8 @@ class FloatReader:
 
     @contextmanager
     def holding(self, names: Iterable[str]) -> Iterator[None]:
-        """Within the block these tensors are kept in memory as they are stored, so that no file is read twice."""
-        self._held = {name: self.checkpoint.tensor(name) for name in names}
+        """Within the block these tensors are kept on the device as they are stored, so that no file is read twice."""
+        self._held = {name: self._stored(name) for name in names}
         try:
             yield
         finally:
@@ -109,9 +113,8 @@ class FloatReader:
         dtype = dtype or own
         info = self.checkpoint.info(name)
         if info.dtype != "F8_E4M3":
-            stored = self._range(name, 0, info.shape[0]) if info.shape else self.checkpoint.tensor(name)
-            return self.finite(name, stored).to(dtype)
-        whole = torch.empty(info.shape, dtype=dtype)
+            return self.finite(name, self._held[name] if name in self._held else self._stored(name)).to(dtype)
+        whole = torch.empty(info.shape, dtype=dtype, device=self._device)
         step = self.row_step(name)
         for start in range(0, info.shape[0], step):
             whole[start : start + step] = self.rows(name, start, min(start + step, info.shape[0]))
@@ -128,7 +131,7 @@ class FloatReader:
         first = start - start % height  # of the block that `start` lies in
         scale_name = name + fp8.SCALE_SUFFIX
         self._check_scales(name, scale_name)
-        scales = self.finite(scale_name, self.checkpoint.row_range(scale_name, first // height, -(-stop // height)))
+        scales = self.finite(scale_name, self._read(scale_name, first // height, -(-stop // height)))
         codes = self._range(name, first, stop)
         return self.finite(name, fp8.dequantize(codes, scales, self._block)[start - first :])
 
@@ -139,6 +142,8 @@ class FloatReader:
         """
         import torch
 
+        if not self._on_cpu:
+            return FloatReader(self.checkpoint).gather(name, ids)
         own = self.dtype(name)
         if self.checkpoint.info(name).dtype != "F8_E4M3":
             return self.finite(name, self.checkpoint.rows(name, ids))
@@ -149,6 +154,8 @@ class FloatReader:
 
         Raises InputError as `tensor`.
         """
+        if not self._on_cpu:
+            return FloatReader(self.checkpoint).unchanged(name)
         is_number = self.checkpoint.info(name).dtype in dtypes.FLOATS or name.endswith(".weight")
         return self.tensor(name) if is_number else self.checkpoint.tensor(name)
 
@@ -179,7 +186,33 @@ class FloatReader:
 
     def _range(self, name: str, start: int, stop: int) -> torch.Tensor:
         held = self._held.get(name)
-        return self.checkpoint.row_range(name, start, stop) if held is None else held[start:stop]
+        return self._read(name, start, stop) if held is None else held[start:stop]
+
+    def _stored(self, name: str) -> torch.Tensor:
+        """A whole tensor as it is stored, on the device."""
+        info = self.checkpoint.info(name)
+        if self._on_cpu or not info.shape:
+            return self.checkpoint.tensor(name).to(self._device)
+        import torch
+
+        # Piece by piece, so that the next is read while one is copied, from a buffer of their size that is used again.
+        step = self.row_step(name)
+        ends = [*range(step, info.shape[0], step), info.shape[0]]
+        first = self._read(name, 0, ends[0])
+        whole = torch.empty(info.shape, dtype=first.dtype, device=self._device)
+        whole[: ends[0]] = first
+        for start, stop in itertools.pairwise(ends):
+            whole[start:stop] = self._read(name, start, stop)
+        return whole
+
+    def _read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a tensor as they are stored, on the device."""
+        if self._on_cpu:
+            return self.checkpoint.row_range(name, start, stop)
+        import torch
+
+        pinned = torch.cuda.is_available()
+        return self.checkpoint.row_range(name, start, stop, pinned=pinned).to(self._device, non_blocking=pinned)
 
     def _check_scales(self, name: str, scale_name: str) -> None:
         assert self._block is not None

@@ -59,14 +59,23 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]
     import torch
 
     height, width = block
-    out = torch.empty(codes.shape, dtype=torch.float32)
+    out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    factors = scales.float().repeat_interleave(width, dim=1)[:, : codes.shape[1]] * _BIAS
+    if codes.device.type != "cpu":
+        _dequantize(codes, factors.repeat_interleave(height, dim=0)[: len(codes)], out)
+        return out
     # A block's rows at a time: what is between fits into the cache.
     for i, start in enumerate(range(0, codes.shape[0], height)):
-        rows = codes[start : start + height]
-        factors = scales[i].float().repeat_interleave(width)[: codes.shape[1]] * _BIAS
-        fields = rows.view(torch.int8).to(torch.int16).bitwise_left_shift_(_SHIFT).bitwise_and_(_FIELDS)
-        torch.mul(fields.view(torch.bfloat16), factors, out=out[start : start + height])
-        shifted = rows.view(torch.uint8) << 1
-        if rows.numel() and int(shifted.amax()) == _NAN:
-            out[start : start + height][shifted == _NAN] = float("nan")
+        _dequantize(codes[start : start + height], factors[i], out[start : start + height])
     return out
+
+
+def _dequantize(rows: torch.Tensor, factors: torch.Tensor, out: torch.Tensor) -> None:
+    """Codes [rows, in] into `out`, with the factors [in], or of each row [rows, in], of their bits' values."""
+    import torch
+
+    fields = rows.view(torch.int8).to(torch.int16).bitwise_left_shift_(_SHIFT).bitwise_and_(_FIELDS)
+    torch.mul(fields.view(torch.bfloat16), factors, out=out)
+    shifted = rows.view(torch.uint8) << 1
+    if rows.numel() and int(shifted.amax()) == _NAN:
+        out[shifted == _NAN] = float("nan")

@@ -107,11 +107,17 @@ class Checkpoint:
         spans = [(info.offset + first * width, length * width) for first, length in _runs(wanted.tolist())]
         return self._read(info, spans).reshape(len(wanted), *info.shape[1:])[inverse]
 
-    def row_range(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows start to stop of a tensor, in the stored dtype. Raises InputError and QtoolError as `tensor`."""
+    def row_range(self, name: str, start: int, stop: int, *, pinned: bool = False) -> torch.Tensor:
+        """Rows start to stop of a tensor, in the stored dtype. Raises InputError and QtoolError as `tensor`.
+
+        Args:
+            pinned: read into memory that CUDA copies from at full speed, and while something else goes on.
+        """
         info = self.info(name)
         width = info.nbytes // info.shape[0] if info.shape[0] else 0
-        return self._read(info, [(info.offset + start * width, (stop - start) * width)]).reshape(-1, *info.shape[1:])
+        return self._read(info, [(info.offset + start * width, (stop - start) * width)], pinned).reshape(
+            -1, *info.shape[1:]
+        )
 
     def chunks(self, name: str, max_bytes: int) -> Iterator[torch.Tensor]:
         """The numbers of one tensor, flat, in its stored dtype, at most `max_bytes` (a multiple of 8) at a time.
@@ -123,14 +129,14 @@ class Checkpoint:
         for start in range(0, info.nbytes, max_bytes):
             yield self._read(info, [(info.offset + start, min(max_bytes, info.nbytes - start))])
 
-    def _read(self, info: TensorInfo, spans: list[tuple[int, int]]) -> torch.Tensor:
+    def _read(self, info: TensorInfo, spans: list[tuple[int, int]], pinned: bool = False) -> torch.Tensor:
         """The bytes of several (offset, length) spans, one after the other, as a flat tensor of the stored dtype."""
         import torch
 
         dtype = dtypes.to_torch(info.dtype)
         if dtype is None:
             raise InputError(f"tensor {info.name!r} has dtype {info.dtype}, which can't be read", where=str(info.file))
-        data = torch.empty(sum(length for _, length in spans), dtype=torch.uint8)
+        data = torch.empty(sum(length for _, length in spans), dtype=torch.uint8, pin_memory=pinned)
         buffer = data.numpy().data
         try:
             with info.file.open("rb", buffering=0) as stream:

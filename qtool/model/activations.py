@@ -87,7 +87,7 @@ class Activations:
     def _pour(self, runs: list[tuple[int, int]], tensor: torch.Tensor) -> None:
         if tensor.shape != (sum(length for _, length in runs), self.width):
             raise ValueError(f"{tuple(tensor.shape)} can't go into rows of {self.width}")
-        content = tensor.detach().cpu().to(self.dtype).contiguous().view(torch.uint8).reshape(-1).numpy().data
+        content = tensor.detach().to(self.dtype).cpu().contiguous().view(torch.uint8).reshape(-1).numpy().data
         with disk_errors(self.path, content.nbytes):
             for first, length in runs:
                 place, end = first * self._row_bytes, (first + length) * self._row_bytes

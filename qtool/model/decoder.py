@@ -34,8 +34,8 @@ class DecoderStream:
     Args:
         checkpoint: an opened checkpoint, float or in one of qtool's quantized formats.
         dtype: compute type of weights and hidden states.
-        device: where the layers and experts run. What is learnt from them (hidden states, routing, statistics, groups)
-            comes to main memory at once, and weights are searched and rounded there.
+        device: where the layers and experts run, their inputs' statistics are, and weights are searched and rounded.
+            Hidden states, routing and groups come to main memory at once.
         trust_remote_code: allow the checkpoint's own modelling code.
         weights: what all weights are read through; None for the checkpoint as it is.
 
@@ -61,7 +61,7 @@ class DecoderStream:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = torch.device(device)
-        self.weights: ModelWeights = FloatReader(checkpoint) if weights is None else weights
+        self.weights: ModelWeights = FloatReader(checkpoint, self.device) if weights is None else weights
         self._skeleton = Skeleton(checkpoint, dtype, self.device, trust_remote_code=trust_remote_code)
         self._loader = Loader(self._skeleton, self.weights, dtype, self.device)
         self.head = Head(self._skeleton, self._loader)

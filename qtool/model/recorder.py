@@ -85,7 +85,7 @@ class Recorder:
         Args:
             experts: their numbers.
             counts: tokens that each expert of the layer saw.
-            router: float32 [all experts, hidden], in main memory.
+            router: float32 [all experts, hidden], on the device to compute on.
 
         Returns:
             Per expert the tokens' numbers, ascending, int64.
@@ -99,13 +99,14 @@ class Recorder:
         else:
             rows = router[experts].t()
             steps = range(0, self._tokens, _STEP)
-            scores = torch.cat([self._inputs.read(s, min(s + _STEP, self._tokens)).float() @ rows for s in steps])
+            parts = (self._inputs.read(s, min(s + _STEP, self._tokens)).to(rows.device) for s in steps)
+            scores = torch.cat([part.float() @ rows for part in parts])
         found = {}
         for column, expert in enumerate(experts):
             own = routing.tokens(expert)[0]
             scores[own, column] = -torch.inf
             missing = min(enough - counts[expert], self._tokens - len(own))
-            found[expert] = scores[:, column].topk(missing).indices.sort().values
+            found[expert] = scores[:, column].topk(missing).indices.sort().values.cpu()
         return found
 
     def seen(self, expert: int, routing: Routing, extra: dict[int, torch.Tensor]) -> torch.Tensor:

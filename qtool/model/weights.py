@@ -22,7 +22,10 @@ _LARGEST = 1e15  # that an activation can be: squares of it, summed over all tok
 
 
 class ModelWeights(Protocol):
-    """A model's tensors by the checkpoint's names. Whatever is read is finite; an InputError says what is wrong."""
+    """A model's tensors by the checkpoint's names, on the device where the model is unless said otherwise.
+
+    Whatever is read is finite; an InputError says what is wrong.
+    """
 
     @property
     def where(self) -> str:
@@ -55,11 +58,11 @@ class ModelWeights(Protocol):
         ...
 
     def gather(self, name: str, ids: torch.Tensor) -> torch.Tensor:
-        """Rows [n, in] of a matrix by their numbers, int64 [n], in its type of the float model."""
+        """Rows [n, in] of a matrix by their numbers, int64 [n], in its type of the float model, in main memory."""
         ...
 
     def unchanged(self, name: str) -> torch.Tensor:
-        """What the output holds of a tensor that is not quantized."""
+        """What the output holds of a tensor that is not quantized, in main memory."""
         ...
 
     def linear(self, name: str) -> QuantizedLinear | None:
@@ -71,7 +74,7 @@ class ModelWeights(Protocol):
         ...
 
     def holding(self, names: Iterable[str]) -> AbstractContextManager[None]:
-        """Within the block no file is read twice for these tensors."""
+        """Within the block no file is read twice for these tensors, which are kept as they are stored."""
         ...
 
 
@@ -95,13 +98,16 @@ class StoredWeights:
         step = self._weights.row_step(name)
         if stop - start <= step:
             return self._weights.rows(name, start, stop)
-        out = torch.empty(stop - start, self.shape(linear)[1])
         # From the first row of a block on, so that no block of scales is read twice.
-        first = start
+        first, out = start, None
         while first < stop:
             last = min(stop, first - first % step + step)
-            out[first - start : last - start] = self._weights.rows(name, first, last)
+            rows = self._weights.rows(name, first, last)
+            if out is None:
+                out = rows.new_empty(stop - start, rows.shape[1])
+            out[first - start : last - start] = rows
             first = last
+        assert out is not None
         return out
 
     def vector(self, name: str) -> torch.Tensor | None:

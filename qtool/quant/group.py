@@ -25,6 +25,7 @@ from qtool.scheme import Scheme
 _CLIP_RATIOS = (1.0, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8)
 # Weights that are in float32 at a time: what the cache takes; GPTQ needs more rows to be worth its steps.
 _CHUNK, _GPTQ_CHUNK = 1 << 22, 1 << 24
+_GPTQ_CHUNK_ON_DEVICE = 1 << 27  # its steps cost the same for any number of rows there
 _REPORT_TOKENS = 32  # that the reported error of a group is measured on
 
 
@@ -52,13 +53,16 @@ def quantize_group(
     chosen: Diagonal | None,
     storage: Storage,
 ) -> tuple[dict[str, QuantizedLinear], GroupReport]:
-    """Quantize the linears of one group whose policy says so.
+    """Quantize the linears of one group whose policy says so, on the device of its statistics.
 
     Args:
         folded, chosen: from `smooth`; chosen is None for a group without smoothing.
         group, policies: as there.
         statistics: of the group's input.
         storage: what the output format keeps.
+
+    Returns:
+        The linears, in main memory, and how they came out.
     """
     policy = policy_of(group, policies)
     assert policy is not None
@@ -73,9 +77,9 @@ def quantize_group(
     linears = {
         name: QuantizedLinear(
             scheme=policy.scheme,
-            weight=integers,
-            weight_scale=scale,
-            bias=folded.vector(f"{name}.bias"),
+            weight=integers.cpu(),
+            weight_scale=scale.cpu(),
+            bias=_in_main_memory(folded.vector(f"{name}.bias")),
             input_scale=quantizer.scale,
             input_zero_point=quantizer.zero_point,
         )
@@ -85,10 +89,15 @@ def quantize_group(
     return linears, report(members, policy, chosen, error.relative, before, extent(inputs.low, inputs.high))
 
 
+def _in_main_memory(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.cpu()
+
+
 class _Rounder:
     """Rounds the weights of one group as a policy says.
 
     Attributes:
+        device: where it computes.
         chunk: how many weights are best rounded at a time.
     """
 
@@ -104,7 +113,9 @@ class _Rounder:
             error=ErrorByEnergy(inputs.energy) if policy.clip else None,
             storable=lambda scale: storage.weight_scale(scale, policy.scheme),
         )
-        self.chunk = _CHUNK if self._gptq is None else _GPTQ_CHUNK
+        self.device = noisy.device
+        on_cpu = self.device.type == "cpu"
+        self.chunk = _CHUNK if self._gptq is None else _GPTQ_CHUNK if on_cpu else _GPTQ_CHUNK_ON_DEVICE
 
     def scale_of_all(self, folded: Folded, name: str) -> Scales | None:
         """The one scale that all rows of a linear share; None where they don't."""
@@ -154,7 +165,10 @@ def _round(
     shapes = {name: folded.shape(name) for name in members}
     of_all = {name: rounder.scale_of_all(folded, name) for name in members}
     made = {
-        name: (torch.empty(shape, dtype=torch.int8), torch.empty(rounder.args.scales_shape(shape)))
+        name: (
+            torch.empty(shape, dtype=torch.int8, device=rounder.device),
+            torch.empty(rounder.args.scales_shape(shape), device=rounder.device),
+        )
         for name, shape in shapes.items()
     }
     for chunk in chunks(folded, members, rounder.chunk):

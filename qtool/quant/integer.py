@@ -13,6 +13,8 @@ import torch
 from qtool.quant.types import QuantizedLinear
 from qtool.scheme import QuantizationArgs
 
+_HAVE_FLOAT64 = ("cpu", "cuda")
+
 
 def symmetric_scale(amax: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
     """Scale of a symmetric range [-amax, amax].
@@ -23,7 +25,7 @@ def symmetric_scale(amax: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
     Returns:
         float32, same shape; 1 where amax is 0 so that an all-zero row stays representable.
     """
-    scale = (amax.double() * 2 / args.steps).float()
+    scale = (_in_float64(amax) * 2 / args.steps).float().to(amax.device)
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
@@ -36,11 +38,12 @@ def asymmetric_parameters(
         (scale float32, zero point float32 with integer values in qmin..qmax), same shape as the arguments;
         q = clamp(round(x / scale + zero point)).
     """
-    low, high = low.double().clamp(max=0), high.double().clamp(min=0)
+    device = low.device
+    low, high = _in_float64(low).clamp(max=0), _in_float64(high).clamp(min=0)
     scale = (high - low) / args.steps
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     zero_point = torch.round(args.qmin - low / scale).clamp(args.qmin, args.qmax)
-    return scale.float(), zero_point.float()
+    return scale.float().to(device), zero_point.float().to(device)
 
 
 def fake_quantize_tokens(x: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
@@ -54,6 +57,11 @@ def fake_quantize_tensor(
 ) -> torch.Tensor:
     """Asymmetric, the whole tensor with a given scale and zero point (static activations)."""
     return (x / scale).add_(zero_point).round_().clamp_(args.qmin, args.qmax).sub_(zero_point).mul_(scale)
+
+
+def _in_float64(x: torch.Tensor) -> torch.Tensor:
+    """Where `x` is, or in main memory where its device has no float64."""
+    return (x if x.device.type in _HAVE_FLOAT64 else x.cpu()).double()
 
 
 @dataclass(frozen=True)

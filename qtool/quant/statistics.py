@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 _HESSIAN_STRIDE = 2  # every other token gives the same rounding; the product costs as much as the layer itself
 
 
 class InputStatistics:
-    """Streaming statistics of an input [tokens, in], never the whole of it; kept in main memory wherever the input is.
+    """Streaming statistics of an input [tokens, in], never the whole of it; on the device that the input is on.
+
+    Pickled, they are in main memory: who unpickles them may have another device.
 
     Attributes:
         low, high: float32 [in], per-channel minimum and maximum over all tokens.
@@ -48,22 +52,35 @@ class InputStatistics:
         """Add a batch of samples [batch, length, in], or of tokens [tokens, in]."""
         samples = x.reshape(-1, x.shape[-2], x.shape[-1])
         x = samples.reshape(-1, x.shape[-1])
-        low, high = x.amin(dim=0).float().cpu(), x.amax(dim=0).float().cpu()
+        low, high = x.amin(dim=0).float(), x.amax(dim=0).float()
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
         if self._with_hessian:
             # The product runs in the input's dtype (bfloat16 doubles the speed), the sum over batches in float32.
             some = x[self._seen % self._hessian_stride :: self._hessian_stride]
-            product = (some.t() @ some).cpu()
+            product = some.t() @ some
             self._hessian = product.float() if self._hessian is None else self._hessian.add_(product)
             self._hessian_tokens += some.shape[0]
         else:
-            squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_().cpu()
+            squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
             self._squares = squares if self._squares is None else self._squares.add_(squares)
         for sample in samples:
-            self._kept.append(sample[self._seen % self._stride :: self._stride].to("cpu", copy=True))
+            self._kept.append(sample[self._seen % self._stride :: self._stride].clone())
             self._seen += 1
         self._tokens += x.shape[0]
+
+    def to(self, device: torch.device | str) -> InputStatistics:
+        """The same on another device; tensors that are there already are shared."""
+        moved = object.__new__(InputStatistics)
+        moved.__dict__ = {name: _moved(value, device) for name, value in vars(self).items()}
+        return moved
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self.to("cpu"))
+
+    @property
+    def device(self) -> torch.device:
+        return self.low.device
 
     @property
     def tokens(self) -> int:
@@ -85,7 +102,9 @@ class InputStatistics:
     @property
     def energy(self) -> torch.Tensor:
         """Per-channel mean square, float32 [in]."""
-        return self.hessian.diagonal() if self._with_hessian else _seen(self._squares) / self._tokens
+        if self._with_hessian:
+            return _seen(self._hessian).diagonal() / self._hessian_tokens
+        return _seen(self._squares) / self._tokens
 
     @property
     def hessian(self) -> torch.Tensor:
@@ -125,6 +144,12 @@ class Smoothed:
         """float32 [in, in], a new tensor."""
         hessian = self._statistics.hessian
         return hessian if self._s is None else hessian / self._s / self._s[:, None]
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return [each.to(device) for each in value] if isinstance(value, list) else value
 
 
 def _seen(value: torch.Tensor | None) -> torch.Tensor:

@@ -135,10 +135,10 @@ def per_producer_channel(target: Fold, values: torch.Tensor) -> torch.Tensor:
 
     This is what makes one s per key-value channel out of the query heads that read it.
     """
-    width = int(target.channel_map.max()) + 1
-    pooled = torch.zeros(width, dtype=values.dtype, device=values.device)
-    pooled.scatter_reduce_(0, target.channel_map, values, "amax", include_self=False)
-    return pooled[target.channel_map]
+    channels = target.channel_map.to(values.device)
+    pooled = torch.zeros(int(target.channel_map.max()) + 1, dtype=values.dtype, device=values.device)
+    pooled.scatter_reduce_(0, channels, values, "amax", include_self=False)
+    return pooled[channels]
 
 
 def _linear_inputs(linears: dict[str, nn.Linear], run: Probe) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -109,9 +109,16 @@ class Tensor:
 
 
 def make(
-    folder: Path, size: str = "r1", *, dense: int = 1, moe: int = 1, vocabulary: int = 4096, seed: int = 0
+    folder: Path,
+    size: str = "r1",
+    *,
+    dense: int = 1,
+    moe: int = 1,
+    vocabulary: int = 4096,
+    seed: int = 0,
+    **changes: Any,
 ) -> Path:
-    """Write the checkpoint of `dense` + `moe` layers, with a tokenizer of its vocabulary."""
+    """Write the checkpoint of `dense` + `moe` layers, with a tokenizer of its vocabulary; `changes` to config.json."""
     from tests.families import train_tokenizer
 
     config = SIZES[size] | {
@@ -119,6 +126,7 @@ def make(
         "num_hidden_layers": dense + moe,
         "num_nextn_predict_layers": 0,
         "vocab_size": vocabulary,
+        **changes,
     }
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,14 @@ _PLACES = {  # what a tensor says about where it is
     torch.Tensor.is_cuda.__get__: True,  # type: ignore[attr-defined]
     torch.Tensor.is_cpu.__get__: False,  # type: ignore[attr-defined]
 }
+# What only looks at a tensor, or copies it as it is.
+_NO_WORK = {
+    *("__get__", "__getitem__", "__setitem__", "__len__", "__set__", "__hash__", "numpy", "__array__", "data_ptr"),
+    *("view", "reshape", "flatten", "unflatten", "contiguous", "detach", "clone", "copy_", "to", "cpu", "size", "dim"),
+    *("t", "transpose", "split", "unbind", "narrow", "expand", "is_floating_point", "is_contiguous", "numel", "stride"),
+    *("untyped_storage", "element_size", "requires_grad_", "is_complex", "storage_offset", "view_as", "permute"),
+    *("empty", "empty_like", "new_empty", "zeros", "zeros_like", "cat", "stack", "as_tensor"),
+}
 
 
 class Accelerator(TorchFunctionMode):
@@ -23,13 +33,21 @@ class Accelerator(TorchFunctionMode):
     on tensors of both places raise as CUDA's do. Allowed are single numbers (0-dimensional tensors) and index tensors
     of main memory beside tensors of the device, and copies.
 
+    Torch's functions are counted where Python calls them; what they call inside isn't known by its storage yet.
+
+    Args:
+        limit: bytes; computing on tensors of more in main memory is noted.
+
     Attributes:
         operations: how many ran on the device.
+        in_main_memory: what computed on a large tensor in main memory, as "file:function of qtool: operation".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = 1 << 20) -> None:
         super().__init__()
         self.operations = 0
+        self.in_main_memory: set[str] = set()
+        self._limit = limit
         self._storages: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is given out again
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -59,6 +77,10 @@ class Accelerator(TorchFunctionMode):
             here = torch.device(kwargs["device"]).type == "cuda"
             kwargs["device"] = "cpu" if here else kwargs["device"]
         result = func(*args, **kwargs)
+        if not here and func.__name__ not in _NO_WORK:
+            sizes = (each.nbytes for each in _tensors([tensors, result]) if each.device.type != "meta")
+            if max(sizes, default=0) > self._limit:
+                self.in_main_memory.add(f"{_caller()}: {func.__name__}")
         if here and func is not torch.Tensor.__setitem__:
             self._take(result)
         return result
@@ -91,6 +113,14 @@ class Accelerator(TorchFunctionMode):
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
             self._storages[storage._cdata] = storage
+
+
+def _caller() -> str:
+    """The innermost function of qtool that is running."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and "qtool" not in Path(frame.f_code.co_filename).parts[:-1]:
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

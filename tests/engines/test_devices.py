@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from qtool.engines.native import device
 from qtool.errors import InputError
+from qtool.quant.statistics import InputStatistics
 from tests import families
 from tests.engines.accelerator import Accelerator
 
@@ -70,6 +72,56 @@ def test_quantizing_on_a_device(
     expected, found = families.load(tmp_path / "cpu"), families.load(tmp_path / "cuda")
     assert found.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+_LARGE = {"hidden_size": 512, "intermediate_size": 1280, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+_ALLOWED = {
+    "floats.py:finite: aminmax",  # of the embeddings, which lie outside of the layers
+    "schedule.py:_finish_lot: add",  # the experts' outputs, which are summed up in a file
+}
+
+
+@pytest.mark.parametrize("smoothing", ["osl", "smoothquant"])
+@pytest.mark.parametrize(
+    ("model_type", "limit"), [("llama", 1 << 20), ("qwen3_moe", 1 << 16), ("deepseek_v3", 1 << 16)]
+)
+def test_nothing_large_is_computed_in_main_memory(
+    model_type: str,
+    limit: int,
+    smoothing: str,
+    make_model: Callable[..., Path],
+    tiny_tokenizer: Any,
+    quantize: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The limit is less than the smallest weight of the experts, or the Hessian of what enters them."""
+    if model_type == "llama":
+        model = make_model("llama", name="device-large", num_hidden_layers=1, **_LARGE)
+    else:
+        model = families.make(tmp_path / "model", model_type, tiny_tokenizer)
+    policies = [
+        {"layers": ".*lm_head", "quantize": False},
+        {"layers": ".*", "activations": {"mode": "dynamic"}, "smoothing": smoothing, "clip": True, "rounding": "gptq"},
+    ]
+    monkeypatch.setattr(device, "compute_dtype", lambda _device, exact: torch.float32)
+    monkeypatch.setattr(device, "choose", lambda _wanted, exact: "cuda")
+    with Accelerator(limit) as accelerator:
+        quantize(model, tmp_path / "out", default_scheme="w8a8-dynamic", schemes={"w8a8-dynamic": policies})
+    assert accelerator.in_main_memory <= (_ALLOWED if model_type in families.FAMILIES else set())
+
+
+def test_pickled_statistics_are_in_main_memory() -> None:
+    with Accelerator():
+        seen = InputStatistics(stride=2, with_hessian=True)
+        seen.update(torch.arange(24.0).reshape(2, 3, 4).to("cuda"))
+        assert {seen.low.device.type, seen.hessian.device.type, seen.sample.device.type} == {"cuda"}
+        there = pickle.loads(pickle.dumps(seen))
+        assert {there.low.device.type, there.hessian.device.type, there.sample.device.type} == {"cpu"}
+        assert there.hessian.tolist() == seen.hessian.tolist()
+        assert there.sample.tolist() == seen.sample.tolist()
+        assert there.to("cuda").device.type == "cuda"
 
 
 def test_exact_osl_stays_in_main_memory() -> None:

@@ -66,7 +66,7 @@ class Setup:
             dtype=self.dtype,
             device=self.device,
             trust_remote_code=self.trust_remote_code,
-            weights=FloatReader(checkpoint),
+            weights=FloatReader(checkpoint, self.device),
         )
         return Context(model, formats.get(self.format))
 

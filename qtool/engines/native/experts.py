@@ -75,7 +75,7 @@ class SmoothedExpert:
         stored = {f"{part}.weight": f"{name}.weight" for part, name in linears.names.items()}
         own = StoredWeights(weights, stored)
         self._storage = storage(output_format, weights.dtype(stored[f"{GATE}.weight"]))
-        self._policies = policies
+        self._policies, self._device = policies, samples.seen.device
         width = own.shape(DOWN)[1]
         self._groups = [
             group
@@ -96,7 +96,7 @@ class SmoothedExpert:
             if policy_of(group, self._policies) is None:
                 continue
             name = group.linears[0]
-            seen = self._observed.get(name) or InputStatistics.empty(self.folded.shape(name)[1])
+            seen = self._observed.get(name) or InputStatistics.empty(self.folded.shape(name)[1]).to(self._device)
             linears, report = quantize_group(
                 self.folded, group, self._policies, seen, self._found.get(name), self._storage
             )

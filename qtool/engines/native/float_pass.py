@@ -63,7 +63,8 @@ class FloatPass:
         """Add what the layer's experts give to what leaves the layer. Raises InputError as `run`."""
         for start in range(0, self.leaving.rows, self.batch_tokens):
             stop = min(start + self.batch_tokens, self.leaving.rows)
-            output = self.leaving.read(start, stop).float() + sums.read(start, stop)
+            output, added = (each.read(start, stop).to(self.model.device) for each in (self.leaving, sums))
+            output = output.float() + added
             refuse_damage(output, self.model.layer_name(self.index), self.model.weights)
             self.leaving.write(start, output)
 

@@ -77,7 +77,7 @@ def after_run(prepared: Prepared, index: int, recorder: Recorder, router: torch.
 
     Args:
         recorder: took their place.
-        router: float32 [experts, hidden], if there is one; chooses the tokens that fill up.
+        router: float32 [experts, hidden], if there is one, on any device; chooses the tokens that fill up.
     """
     module = prepared.model.routed(index)
     assert module is not None

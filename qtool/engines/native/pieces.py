@@ -23,7 +23,7 @@ class Linear(NamedTuple):
 
 
 class Float(NamedTuple):
-    """A float tensor to write in place of the checkpoint's of this name, float32."""
+    """A float tensor to write in place of the checkpoint's of this name, in main memory."""
 
     name: str
     tensor: torch.Tensor

@@ -136,7 +136,7 @@ class Schedule:
                 linears = self._linears(index, layer)
                 statistics = _statistics(linears, sample_stride(hidden.rows))
                 floats.run(layer, statistics, recorder)
-                router = layer.get_parameter(routed.router).cpu().float() if routed and routed.router else None
+                router = layer.get_parameter(routed.router).float() if routed and routed.router else None
             # The layer's weights are gone: a unit reads what it needs of them.
             if not self._ledger.is_finished(index, DENSE):
                 task = DenseTask(linears, statistics)

@@ -20,6 +20,7 @@ from qtool.quant.group import policy_of, quantize_group
 from qtool.quant.layer import smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group
+from qtool.quant.transforms import Folded
 from qtool.recipe.schema import Policy
 
 
@@ -84,21 +85,22 @@ def quantize_dense(context: Context, task: DenseTask) -> Iterator[Piece]:
     linears, policies = task.linears, task.linears.policies
     weights = StoredWeights(context.model.weights, linears.stored)
     storage = context.storage(linears.first_weight)
-    folded, found = smooth(weights, linears.groups, policies, task.statistics, storage.dtype)
+    statistics = {name: seen.to(context.model.device) for name, seen in task.statistics.items()}
+    folded, found = smooth(weights, linears.groups, policies, statistics, storage.dtype)
     for group in linears.groups:
         name = group.linears[0]
         if policy_of(group, policies) is None:
             continue
-        made, report = quantize_group(folded, group, policies, task.statistics[name], found.get(name), storage)
+        made, report = quantize_group(folded, group, policies, statistics[name], found.get(name), storage)
         for linear, quantized in made.items():
             yield Linear(linears.name(linear), quantized)
         yield Row(report)
     for name in folded.linears:
         if policies.get(name) is None:
-            yield Float(linears.stored[f"{name}.weight"], folded.rows(name, 0, folded.shape(name)[0]))
+            yield _folded_weight(context, folded, name, linears.stored[f"{name}.weight"])
     for name, tensor in folded.changed.items():
         if name.endswith(".weight") or policies.get(name.removesuffix(".bias")) is None:
-            yield Float(linears.stored[name], tensor)
+            yield Float(linears.stored[name], tensor.cpu())
 
 
 @torch.no_grad()
@@ -107,24 +109,26 @@ def quantize_experts(context: Context, task: ExpertTask) -> Iterator[Piece]:
     model, inputs = context.model, task.inputs
     module = model.routed(task.layer)
     assert module is not None
-    output = torch.zeros(inputs.x.shape, dtype=torch.float32)
+    x = inputs.x.to(model.device)
+    output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     per_expert = zip(task.experts, task.policies, inputs.tokens, inputs.weights, inputs.extra, strict=True)
     for number, policies, tokens, weights, extra in per_expert:
         names = dict(zip(PARTS, module.names[number], strict=True))
         with model.weights.holding([f"{name}.weight" for name in names.values()]):
-            seen = (inputs.x[torch.cat((tokens, extra))] if len(extra) else inputs.x[tokens]).to(model.device)
+            tokens, weights = tokens.to(x.device), weights.to(x.device)
+            seen = x[torch.cat((tokens, extra.to(x.device)))] if len(extra) else x[tokens]
             inner = None
             if len(seen):
                 expert = module.expert(number)
                 inner = expert.inner(seen)
                 if len(tokens):
-                    routed = expert.output(inner[: len(tokens)]).float().cpu() * weights[:, None].float()
+                    routed = expert.output(inner[: len(tokens)]).float() * weights[:, None].float()
                     output.index_add_(0, tokens, routed)
                 del expert
             if task.quantize:
                 linears = ExpertLinears(names, policies, expert_groups(module.apply_gate))
                 yield from _quantize_expert(context, linears, ExpertSamples(seen, inner))
-    yield Output(output)
+    yield Output(output.cpu())
 
 
 def _quantize_expert(context: Context, linears: ExpertLinears, samples: ExpertSamples) -> Iterator[Piece]:
@@ -137,4 +141,10 @@ def _quantize_expert(context: Context, linears: ExpertLinears, samples: ExpertSa
     folded = expert.folded
     for part in folded.linears:
         if linears.policies[part] is None:
-            yield Float(f"{linears.names[part]}.weight", folded.rows(part, 0, folded.shape(part)[0]))
+            yield _folded_weight(context, folded, part, f"{linears.names[part]}.weight")
+
+
+def _folded_weight(context: Context, folded: Folded, name: str, stored: str) -> Float:
+    """A float linear that took a scale up, in the type that it is stored in."""
+    whole = folded.rows(name, 0, folded.shape(name)[0])
+    return Float(stored, whole.to(context.model.weights.dtype(stored)).cpu())

@@ -63,10 +63,11 @@ class ScaleSearch:
         errors = torch.zeros(len(bounds), dtype=torch.float64)
         if len(bounds) > 1 and self.error is not None:
             for part in parts():
+                every = torch.arange(len(part), device=part.device)
                 for i in range(len(bounds)):
                     scale, bound = (each[i].expand(len(part)) for each in (scales, bounds))
                     q = round_to_nearest(part, scale, bound, self.args)
-                    errors[i] += float(self.error(q.mul_(scale[:, None]).sub_(part), torch.arange(len(part))).sum())
+                    errors[i] += float(self.error(q.mul_(scale[:, None]).sub_(part), every).sum())
         best = int(errors.argmin())
         return Scales(scales[best : best + 1], bounds[best : best + 1])
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 
 from qtool.quant import threads
+from qtool.quant.rounding import graphs
 from qtool.scheme import QuantizationArgs
 
 REMAINDER = 0.3  # of the rounding noise that it leaves; measured 0.2 to 0.5 on SmolLM2
 _BLOCK = 64
+_WORTH_A_GRAPH = 4 * _BLOCK  # columns
 _DAMPINGS = 20  # each four times the one before: the last is larger than any rounding error
 
 
@@ -34,7 +36,7 @@ class GPTQ:
         self._args = args
         self._order = torch.argsort(diagonal, descending=True, stable=True)
         diagonal.add_(max(damping, 1e-3 * float(diagonal.mean()), 1e-12))
-        self._inverse = _inverse_factor(hessian[self._order][:, self._order])
+        self._inverse = _inverse_factor(hessian, self._order)
 
     def round(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Float32 weight [out, in] in steps of scale [out] or [out, groups]: int8 [out, in]."""
@@ -42,38 +44,44 @@ class GPTQ:
         inverse = self._inverse
         # Rows are input channels, so that updates are contiguous. With one scale per output channel they are in its
         # units; where scales change along the row, an error moves on in the weight's own.
-        steps = self._steps(scale, width)
-        work = (weight if steps is not None else weight / scale[:, None])[:, self._order].t().contiguous()
+        grouped, size = scale.dim() == 2, width // scale.shape[-1]
+        work = (weight if grouped else weight / scale[:, None])[:, self._order].t().contiguous()
         quantized = torch.empty(work.shape, dtype=torch.int8, device=weight.device)
+        round_block = self._block_rounder(work, grouped)
         for start in range(0, width, _BLOCK):
             end = min(start + _BLOCK, width)
             block, factor = work[start:end], inverse[start:end, start:end]
-            errors = torch.empty_like(block)
-            self._round_block(block, factor, None if steps is None else steps[start:end], quantized[start:end], errors)
+            steps = [scale.t()[self._order[start:end] // size]] if grouped else []
+            quantized[start:end], errors = round_block(block, factor, *steps)
             if end < width:
                 work[end:].addmm_(inverse[start:end, end:].t(), errors, alpha=-1)
         back = torch.empty_like(self._order)
         back[self._order] = torch.arange(width, device=back.device)
         return quantized[back].t().contiguous()
 
-    def _steps(self, scale: torch.Tensor, width: int) -> list[torch.Tensor] | None:
-        """The scale [out] of each column in their order; None with one scale per output channel."""
-        if scale.dim() == 1:
-            return None
-        by_group = scale.t().contiguous()
-        size = width // len(by_group)
-        return [by_group[channel // size] for channel in self._order.tolist()]
+    def _block_rounder(self, work: torch.Tensor, grouped: bool) -> graphs.Function:
+        """What rounds one block after the other of `work` [in, out]; all of a shape but the last."""
+        if graphs.usable(work.device) and len(work) >= _WORTH_A_GRAPH:
+            few = work[:_BLOCK]
+            examples = [few, few.new_ones(_BLOCK, _BLOCK), *([few] if grouped else [])]
+            return graphs.Captured(self._round_block, examples)
+        return self._round_block
 
     def _round_block(
-        self,
-        block: torch.Tensor,
-        factor: torch.Tensor,
-        steps: list[torch.Tensor] | None,
-        quantized: torch.Tensor,
-        errors: torch.Tensor,
-    ) -> None:
-        """Round the columns [few, out] of a block one by one, into `quantized`, and give their `errors`."""
-        pivots = factor.diagonal().tolist()
+        self, block: torch.Tensor, factor: torch.Tensor, steps: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Round the columns [few, out] of a block, which is overwritten, one by one.
+
+        Args:
+            factor: float32 [few, few], of the inverse.
+            steps: the scale of each element, float32 [few, out]; None where the block is in its units.
+
+        Returns:
+            (int8 [few, out], errors to move on, float32 [few, out]).
+        """
+        quantized, errors = torch.empty(block.shape, dtype=torch.int8, device=block.device), torch.empty_like(block)
+        # Numbers are faster than tensors on a CPU; on a device they would have to be waited for.
+        pivots = factor.diagonal().tolist() if block.device.type == "cpu" else factor.diagonal().unbind()
         with threads.single():
             for i, pivot in enumerate(pivots):
                 column = block[i] if steps is None else block[i] / steps[i]
@@ -82,9 +90,26 @@ class GPTQ:
                 error = torch.sub(block[i], q if steps is None else q.mul_(steps[i]), out=errors[i]).div_(pivot)
                 if i + 1 < len(pivots):
                     block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
+        return quantized, errors
 
 
-def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Upper U with Uᵀ U = the inverse of `hessian` with rows and columns in this order.
+
+    On a device whose memory that is too much for it is computed in main memory.
+
+    Raises ValueError when `hessian` holds NaN or infinite values.
+    """
+    try:
+        return _factor_of_inverse(hessian[order][:, order])
+    except torch.OutOfMemoryError:
+        if hessian.device.type == "cpu":
+            raise
+    here, order = hessian.cpu(), order.cpu()
+    return _factor_of_inverse(here[order][:, order]).to(hessian.device)
+
+
+def _factor_of_inverse(hessian: torch.Tensor) -> torch.Tensor:
     """Upper U with Uᵀ U = hessian⁻¹; more damping for as long as rounding makes `hessian` indefinite.
 
     With rows and columns reversed, hessian = L Lᵀ; reversed back L is an upper R with hessian = R Rᵀ, and U = R⁻¹.

@@ -52,14 +52,15 @@ class Folded:
         target = group.fold
         if target is None:
             raise ValueError(f"{group.linears} has no producer to fold into")
+        channels = target.channel_map.to(s.device)
         gain = self.vector(f"{target.producer}.weight")  # None for a linear, whose weight is no vector
         width = self.shape(target.producer)[0] if gain is None else len(gain)
         if gain is not None:
-            old = (gain + target.gain_offset)[target.channel_map]
+            old = (gain + target.gain_offset)[channels]
             kept = (old / s - target.gain_offset).to(dtype).float() + target.gain_offset
             s = torch.where((old == 0) | (kept == 0), s, old / kept)
         inverse = torch.ones(width, device=s.device)
-        inverse[target.channel_map] = 1 / s
+        inverse[channels] = 1 / s
         if gain is None:
             self._rows[target.producer] = self._rows.get(target.producer, 1) * inverse
         else:

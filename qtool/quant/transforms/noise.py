@@ -122,6 +122,14 @@ class NoiseModel:
         )
 
 
+def add_at(channels: torch.Tensor, places: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+    """Add each amount [n] to the channel whose number is its place, int64 [n]; `channels` itself."""
+    if channels.device.type == "cpu":
+        return channels.index_add_(0, places, amounts)
+    # CUDA's index_add_ adds in any order, so that two runs would differ; this one sorts first.
+    return channels.index_put_((places,), amounts, accumulate=True)
+
+
 class _Peaks:
     """Row maxima of |a| · exp(t), from each row's largest few channels."""
 
@@ -139,4 +147,4 @@ class _Peaks:
 
     def scatter(self, channels: torch.Tensor, amounts: torch.Tensor) -> None:
         """Add each row's amount to the channel of its maximum."""
-        channels.index_add_(0, self._at[:, 0], amounts)
+        add_at(channels, self._at[:, 0], amounts)

@@ -15,7 +15,7 @@ from qtool.quant.rounding import gptq
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, per_producer_channel
 from qtool.quant.transforms.diagonal import Diagonal, smoothing_scale
-from qtool.quant.transforms.noise import NoiseModel, WeightSample
+from qtool.quant.transforms.noise import NoiseModel, WeightSample, add_at
 from qtool.quant.weights import Weights, chunks
 from qtool.recipe.policy import Policy
 
@@ -34,17 +34,17 @@ class OSL:
 
     def fit(self, weights: Weights, group: Group, statistics: InputStatistics) -> Diagonal:
         assert group.fold is not None
-        sample, maximum = sample_weights(weights, group)
+        sample, maximum = sample_weights(weights, group, statistics.device)
         act_max, w_max = (per_producer_channel(group.fold, each) for each in (statistics.amax, maximum))
         model = NoiseModel(statistics.smoothed(None), sample, self._scheme, self._remainder)
         return fit(model, act_max, w_max, group.fold.channel_map)
 
 
-def sample_weights(weights: Weights, group: Group) -> tuple[WeightSample, torch.Tensor]:
+def sample_weights(weights: Weights, group: Group, device: torch.device) -> tuple[WeightSample, torch.Tensor]:
     """Some rows of the group's weights with what is known of all; and max|W| per input channel, float32 [in]."""
     width = weights.shape(group.linears[0])[1]
     stride = max(1, sum(weights.shape(name)[0] * width for name in group.linears) // _MODEL_ROWS)
-    maximum, energy = torch.zeros(width), torch.zeros(width)
+    maximum, energy = torch.zeros(width, device=device), torch.zeros(width, device=device)
     some = []
     for chunk in chunks(weights, group.linears, _CHUNK):
         for place in chunk:
@@ -67,7 +67,7 @@ def fit(model: NoiseModel, act_max: torch.Tensor, w_max: torch.Tensor, channel_m
         ((model.error(t := smoothing_scale(act_max, w_max, alpha).log()), alpha, t) for alpha in ALPHAS[::2]),
         key=lambda found: found[0],
     )
-    unique, inverse = channel_map.unique(return_inverse=True)
+    unique, inverse = channel_map.to(log_s.device).unique(return_inverse=True)
     shared = torch.zeros(len(unique), device=log_s.device)
     shared[inverse] = log_s
     optimizer = torch.optim.Adam([shared], lr=_RATE)
@@ -75,7 +75,7 @@ def fit(model: NoiseModel, act_max: torch.Tensor, w_max: torch.Tensor, channel_m
         if step % _REFRESH == 0:
             model.focus(shared[inverse])
         with threads.single():
-            shared.grad = torch.zeros_like(shared).index_add_(0, inverse, model.gradient(shared[inverse]))
+            shared.grad = add_at(torch.zeros_like(shared), inverse, model.gradient(shared[inverse]))
             optimizer.param_groups[0]["lr"] = _RATE * (1 - step / _STEPS)
             optimizer.step()
     refined = shared[inverse]

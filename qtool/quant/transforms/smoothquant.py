@@ -26,7 +26,7 @@ class SmoothQuant:
 
     def fit(self, weights: Weights, group: Group, statistics: InputStatistics) -> Diagonal:
         assert group.fold is not None
-        w_max = torch.zeros(weights.shape(group.linears[0])[1])
+        w_max = torch.zeros(weights.shape(group.linears[0])[1], device=statistics.device)
         for chunk in chunks(weights, group.linears, _CHUNK):
             for rows in chunk:
                 w_max = torch.maximum(w_max, weights.rows(*rows).abs().amax(dim=0))
