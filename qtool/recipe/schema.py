@@ -14,8 +14,10 @@ from pydantic import Field, model_validator
 from qtool.checkpoint import formats
 from qtool.recipe.policy import Policy
 from qtool.recipe.strict import Strict
+from qtool.scheme import named
 
 NonEmpty = Annotated[str, Field(min_length=1)]
+_MODEL = "w8a8-dynamic"  # no layer of it is float or static because of what one runtime wants
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]  # what generators of random numbers take
 
 
@@ -152,6 +154,21 @@ class Recipe(Strict):
         if self.default_scheme not in self.schemes:
             raise ValueError(f"default_scheme {self.default_scheme!r} is not one of {', '.join(self.schemes)}")
         return self
+
+    def with_scheme(self, name: str) -> Recipe | None:
+        """One that has a scheme of this name: this recipe, or with a usual precision that its layers are given.
+
+        `named` of qtool.scheme knows the usual ones. Which layers stay float, and how the others are smoothed, clipped
+        and rounded, is taken from w8a8-dynamic, or from the default scheme. None for a name that nobody knows.
+        """
+        if name in self.schemes:
+            return self
+        scheme = named(name)
+        if scheme is None:
+            return None
+        model = self.schemes.get(_MODEL, self.schemes[self.default_scheme])
+        made = [policy.with_scheme(scheme) if policy.quantize else policy for policy in model]
+        return self.model_copy(update={"schemes": {**self.schemes, name: made}})
 
     def policy(self, scheme: str, linear: str) -> Policy | None:
         """The first policy of `scheme` that matches the linear's whole name, or None (it stays float)."""
