@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtool.calibration.sources import BUILTIN
+from qtool.cli import completion
 from qtool.cli.bundle import expanded
 from qtool.cli.measuring import Measurement, WindowLength
 from qtool.cli.options import Printed, TrustRemoteCode, console, path_or_stdin
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 class Estimate(Measurement):
     """A measurement that is an estimate: less text does."""
 
-    recipe: Annotated[str | None, typer.Option(help="A recipe's name or file. Default: the matching one.")] = None
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A recipe's name or file. Default: the matching one.", autocompletion=completion.recipes),
+    ] = None
     windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 4
     length: WindowLength = 256
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 16

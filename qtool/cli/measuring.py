@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qtool.calibration.sources import BUILTIN
+from qtool.cli import completion
 
 if TYPE_CHECKING:
     from qtool.tuning.wanted import Wanted
@@ -25,9 +26,15 @@ class Measurement:
     """What is quantized how, what it is calibrated and what it is measured on. `analyze` measures less than `tune`."""
 
     recipe: Annotated[
-        str | None, typer.Option(help="The recipe to start from. Default: the one that matches the model.")
+        str | None,
+        typer.Option(
+            help="The recipe to start from. Default: the one that matches the model.", autocompletion=completion.recipes
+        ),
     ] = None
-    scheme: Annotated[str | None, typer.Option(help="One of its schemes. Default: the recipe's own.")] = None
+    scheme: Annotated[
+        str | None,
+        typer.Option(help="One of its schemes. Default: the recipe's own.", autocompletion=completion.schemes),
+    ] = None
     text: MeasuredText = BUILTIN
     windows: Annotated[int, typer.Option(min=1, help="Windows of text to evaluate on.")] = 24
     length: WindowLength = 512

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qtool.checkpoint import formats
+from qtool.cli import completion
 from qtool.cli.bundle import expanded
 from qtool.cli.options import Printed, TrustRemoteCode, console, path_or_stdin, size
 
@@ -25,9 +26,15 @@ class Method:
     """How to quantize."""
 
     recipe: Annotated[
-        str | None, typer.Option(help="A recipe's name or file. Default: the one that matches the model.")
+        str | None,
+        typer.Option(
+            help="A recipe's name or file. Default: the one that matches the model.", autocompletion=completion.recipes
+        ),
     ] = None
-    scheme: Annotated[str | None, typer.Option(help="One of the recipe's schemes. Default: the recipe's own.")] = None
+    scheme: Annotated[
+        str | None,
+        typer.Option(help="One of the recipe's schemes. Default: the recipe's own.", autocompletion=completion.schemes),
+    ] = None
     format: Annotated[formats.Name | None, typer.Option(help="Checkpoint format.")] = None
     engine: Annotated[Literal["auto", "native", "golden-stick"], typer.Option(help="Who quantizes.")] = "auto"
 
