@@ -157,13 +157,12 @@ def _fetch(place: Place, target: Path, choice: Choice, transfer: Transfer, mode:
     """Have the folder made, unless it is there."""
     from qtool.hub import download as hub
     from qtool.hub import tokens
+    from qtool.jobs import download as jobs
 
     if transfer.token_file and place.hub == "auto":
         what = "say which hub this token is for, so that no other gets it"
         raise InputError(what, where="--token-file", hint="Add --from.")
-    listing = hub.find(
-        place.repo, place.hub, place.revision, lambda name: tokens.read(name, transfer.token_file), out.event
-    )
+    listing = jobs.listing(place, lambda name: tokens.read(name, transfer.token_file), out.event)
     planned = hub.plan(listing, choice.include or [], choice.exclude or [])
     out.info(_summary(planned))
     if mode.dry_run:

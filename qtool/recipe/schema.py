@@ -16,6 +16,7 @@ from qtool.recipe.policy import Policy
 from qtool.recipe.strict import Strict
 
 NonEmpty = Annotated[str, Field(min_length=1)]
+RepositoryName = Annotated[str, Field(pattern=r"^[^/\s]+/[^/\s]+$")]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]  # what generators of random numbers take
 
 
@@ -149,8 +150,16 @@ class Repository(Strict):
     """Where the recipe's model can be downloaded from: `qtool download RECIPE`."""
 
     hub: Literal["huggingface", "modelers"]
-    repo: str = Field(pattern=r"^[^/\s]+/[^/\s]+$", description="ORG/NAME")
+    repo: RepositoryName = Field(description="ORG/NAME")
     revision: str | None = Field(default=None, description="branch, tag or commit; the default branch without")
+    also: list[RepositoryName] = Field(
+        default_factory=list, description="further names of the same model there, for when the first is gone"
+    )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """ORG/NAME, the one to be taken first."""
+        return (self.repo, *self.also)
 
 
 class Recipe(Strict):
