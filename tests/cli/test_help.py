@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pytest
 import typer
@@ -18,13 +18,12 @@ PLACEHOLDERS = {
     "ADDRESS", "BASE", "DIR", "FILE", "GLOB", "ID", "ID=BIAS", "JSON", "KEY=VALUE", "MODEL", "N", "NAME", "ORG/NAME",
     "QUANTIZED", "RECIPE", "REGEX", "SIZE", "TEXT", "URL", "X",
 }  # fmt: skip
-Kind = in_panel(Annotated[Literal["a", "b"], typer.Option(help="One.")], "Kinds")
 MANY = 15  # options that need panels
 
 
 def commands() -> Iterator[tuple[str, Any]]:
     for name in app.COMMANDS:
-        command = app._load(name)
+        command: Any = app._load(name)
         below = getattr(command, "commands", None)
         if below is None:
             yield name, command
@@ -33,7 +32,7 @@ def commands() -> Iterator[tuple[str, Any]]:
                 yield f"{name} {each}", inner
 
 
-ALL = dict(commands())
+ALL: dict[str, Any] = dict(commands())
 
 
 def context(name: str) -> Any:
@@ -43,7 +42,7 @@ def context(name: str) -> Any:
 @pytest.mark.parametrize("name", ALL)
 def test_every_parameter_is_explained_in_sentences(name: str) -> None:
     command = ALL[name]
-    assert isinstance(command, helptexts.Command)
+    assert type(command).format_options is helptexts.Command.format_options
     assert re.fullmatch(r"[A-Z][^\n]*\.", command.help.split("\n\n")[0].replace("\n", " ")), command.help
     for param in command.get_params(context(name)):
         assert param.help, param.name
@@ -88,7 +87,7 @@ def test_defaults_names_and_panels_are_printed() -> None:
     @single.command("work")
     def work(
         model: Annotated[str, typer.Argument(metavar="MODEL", help="A model.")],
-        kind: Kind = "a",
+        kind: Annotated[Literal["a", "b"], typer.Option(help="One.", rich_help_panel="Kinds")] = "a",
         sizes: Annotated[list[int] | None, typer.Option("--size", "-s", min=1, help="A size.")] = None,
         share: Annotated[float | None, typer.Option(help="A share.", show_default="all of it")] = None,
         fast: Annotated[bool | None, typer.Option("--fast/--slow", help="How fast.")] = None,
@@ -103,3 +102,12 @@ def test_defaults_names_and_panels_are_printed() -> None:
     assert "  --fast / --slow  How fast.\n" in shown
     assert shown.index("Arguments:") < shown.index("Kinds:") < shown.index("Options:")
     assert isinstance(command, typer.core.TyperCommand)
+
+
+def test_an_option_keeps_its_own_panel_and_a_shared_one_is_not_changed() -> None:
+    free = Annotated[int, typer.Option(help="One.")]
+    own = Annotated[int, typer.Option(help="One.", rich_help_panel="Own")]
+    assert get_args(in_panel(free, "Title"))[1].rich_help_panel == "Title"
+    assert get_args(free)[1].rich_help_panel is None
+    assert in_panel(own, "Title") == own
+    assert in_panel(int, "Title") is int
