@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtool.cli import completion
+from qtool.cli.helptexts import Commands
 from qtool.cli.options import Debug, Json, Quiet, console
 from qtool.console import visible
 
@@ -15,14 +16,17 @@ if TYPE_CHECKING:
     from qtool.recipe import load
     from qtool.recipe.yaml import Problem
 
-app = typer.Typer(
+app = Commands(
     help="List, show and validate recipes.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
 
 
 @app.command("list")
 def list_(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
-    """List the recipes shipped with qtool: their names on standard output, or all about them with --json."""
+    """List the recipes that come with qtool.
+
+    In a pipe, each recipe is one line with its name. --json gives all details.
+    """
     from qtool.recipe import load
 
     recipes = [load.load(name) for name in load.names()]
@@ -42,12 +46,17 @@ def list_(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> Non
 
 @app.command()
 def show(
-    recipe: Annotated[str, typer.Argument(metavar="NAME|FILE", autocompletion=completion.recipes)],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe's name or file.", autocompletion=completion.recipes)
+    ],
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Print a recipe with everything it inherits, as YAML: a start for one's own."""
+    """Print a recipe as YAML.
+
+    It has everything that the recipe inherits, so it is a good start for a recipe of your own.
+    """
     from qtool.recipe import load
 
     out = console()
@@ -56,14 +65,15 @@ def show(
 
 @app.command()
 def validate(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="The recipe files to check.")],
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Check recipe files; print every problem with its file, line and key. Exit code 2 if there is any.
+    """Check recipe files.
 
-    The files of text that they name must be there, too, as seen from the current folder.
+    Every problem is printed with its file, line and key. The exit code is 2 if there is any problem. The text files
+    that a recipe names must exist, too. Their paths are relative to the current folder.
     """
     out = console()
     report = [_report(name) for name in files]

@@ -12,7 +12,7 @@ import pydantic
 
 from qtool.recipe.policy import Policy
 from qtool.recipe.schema import Recipe
-from qtool.recipe.words import FORM, WRONG, worded
+from qtool.recipe.words import WRONG, worded
 from qtool.recipe.yaml import Path, Problem, dotted
 
 Places = Mapping[Path, tuple[str, int]]
@@ -45,8 +45,7 @@ def _message(item: Any, key: str, around: Any) -> str:
         known = _keys(around)
         close = difflib.get_close_matches(key, known, n=1)
         return f"unknown key; {f'did you mean {close[0]!r}?' if close else 'known are ' + ', '.join(known)}"
-    extra = around.model_fields[key].json_schema_extra if key in _fields(around) else None
-    return worded(item, extra.get(FORM) if isinstance(extra, dict) else None)
+    return worded(item)
 
 
 def _path(location: Sequence[int | str]) -> tuple[Path, Any]:
@@ -82,12 +81,10 @@ def _methods(annotation: Any) -> dict[str, type[pydantic.BaseModel]]:
 
 def _keys(model: Any) -> list[str]:
     """The keys that the schema knows in a mapping of this type."""
+    if not (isinstance(model, type) and issubclass(model, pydantic.BaseModel)):
+        return []
     more = {Recipe: ["extends"], Policy: ["scheme"]}
-    return [*_fields(model), *more.get(model, [])]
-
-
-def _fields(model: Any) -> dict[str, Any]:
-    return model.model_fields if isinstance(model, type) and issubclass(model, pydantic.BaseModel) else {}
+    return [*model.model_fields, *more.get(model, [])]
 
 
 def _as_written(path: Path, places: Places) -> tuple[Path, tuple[str, int]]:

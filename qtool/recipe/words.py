@@ -62,21 +62,29 @@ _WORDS = {
 }
 _OTHER = "can't be {value}"
 
+NAME = r"^[a-z0-9][a-z0-9._-]*$"
+REPOSITORY = r"^[^/\s]+/[^/\s]+$"
+
+FORMS = {
+    NAME: "must be of lower-case letters, digits, '.', '_' and '-', and begin with a letter or digit",
+    REPOSITORY: "must look like ORG/NAME",
+}
+"""What the patterns ask for."""
+
 FORM = "patternErrorMessage"
-"""A key of a field's JSON Schema: words for "must match PATTERN". Editors that check YAML show them, too."""
+"""The key of JSON Schemas under which editors that check YAML look for these words."""
 
 
-def worded(error: Mapping[str, Any], form: str | None = None) -> str:
+def worded(error: Mapping[str, Any]) -> str:
     """One of the errors of a `pydantic.ValidationError`, without the key that it is about.
 
     Args:
         error: with type, input and ctx.
-        form: what text must look like that has to match a pattern.
     """
     kind = str(error["type"])
     context = {key: f"{it:g}" if isinstance(it, float) else it for key, it in (error.get("ctx") or {}).items()}
-    if kind == "string_pattern_mismatch" and form is not None:
-        return f"{form}, not {short(error['input'])}"
+    if kind == "string_pattern_mismatch" and context["pattern"] in FORMS:
+        return f"{FORMS[context['pattern']]}, not {short(error['input'])}"
     if kind == "union_tag_invalid":
         context["expected_tags"] = _either(str(context["expected_tags"]))
     return _WORDS.get(kind, _OTHER).format_map({"value": short(error["input"]), **context})

@@ -82,7 +82,7 @@ def test_validate_looks_for_the_texts(run_qtool: Any, tmp_path: Path) -> None:
         ("qtool quantize model --recipe smol", "smollm2"),
         ("qtool quantize model --scheme w8a8-s", "w8a8-static"),
         ("qtool quantize model --recipe golden-stick-osl --scheme w8a8-", ""),
-        ("qtool tune model --recipe qwen3-", "qwen3-moe"),
+        ("qtool tune model --recipe qwen3-m", "qwen3-moe"),
         ("qtool analyze model --scheme w8a8-d", "w8a8-dynamic"),
         ("qtool run smol", "smollm2"),
         ("qtool recipes show smol", "smollm2"),
