@@ -52,7 +52,7 @@ class Terminal:
         )
         os.close(follower)
 
-    def type(self, text: str) -> None:
+    def write(self, text: str) -> None:
         os.write(self._leader, text.encode())
 
     def read(self, wait: float) -> bool:

@@ -120,4 +120,4 @@ def test_convert(seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
 
 def test_a_failure_says_how_far_it_came(seen: Seen, tmp_path: Path) -> None:
     terminal = seen("quantize", "nothing", code=2)
-    assert [line for line in terminal.lines if line][0].startswith("error: ")
+    assert next(line for line in terminal.lines if line).startswith("error: ")
