@@ -66,8 +66,9 @@ def analyze(
     """
     from qtool.tuning.job import run
 
-    job = _job(model, measurement, trust_remote_code=trust_remote_code)
-    with console() as out:
+    folder = path_or_stdin(model)
+    with console("starting") as out:
+        job = _job(folder, measurement, trust_remote_code=trust_remote_code)
         out.info(f"recipe {job.recipe.name}, scheme {job.scheme}")
         found = run(job, out.event)
     out.info(f"{found.seconds:.0f} s, peak memory {found.peak_memory_bytes / 1e9:.2f} GB")
@@ -83,7 +84,7 @@ def _job(model: str, measurement: Estimate, *, trust_remote_code: bool) -> Sensi
     from qtool.tuning.wanted import start
 
     wanted = measurement.wanted()
-    begun = start(path_or_stdin(model), wanted)
+    begun = start(model, wanted)
     text, calibration = wanted.texts(begun.recipe, for_self=BUILTIN)
     return SensitivityJob(
         model=begun.model,

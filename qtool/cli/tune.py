@@ -97,8 +97,9 @@ def tune(
     from qtool.files import write_text
     from qtool.tuning.tune import tune as find
 
-    job = _job(model, limit, output, measurement, search)
-    with console() as out:
+    folder = path_or_stdin(model)
+    with console("starting") as out:
+        job = _job(folder, limit, output, measurement, search)
         out.info(f"recipe {job.recipe.name}, scheme {job.scheme}")
         result = find(job, out.event)
         _summary(result, out)
@@ -125,7 +126,7 @@ def _job(model: str, limit: Limit, output: Path | None, measurement: Measurement
             "say either how much quality may go, or how large the model may be", hint="--max-kl X, or --max-size SIZE"
         )
     wanted = measurement.wanted()
-    begun = start(path_or_stdin(model), wanted)
+    begun = start(model, wanted)
     if output is not None:
         _check_output(output, begun.extends, overwrite=search.overwrite)
     scratch = search.scratch
