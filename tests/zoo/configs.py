@@ -15,7 +15,7 @@ MARKS = range(400, ENTRIES)  # ids for pictures and sound, which no text has
 # The first pattern that matches a field's whole name gives its value, where the default is a whole number.
 _SIZES: tuple[tuple[str, int], ...] = (
     (r"(text_)?vocab_size|vocab_size_per_layer_input|decoder_vocab_size", ENTRIES),
-    (r"hidden_size_per_layer_input", 16),
+    (r"hidden_size_per_layer_input", 32),
     (r"input_embedding_size|output_embedding_size|embedding_size|embedding_dim|emb_dim|word_embed_proj_dim", 64),
     (r"(.*_)?hidden_size|hidden_dim|d_model|n_embd|dim|embed_dim|lru_width|attention_hidden_size|out_hidden_size", 64),
     (r"moe_shared_expert_intermediate_size|shared_expert_intermediate_size|shared_intermediate_size", 48),
@@ -42,7 +42,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"o_groups", 2),
     (r"rotary_dim", 16),
     (r"sliding_window|attention_window_size|window_size|attention_chunk_size|local_attention", 32),
-    (r"laurel_rank|adapter_rank|gated_norm_rank|hc_lowrank", 16),
+    (r"laurel_rank|adapter_rank|gated_norm_rank|hc_lowrank", 32),
     (r"router_hidden_size", 16),
     (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 8),
     (r"mamba_d_head|mamba_head_dim|mamba_headdim", 16),

@@ -139,7 +139,8 @@ def _faults(
         if name in before:
             plain[name] = _nearest(before[name].float())
     verdict.share = sum(after[name].numel() for name in quantized) / max(1, decoder_weights(model))
-    if verdict.share < LEAST_SHARE:
+    named = json.loads((folder / "int8" / "qtool.json").read_text()).get("left_float", [])
+    if verdict.share + (sum(each["share"] for each in named) if verdict.warnings else 0) < LEAST_SHARE:
         faults.append(f"only {verdict.share:.0%} of the decoder's linear weights are int8")
     if unknown:
         return [*faults, f"new names, which nobody here reads yet: {_some(unknown)}"]
