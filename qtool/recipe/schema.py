@@ -6,11 +6,11 @@ whose `layers` regex matches the whole name of a linear layer decides how that l
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from qtool import patterns
 from qtool.checkpoint import formats
 from qtool.recipe.policy import Policy
 from qtool.recipe.strict import Strict
@@ -154,8 +154,12 @@ class Recipe(Strict):
         return self
 
     def policy(self, scheme: str, linear: str) -> Policy | None:
-        """The first policy of `scheme` that matches the linear's whole name, or None (it stays float)."""
+        """The first policy of `scheme` that matches the linear's whole name, or None (it stays float).
+
+        Raises:
+            InputError: a pattern that takes too long to match.
+        """
         for policy in self.schemes[scheme]:
-            if re.fullmatch(policy.layers, linear):
+            if patterns.fullmatch(policy.layers, linear, where=f"recipe {self.name}, scheme {scheme}"):
                 return policy if policy.quantize else None
         return None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic_core import PydanticCustomError
+
+from qtool import patterns
 
 WRONG = "qtool"
 
@@ -37,10 +38,7 @@ def short_for(key: str, default: str | None = None) -> Callable[[Any], Any]:
 
 
 def _valid_regex(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from None
+    patterns.check(pattern)
     return pattern
 
 

@@ -401,3 +401,10 @@ def test_a_recipe_may_name_a_model_and_does_not_pass_it_on(write: Any) -> None:
     assert (model.hub, model.repo, model.revision) == ("modelers", "MindSpore-Lab/DeepSeek-R1-W8A8", None)
     with pytest.raises(InputError, match=r"model\.repo"):
         load.load(write(MINIMAL + "model: {hub: modelers, repo: name}\n"))
+
+
+def test_a_long_chain_of_extends(tmp_path: Path) -> None:
+    for i in range(2000):
+        (tmp_path / f"r{i}.yaml").write_text(f"extends: ./r{i + 1}.yaml\nname: r{i}\n")
+    with pytest.raises(InputError, match="more than 16 times"):
+        load.load(str(tmp_path / "r0.yaml"))
