@@ -22,6 +22,10 @@ from qtool.hub.listing import HUBS, Listing, RemoteFile
 OnEvent = Callable[[workers.Event], None]
 
 
+class NoSuchRepository(InputError):
+    """The hub has no such repository, or none that this token may see."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a download will bring.
@@ -76,7 +80,7 @@ def find(repo: str, hub: str, revision: str | None, token: Callable[[str], str |
         token: the token for a hub, or None.
 
     Raises:
-        InputError: no such repository or revision, or no access to it. QtoolError: no answer.
+        NoSuchRepository: none of the hubs has it. InputError: no such revision, or no access. QtoolError: no answer.
     """
     candidates = list(HUBS) if hub == "auto" else [hub]
     reasons, hints = [], []
@@ -84,12 +88,13 @@ def find(repo: str, hub: str, revision: str | None, token: Callable[[str], str |
         if candidate == "modelers" and hub == "auto" and not _has_openmind():
             hints.append("modelers.cn was not asked: that needs openmind-hub")
             continue
+        on_event({"event": "status", "what": f"asking {HUBS[candidate]}"})
         answer = ask("list", candidate, token(candidate), on_event, repo=repo, revision=revision)
         if "listing" in answer:
             return Listing.from_json(answer["listing"])
         reasons.append(answer["absent"])
         hints.append(answer["hint"])
-    raise InputError("; ".join(reasons), where=repo, hint=" ".join(filter(None, hints)) or "Check the name.")
+    raise NoSuchRepository("; ".join(reasons), where=repo, hint=" ".join(filter(None, hints)) or "Check the name.")
 
 
 def _has_openmind() -> bool:

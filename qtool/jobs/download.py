@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from qtool import workers
 from qtool.errors import InputError, QtoolError
 from qtool.files import expand, is_dir
 from qtool.hub import download, lock, tokens
+from qtool.hub.download import OnEvent
+from qtool.hub.listing import Listing
 from qtool.recipe import load
 from qtool.recipe.schema import Repository
 
@@ -24,11 +26,18 @@ class Place(NamedTuple):
         repo: ORG/NAME.
         hub: huggingface, modelers, or auto for the first that has it.
         revision: a branch, tag or commit; None for the default branch.
+        also: further names that the same model has or had there.
     """
 
     repo: str
     hub: str
     revision: str | None
+    also: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """ORG/NAME, the one to be taken first."""
+        return (self.repo, *self.also)
 
 
 def find(name: str, hub: str, revision: str | None) -> Place:
@@ -51,7 +60,33 @@ def find(name: str, hub: str, revision: str | None) -> Place:
         )
     if hub not in ("auto", model.hub):
         raise InputError(f"the recipe's model is on {model.hub}", where="--from", hint="Give ORG/NAME for another hub.")
-    return Place(model.repo, model.hub, revision or model.revision)
+    return Place(model.repo, model.hub, revision or model.revision, tuple(model.also))
+
+
+def listing(model: Place | Repository, token: Callable[[str], str | None], on_event: OnEvent) -> Listing:
+    """The model's repository; where it is gone, the first of its other names that is there, with a warning.
+
+    Raises:
+        InputError: no such repository or revision, or no access to it. QtoolError: no answer.
+    """
+
+    def find(repo: str) -> Listing:
+        return download.find(repo, model.hub, model.revision, token, on_event)
+
+    try:
+        return find(model.repo)
+    except download.NoSuchRepository as gone:
+        there = []
+        for name in model.names[1:]:
+            with contextlib.suppress(download.NoSuchRepository):
+                there.append(find(name))
+        if not there:
+            others = ", nor is the model there as " + " or ".join(model.names[1:]) if model.names[1:] else ""
+            raise download.NoSuchRepository(f"{gone.what}{others}", where=gone.where, hint=gone.hint) from None
+        known = ", ".join(found.repo for found in there)
+        message = f"{model.repo}: {gone.what}; of its other names there is {known}: {there[0].repo} is taken"
+        on_event({"event": "warning", "message": message})
+        return there[0]
 
 
 def folder(place: Place, to: str | Path | None) -> Path:
@@ -72,7 +107,7 @@ def held(place: Place, target: Path) -> lock.Lock:
     if found is None:
         hint = "Run it once with the network, and without --offline or HF_HUB_OFFLINE."
         raise InputError("no complete download is there", where=str(target), hint=hint)
-    if found.repo != place.repo or place.revision not in (None, found.revision, found.commit):
+    if found.repo not in place.names or place.revision not in (None, found.revision, found.commit):
         raise InputError(f"holds {found.repo}, {found.revision} at {found.commit[:12]}", where=str(target))
     if missing := lock.missing(target, found):
         what = f"incomplete: {missing[0]} is missing or has another size"
@@ -86,9 +121,7 @@ def repair(found: lock.Lock, target: Path) -> str:
     return f"Repair it: qtool download {source} --to {target} --overwrite"
 
 
-def run(
-    model: Place | Repository, target: Path, *, overwrite: bool = True, on_event: Callable[[workers.Event], None]
-) -> None:
+def run(model: Place | Repository, target: Path, *, overwrite: bool = True, on_event: OnEvent) -> None:
     """Make `target` the model's folder, or make it whole again; interrupted, it goes on inside the files.
 
     Args:
@@ -97,14 +130,14 @@ def run(
     Raises:
         InputError, QtoolError: as `qtool download`.
     """
-    listing = download.find(model.repo, model.hub, model.revision, lambda name: tokens.read(name, None), on_event)
-    planned = download.plan(listing, [], [])
+    found = listing(model, lambda name: tokens.read(name, None), on_event)
+    planned = download.plan(found, [], [])
     if not overwrite and download.is_there(planned, target, overwrite=False):
         return
     download.obtain(
         planned,
         target,
-        tokens.read(listing.hub, None),
+        tokens.read(found.hub, None),
         workers=_FILES_AT_A_TIME,
         overwrite=overwrite,
         on_event=on_event,

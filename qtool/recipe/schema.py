@@ -6,16 +6,19 @@ whose `layers` regex matches the whole name of a linear layer decides how that l
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from qtool import patterns
 from qtool.checkpoint import formats
 from qtool.recipe.policy import Policy
 from qtool.recipe.strict import Strict
+from qtool.recipe.words import FORM, FORMS, NAME, REPOSITORY
 
 NonEmpty = Annotated[str, Field(min_length=1)]
+RepositoryName = Annotated[str, Field(pattern=REPOSITORY, json_schema_extra={FORM: FORMS[REPOSITORY]})]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]  # what generators of random numbers take
 
 
@@ -45,11 +48,11 @@ class Export(Strict):
     )
     max_shard_gb: float = Field(default=4.0, gt=0, le=4.0)
 
-    @model_validator(mode="after")
-    def _also_others(self) -> Export:
-        if self.format in self.also or len(set(self.also)) < len(self.also):
-            raise ValueError(f"also: each format once, and not {self.format}, which is the format itself")
-        return self
+    @classmethod
+    def disagreements(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        also, format = given.get("also"), given.get("format", cls.model_fields["format"].default)
+        if isinstance(also, list) and (format in also or any(also.count(each) > 1 for each in also)):
+            yield "also", f"each format once, and not {format}, which is the format itself"
 
 
 class Evaluation(Strict):
@@ -66,37 +69,58 @@ class Sampling(Strict):
     None is not said: whoever has less to say decides, in the end vLLM's own default.
     """
 
-    max_tokens: int | None = Field(default=None, gt=0, description="most new tokens per answer")
-    min_tokens: int | None = Field(default=None, ge=0, description="no end of text before so many tokens")
-    temperature: float | None = Field(default=None, ge=0, le=2, description="0 takes the likeliest token each time")
-    top_p: float | None = Field(default=None, gt=0, le=1, description="share of probability drawn from")
-    top_k: int | None = Field(default=None, ge=-1, description="how many tokens are drawn from; 0 or -1 for all")
-    min_p: float | None = Field(default=None, ge=0, le=1, description="least probability, relative to the likeliest's")
-    repetition_penalty: float | None = Field(default=None, gt=0, description="above 1: less of what is already there")
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2, description="for tokens that the answer has")
-    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="times how often it has them")
+    max_tokens: int | None = Field(default=None, gt=0, description="the most new tokens in an answer")
+    min_tokens: int | None = Field(default=None, ge=0, description="the fewest new tokens in an answer")
+    temperature: float | None = Field(
+        default=None, ge=0, le=2, description="the temperature of sampling; 0 always takes the likeliest token"
+    )
+    top_p: float | None = Field(
+        default=None, gt=0, le=1, description="sample from the likeliest tokens that together have this probability"
+    )
+    top_k: int | None = Field(
+        default=None, ge=-1, description="sample from this many of the likeliest tokens; 0 or -1 means all"
+    )
+    min_p: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="leave out tokens less likely than this share of the likeliest one's probability",
+    )
+    repetition_penalty: float | None = Field(
+        default=None, gt=0, description="above 1, tokens in the prompt or the answer become less likely"
+    )
+    presence_penalty: float | None = Field(
+        default=None, ge=-2, le=2, description="above 0, tokens that the answer already has become less likely"
+    )
+    frequency_penalty: float | None = Field(
+        default=None, ge=-2, le=2, description="above 0, tokens become less likely each time that the answer has them"
+    )
     seed: Seed | None = None
-    n: int | None = Field(default=None, gt=0, description="answers per prompt")
+    n: int | None = Field(default=None, gt=0, description="the number of answers per prompt")
     stop: list[NonEmpty] | None = Field(default=None, description="texts that end an answer and are no part of it")
     stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = Field(default=None, description="go on after the end of the text")
-    bad_words: list[NonEmpty] | None = Field(default=None, description="words that never come")
+    include_stop_str_in_output: bool | None = Field(default=None, description="keep the stop text in the answer")
+    ignore_eos: bool | None = Field(default=None, description="continue after the token that ends the text")
+    bad_words: list[NonEmpty] | None = Field(default=None, description="words that must not be in the answer")
     logit_bias: dict[int, float] | None = Field(default=None, description="token id: what is added to its logit")
     allowed_token_ids: list[int] | None = None
-    logprobs: int | None = Field(default=None, ge=0, description="log-probabilities of so many tokens at each place")
-    prompt_logprobs: int | None = Field(default=None, ge=0, description="the same for the prompt's tokens")
-    skip_special_tokens: bool | None = None
+    logprobs: int | None = Field(
+        default=None, ge=0, description="give the log-probabilities of this many tokens at each position"
+    )
+    prompt_logprobs: int | None = Field(
+        default=None, ge=0, description="give the log-probabilities of this many tokens at each position of the prompt"
+    )
+    skip_special_tokens: bool | None = Field(default=None, description="leave special tokens out of the text")
     spaces_between_special_tokens: bool | None = None
     structured_outputs: dict[str, Any] | None = Field(
         default=None, description="what the answer must be: one of json (a schema), regex, choice, grammar, json_object"
     )
 
-    @model_validator(mode="after")
-    def _bounds_agree(self) -> Self:
-        if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens ({self.min_tokens}) is more than max_tokens ({self.max_tokens})")
-        return self
+    @classmethod
+    def disagreements(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        least, most = given.get("min_tokens"), given.get("max_tokens", cls.model_fields["max_tokens"].default)
+        if isinstance(least, int) and isinstance(most, int) and least > most:
+            yield "min_tokens", f"is {least}, which is more than max_tokens ({most})"
 
     def given(self) -> dict[str, Any]:
         """What has been said, by name."""
@@ -107,8 +131,10 @@ class Generate(Sampling):
     """Defaults for `qtool generate`; names are vLLM's."""
 
     prompts: list[str] = Field(default_factory=list, description="what `qtool run` has the quantized model continue")
-    max_tokens: int | None = Field(default=64, gt=0, description="most new tokens per answer")
-    temperature: float | None = Field(default=0.0, ge=0, le=2, description="0 takes the likeliest token each time")
+    max_tokens: int | None = Field(default=64, gt=0, description="the most new tokens in an answer")
+    temperature: float | None = Field(
+        default=0.0, ge=0, le=2, description="the temperature of sampling; 0 always takes the likeliest token"
+    )
     reasoning_parser: str | None = Field(
         default=None, description="vLLM's name for how the model marks its thinking; splits it from the answer"
     )
@@ -126,12 +152,20 @@ class Repository(Strict):
     """Where the recipe's model can be downloaded from: `qtool download RECIPE`."""
 
     hub: Literal["huggingface", "modelers"]
-    repo: str = Field(pattern=r"^[^/\s]+/[^/\s]+$", description="ORG/NAME")
+    repo: RepositoryName = Field(description="ORG/NAME")
     revision: str | None = Field(default=None, description="branch, tag or commit; the default branch without")
+    also: list[RepositoryName] = Field(
+        default_factory=list, description="further names of the same model there, for when the first is gone"
+    )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """ORG/NAME, the one to be taken first."""
+        return (self.repo, *self.also)
 
 
 class Recipe(Strict):
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    name: str = Field(pattern=NAME, json_schema_extra={FORM: FORMS[NAME]})
     description: str
     source: str | None = Field(default=None, description="whose published choice this follows, with a reference")
     model: Repository | None = Field(default=None, description="one model it is for, on a hub")
@@ -147,11 +181,17 @@ class Recipe(Strict):
     eval: Evaluation = Evaluation()
     generate: Generate = Generate()
 
-    @model_validator(mode="after")
-    def _default_scheme_exists(self) -> Recipe:
-        if self.default_scheme not in self.schemes:
-            raise ValueError(f"default_scheme {self.default_scheme!r} is not one of {', '.join(self.schemes)}")
-        return self
+    @classmethod
+    def disagreements(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        named, schemes = given.get("default_scheme"), given.get("schemes")
+        if not isinstance(schemes, Mapping) or not schemes:
+            return
+        if "default_scheme" not in given:
+            named = cls.model_fields["default_scheme"].default
+            if named not in schemes:
+                yield "schemes", f"has no {named!r}, which is the default_scheme unless the recipe names another"
+        elif isinstance(named, str) and named not in schemes:
+            yield "default_scheme", f"{named!r} is not one of the schemes {', '.join(map(str, schemes))}"
 
     def policy(self, scheme: str, linear: str) -> Policy | None:
         """The first policy of `scheme` that matches the linear's whole name, or None (it stays float).

@@ -119,7 +119,8 @@ def _visible() -> int:
 
 
 def _cards(launch: Launch, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Over how many cards the recipe in the checkpoint's qtool.json has the model run, and what connects them.
+    """Over how many cards the model's recipe has it run, and what connects them: the recipe in its qtool.json, else the
+    one that fits it.
 
     In one host no more than there are, where that is known: the most that share the model evenly.
     """
@@ -129,10 +130,11 @@ def _cards(launch: Launch, checkpoint: Checkpoint) -> dict[str, Any]:
     from qtool.checkpoint.reader import REPORT
     from qtool.files import read_json
     from qtool.recipe.schema import Generate
+    from qtool.runtimes.sampling import of_recipe
 
     report = checkpoint.path / REPORT
     recipe = read_json(report).get("recipe") if report.exists() else None
-    wanted = Generate.model_validate((recipe or {}).get("generate") or {})
+    wanted = Generate.model_validate(recipe.get("generate") or {}) if recipe else of_recipe(checkpoint)
     cards, executor = wanted.tensor_parallel_size, wanted.distributed_executor
     if kind == "cuda" and executor == "mp":
         there = _visible()

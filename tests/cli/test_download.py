@@ -99,6 +99,39 @@ def test_a_recipe_knows_where_its_model_is(modelers: Hub, tmp_path: Path) -> Non
     assert contents(tmp_path / "DeepSeek-R1-W8A8") == files
 
 
+@pytest.mark.parametrize(
+    ("recipe", "repo"),
+    [
+        ("deepseek-r1-0528-w8a8", "DeepSeek-R1-0528-A8W8"),
+        ("deepseek-r1-0528-w8a8-fa3", "DeepSeek-R1-0528-A8W8FA3"),
+        ("deepseek-r1-0528-w4a8", "R1-0528-A8W4"),
+        ("qwen3-32b-w8a8", "Qwen3-32B-gs-A8W8"),
+    ],
+)
+def test_the_models_that_guides_name(modelers: Hub, tmp_path: Path, recipe: str, repo: str) -> None:
+    modelers.server.repos[f"MindSpore-Lab/{repo}"] = Repo({"config.json": b"{}"})
+    done = modelers.run("download", recipe, cwd=tmp_path, env=modelers.env)
+    assert (done.code, done.stdout) == (0, f"{tmp_path / repo}\n"), done.stderr
+
+
+def test_another_name_where_the_first_is_gone(modelers: Hub, tmp_path: Path) -> None:
+    def run(*args: str) -> Any:
+        return modelers.run("download", "deepseek-r1-0528-w8a8", *args, cwd=tmp_path, env=modelers.env)
+
+    done = run()
+    said = one_to_three_lines(done)
+    assert "no such repository" in said
+    assert "nor is the model there as MindSpore-Lab/DeepSeek-R1-0528-gs-A8W8" in said
+    modelers.server.repos["MindSpore-Lab/DeepSeek-R1-0528-gs-A8W8"] = Repo({"config.json": b"{}"})
+    done = run()
+    folder = tmp_path / "DeepSeek-R1-0528-A8W8"  # the folder that the recipe's name stands for
+    assert (done.code, done.stdout) == (0, f"{folder}\n"), done.stderr
+    assert "of its other names there is MindSpore-Lab/DeepSeek-R1-0528-gs-A8W8" in done.stderr
+    lock = json.loads((folder / "qtool.lock.json").read_text())
+    assert lock["repo"] == "MindSpore-Lab/DeepSeek-R1-0528-gs-A8W8"  # what it really is
+    assert run("--offline").stdout == f"{folder}\n"
+
+
 def test_auto_asks_hugging_face_then_modelers(huggingface: Hub, modelers: Hub, tmp_path: Path) -> None:
     env = huggingface.env | modelers.env | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     huggingface.server.repos["org/both"] = Repo({"config.json": b'{"hub": 1}'})

@@ -61,3 +61,17 @@ def test_a_cpu_has_no_cards(tiny_llama: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_a_model_without_a_recipe(tiny_llama: Path) -> None:
     assert told("vllm-ascend", Checkpoint.open(tiny_llama)) == {"x": 1}
+
+
+def test_a_downloaded_model_has_the_cards_of_the_recipe_that_fits_it(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "DeepSeek-R1-W8A8"
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    method = {"quant_method": "golden-stick"}
+    (folder / "config.json").write_text(
+        json.dumps(config | {"model_type": "deepseek_v3", "quantization_config": method})
+    )
+    engine = launch._cards(runtimes.Launch("vllm-mindspore", "python"), Checkpoint.open(folder))
+    assert engine == {"tensor_parallel_size": 16, "distributed_executor_backend": "mp"}
