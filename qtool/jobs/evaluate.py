@@ -32,6 +32,8 @@ def opened(base: str | Path, quantized: str | Path) -> Pair:
             the quantized one is the first.
     """
     pair = Pair(*(Checkpoint.open(expand(folder).absolute()) for folder in (base, quantized)))
+    for checkpoint in pair:
+        checkpoint.check_claims()
     _check_order(pair)
     _check_same_model(pair)
     _check_not_equal(pair)

@@ -32,6 +32,7 @@ def command(
     Raises:
         InputError: no runtime for it, or one that serves nothing.
     """
+    checkpoint.check_claims()
     chosen = choose(runtime, formats.of(checkpoint).name)
     if (program := chosen.runtime.server) is None:
         what = f"{chosen.name} as a runtime has no server"
