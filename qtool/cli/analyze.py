@@ -24,26 +24,33 @@ if TYPE_CHECKING:
 class Estimate(Measurement):
     """A measurement that is an estimate: less text does."""
 
-    recipe: Annotated[str | None, typer.Option(help="A recipe's name or file. Default: the matching one.")] = None
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 4
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="RECIPE", help="A recipe's name or file.", show_default="the one that fits the model"),
+    ] = None
+    windows: Annotated[int, typer.Option(min=1, help="The number of windows of text.")] = 4
     length: WindowLength = 256
-    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 16
+    samples: Annotated[int, typer.Option(min=1, help="The number of calibration samples.")] = 16
 
 
 @expanded
 def analyze(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A float model's folder; - reads its path from stdin.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="The folder of a float model, or - to read its path from standard input."),
+    ],
     measurement: Estimate,
     *,
-    top: Annotated[int, typer.Option(min=0, help="Rows of the table; 0 shows all.")] = 20,
+    top: Annotated[int, typer.Option(min=0, help="The number of rows in the table. 0 shows all.")] = 20,
     trust_remote_code: TrustRemoteCode = False,
     printed: Printed,
 ) -> None:
     """Rank a float model's linear layers by what quantizing each of them alone would cost.
 
-    Per linear: the relative error of its output, and the KL divergence of the model's next-token distribution when
-    only this one is quantized, estimated from the gradients of one backward pass. The error alone ranks wrongly: what
-    counts is which way it points. On a terminal the result is a table, else JSON.
+    For each linear layer, the result has the relative error of its output, and the KL divergence of the model's
+    next-token distribution if only this layer is quantized. The KL divergence is estimated from the gradients of one
+    backward pass. The relative error alone ranks wrongly, because its direction matters too. On a terminal the result
+    is a table, otherwise JSON.
 
     Examples:
 
@@ -53,8 +60,9 @@ def analyze(
     """
     from qtool.tuning.job import run
 
-    job = _job(model, measurement, trust_remote_code=trust_remote_code)
-    with console() as out:
+    folder = path_or_stdin(model)
+    with console("starting") as out:
+        job = _job(folder, measurement, trust_remote_code=trust_remote_code)
         out.info(f"recipe {job.recipe.name}, scheme {job.scheme}")
         found = run(job, out.event)
     out.info(f"{found.seconds:.0f} s, peak memory {found.peak_memory_bytes / 1e9:.2f} GB")
@@ -70,7 +78,7 @@ def _job(model: str, measurement: Estimate, *, trust_remote_code: bool) -> Sensi
     from qtool.tuning.wanted import start
 
     wanted = measurement.wanted()
-    begun = start(path_or_stdin(model), wanted)
+    begun = start(model, wanted)
     text, calibration = wanted.texts(begun.recipe, for_self=BUILTIN)
     return SensitivityJob(
         model=begun.model,

@@ -20,6 +20,7 @@ import typer.core
 import typer.main
 
 from qtool.cli import streams
+from qtool.cli.helptexts import Commands
 from qtool.cli.options import common
 from qtool.errors import InputError, QtoolError, in_one_line
 from qtool.files import NO_SPACE
@@ -55,7 +56,7 @@ def _load(name: str) -> typer.core.TyperCommand | typer.core.TyperGroup:
     target = getattr(importlib.import_module(module), attribute)
     if not isinstance(target, typer.Typer):
         function = target
-        target = typer.Typer(add_completion=False, rich_markup_mode=None)
+        target = Commands(add_completion=False, rich_markup_mode=None)
         target.command(name)(function)
     command = typer.main.get_command(target)
     command.name = name

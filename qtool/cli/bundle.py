@@ -2,7 +2,7 @@
 
 A command that is `expanded` may have an argument whose type is a frozen dataclass of options: on the command line each
 field is an option of its own, where the argument stands; the command gets the dataclass. `Bundle` does the same for
-options that are made rather than written down.
+options that are made rather than written down. The dataclass's `panel` is the title over its options in `--help`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from qtool.cli.helptexts import OPTIONS, in_panel
 
 
 @dataclass(frozen=True)
@@ -64,5 +66,8 @@ def _bundle(kind: Any) -> Bundle | None:
         return None
     made: Any = kind
     hints = get_type_hints(kind, include_extras=True)
-    options = [option(field.name, hints[field.name], field.default) for field in dataclasses.fields(kind)]
+    title = getattr(kind, "panel", OPTIONS)
+    options = [
+        option(field.name, in_panel(hints[field.name], title), field.default) for field in dataclasses.fields(kind)
+    ]
     return Bundle(options, lambda given: made(**given))

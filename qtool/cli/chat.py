@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -30,7 +30,9 @@ COMMANDS = "/reset forgets what was said, /exit ends (so does Ctrl-D), Ctrl-C st
 class Template:
     """What the chat template gets."""
 
-    system: Annotated[str | None, typer.Option(help="What the system says first.")] = None
+    panel: ClassVar[str] = "Chat"
+
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None
     enable_thinking: Thinking = None
     chat_template_kwargs: ChatTemplateKwargs = None
 
@@ -44,19 +46,21 @@ SAMPLING = sampling.bundle(
     "repetition_penalty",
     "seed",
     "stop",
-    max_tokens={"show_default": "what the context has room for"},
+    max_tokens={"show_default": "what fits into the context"},
 )
 
 
 @expanded
 def chat(
-    model: Annotated[str, typer.Argument(help="Model folder.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder.")],
     template: Template,
     asked: Annotated[dict[str, Any], SAMPLING],
     running: Running,
     shown: Shown,
 ) -> None:
-    """Talk with a model. /reset forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer.
+    """Talk with a model in the terminal.
+
+    /reset starts a new conversation. /exit or Ctrl-D ends the program. Ctrl-C stops an answer.
 
     Examples:
 

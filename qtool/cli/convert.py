@@ -24,29 +24,36 @@ else:
 
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="DIR|MODEL.gguf", help="A W8A8 model folder or a GGUF file; - reads it from stdin.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A W8A8 model folder or a GGUF file, or - to read its path from standard input."
+        ),
     ],
     to: Annotated[
         Target | None,
-        typer.Option(help="The format to convert to. A GGUF file becomes safetensors."),
+        typer.Option(help="The format to convert to. A GGUF file can become safetensors only."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The folder to make. Default: DIR-FORMAT, beside DIR.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="The folder to make.", show_default="MODEL-FORMAT, beside MODEL"
+        ),
     ] = None,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
-        typer.Option(help="The type of the parameters, for a GGUF file.", show_default="bfloat16"),
+        typer.Option(help="The type of the parameters, if MODEL is a GGUF file.", show_default="bfloat16"),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Convert a quantized model to another W8A8 format or back to bfloat16, or a GGUF file to a checkpoint.
 
-    Between W8A8 formats the integers stay what they are. An input scale that the new format's runtime holds in the
-    model's dtype is rounded to it; by how much at most is said. bfloat16 is what the integers stand for: smoothing
-    stays folded in, and what quantization lost stays lost. So does what a GGUF's own quantization lost.
+    Between W8A8 formats the integers stay the same. If the new format's runtime holds input scales in the model's
+    dtype, they are rounded to it, and the result says by how much at most. bfloat16 gives the values that the integers
+    stand for: smoothing stays folded in, and precision that quantization lost does not come back. The same holds for
+    the quantization of a GGUF file.
 
     Examples:
 
@@ -76,7 +83,7 @@ def _checkpoint(source: Path, to: str | None, output: Path | None, dtype: str | 
         raise InputError("goes with a GGUF file; a folder keeps its dtype", where="--dtype")
     source = Checkpoint.open(source).path.absolute()  # whatever is wrong should show before torch is imported
     target = expand(output or service.beside(source, to)).absolute()
-    with console() as out:
+    with console("starting") as out:
         result = service.to_format(source, target, to, overwrite=overwrite, on_event=out.event)
         layers = ", ".join(f"{count} {mode}" for mode, count in result["layers"].items() if count)
         rounding = result["input_scale_rounding"]
@@ -97,7 +104,7 @@ def _gguf(source: Path, to: str | None, output: Path | None, dtype: str, *, over
         hint = "Convert it to a folder first (--to safetensors), then: qtool quantize DIR"
         raise InputError(f"a file is a GGUF file, and can't become {to} at once", where="--to", hint=hint)
     target = expand(output or service.beside(source, None)).absolute()
-    with console() as out:
+    with console("starting") as out:
         result = service.from_gguf(source, target, dtype, overwrite=overwrite, on_event=out.event)
         facts = f"{result['parameters']:,} parameters in {dtype}, {result['nbytes']:,} bytes"
         out.info(f"{result['architecture']}, {facts}")

@@ -13,8 +13,8 @@ from qtool.cli.options import Debug, Json, Quiet, console
 def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """Show what this machine has and which engines and runtimes work here.
 
-    Each is tried in the interpreter that would run it, which takes seconds; for each that doesn't work, the command or
-    the package that is missing. Exit code 0 if one engine and one runtime at least work, else 1.
+    Each one is tried in the interpreter that would run it. This takes some seconds. For one that doesn't work, the
+    command shows what to install. The exit code is 0 if at least one engine and one runtime work, otherwise 1.
     """
     from qtool.environments.doctor import examine
 

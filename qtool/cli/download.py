@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
@@ -28,43 +28,62 @@ _SHOWN = 5  # wrong files that an error lists
 class Origin:
     """Where the model is."""
 
+    panel: ClassVar[str] = "Source"
+
     source: Annotated[
         Literal["auto", "modelers", "huggingface"],
-        typer.Option("--from", help="The hub. auto: the recipe's, else Hugging Face, then modelers.cn."),
+        typer.Option(
+            "--from", help="The hub. `auto` takes the recipe's hub, or else tries Hugging Face and then modelers.cn."
+        ),
     ] = "auto"
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A branch, a tag or a commit.", show_default="the default branch")
+    ] = None
 
 
 @dataclass(frozen=True)
 class Choice:
     """Which of its files."""
 
+    panel: ClassVar[str] = "Files"
+
     include: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Only files that match; repeat it for more.")
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Download only files that match. Can be repeated."),
     ] = None
-    exclude: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Not these files; repeat it for more.")] = (
-        None
-    )
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Leave out files that match. Can be repeated."),
+    ] = None
 
 
 @dataclass(frozen=True)
 class Transfer:
     """How files come."""
 
+    panel: ClassVar[str] = "Transfer"
+
     token_file: Annotated[
-        Path | None, typer.Option("--token-file", metavar="FILE", help="A file that holds the token.")
+        Path | None, typer.Option("--token-file", metavar="FILE", help="A file that holds the access token.")
     ] = None
-    workers: Annotated[int, typer.Option(min=1, max=64, help="Files at a time.")] = 4
+    workers: Annotated[int, typer.Option(min=1, max=64, help="The number of files to download at a time.")] = 4
 
 
 @dataclass(frozen=True)
 class Mode:
     """What is done with what is there, and what must not be done."""
 
+    panel: ClassVar[str] = "Run"
+
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check every byte of a folder that is there: ORG/NAME's, or give its path.")
+        bool,
+        typer.Option(
+            "--verify", help="Check every byte of a folder that was downloaded before. Give its path, or ORG/NAME."
+        ),
     ] = False
-    offline: Annotated[bool, typer.Option("--offline", help="Use what is there, never the network.")] = False
+    offline: Annotated[bool, typer.Option("--offline", help="Never use the network, only files that are there.")] = (
+        False
+    )
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be downloaded and stop.")] = False
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it holds something else.")] = (
         False
@@ -73,10 +92,17 @@ class Mode:
 
 @expanded
 def download(
-    repo: Annotated[str, typer.Argument(metavar="ORG/NAME|RECIPE", help="A repository, or a recipe that names one.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="ORG/NAME|RECIPE", help="A repository, or the name of a recipe that has one.")
+    ],
     origin: Origin,
     *,
-    to: Annotated[Path | None, typer.Option("--to", help="The folder to make. Default: NAME, here.")] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to", metavar="DIR", help="The folder to make.", show_default="NAME, here", rich_help_panel="Files"
+        ),
+    ] = None,
     choice: Choice,
     transfer: Transfer,
     mode: Mode,
@@ -84,8 +110,9 @@ def download(
 ) -> None:
     """Download a model from modelers.cn or Hugging Face and print the folder's path.
 
-    Interrupt it and run it again: it continues where it stopped, inside files. The folder appears when every
-    file has the size and the hash that the hub announces. qtool.lock.json in it says what it is.
+    After an interruption, run the same command again: it continues, also within a file. The folder appears only when
+    every file has the size and the hash that the hub announced. Its qtool.lock.json records repository, commit and
+    hashes.
 
     Examples:
 
@@ -99,7 +126,7 @@ def download(
     """
     from qtool.jobs import download as jobs
 
-    with console() as out:
+    with console("starting") as out:
         if mode.verify and _is_folder(repo):
             _verify(expand(repo).absolute(), transfer.workers, out)
             return

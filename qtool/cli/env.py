@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtool import sizes
+from qtool.cli.helptexts import Commands
 from qtool.cli.options import Debug, Json, Quiet, console
 
 if TYPE_CHECKING:
     from qtool.console import Console
     from qtool.environments.install import Plan
 
-app = typer.Typer(
+app = Commands(
     help="List, install and remove environments for engines and runtimes.",
     no_args_is_help=True,
     add_completion=False,
@@ -30,14 +31,17 @@ def _names(incomplete: str) -> list[str]:
     return [name for name in ENVIRONMENTS if name.startswith(incomplete)]
 
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="See `qtool env list`.", autocompletion=_names)]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="An environment's name, as in `qtool env list`.", autocompletion=_names)
+]
 
 
 @app.command("list")
 def list_(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
-    """List the environments: state, versions, size. States: installed, outdated, broken, absent, user (you name it).
+    """List the environments.
 
-    Where standard output is no terminal, it gets a line "NAME STATE" each.
+    The state of an environment is installed, outdated, broken, absent, or user (its interpreter is one that you name).
+    In a pipe, each environment is one line: NAME STATE.
     """
     from qtool.environments.table import ENVIRONMENTS
 
@@ -58,18 +62,19 @@ def list_(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> Non
 @app.command()
 def install(
     name: Name,
-    python: Annotated[str | None, typer.Option(metavar="INTERPRETER", help="Make it with this Python.")] = None,
-    uv: Annotated[bool, typer.Option("--uv", help="Fill it with uv, which reads no pip configuration.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be installed.")] = False,
+    python: Annotated[str | None, typer.Option(metavar="FILE", help="The Python interpreter to make it with.")] = None,
+    uv: Annotated[bool, typer.Option("--uv", help="Install with uv, which does not read pip's configuration.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Install without asking.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be installed and stop.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Install environment NAME, or renew it if its pins have changed; prints its folder.
+    """Install or renew an environment.
 
-    pip fills it from the pins shipped with qtool, so your pip configuration, mirrors and wheel folders count. What will
-    be downloaded is shown first; on a terminal you are asked. An installation that is interrupted leaves nothing.
+    The command prints the environment's folder. It shows first what it will download, and asks on a terminal. pip
+    installs exactly the versions that are pinned in qtool, and uses your pip configuration, mirrors and wheel folders.
+    An environment is renewed when its pins have changed. An interrupted installation leaves nothing behind.
 
     Examples:
 
@@ -114,7 +119,10 @@ def install(
 
 @app.command()
 def remove(name: Name, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Remove environment NAME and what interrupted installations of it may have left."""
+    """Remove an environment.
+
+    What interrupted installations of it have left is removed too.
+    """
     from qtool.environments import store, table
 
     table.find(name)
@@ -130,7 +138,10 @@ def remove(name: Name, json: Json = False, quiet: Quiet = False, debug: Debug = 
 
 @app.command()
 def path(name: Name, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Print the path of environment NAME's interpreter: the one you name, else the managed one."""
+    """Print the path of an interpreter.
+
+    It is the interpreter that you name in a variable or in the configuration, or else that of the environment.
+    """
     from qtool.environments import settings, store, table
     from qtool.errors import InputError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
@@ -24,14 +24,23 @@ if TYPE_CHECKING:
 class Prediction:
     """What is predicted, and by whom."""
 
+    panel: ClassVar[str] = "Comparison"
+
     text: Annotated[
-        str, typer.Option("--text", metavar="FILE|builtin", help="What to predict: .txt, .jsonl, .parquet or built-in.")
+        str,
+        typer.Option(
+            "--text",
+            metavar="FILE|builtin",
+            help="The text to predict: a .txt, .jsonl or .parquet file, or the built-in text.",
+        ),
     ] = BUILTIN
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text, from its start.")] = 24
+    windows: Annotated[int, typer.Option(min=1, help="The number of windows, from the start of the text.")] = 24
     length: WindowLength = 512
     runtime: Annotated[
         Literal["qtool", "vllm"],
-        typer.Option(help="Who runs the quantized model: qtool, layer by layer in float32, or vLLM, whole."),
+        typer.Option(
+            help="The runtime of the quantized model: qtool runs it layer by layer in float32, vLLM runs it whole."
+        ),
     ] = "qtool"
 
 
@@ -39,8 +48,10 @@ class Prediction:
 class Page:
     """The page with plots."""
 
+    panel: ClassVar[str] = "Report"
+
     report: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE.html", help="Also make a page with plots, in one file.")
+        Path | None, typer.Option("--report", metavar="FILE", help="Write a report with plots to this HTML file.")
     ] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the report if it exists.")] = False
 
@@ -49,17 +60,26 @@ class Page:
 class Tasks:
     """Tasks to solve instead."""
 
+    panel: ClassVar[str] = "Tasks"
+
     tasks: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="Solve tasks of lm-evaluation-harness instead, in vLLM.")
+        str | None,
+        typer.Option(
+            metavar="NAME,...", help="Solve these tasks of lm-evaluation-harness in vLLM, instead of comparing."
+        ),
     ] = None
     data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The tasks' data: data sets' repositories, or tasks of your own.")
+        Path | None,
+        typer.Option(metavar="DIR", help="The folder with copies of the tasks' data sets, or with your own tasks."),
     ] = None
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents per task. Default: all.")] = None
-    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question. Default: the task's.")] = (
-        None
-    )
-    chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="The number of documents of each task.", show_default="all")
+    ] = None
+    fewshot: Annotated[
+        int | None,
+        typer.Option(min=0, help="The number of examples before each question.", show_default="the task's"),
+    ] = None
+    chat: Annotated[bool, typer.Option("--chat", help="Ask with the model's chat template.")] = False
 
 
 @expanded
@@ -67,7 +87,9 @@ def evaluate(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The folder of the original model.")],
     quantized: Annotated[
         str | None,
-        typer.Argument(metavar="QUANTIZED", help="The folder of its quantized version; - reads it from stdin."),
+        typer.Argument(
+            metavar="QUANTIZED", help="The folder of its quantized version, or - to read the path from standard input."
+        ),
     ] = None,
     *,
     prediction: Prediction,
@@ -78,12 +100,13 @@ def evaluate(
 ) -> None:
     """Compare a quantized model with its original: perplexity, KL divergence, agreement of the likeliest tokens.
 
-    Both run in float32, layer by layer, the quantized one with its integers' rounding; neither is ever whole in
-    memory. With --runtime vllm the quantized one runs in vLLM instead. Each figure has a 95 % confidence interval over
-    the windows. A terminal gets a table; a pipe gets JSON, and the table is on standard error then. The figures are
-    kept in the quantized model's qtool.json, for its model card.
+    Both models run in float32, layer by layer, so neither is whole in memory. The quantized one is rounded as its
+    checkpoint says. With --runtime vllm it runs in vLLM instead. Each figure has a 95 % confidence interval over the
+    windows. On a terminal the result is a table. In a pipe it is JSON, and the table goes to standard error. The
+    figures are also written to the quantized model's qtool.json, for its model card.
 
-    With --tasks, one model or both solve tasks such as gsm8k, ceval or mmlu, from files in --data, without the network.
+    With --tasks, one or both models solve tasks such as gsm8k, ceval or mmlu. Their data comes from the folder --data,
+    without the network.
 
     Examples:
 

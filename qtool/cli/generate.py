@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -32,12 +32,23 @@ if TYPE_CHECKING:
 class Prompts:
     """Where prompts come from."""
 
+    panel: ClassVar[str] = "Prompts"
+
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", "-p", help="A prompt, or @FILE with prompts; repeat it for more. Without: stdin."),
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT|@FILE",
+            help="A prompt, or a file of prompts. Can be repeated.",
+            show_default="standard input",
+        ),
     ] = None
     input_format: Annotated[
-        str, typer.Option(metavar="auto|text|jsonl", help="What files and stdin hold. auto goes by the first line.")
+        str,
+        typer.Option(
+            metavar="auto|text|jsonl", help="The format of files and of standard input. `auto` looks at the first line."
+        ),
     ] = "auto"
 
     @property
@@ -49,30 +60,46 @@ class Prompts:
 class Output:
     """Where answers go."""
 
+    panel: ClassVar[str] = "Output"
+
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the answers to this file, as JSON lines.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write the answers to this file, as JSON lines."),
     ] = None
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where --output ends.")] = False
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --output.")] = False
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished --output file.")] = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the --output file if it exists.")] = False
 
 
 @dataclass(frozen=True)
 class Chat:
     """How prompts become conversations."""
 
-    chat: Annotated[bool, typer.Option("--chat", help="Prompts are what a user says: apply the chat template.")] = False
-    system: Annotated[str | None, typer.Option(help="What the system says first; implies --chat.")] = None
+    panel: ClassVar[str] = "Chat"
+
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Apply the chat template: each prompt is a message of the user.")
+    ] = False
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message. It switches --chat on.")] = (
+        None
+    )
     enable_thinking: Thinking = None
     chat_template_kwargs: ChatTemplateKwargs = None
     reasoning_parser: Annotated[
         str | None,
-        typer.Option(help="vLLM's parser that splits thinking from answers.", show_default="from the model's recipe"),
+        typer.Option(
+            metavar="NAME", help="The parser of vLLM that separates thinking from answers.", show_default="the recipe's"
+        ),
     ] = None
 
 
 @expanded
 def generate(
-    model: Annotated[str, typer.Argument(help="Model folder; - reads the path from stdin (then give --prompt).")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A model folder, or - to read its path from standard input (then give --prompt)."
+        ),
+    ],
     prompts: Prompts,
     output: Output,
     chat: Chat,
@@ -82,10 +109,11 @@ def generate(
 ) -> None:
     """Generate text with a model, quantized or not.
 
-    Prompts are lines of text, JSON lines with `prompt` or `messages` (other fields come out again), or an OpenAI batch
-    file. On a terminal the text is printed as it is written. Into a pipe, a file or with --json each answer is one
-    JSON line, in the order of the prompts: prompt, text, finish_reason, prompt_tokens, completion_tokens; or error, and
-    then the exit code is 1 at the end. A batch file's answers have OpenAI's shape. Sampling is named as in vLLM.
+    Prompts are lines of text, JSON lines with `prompt` or `messages`, or an OpenAI batch file. A terminal shows the
+    text as it is generated. In a pipe, in a file or with --json, each answer is one JSON line, in the order of the
+    prompts. It has the prompt's own fields, and text, finish_reason, prompt_tokens and completion_tokens. If a prompt
+    fails, its line has `error` instead, and the exit code at the end is 1. Answers to a batch file have OpenAI's
+    format. The sampling options have vLLM's names.
 
     Examples:
 

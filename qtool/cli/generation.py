@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -15,8 +15,7 @@ from qtool.runtimes.facts import NAMES, RUNTIMES
 
 
 def _runtime(names: Iterable[str]) -> Any:
-    *first, last = names
-    return typer.Option(help=f"{', '.join(first)} or {last}.")
+    return typer.Option(metavar="|".join(names), help="The runtime to use.")
 
 
 Runtime = Annotated[str, _runtime(NAMES)]
@@ -24,21 +23,29 @@ Server = Annotated[str, _runtime(("auto", *(runtime.name for runtime in RUNTIMES
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="A setting of vLLM: of its EngineArgs or, in capitals, a variable."
+        "--set",
+        metavar="KEY=VALUE",
+        help="A setting of vLLM: a field of EngineArgs or, in capitals, a variable. Can be repeated.",
     ),
 ]
 Thinking = Annotated[
     bool | None,
-    typer.Option("--enable-thinking/--no-thinking", help="For templates that can.", show_default="the template's own"),
+    typer.Option(
+        "--enable-thinking/--no-thinking",
+        help="Switch thinking on or off, where the chat template can.",
+        show_default="the template's own",
+    ),
 ]
 ChatTemplateKwargs = Annotated[
-    str | None, typer.Option(metavar="JSON", help="Further values for the chat template, as an object.")
+    str | None, typer.Option(metavar="JSON", help="More values for the chat template, as a JSON object.")
 ]
 
 
 @dataclass(frozen=True)
 class Running:
     """Who runs the model."""
+
+    panel: ClassVar[str] = "Runtime"
 
     runtime: Runtime = "auto"
     set_: Set = None

@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="DIR", help="A model folder; - reads its path from standard input.")],
-    tensors: Annotated[bool, typer.Option("--tensors", help="Every tensor, with the range of its numbers.")] = False,
+    path: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model folder, or - to read its path from standard input.")
+    ],
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List every tensor, with the range of its numbers.")
+    ] = False,
     filter: Annotated[
-        str | None, typer.Option(metavar="REGEX", help="With --tensors: only those whose name it is found in.")
+        str | None, typer.Option(metavar="REGEX", help="With --tensors, list only tensors whose name matches.")
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -27,8 +31,8 @@ def inspect(
 ) -> None:
     """Show what a checkpoint is: architecture, format, size, and the scheme of every group of layers.
 
-    Reads headers only, whatever the model's size; with --tensors every number, in constant memory. What --tensors
-    finds is a table on a terminal; into a pipe or with --json each tensor is one JSON line.
+    The command reads headers only, so it is fast for a model of any size. With --tensors it reads every number, in
+    constant memory. It shows tensors as a table on a terminal, and as one JSON line each in a pipe or with --json.
 
     Examples:
 

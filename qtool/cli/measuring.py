@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
@@ -13,29 +13,54 @@ if TYPE_CHECKING:
     from qtool.tuning.wanted import Wanted
 
 _TEXTS = "FILE|builtin"
+_RECIPES = "the recipe's"
 
 MeasuredText = Annotated[
-    str, typer.Option("--text", metavar=_TEXTS, help="To measure on: .txt, .jsonl, .parquet or built-in.")
+    str,
+    typer.Option(
+        "--text", metavar=_TEXTS, help="The text to measure on: a .txt, .jsonl or .parquet file, or the built-in text."
+    ),
 ]
-WindowLength = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
+WindowLength = Annotated[int, typer.Option(min=2, help="The number of tokens in each window.")]
 
 
 @dataclass(frozen=True)
 class Measurement:
     """What is quantized how, what it is calibrated and what it is measured on. `analyze` measures less than `tune`."""
 
+    panel: ClassVar[str] = "Measurement"
+
     recipe: Annotated[
-        str | None, typer.Option(help="The recipe to start from. Default: the one that matches the model.")
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="The recipe to start from: its name or file.",
+            show_default="the one that fits the model",
+        ),
     ] = None
-    scheme: Annotated[str | None, typer.Option(help="One of its schemes. Default: the recipe's own.")] = None
+    scheme: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One of the recipe's schemes.", show_default=_RECIPES)
+    ] = None
     text: MeasuredText = BUILTIN
-    windows: Annotated[int, typer.Option(min=1, help="Windows of text to evaluate on.")] = 24
+    windows: Annotated[int, typer.Option(min=1, help="The number of windows of text to evaluate on.")] = 24
     length: WindowLength = 512
     calibration: Annotated[
-        str | None, typer.Option(metavar=_TEXTS, help="Calibration text. Default: the recipe's.")
+        str | None,
+        typer.Option(
+            metavar=_TEXTS,
+            help="The calibration text: a .txt, .jsonl or .parquet file, or the built-in text.",
+            show_default=_RECIPES,
+        ),
     ] = None
-    samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples.")] = None
-    seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens per calibration sample.")] = None
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="The number of calibration samples.", show_default=_RECIPES)
+    ] = None
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            "--seq-len", min=2, help="The number of tokens in each calibration sample.", show_default=_RECIPES
+        ),
+    ] = None
 
     def wanted(self) -> Wanted:
         """The same, as the services take it."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
 from qtool import sizes
+from qtool.cli.helptexts import MESSAGES
 from qtool.errors import InputError, in_one_line
 
 if TYPE_CHECKING:
@@ -46,17 +47,19 @@ def _keep(param: typer.CallbackParam, value: bool) -> bool:
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", callback=_keep, is_eager=True)]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="No progress, only the result and errors.", callback=_keep, is_eager=True)
+    bool, typer.Option("--quiet", "-q", help="Print only the result and errors.", callback=_keep, is_eager=True)
 ]
-Debug = Annotated[
-    bool, typer.Option("--debug", help="On failure, show the whole traceback.", callback=_keep, is_eager=True)
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_keep, is_eager=True)]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")
 ]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own Python code.")]
 
 
 @dataclass(frozen=True)
 class Shown:
     """How much is told; `common` has it too."""
+
+    panel: ClassVar[str] = MESSAGES
 
     quiet: Quiet = False
     debug: Debug = False
@@ -66,16 +69,22 @@ class Shown:
 class Printed:
     """The same, of a command whose result can be JSON."""
 
+    panel: ClassVar[str] = MESSAGES
+
     json: Json = False
     quiet: Quiet = False
     debug: Debug = False
 
 
-def console() -> Console:
-    """The console as --quiet and --json ask for."""
+def console(doing: str | None = None) -> Console:
+    """The console as --quiet and --json ask for.
+
+    Args:
+        doing: what a terminal shows from the first moment. Workers take seconds before they have something to tell.
+    """
     from qtool.console import Console
 
-    return Console(quiet=common.quiet, json=common.json)
+    return Console(quiet=common.quiet, json=common.json, doing=doing)
 
 
 def path_or_stdin(value: str) -> str:

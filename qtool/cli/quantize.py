@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 
@@ -20,48 +20,83 @@ if TYPE_CHECKING:
     from qtool.recipe.schema import Recipe
 
 
+_RECIPES = "the recipe's"
+
+
 @dataclass(frozen=True)
 class Method:
     """How to quantize."""
 
+    panel: ClassVar[str] = "Method"
+
     recipe: Annotated[
-        str | None, typer.Option(help="A recipe's name or file. Default: the one that matches the model.")
+        str | None,
+        typer.Option(metavar="RECIPE", help="A recipe's name or file.", show_default="the one that fits the model"),
     ] = None
-    scheme: Annotated[str | None, typer.Option(help="One of the recipe's schemes. Default: the recipe's own.")] = None
-    format: Annotated[formats.Name | None, typer.Option(help="Checkpoint format.")] = None
-    engine: Annotated[Literal["auto", "native", "golden-stick"], typer.Option(help="Who quantizes.")] = "auto"
+    scheme: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="One of the recipe's schemes, such as w8a8-dynamic.", show_default=_RECIPES),
+    ] = None
+    format: Annotated[
+        formats.Name | None, typer.Option(help="The format of the checkpoint that is written.", show_default=_RECIPES)
+    ] = None
+    engine: Annotated[Literal["auto", "native", "golden-stick"], typer.Option(help="The engine that quantizes.")] = (
+        "auto"
+    )
 
 
 @dataclass(frozen=True)
 class Calibration:
     """What the model is calibrated on."""
 
+    panel: ClassVar[str] = "Calibration"
+
     calibration: Annotated[
-        str | None, typer.Option(metavar="FILE|builtin|self", help="Text: .txt, .jsonl, .parquet, built-in or its own.")
+        str | None,
+        typer.Option(
+            metavar="FILE|builtin|self",
+            help="The calibration text: a .txt, .jsonl or .parquet file, the built-in text, or the model's own text.",
+            show_default=_RECIPES,
+        ),
     ] = None
-    samples: Annotated[int | None, typer.Option(min=1, help="Calibration samples.")] = None
-    seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="Tokens per sample.")] = None
-    seed: Annotated[int | None, typer.Option(help="For everything random.")] = None
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="The number of calibration samples.", show_default=_RECIPES)
+    ] = None
+    seq_len: Annotated[
+        int | None, typer.Option("--seq-len", min=2, help="The number of tokens in each sample.", show_default=_RECIPES)
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="The seed for all random choices.", show_default=_RECIPES)] = None
 
 
 @dataclass(frozen=True)
 class Machine:
     """Where to compute, and what that may take."""
 
-    device: Annotated[Literal["auto", "cpu", "cuda", "npu"], typer.Option(help="Where to compute.")] = "auto"
+    panel: ClassVar[str] = "Hardware"
+
+    device: Annotated[Literal["auto", "cpu", "cuda", "npu"], typer.Option(help="The kind of device to compute on.")] = (
+        "auto"
+    )
     devices: Annotated[
-        int | None, typer.Option(min=1, help="Cards, for golden-stick on Ascend. Default: the recipe's.")
+        int | None,
+        typer.Option(min=1, help="The number of Ascend cards, for the engine golden-stick.", show_default=_RECIPES),
     ] = None
     memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Most that a process may take, e.g. 4GB. Smaller is slower.")
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="The most memory that each process may use, such as 4GB. Less memory is slower."
+        ),
     ] = None
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes that quantize while the layers run. 0: all in one.")
+        int, typer.Option(min=0, help="The number of extra processes that quantize while the layers run.")
     ] = 0
     ray: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Quantize on a Ray cluster: its address, auto, or local.")
+        str | None, typer.Option(metavar="ADDRESS", help="Quantize on a Ray cluster: its address, `auto` or `local`.")
     ] = None
-    threads: Annotated[int | None, typer.Option(min=1, help="Of each process. Default: the cores.")] = None
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="The number of threads in each process.", show_default="the number of cores"),
+    ] = None
 
     def resources(self) -> Resources:
         """In bytes. Raises InputError for what is no size."""
@@ -75,18 +110,31 @@ class Machine:
 class Run:
     """What a run may do, and what it only shows."""
 
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run of this ended.")] = False
+    panel: ClassVar[str] = "Run"
+
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an earlier run of the same command.")] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False
     trust_remote_code: TrustRemoteCode = False
 
 
 @expanded
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder; - reads its path from stdin.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="The folder of a float model, or - to read its path from standard input."),
+    ],
     *,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The folder to make. Default: MODEL-SCHEME, beside MODEL.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="The folder to make.",
+            show_default="MODEL-SCHEME, beside MODEL",
+            rich_help_panel="Method",
+        ),
     ] = None,
     method: Method,
     calibration: Calibration,
@@ -119,16 +167,17 @@ def quantize(
         resume=run.resume,
         trust_remote_code=run.trust_remote_code,
     )
-    decided = jobs.decide(Path(path_or_stdin(model)), wanted)
-    (_plan if run.dry_run else _quantize)(decided)
+    folder = Path(path_or_stdin(model))
+    with console("starting") as out:
+        decided = jobs.decide(folder, wanted)
+        out.info(decided.why)
+        (_plan if run.dry_run else _quantize)(decided, out)
 
 
-def _quantize(decided: Decided) -> None:
+def _quantize(decided: Decided, out: Console) -> None:
     from qtool.jobs import quantize as jobs
 
-    with console() as out:
-        out.info(decided.why)
-        result = jobs.run(decided.engine, decided.job, out.event)
+    result = jobs.run(decided.engine, decided.job, out.event)
     out.info(
         f"{len(result.report.layers)} layer groups in {result.seconds:.0f} s, "
         f"{result.input_bytes / 1e6:,.0f} MB to {result.output_bytes / 1e6:,.0f} MB, "
@@ -137,12 +186,10 @@ def _quantize(decided: Decided) -> None:
     out.result(result.printed() if out.json else result.output)
 
 
-def _plan(decided: Decided) -> None:
+def _plan(decided: Decided, out: Console) -> None:
     from qtool.jobs import quantize as jobs
 
-    with console() as out:
-        out.info(decided.why)
-        planned = jobs.dry_run(decided.engine, decided.job, out.event)
+    planned = jobs.dry_run(decided.engine, decided.job, out.event)
     out.result(planned.printed() if out.json else _lines(planned, decided.job.recipe, out))
 
 

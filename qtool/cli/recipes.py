@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from qtool.cli.helptexts import Commands
 from qtool.cli.options import Debug, Json, Quiet, console
 from qtool.console import visible
 
-app = typer.Typer(
+app = Commands(
     help="List, show and validate recipes.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
 
@@ -23,7 +24,10 @@ def _names(incomplete: str) -> list[str]:
 
 @app.command("list")
 def list_(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
-    """List the recipes shipped with qtool: their names on standard output, or all about them with --json."""
+    """List the recipes that come with qtool.
+
+    In a pipe, each recipe is one line with its name. --json gives all details.
+    """
     from qtool.recipe import load
 
     recipes = [load.load(name) for name in load.names()]
@@ -43,12 +47,15 @@ def list_(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> Non
 
 @app.command()
 def show(
-    recipe: Annotated[str, typer.Argument(metavar="NAME|FILE", autocompletion=_names)],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or file.", autocompletion=_names)],
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Print a recipe with everything it inherits, as YAML: a start for one's own."""
+    """Print a recipe as YAML.
+
+    It has everything that the recipe inherits, so it is a good start for a recipe of your own.
+    """
     from qtool.recipe import load
 
     out = console()
@@ -57,12 +64,15 @@ def show(
 
 @app.command()
 def validate(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="The recipe files to check.")],
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Check recipe files; print every problem with its file, line and key. Exit code 2 if there is any."""
+    """Check recipe files.
+
+    Every problem is printed with its file, line and key. The exit code is 2 if there is any problem.
+    """
     from qtool.errors import InputError
     from qtool.recipe import load
 

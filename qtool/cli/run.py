@@ -11,26 +11,38 @@ import typer
 from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
 from qtool.errors import InputError
 from qtool.files import exists, expand, is_dir
+from qtool.runtimes.facts import NAMES
 
 if TYPE_CHECKING:
     from qtool.console import Console
     from qtool.recipe.schema import Recipe
 
+_SHOWN = 3  # answers
+
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name or file.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or file.")],
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="A model folder or a GGUF file; - reads it from stdin. Default: the recipe's model."
+            metavar="MODEL",
+            help="A model folder or a GGUF file, or - to read its path from standard input.",
+            show_default="the recipe's model",
         ),
     ] = None,
     work: Annotated[
-        Path | None, typer.Option("--work", "-w", help="The folder for everything. Default: MODEL-RECIPE, here.")
+        Path | None,
+        typer.Option(
+            "--work", "-w", metavar="DIR", help="The folder for all results.", show_default="MODEL-RECIPE, here"
+        ),
     ] = None,
-    engine: Annotated[Literal["auto", "native", "golden-stick"], typer.Option(help="Who quantizes.")] = "auto",
-    device: Annotated[Literal["auto", "cpu", "cuda", "npu"], typer.Option(help="Where to compute.")] = "auto",
-    runtime: Annotated[str, typer.Option(help="Who generates: as for `qtool generate`.")] = "auto",
+    engine: Annotated[
+        Literal["auto", "native", "golden-stick"], typer.Option(help="The engine that quantizes.")
+    ] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "npu"], typer.Option(help="The kind of device to compute on.")
+    ] = "auto",
+    runtime: Annotated[str, typer.Option(metavar="|".join(NAMES), help="The runtime that generates.")] = "auto",
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -38,12 +50,12 @@ def run(
 ) -> None:
     """Download, quantize, evaluate, convert and generate as a recipe says, and print the folder with the results.
 
-    Run it again after an interruption, or with a changed recipe: what is done already is recognised by the content of
-    its inputs and outputs (SHA-256, read again each time) and kept; the rest is done. summary.md has the results. The
-    folder is the job's own: what it made there is replaced when it has to be made again.
+    After an interruption, or with a changed recipe, run the same command again. It keeps every stage whose inputs and
+    outputs are unchanged (it compares SHA-256 hashes of all bytes) and does the rest. The results are in summary.md.
+    The folder belongs to the job: files in it are replaced when a stage has to run again.
 
-    A recipe's keys for this: `model` (hub and repo), `export.also` (further formats), `eval` (text, windows, length)
-    and `generate.prompts`.
+    These keys of the recipe are for this command: `model` (hub and repo), `export.also` (more formats), `eval` (text,
+    windows, length) and `generate.prompts`.
 
     Examples:
 
@@ -56,11 +68,12 @@ def run(
     from qtool.jobs import stages, summary
     from qtool.recipe.load import load
 
-    chosen = load(recipe)
-    given = None if model is None else expand(path_or_stdin(model))
-    folder = expand(work or Path(_default(chosen, given))).absolute()
-    _check(chosen, given, folder)
-    with console() as out:
+    source = None if model is None else path_or_stdin(model)
+    with console("starting") as out:
+        chosen = load(recipe)
+        given = None if source is None else expand(source)
+        folder = expand(work or Path(_default(chosen, given))).absolute()
+        _check(chosen, given, folder)
         settings = service.Settings(engine, device, runtime, trust_remote_code)
         with stages.opened(
             folder, out.info, lambda stage, done, total: out.progress(stage, done, total, "bytes")
@@ -102,4 +115,7 @@ def _show(out: Console, found: dict[str, Any], page: Path) -> None:
         out.table("Size", ["format", "size", "of the original", "folder"], summary.size_rows(found), result=True)
         if rows := summary.figure_rows(found):
             out.table("What quantization cost", ["", "mean", "95 % interval"], rows, result=True)
-        out.info(f"all of it: {page}")
+        for answer in (found["answers"] or [])[:_SHOWN]:
+            out.info(f"\n{summary.answer_text(answer)}")
+        out.info(f"\nall of it, as a page: {page}")
+        out.result(found["work"])

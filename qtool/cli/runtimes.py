@@ -13,16 +13,19 @@ from qtool.cli.options import Debug, Json, Quiet, console, path_or_stdin
 
 def runtimes(
     model: Annotated[
-        str | None, typer.Argument(help="A model folder, quantized or not; - reads its path from standard input.")
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="A model folder, quantized or not, or - to read its path from standard input."
+        ),
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Show which runtime reads which models in which format and scheme, where that is known from, and why not.
+    """Show which runtime reads which models, in which format and scheme.
 
-    With MODEL, what can serve that one: as it is, and in each scheme of its recipe and each format. A table on a
-    terminal; into a pipe or with --json one JSON list.
+    With MODEL, show what can serve this model: as it is, and in each format and each scheme of its recipe. On a
+    terminal the result is a table. In a pipe or with --json it is one JSON list.
 
     Examples:
 

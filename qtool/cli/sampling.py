@@ -11,41 +11,52 @@ from typing import Annotated, Any, get_args
 import typer
 
 from qtool.cli.bundle import Bundle, option
+from qtool.cli.helptexts import in_panel
 from qtool.errors import InputError
 from qtool.files import expand
 from qtool.recipe.schema import Sampling
 
-_RECIPE = "from the model's recipe"
-_MODEL = "from the recipe or generation_config.json"
+_RECIPE = "the recipe's"
+_MODEL = "the model's"
+_REPEAT = "Can be repeated."
 
 # What an option says otherwise than its field: that is about a list where the option gives one of it, for example.
 _OTHERWISE: dict[str, dict[str, Any]] = {
     "max_tokens": {"show_default": _RECIPE},
-    "temperature": {"help": "0 is greedy.", "show_default": _RECIPE},
+    "temperature": {"show_default": _RECIPE},
     "top_p": {"show_default": _MODEL},
-    "top_k": {"help": "Tokens drawn from; 0 for all.", "show_default": _MODEL},
+    "top_k": {"show_default": _MODEL},
     "min_p": {"show_default": _MODEL},
     "repetition_penalty": {"show_default": _MODEL, "min": None},
-    "seed": {"help": "Prompt i draws from seed + i."},
-    "stop": {"help": "A text that ends an answer; repeat it for more."},
-    "stop_token_ids": {"help": "A token that ends an answer."},
-    "bad_words": {"help": "A word that never comes."},
-    "logit_bias": {"help": "Added to a token's logit.", "metavar": "ID=BIAS"},
-    "allowed_token_ids": {"help": "Only these tokens come."},
-    "logprobs": {"help": "Log-probabilities of so many tokens per place."},
-    "prompt_logprobs": {"help": "The same for the prompt."},
+    "seed": {"help": "The random seed. Prompt i uses seed + i."},
+    "stop": {"help": f"A text that ends the answer. {_REPEAT}"},
+    "stop_token_ids": {"help": f"A token that ends the answer. {_REPEAT}", "metavar": "ID"},
+    "bad_words": {"help": f"A word that must not be in the answer. {_REPEAT}"},
+    "logit_bias": {"help": f"Add BIAS to the logit of token ID. {_REPEAT}", "metavar": "ID=BIAS"},
+    "allowed_token_ids": {"help": f"A token that the answer may have; no others may. {_REPEAT}", "metavar": "ID"},
     "skip_special_tokens": {"show_default": "skip"},
 }
+_PANEL = "Sampling"
 _DEFAULTS = {"seed": 0}
 _FLAGS = {"skip_special_tokens": "--skip-special-tokens/--no-skip-special-tokens"}
 _STRUCTURES = (
     option(
         "json_schema",
-        Annotated[str | None, typer.Option(metavar="FILE", help="Answers are JSON of this schema.")],
+        Annotated[
+            str | None, typer.Option(metavar="FILE", help="A file with the JSON schema that answers must follow.")
+        ],
         None,
     ),
-    option("regex", Annotated[str | None, typer.Option(help="Answers match it.")], None),
-    option("choice", Annotated[list[str] | None, typer.Option(help="Answers are one of these; repeat it.")], None),
+    option(
+        "regex",
+        Annotated[str | None, typer.Option(metavar="REGEX", help="A regular expression that answers must match.")],
+        None,
+    ),
+    option(
+        "choice",
+        Annotated[list[str] | None, typer.Option(help="One of the answers to choose from. Give it once for each.")],
+        None,
+    ),
 )
 _NO_OPTION = {"spaces_between_special_tokens", "structured_outputs"}
 
@@ -59,7 +70,8 @@ def bundle(*names: str, **otherwise: dict[str, Any]) -> Bundle:
     """
     wanted = names or [name for name in Sampling.model_fields if name not in _NO_OPTION]
     options = [_option(name, otherwise.get(name, {})) for name in wanted]
-    return Bundle(options if names else [*options, *_STRUCTURES], _asked)
+    chosen = options if names else [*options, *_STRUCTURES]
+    return Bundle([each.replace(annotation=in_panel(each.annotation, _PANEL)) for each in chosen], _asked)
 
 
 def _option(name: str, otherwise: Mapping[str, Any]) -> Any:

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
@@ -21,30 +21,38 @@ from qtool.errors import QtoolError
 class Listening:
     """Where the server listens, and what it is called by."""
 
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1"
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000
+    panel: ClassVar[str] = "Server"
+
+    host: Annotated[
+        str,
+        typer.Option(metavar="ADDRESS", help="The address to listen on. 0.0.0.0 means all addresses of this machine."),
+    ] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000
     served_model_name: Annotated[
-        str | None, typer.Option(help="What requests call the model.", show_default="the folder's name")
+        str | None,
+        typer.Option(metavar="NAME", help="The name of the model in requests.", show_default="the folder's name"),
     ] = None
 
 
 @expanded
 def serve(
-    model: Annotated[str, typer.Argument(help="Model folder; - reads the path from stdin.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model folder, or - to read its path from standard input.")
+    ],
     listening: Listening,
     *,
     runtime: Server = "auto",
     set_: Set = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the command, and the variables set for it.")
+        bool, typer.Option("--dry-run", help="Print the command and its environment variables, and stop.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     shown: Shown,
 ) -> None:
-    """Serve a model with vLLM's OpenAI server, set up for this hardware as `qtool generate` is.
+    """Serve a model with vLLM's OpenAI server, with the same settings for this hardware as `qtool generate`.
 
-    This process becomes the server: what it prints, how it ends and any further option (--set KEY=VALUE) are vLLM's.
-    The key that requests must have, if any, is taken from the variable VLLM_API_KEY.
+    Every option of vLLM can be given with --set KEY=VALUE. To protect the server, set the environment variable
+    VLLM_API_KEY: requests must then have this key.
 
     Examples:
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
@@ -24,12 +24,19 @@ if TYPE_CHECKING:
 class Limit:
     """What the model may cost: quality or bytes."""
 
+    panel: ClassVar[str] = "Goal"
+
     max_kl: Annotated[
-        float | None, typer.Option("--max-kl", min=0, help="As small as can be with at most this KL divergence (nats).")
+        float | None,
+        typer.Option("--max-kl", min=0, help="Find the smallest model with at most this KL divergence (in nats)."),
     ] = None
     max_size: Annotated[
         str | None,
-        typer.Option("--max-size", metavar="SIZE", help="As good as can be in 165MB, or 102% of the untuned scheme."),
+        typer.Option(
+            "--max-size",
+            metavar="SIZE",
+            help="Find the best model of at most this size, such as 165MB or 102% of the untuned scheme.",
+        ),
     ] = None
 
 
@@ -37,9 +44,16 @@ class Limit:
 class Search:
     """How the recipe is searched for, and what that may do."""
 
-    budget: Annotated[int, typer.Option(min=2, help="How often to quantize and evaluate, the untuned scheme too.")] = 3
+    panel: ClassVar[str] = "Search"
+
+    budget: Annotated[
+        int, typer.Option(min=2, help="How often to quantize and evaluate, including the untuned scheme.")
+    ] = 3
     scratch: Annotated[
-        Path | None, typer.Option(help="Where quantized models lie meanwhile. Default: the system's temporary folder.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="The folder for temporary models.", show_default="the system's temporary folder"
+        ),
     ] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe's file if it exists.")] = False
     trust_remote_code: TrustRemoteCode = False
@@ -47,18 +61,32 @@ class Search:
 
 @expanded
 def tune(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A float model's folder; - reads its path from stdin.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="The folder of a float model, or - to read its path from standard input."),
+    ],
     limit: Limit,
     *,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The recipe's file. Default: stdout.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The recipe file to write.",
+            show_default="standard output",
+            rich_help_panel="Goal",
+        ),
+    ] = None,
     measurement: Measurement,
     search: Search,
     printed: Printed,
 ) -> None:
     """Make a recipe: which layers stay float, which quantize per token and which per tensor.
 
-    What each layer costs is estimated for all of them at once (see qtool analyze); bytes go where they help most. Then
-    the model is quantized by the recipe and evaluated, and with --max-kl corrected, --budget times in all.
+    First, tune estimates what each layer costs, as qtool analyze does, and gives bytes to the layers where they help
+    most. Then it quantizes the model with this recipe and evaluates it. With --max-kl it corrects the recipe and does
+    this again, up to --budget times in all.
 
     Examples:
 
@@ -69,8 +97,9 @@ def tune(
     from qtool.files import write_text
     from qtool.tuning.tune import tune as find
 
-    job = _job(model, limit, output, measurement, search)
-    with console() as out:
+    folder = path_or_stdin(model)
+    with console("starting") as out:
+        job = _job(folder, limit, output, measurement, search)
         out.info(f"recipe {job.recipe.name}, scheme {job.scheme}")
         result = find(job, out.event)
         _summary(result, out)
@@ -97,7 +126,7 @@ def _job(model: str, limit: Limit, output: Path | None, measurement: Measurement
             "say either how much quality may go, or how large the model may be", hint="--max-kl X, or --max-size SIZE"
         )
     wanted = measurement.wanted()
-    begun = start(path_or_stdin(model), wanted)
+    begun = start(model, wanted)
     if output is not None:
         _check_output(output, begun.extends, overwrite=search.overwrite)
     scratch = search.scratch

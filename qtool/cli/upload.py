@@ -16,23 +16,29 @@ from qtool.files import expand
 
 
 def upload(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A model folder; - reads its path from stdin.")],
-    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository; made if there is none.")],
-    to: Annotated[Literal["huggingface", "modelers"], typer.Option("--to", help="The hub.")] = "huggingface",
-    private: Annotated[bool, typer.Option("--private", help="If the repository is made: not for everybody.")] = False,
+    folder: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model folder, or - to read its path from standard input.")
+    ],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository. It is made if it doesn't exist.")],
+    to: Annotated[
+        Literal["huggingface", "modelers"], typer.Option("--to", help="The hub to upload to.")
+    ] = "huggingface",
+    private: Annotated[
+        bool, typer.Option("--private", help="If the repository has to be made, make it private.")
+    ] = False,
     token_file: Annotated[
-        Path | None, typer.Option("--token-file", metavar="FILE", help="A file that holds the token.")
+        Path | None, typer.Option("--token-file", metavar="FILE", help="A file that holds the access token.")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask before sending.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent and stop.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Upload without asking.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded and stop.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Upload a model to a hub and print the repository's address.
 
-    What qtool quantized gets a model card written from its qtool.json, shown before anything is sent. Interrupt it
-    and run it again: what the repository has already is not sent again.
+    A model that qtool quantized gets a model card, written from its qtool.json and shown before anything is sent.
+    After an interruption, run the same command again: files that the repository has already are not sent again.
 
     Examples:
 

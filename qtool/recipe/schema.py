@@ -67,27 +67,48 @@ class Sampling(Strict):
     None is not said: whoever has less to say decides, in the end vLLM's own default.
     """
 
-    max_tokens: int | None = Field(default=None, gt=0, description="most new tokens per answer")
-    min_tokens: int | None = Field(default=None, ge=0, description="no end of text before so many tokens")
-    temperature: float | None = Field(default=None, ge=0, le=2, description="0 takes the likeliest token each time")
-    top_p: float | None = Field(default=None, gt=0, le=1, description="share of probability drawn from")
-    top_k: int | None = Field(default=None, ge=-1, description="how many tokens are drawn from; 0 or -1 for all")
-    min_p: float | None = Field(default=None, ge=0, le=1, description="least probability, relative to the likeliest's")
-    repetition_penalty: float | None = Field(default=None, gt=0, description="above 1: less of what is already there")
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2, description="for tokens that the answer has")
-    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="times how often it has them")
+    max_tokens: int | None = Field(default=None, gt=0, description="the most new tokens in an answer")
+    min_tokens: int | None = Field(default=None, ge=0, description="the fewest new tokens in an answer")
+    temperature: float | None = Field(
+        default=None, ge=0, le=2, description="the temperature of sampling; 0 always takes the likeliest token"
+    )
+    top_p: float | None = Field(
+        default=None, gt=0, le=1, description="sample from the likeliest tokens that together have this probability"
+    )
+    top_k: int | None = Field(
+        default=None, ge=-1, description="sample from this many of the likeliest tokens; 0 or -1 means all"
+    )
+    min_p: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="leave out tokens less likely than this share of the likeliest one's probability",
+    )
+    repetition_penalty: float | None = Field(
+        default=None, gt=0, description="above 1, tokens in the prompt or the answer become less likely"
+    )
+    presence_penalty: float | None = Field(
+        default=None, ge=-2, le=2, description="above 0, tokens that the answer already has become less likely"
+    )
+    frequency_penalty: float | None = Field(
+        default=None, ge=-2, le=2, description="above 0, tokens become less likely each time that the answer has them"
+    )
     seed: Seed | None = None
-    n: int | None = Field(default=None, gt=0, description="answers per prompt")
+    n: int | None = Field(default=None, gt=0, description="the number of answers per prompt")
     stop: list[NonEmpty] | None = Field(default=None, description="texts that end an answer and are no part of it")
     stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = Field(default=None, description="go on after the end of the text")
-    bad_words: list[NonEmpty] | None = Field(default=None, description="words that never come")
+    include_stop_str_in_output: bool | None = Field(default=None, description="keep the stop text in the answer")
+    ignore_eos: bool | None = Field(default=None, description="continue after the token that ends the text")
+    bad_words: list[NonEmpty] | None = Field(default=None, description="words that must not be in the answer")
     logit_bias: dict[int, float] | None = Field(default=None, description="token id: what is added to its logit")
     allowed_token_ids: list[int] | None = None
-    logprobs: int | None = Field(default=None, ge=0, description="log-probabilities of so many tokens at each place")
-    prompt_logprobs: int | None = Field(default=None, ge=0, description="the same for the prompt's tokens")
-    skip_special_tokens: bool | None = None
+    logprobs: int | None = Field(
+        default=None, ge=0, description="give the log-probabilities of this many tokens at each position"
+    )
+    prompt_logprobs: int | None = Field(
+        default=None, ge=0, description="give the log-probabilities of this many tokens at each position of the prompt"
+    )
+    skip_special_tokens: bool | None = Field(default=None, description="leave special tokens out of the text")
     spaces_between_special_tokens: bool | None = None
     structured_outputs: dict[str, Any] | None = Field(
         default=None, description="what the answer must be: one of json (a schema), regex, choice, grammar, json_object"
@@ -108,8 +129,10 @@ class Generate(Sampling):
     """Defaults for `qtool generate`; names are vLLM's."""
 
     prompts: list[str] = Field(default_factory=list, description="what `qtool run` has the quantized model continue")
-    max_tokens: int | None = Field(default=64, gt=0, description="most new tokens per answer")
-    temperature: float | None = Field(default=0.0, ge=0, le=2, description="0 takes the likeliest token each time")
+    max_tokens: int | None = Field(default=64, gt=0, description="the most new tokens in an answer")
+    temperature: float | None = Field(
+        default=0.0, ge=0, le=2, description="the temperature of sampling; 0 always takes the likeliest token"
+    )
     reasoning_parser: str | None = Field(
         default=None, description="vLLM's name for how the model marks its thinking; splits it from the answer"
     )
