@@ -1,8 +1,8 @@
 """DeepSeek-V3 under the names of MindFormers' older models, seen under Hugging Face's.
 
 Golden Stick used to quantize MindFormers' model as it was, and its checkpoints have that model's names: q2l_proj,
-kv2l, lkv2kv, feed_forward.w1, routed_experts.ffn, quant_op.input_zp, dequant_scale. MindFormers 1.7.0 loads them as well
-as today's (models/deepseek3/modeling_deepseek_v3_infer.py, convert_name); this is the same translation, to the names of
+kv2l, lkv2kv, feed_forward.w1, routed_experts.ffn, quant_op.input_zp, dequant_scale. MindFormers 1.7.0 loads them beside
+today's (models/deepseek3/modeling_deepseek_v3_infer.py, convert_name); this is the same translation, to the names of
 the other end. Tensors are as they are under today's names: one for each expert, [out, in].
 
 Still older ones hold all experts in one tensor, and the rotary rows of queries and keys in another order

