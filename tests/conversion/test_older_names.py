@@ -200,7 +200,7 @@ schemes:
 
 @pytest.mark.vllm
 def test_vllm_generates_from_it(run_qtool: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
-    latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}  # the only widths that vLLM's kernels have
+    latent: dict[str, Any] = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}  # the only widths that vLLM's kernels have
     model = families.make(tmp_path / "float", "deepseek_v3", tiny_tokenizer, num_nextn_predict_layers=0, **latent)
     (tmp_path / "recipe.yaml").write_text(_RECIPE)
     how = ("--recipe", tmp_path / "recipe.yaml", "--format", "golden-stick", "--samples", "4", "--seq-len", "48")
