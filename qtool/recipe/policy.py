@@ -36,7 +36,7 @@ class Weights(Strict):
         if not self.symmetric:
             raise wrong("symmetric", "must be true: qtool gives weights no zero point")
         if self.strategy == "group" and self.group_size is None:
-            raise wrong("group_size", "is missing, which strategy group needs")
+            raise wrong("group_size", "is missing, but strategy group needs it")
         if self.strategy != "group" and self.group_size is not None:
             raise wrong("group_size", f"has no meaning with strategy {self.strategy}")
         return self
@@ -193,7 +193,7 @@ def _with_preset(data: dict[str, Any]) -> dict[str, Any]:
         raise wrong("scheme", f"must be {' or '.join(map(repr, PRESETS))}, not {name!r}")
     for key in _PARTS_OF_A_SCHEME:
         if key in rest:
-            raise wrong(key, "scheme says it already")
+            raise wrong(key, "is already given by scheme")
     weights = preset.weights
     rest["weights"] = {
         "num_bits": weights.num_bits,

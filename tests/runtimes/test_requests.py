@@ -74,7 +74,7 @@ def test_the_first_line_or_the_name_says_what_a_file_holds(tmp_path: Path) -> No
     [
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ("[1]", "no JSON object"),
+        ("[1]", "not a JSON object"),
         ('{"text": "x"}', "neither prompt nor messages"),
         ('{"prompt": 3}', "no text"),
         ('{"prompt": [true]}', "no text"),
@@ -141,7 +141,7 @@ def test_batch_files(tmp_path: Path) -> None:
     [
         (batch("/v1/embeddings", {}), "/v1/embeddings"),
         (batch(CHAT_URL, {"messages": USER}, method="GET"), "GET"),
-        (batch(CHAT_URL, [1]), "no JSON object"),
+        (batch(CHAT_URL, [1]), "not a JSON object"),
         (batch(CHAT_URL, {"prompt": "x"}), "messages"),
         (batch(COMPLETIONS_URL, {"messages": USER}), "prompt"),
         (batch(CHAT_URL, {"messages": USER, "temperature": 9}), "temperature"),

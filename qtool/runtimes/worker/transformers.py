@@ -59,7 +59,7 @@ def _load(job: WorkerJob) -> Any:
     except ValueError as error:
         if "trust_remote_code" in str(error):
             hint = "If you trust its author, add --trust-remote-code."
-            raise InputError("the model is Python code of its own", where=job.model, hint=hint) from error
+            raise InputError("the model needs Python code that comes with it", where=job.model, hint=hint) from error
         raise
     return model.eval()
 
