@@ -9,6 +9,7 @@ import contextlib
 import json as jsonlib
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TextIO
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     import rich.console
-    import rich.progress
+    import rich.live
+    import rich.table
 
     from qtool.errors import QtoolError
 
@@ -36,20 +38,26 @@ class Console:
     Args:
         quiet: only warnings, errors and the result.
         json: the result is printed as JSON.
+        doing: what a terminal shows at once, until there is more to tell.
     """
 
-    def __init__(self, quiet: bool = False, json: bool = False) -> None:
+    def __init__(self, quiet: bool = False, json: bool = False, doing: str | None = None) -> None:
         self.quiet = quiet
         self.json = json
-        self._bar: rich.progress.Progress | None = None
-        self._task: rich.progress.TaskID | None = None
-        self._stage: str | None = None
+        self._doing = doing
+        self._live: rich.live.Live | None = None
+        self._stage: _Stage | None = None
 
     def __enter__(self) -> Console:
+        if self._doing is not None:
+            self.status(self._doing)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        stage, drawn = self._stage, self._live is not None
         self.end_progress()
+        if kind is not None and drawn and stage is not None and stage.total:
+            self.info(f"stopped in: {stage.name}, {stage.count}")
 
     # ------------------------------------------------------------ stdout
 
@@ -111,6 +119,8 @@ class Console:
         for row in rows:
             table.add_row(*(Text(_cell(value)) for value in row))
         target = self._stdout if result else self._stderr
+        if result and target.is_terminal:
+            self.end_progress()
         with _to_stdout() if result else contextlib.nullcontext():
             if target.is_terminal:
                 target.print(table)
@@ -118,35 +128,55 @@ class Console:
                 target.print(table, width=max(80, target.measure(table).maximum), soft_wrap=True)
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """Show a worker's progress or warning event; others are not for the eyes."""
+        """Show a worker's progress, status or warning event; others are not for the eyes."""
         if event["event"] == "warning":
             self.warning(event["message"])
+        elif event["event"] == "status":
+            self.status(event["what"])
         elif event["event"] == "progress" and not self.quiet:
             self.progress(event["stage"], event["done"], event["total"], event["unit"])
 
+    def status(self, what: str) -> None:
+        """What is being done now, before there is anything to count; only a terminal shows it."""
+        if not self.quiet and self._stderr.is_terminal:
+            self.progress(what, 0, 0)
+
     def progress(self, stage: str, done: int, total: int, unit: str = "layers") -> None:
-        """A bar with rate and time left on a terminal, else one line as each stage begins."""
+        """A bar with rate and time left on a terminal, else one line as each stage begins.
+
+        Only the stage that is under way has a bar. It goes away when the next stage begins, or the work ends.
+        """
         if self.quiet:
             return
         stage = _cell(stage)
-        if not self._stderr.is_terminal:
-            if stage != self._stage:
+        if self._stage is None or self._stage.name != stage:
+            self._stage = _Stage(stage, unit, first=done)
+            if not self._stderr.is_terminal:
                 self._say(f"{stage} ({amount(total, unit)})" if total else stage)
-            self._stage = stage
-            return
-        if self._bar is None:
-            self._bar = _bar(self._stderr)
-            self._bar.start()
-        if stage != self._stage or self._task is None:
-            # what an earlier run did is no speed of this one
-            self._stage, self._task = stage, self._bar.add_task(stage, total=total or None, completed=done, unit=unit)
-        self._bar.update(self._task, completed=done, total=total or None)
+        self._stage.advance(done, total)
+        if self._live is None and self._stderr.is_terminal:
+            from rich.live import Live
+
+            # Redirected, what another program is to read would go to the terminal.
+            self._live = Live(
+                get_renderable=self._drawn,
+                console=self._stderr,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+                refresh_per_second=10,
+            )
+            self._live.start()
 
     def end_progress(self) -> None:
-        """Leave the bar as it stands and give the terminal back."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = self._task = self._stage = None
+        """Take the bar away and give the terminal back."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        self._stage = None
+
+    def _drawn(self) -> rich.table.Table | str:
+        return "" if self._stage is None else self._stage.drawn()
 
     @cached_property
     def _stderr(self) -> rich.console.Console:
@@ -210,34 +240,75 @@ def _to_stdout() -> Iterator[None]:
         raise QtoolError(f"can't be written: {error.strerror}", where="standard output") from None
 
 
-def _bar(console: rich.console.Console) -> rich.progress.Progress:
-    from rich import progress
-    from rich.text import Text
+class _Stage:
+    """A piece of work under way, and how fast it goes.
 
-    class Rate(progress.ProgressColumn):
-        def render(self, task: progress.Task) -> Text:
-            unit, speed = task.fields["unit"], task.finished_speed or task.speed
-            if not speed:
-                return Text("")
-            if unit == "bytes":
-                return Text(f"{amount(speed, unit)}/s", style="cyan")
-            slow = speed < 1 and unit.endswith("s")
-            return Text(f"{1 / speed:.1f} s/{unit[:-1]}" if slow else f"{speed:.1f} {unit}/s", style="cyan")
+    Args:
+        first: what is done when it begins. An earlier run did that, so it is no speed of this one.
+    """
 
-    class Count(progress.MofNCompleteColumn):
-        def render(self, task: progress.Task) -> Text:
-            if task.fields["unit"] != "bytes":
-                return super().render(task)
-            return Text(f"{amount(task.completed, 'bytes')}/{amount(task.total or 0, 'bytes')}")
+    def __init__(self, name: str, unit: str, first: int) -> None:
+        self.name, self.unit, self.first = name, unit, first
+        self.done, self.total = first, 0
+        self.begun = self.moved = time.monotonic()
 
-    return progress.Progress(
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        Count(),
-        Rate(),
-        progress.TimeRemainingColumn(elapsed_when_finished=True),
-        console=console,
-    )
+    def advance(self, done: int, total: int) -> None:
+        if done != self.done:
+            self.moved = time.monotonic()
+        self.done, self.total = done, total
+
+    @property
+    def count(self) -> str:
+        """How much is done, of how much."""
+        if not self.total:
+            return amount(self.done, self.unit)
+        if self.unit == "bytes":
+            return f"{amount(self.done, self.unit)}/{amount(self.total, self.unit)}"
+        return f"{self.done}/{self.total} {self.unit}"
+
+    @property
+    def told(self) -> str:
+        """The count, the mean rate of this run and the time left; or the time taken, while no more is known."""
+        now = time.monotonic()
+        taken = self.moved - self.begun
+        # A rate over less than a second is chance.
+        speed = (self.done - self.first) / taken if taken >= 1 else 0.0
+        parts = [self.count] if self.done or self.total else []
+        if speed:
+            parts.append(_rate(speed, self.unit))
+        if speed and self.total:
+            left = max(0.0, (self.total - self.done) / speed - (now - self.moved))
+            parts.append(f"{_clock(left)} left")
+        else:
+            parts.append(_clock(now - self.begun))
+        return ", ".join(parts)
+
+    def drawn(self) -> rich.table.Table:
+        """One line, however narrow the terminal is."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        line = Table.grid(padding=(0, 1), expand=True)
+        line.add_column(no_wrap=True, overflow="ellipsis")
+        line.add_column(ratio=1, max_width=40)
+        line.add_column(no_wrap=True, overflow="ellipsis")
+        known = bool(self.total)
+        bar = ProgressBar(self.total if known else None, self.done, pulse=not known, animation_time=time.monotonic())
+        line.add_row(Text(self.name), bar, Text(self.told, style="cyan"))
+        return line
+
+
+def _rate(speed: float, unit: str) -> str:
+    if unit == "bytes":
+        return f"{amount(speed, unit)}/s"
+    return f"{1 / speed:.1f} s/{unit[:-1]}" if speed < 1 and unit.endswith("s") else f"{speed:.1f} {unit}/s"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def amount(count: float, unit: str) -> str:

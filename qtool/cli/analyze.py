@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtool.calibration.sources import BUILTIN
+from qtool.cli import completion
 from qtool.cli.bundle import expanded
 from qtool.cli.measuring import Measurement, WindowLength
 from qtool.cli.options import Printed, TrustRemoteCode, console, path_or_stdin
@@ -26,7 +27,12 @@ class Estimate(Measurement):
 
     recipe: Annotated[
         str | None,
-        typer.Option(metavar="RECIPE", help="A recipe's name or file.", show_default="the one that fits the model"),
+        typer.Option(
+            metavar="RECIPE",
+            help="A recipe's name or file.",
+            show_default="the one that fits the model",
+            autocompletion=completion.recipes,
+        ),
     ] = None
     windows: Annotated[int, typer.Option(min=1, help="The number of windows of text.")] = 4
     length: WindowLength = 256
@@ -60,8 +66,9 @@ def analyze(
     """
     from qtool.tuning.job import run
 
-    job = _job(model, measurement, trust_remote_code=trust_remote_code)
-    with console() as out:
+    folder = path_or_stdin(model)
+    with console("starting") as out:
+        job = _job(folder, measurement, trust_remote_code=trust_remote_code)
         out.info(f"recipe {job.recipe.name}, scheme {job.scheme}")
         found = run(job, out.event)
     out.info(f"{found.seconds:.0f} s, peak memory {found.peak_memory_bytes / 1e9:.2f} GB")
@@ -77,7 +84,7 @@ def _job(model: str, measurement: Estimate, *, trust_remote_code: bool) -> Sensi
     from qtool.tuning.wanted import start
 
     wanted = measurement.wanted()
-    begun = start(path_or_stdin(model), wanted)
+    begun = start(model, wanted)
     text, calibration = wanted.texts(begun.recipe, for_self=BUILTIN)
     return SensitivityJob(
         model=begun.model,

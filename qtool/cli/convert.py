@@ -83,7 +83,7 @@ def _checkpoint(source: Path, to: str | None, output: Path | None, dtype: str | 
         raise InputError("is only for GGUF files; a folder keeps its dtype", where="--dtype")
     source = Checkpoint.open(source).path.absolute()  # whatever is wrong should show before torch is imported
     target = expand(output or service.beside(source, to)).absolute()
-    with console() as out:
+    with console("starting") as out:
         result = service.to_format(source, target, to, overwrite=overwrite, on_event=out.event)
         layers = ", ".join(f"{count} {mode}" for mode, count in result["layers"].items() if count)
         rounding = result["input_scale_rounding"]
@@ -104,7 +104,7 @@ def _gguf(source: Path, to: str | None, output: Path | None, dtype: str, *, over
         hint = "Convert it to a folder first (--to safetensors), then: qtool quantize DIR"
         raise InputError(f"a file is a GGUF file, and can't become {to} at once", where="--to", hint=hint)
     target = expand(output or service.beside(source, None)).absolute()
-    with console() as out:
+    with console("starting") as out:
         result = service.from_gguf(source, target, dtype, overwrite=overwrite, on_event=out.event)
         facts = f"{result['parameters']:,} parameters in {dtype}, {result['nbytes']:,} bytes"
         out.info(f"{result['architecture']}, {facts}")

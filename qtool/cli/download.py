@@ -126,7 +126,7 @@ def download(
     """
     from qtool.jobs import download as jobs
 
-    with console() as out:
+    with console("starting") as out:
         if mode.verify and _is_folder(repo):
             _verify(expand(repo).absolute(), transfer.workers, out)
             return

@@ -76,11 +76,15 @@ class Printed:
     debug: Debug = False
 
 
-def console() -> Console:
-    """The console as --quiet and --json ask for."""
+def console(doing: str | None = None) -> Console:
+    """The console as --quiet and --json ask for.
+
+    Args:
+        doing: what a terminal shows from the first moment. Workers take seconds before they have something to tell.
+    """
     from qtool.console import Console
 
-    return Console(quiet=common.quiet, json=common.json)
+    return Console(quiet=common.quiet, json=common.json, doing=doing)
 
 
 def path_or_stdin(value: str) -> str:

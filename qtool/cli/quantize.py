@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import typer
 
 from qtool.checkpoint import formats
+from qtool.cli import completion
 from qtool.cli.bundle import expanded
 from qtool.cli.options import Printed, TrustRemoteCode, console, path_or_stdin, size
 
@@ -31,11 +32,21 @@ class Method:
 
     recipe: Annotated[
         str | None,
-        typer.Option(metavar="RECIPE", help="A recipe's name or file.", show_default="the one that fits the model"),
+        typer.Option(
+            metavar="RECIPE",
+            help="A recipe's name or file.",
+            show_default="the one that fits the model",
+            autocompletion=completion.recipes,
+        ),
     ] = None
     scheme: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="One of the recipe's schemes, such as w8a8-dynamic.", show_default=_RECIPES),
+        typer.Option(
+            metavar="NAME",
+            help="One of the recipe's schemes, such as w8a8-dynamic.",
+            show_default=_RECIPES,
+            autocompletion=completion.schemes,
+        ),
     ] = None
     format: Annotated[
         formats.Name | None, typer.Option(help="The format of the checkpoint that is written.", show_default=_RECIPES)
@@ -167,16 +178,17 @@ def quantize(
         resume=run.resume,
         trust_remote_code=run.trust_remote_code,
     )
-    decided = jobs.decide(Path(path_or_stdin(model)), wanted)
-    (_plan if run.dry_run else _quantize)(decided)
+    folder = Path(path_or_stdin(model))
+    with console("starting") as out:
+        decided = jobs.decide(folder, wanted)
+        out.info(decided.why)
+        (_plan if run.dry_run else _quantize)(decided, out)
 
 
-def _quantize(decided: Decided) -> None:
+def _quantize(decided: Decided, out: Console) -> None:
     from qtool.jobs import quantize as jobs
 
-    with console() as out:
-        out.info(decided.why)
-        result = jobs.run(decided.engine, decided.job, out.event)
+    result = jobs.run(decided.engine, decided.job, out.event)
     out.info(
         f"{len(result.report.layers)} layer groups in {result.seconds:.0f} s, "
         f"{result.input_bytes / 1e6:,.0f} MB to {result.output_bytes / 1e6:,.0f} MB, "
@@ -185,12 +197,10 @@ def _quantize(decided: Decided) -> None:
     out.result(result.printed() if out.json else result.output)
 
 
-def _plan(decided: Decided) -> None:
+def _plan(decided: Decided, out: Console) -> None:
     from qtool.jobs import quantize as jobs
 
-    with console() as out:
-        out.info(decided.why)
-        planned = jobs.dry_run(decided.engine, decided.job, out.event)
+    planned = jobs.dry_run(decided.engine, decided.job, out.event)
     out.result(planned.printed() if out.json else _lines(planned, decided.job.recipe, out))
 
 

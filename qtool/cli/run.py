@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qtool.cli import completion
 from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
 from qtool.errors import InputError
 from qtool.files import exists, expand, is_dir
@@ -17,9 +18,13 @@ if TYPE_CHECKING:
     from qtool.console import Console
     from qtool.recipe.schema import Recipe
 
+_SHOWN = 3  # answers
+
 
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or file.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe's name or file.", autocompletion=completion.recipes)
+    ],
     model: Annotated[
         str | None,
         typer.Argument(
@@ -66,11 +71,12 @@ def run(
     from qtool.jobs import stages, summary
     from qtool.recipe.load import load
 
-    chosen = load(recipe)
-    given = None if model is None else expand(path_or_stdin(model))
-    folder = expand(work or Path(_default(chosen, given))).absolute()
-    _check(chosen, given, folder)
-    with console() as out:
+    source = None if model is None else path_or_stdin(model)
+    with console("starting") as out:
+        chosen = load(recipe)
+        given = None if source is None else expand(source)
+        folder = expand(work or Path(_default(chosen, given))).absolute()
+        _check(chosen, given, folder)
         settings = service.Settings(engine, device, runtime, trust_remote_code)
         with stages.opened(
             folder, out.info, lambda stage, done, total: out.progress(stage, done, total, "bytes")
@@ -112,4 +118,7 @@ def _show(out: Console, found: dict[str, Any], page: Path) -> None:
         out.table("Size", ["format", "size", "of the original", "folder"], summary.size_rows(found), result=True)
         if rows := summary.figure_rows(found):
             out.table("What quantization cost", ["", "mean", "95 % interval"], rows, result=True)
-        out.info(f"all of it: {page}")
+        for answer in (found["answers"] or [])[:_SHOWN]:
+            out.info(f"\n{summary.answer_text(answer)}")
+        out.info(f"\nall of it, as a page: {page}")
+        out.result(found["work"])

@@ -97,8 +97,9 @@ def tune(
     from qtool.files import write_text
     from qtool.tuning.tune import tune as find
 
-    job = _job(model, limit, output, measurement, search)
-    with console() as out:
+    folder = path_or_stdin(model)
+    with console("starting") as out:
+        job = _job(folder, limit, output, measurement, search)
         out.info(f"recipe {job.recipe.name}, scheme {job.scheme}")
         result = find(job, out.event)
         _summary(result, out)
@@ -123,7 +124,7 @@ def _job(model: str, limit: Limit, output: Path | None, measurement: Measurement
     if (limit.max_kl is None) == (limit.max_size is None):
         raise InputError("a limit is missing: for the quality or for the size", hint="--max-kl X, or --max-size SIZE")
     wanted = measurement.wanted()
-    begun = start(path_or_stdin(model), wanted)
+    begun = start(model, wanted)
     if output is not None:
         _check_output(output, begun.extends, overwrite=search.overwrite)
     scratch = search.scratch

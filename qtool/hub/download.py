@@ -90,6 +90,7 @@ def find(repo: str, hub: str, revision: str | None, token: Callable[[str], str |
         if candidate == "modelers" and hub == "auto" and not _has_openmind():
             hints.append("modelers.cn was not asked: that needs openmind-hub")
             continue
+        on_event({"event": "status", "what": f"asking {HUBS[candidate]}"})
         answer = ask("list", candidate, token(candidate), on_event, repo=repo, revision=revision)
         if "listing" in answer:
             return Listing.from_json(answer["listing"])

@@ -15,6 +15,7 @@ from typing import TypeVar
 from qtool.errors import QtoolError
 
 Result = TypeVar("Result")
+_NOTICED = 0.75  # seconds
 
 
 class Again(Exception):
@@ -40,12 +41,16 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Patience:
-    """`tries` in a row that bring nothing, with waits around base * 2^n seconds, at most `cap`."""
+    """`tries` in a row that bring nothing, with waits around base * 2^n seconds, at most `cap`.
+
+    `say` is told of each wait that somebody may wonder about: why, for how long, and how many tries have failed.
+    """
 
     tries: int = 5
     base: float = 0.5
     cap: float = 30.0
     longest_order: float = 300.0  # what a server may ask for; beyond it, give up
+    say: Callable[[str], None] = lambda _: None
 
     def persist(
         self,
@@ -81,5 +86,7 @@ class Patience:
                         where=where,
                         hint="Run the same command again: it continues where it stopped.",
                     ) from None
+                if wait >= _NOTICED:
+                    self.say(f"{where}: {again}; next try in {wait:.0f} s ({failures} of {self.tries} failed)")
             if stop.wait(wait):
                 raise Stopped

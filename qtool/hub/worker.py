@@ -60,7 +60,7 @@ def connect(name: str, token: str | None) -> Hub:
 
 def _list(hub: Hub, job: dict[str, Any], report: Report) -> dict[str, Any]:
     try:
-        listing = Patience(base=0.25).persist(  # somebody waits for this
+        listing = Patience(base=0.25, say=report.warning).persist(  # somebody waits for this
             lambda: attempt(hub, lambda: hub.listing(job["repo"], job["revision"])), where=hub.endpoint
         )
     except Absent as error:
@@ -75,7 +75,7 @@ def _fetch(hub: Hub, job: dict[str, Any], report: Report) -> dict[str, Any]:
         Path(job["folder"]),
         lambda stage, done, total: report.progress(stage, done, total, "bytes"),
         workers=job["workers"],
-        patience=Patience(),
+        patience=Patience(say=report.warning),
     )
     return {"sha256": hashes}
 
@@ -89,7 +89,7 @@ def _publish(hub: Hub, job: dict[str, Any], report: Report) -> dict[str, Any]:
         files,
         private=job["private"],
         message=job["message"],
-        patience=Patience(),
+        patience=Patience(say=report.warning),
         progress=lambda done, total: report.progress("uploading", done, total, "files"),
     )
     return {"commit": commit, "skipped": skipped, "endpoint": hub.endpoint}

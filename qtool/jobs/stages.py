@@ -103,6 +103,7 @@ class Job:
         started = time.monotonic()
         make(path)
         seconds = round(time.monotonic() - started, 2)
+        self.say(f"{name}: done in {seconds:.1f} s")
         return self._finish(name, output, key, self._measure(name, path), seconds, kept=False)
 
     def _measure(self, name: str, path: Path) -> Files:

@@ -119,11 +119,16 @@ def _plain(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else " " if c in "\r\n" else c for c in text)
 
 
+def answer_text(answer: dict[str, Any]) -> str:
+    """A prompt with its continuations."""
+    choices = answer.get("choices", [answer])  # several where the recipe asks for `n`
+    return "\n\n".join(answer["prompt"] + choice["text"] for choice in choices)
+
+
 def _quoted(answer: dict[str, Any]) -> str:
     """An answer as a code block: whatever the model wrote, it can't be read as Markdown."""
-    choices = answer.get("choices", [answer])  # several where the recipe asks for `n`
-    text = "\n\n".join(answer["prompt"] + choice["text"] for choice in choices)
+    shown = answer_text(answer)
     fence = "```"
-    while fence in text:
+    while fence in shown:
         fence += "`"
-    return f"{fence}text\n{text}\n{fence}"
+    return f"{fence}text\n{shown}\n{fence}"

@@ -7,11 +7,13 @@ those keys elsewhere, still load.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from qtool.recipe.strict import Regex, Strict, short_for, wrong
+from qtool.recipe.strict import Regex, ShortFor, Strict
+from qtool.recipe.words import short
 from qtool.scheme import PRESETS, QuantizationArgs, Scheme
 
 
@@ -31,15 +33,15 @@ class Weights(Strict):
             return {"strategy": "group", **data}
         return data
 
-    @model_validator(mode="after")
-    def _possible(self) -> Weights:
-        if not self.symmetric:
-            raise wrong("symmetric", "must be true: qtool gives weights no zero point")
-        if self.strategy == "group" and self.group_size is None:
-            raise wrong("group_size", "is missing, but strategy group needs it")
-        if self.strategy != "group" and self.group_size is not None:
-            raise wrong("group_size", f"has no meaning with strategy {self.strategy}")
-        return self
+    @classmethod
+    def disagreements(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        size, strategy = given.get("group_size"), given.get("strategy")
+        if given.get("symmetric") is False:
+            yield "symmetric", "must be true: qtool gives weights no zero point"
+        if strategy == "group" and size is None:
+            yield "group_size", "is missing, but strategy group needs it"
+        if strategy in ("tensor", "channel") and size is not None:
+            yield "group_size", f"has no meaning with strategy {strategy}"
 
     @property
     def args(self) -> QuantizationArgs:
@@ -67,9 +69,7 @@ class LeastError(Strict):
     method: Literal["mse"]
 
 
-Observer = Annotated[
-    MinMax | Percentile | LeastError, Field(discriminator="method"), BeforeValidator(short_for("method"))
-]
+Observer = Annotated[MinMax | Percentile | LeastError, Field(discriminator="method"), ShortFor("method")]
 
 
 class Dynamic(Strict):
@@ -110,7 +110,7 @@ Activations = Annotated[
     Dynamic | Static,
     Field(discriminator="mode"),
     BeforeValidator(_one_observer),  # validators that come before run from the last to the first
-    BeforeValidator(short_for("mode", "dynamic")),
+    ShortFor("mode", "dynamic"),
 ]
 
 
@@ -131,9 +131,7 @@ class NoSmoothing(Strict):
     method: Literal["none"]
 
 
-Smoothing = Annotated[
-    Osl | SmoothQuant | NoSmoothing, Field(discriminator="method"), BeforeValidator(short_for("method"))
-]
+Smoothing = Annotated[Osl | SmoothQuant | NoSmoothing, Field(discriminator="method"), ShortFor("method")]
 
 
 class Nearest(Strict):
@@ -146,7 +144,7 @@ class Gptq(Strict):
     method: Literal["gptq"]
 
 
-Rounding = Annotated[Nearest | Gptq, Field(discriminator="method"), BeforeValidator(short_for("method"))]
+Rounding = Annotated[Nearest | Gptq, Field(discriminator="method"), ShortFor("method")]
 
 _PARTS_OF_A_SCHEME = ("weights", "activations")
 
@@ -170,6 +168,16 @@ class Policy(Strict):
     def _other_spellings(cls, data: Any) -> Any:
         return _with_preset(_with_alpha(data)) if isinstance(data, dict) else data
 
+    @classmethod
+    def disagreements(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        if "scheme" not in given:
+            return
+        if given["scheme"] not in list(PRESETS):
+            yield "scheme", f"must be {' or '.join(map(repr, PRESETS))}, not {short(given['scheme'])}"
+        for key in _PARTS_OF_A_SCHEME:
+            if key in given:
+                yield key, "is already given by scheme"
+
     @property
     def scheme(self) -> Scheme:
         """How these layers are quantized."""
@@ -189,11 +197,8 @@ def _with_preset(data: dict[str, Any]) -> dict[str, Any]:
         return data
     name, rest = data["scheme"], {key: value for key, value in data.items() if key != "scheme"}
     preset = PRESETS.get(name) if isinstance(name, str) else None
-    if preset is None:
-        raise wrong("scheme", f"must be {' or '.join(map(repr, PRESETS))}, not {name!r}")
-    for key in _PARTS_OF_A_SCHEME:
-        if key in rest:
-            raise wrong(key, "is already given by scheme")
+    if preset is None or any(key in rest for key in _PARTS_OF_A_SCHEME):  # see Policy.disagreements
+        return rest
     weights = preset.weights
     rest["weights"] = {
         "num_bits": weights.num_bits,

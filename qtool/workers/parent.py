@@ -39,8 +39,9 @@ def run(
         module: dotted name of a module with `main(job: dict, report: Report) -> dict`.
         job: anything JSON can say.
         python: the interpreter; None means the current one.
-        on_event: called here with each progress, warning and item event, in order; and with a warning when nothing at
-            all has been heard of the worker for long.
+        on_event: called here with a status event before the worker starts, which takes seconds; then with each
+            progress, warning and item event, in order; and with a warning when nothing at all has been heard of the
+            worker for long.
         inputs: what `report.inputs` gives the worker, one by one. A thread here asks for the next as soon as the worker
             has room for it, and may still be waiting for one when this returns.
         env: variables to set in the worker, on top of this process's own.
@@ -53,6 +54,7 @@ def run(
         KeyboardInterrupt: the worker has been stopped. So it has for whatever `on_event` raises.
         Exception: whatever `inputs` raises, once the worker is done with those before.
     """
+    on_event({"event": "status", "what": "starting"})
     log_path = new_log(module.rpartition(".")[2])
     read_end, write_end = os.pipe()
     with (

@@ -18,6 +18,7 @@ _TEXT = (str, type(None))
 _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "alive": {},
     "progress": {"stage": str, "done": (int, float), "total": (int, float), "unit": str},
+    "status": {"what": str},
     "warning": {"message": str},
     "item": {"data": dict},
     "piece": {"index": int, "text": str},

@@ -107,7 +107,7 @@ PARENT = """
 import json, sys
 from qtool import workers
 try:
-    workers.run("misbehave", json.loads(sys.argv[1]), on_event=print)
+    workers.run("misbehave", json.loads(sys.argv[1]), on_event=lambda event: None)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
     sys.exit(130)
@@ -134,7 +134,8 @@ def run(env: dict[str, str], logs: Path) -> Callable[..., tuple[dict[str, Any], 
     def call(do: str, **job: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         events: list[dict[str, Any]] = []
         result = workers.run("misbehave", {"do": do, **job}, on_event=events.append, env=env)
-        return result, events
+        assert events[0] == {"event": "status", "what": "starting"}
+        return result, events[1:]
 
     return call
 
@@ -177,10 +178,10 @@ def test_an_interpreter_of_its_own(run: Any, env: dict[str, str], tmp_path: Path
     python = tmp_path / "bare-python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
     python.chmod(0o755)
-    result = workers.run("misbehave", {"do": "imported"}, python=str(python), on_event=print, env=env)
+    result = workers.run("misbehave", {"do": "imported"}, python=str(python), on_event=lambda event: None, env=env)
     assert "qtool.workers" in result["modules"]
     with pytest.raises(QtoolError, match="cannot start the worker"):
-        workers.run("misbehave", {}, python=str(tmp_path / "absent"), on_event=print)
+        workers.run("misbehave", {}, python=str(tmp_path / "absent"), on_event=lambda event: None)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_a_worker_can_say_that_it_is_as_good_as_dead(run: Any, logs: Path) -> No
 
 def test_an_absent_module_is_an_error(logs: Path) -> None:
     with pytest.raises(QtoolError, match="No module named 'no_such_module'"):
-        workers.run("no_such_module", {}, on_event=print)
+        workers.run("no_such_module", {}, on_event=lambda event: None)
 
 
 def test_chatter_goes_to_the_log(run: Any, logs: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -238,7 +239,7 @@ def test_children_of_a_worker_neither_hang_nor_outlive_it(run: Any, env: dict[st
     events: list[dict[str, Any]] = []
     with pytest.raises(QtoolError, match="signal 9") if die else contextlib.nullcontext():
         workers.run("misbehave", {"do": "leaves_a_child", "die": die}, on_event=events.append, env=env)
-    assert gone(events[0]["data"]["pid"])
+    assert gone(events[1]["data"]["pid"])
 
 
 def test_old_logs_are_removed(run: Any, logs: Path) -> None:
@@ -325,7 +326,7 @@ def test_a_worker_that_takes_too_long_is_stopped(run: Any, tmp_path: Path) -> No
     python.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 1000\n")
     python.chmod(0o755)
     with pytest.raises(QtoolError, match=r"no answer within 0\.5 seconds"):
-        workers.run("misbehave", {}, python=str(python), on_event=print, timeout=0.5)
+        workers.run("misbehave", {}, python=str(python), on_event=lambda event: None, timeout=0.5)
     assert gone(int((tmp_path / "pid").read_text()))
 
 
@@ -377,7 +378,7 @@ def test_a_stopped_worker_is_told_of(
         if event["event"] == "item":
             stopped.append(event["data"]["pid"])
             os.kill(stopped[0], signal.SIGSTOP)
-        else:
+        elif event["event"] != "status":
             events.append(event)
             if len(events) == 2:
                 os.kill(stopped[0], signal.SIGCONT)

@@ -1,0 +1,123 @@
+"""What is on a person's screen when a command has ended, in terminals of two sizes: results, and nothing left over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.test_run import write_recipe
+from tests.launcher import Launcher
+from tests.terminal import Terminal
+
+SIZES = [(80, 24), pytest.param((160, 50), marks=pytest.mark.slow)]
+Seen = Callable[..., Terminal]
+
+
+@pytest.fixture(params=SIZES, ids=["small", "large"])
+def seen(request: Any, launcher: Launcher, qtool_environment: dict[str, str], tmp_path: Path) -> Iterator[Seen]:
+    """seen(*args, env={}, code=0) -> the terminal in which `qtool ARGS` has ended."""
+    opened = []
+
+    def run(*args: object, env: dict[str, str] | None = None, code: int = 0) -> Terminal:
+        environment = {**qtool_environment, **(env or {})}
+        terminal = Terminal(launcher.start, args, env=environment, size=request.param, cwd=tmp_path)
+        opened.append(terminal)
+        assert terminal.end() == code, terminal.text
+        assert_tidy(terminal)
+        return terminal
+
+    yield run
+    for terminal in opened:
+        terminal.__exit__(None, None, None)
+
+
+def assert_tidy(terminal: Terminal) -> None:
+    """No bar and no escape is left, and the cursor is back."""
+    assert not re.search("━{4,}[^┓┩┃]*$|╸|╺", terminal.text, re.MULTILINE), terminal.text
+    assert "\x1b" not in terminal.text
+    assert not re.search(r"\[\d*[A-Z]|\[\?25", terminal.text), terminal.text
+    assert terminal.cursor_is_shown
+
+
+def tables(terminal: Terminal) -> list[list[str]]:
+    """The lines of each table, whole from its top to its bottom."""
+    found: list[list[str]] = []
+    inside = False
+    for line in terminal.lines:
+        if line.startswith("┏"):
+            assert not inside, terminal.text
+            inside = True
+            found.append([])
+        if inside:
+            assert line[:1] in "┏┃┡├│└", terminal.text
+            found[-1].append(line)
+        if line.startswith("└"):
+            inside = False
+    assert not inside, terminal.text
+    return found
+
+
+def test_run(seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, also="[golden-stick]")
+    terminal = seen("run", recipe, tiny_llama, "--work", "job", "--engine", "native", "--runtime", "transformers")
+    stages, sizes, cost = tables(terminal)
+    assert [line.split()[1] for line in stages[3:-1]] == ["quantize", "eval", "convert", "generate"]
+    assert [line.split()[1] for line in sizes[3:-1]] == ["float", "compressed-tensors", "golden-stick"]
+    assert len(cost) == 3 + 4 + 1
+    assert terminal.lines[: len(terminal.text.split("\n"))][-1] == str(tmp_path / "job")
+    assert "I am" in terminal.text
+    said = [line for line in terminal.lines if line.startswith("quantize: ")]
+    assert said[0] == "quantize: begins"
+    assert re.fullmatch(r"quantize: done in \d+\.\d s", said[1])
+
+
+def test_quantize(seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
+    options = ("--scheme", "w8a8-static", "--samples", "2", "--seq-len", "16")
+    terminal = seen("quantize", tiny_llama, "--engine", "native", "--output", "made", *options)
+    assert [line for line in terminal.lines if line][-1] == str(tmp_path / "made")
+    drawn = terminal.drawn
+    assert drawn.index("starting ") < drawn.index("2/2 layers")  # before the worker has said anything
+
+
+def test_a_plan(seen: Seen, tiny_llama: Path) -> None:
+    terminal = seen("quantize", tiny_llama, "--engine", "native", "--dry-run", "--output", "made")
+    (plan,) = tables(terminal)
+    assert "model.layers." in "".join(plan)
+
+
+def test_eval(seen: Seen, tiny_llama: Path) -> None:
+    terminal = seen("eval", tiny_llama, tiny_llama, "--windows", "2", "--length", "16")
+    (figures,) = tables(terminal)
+    assert any("KL divergence" in line for line in figures)
+
+
+def test_tune(seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
+    short = ("--windows", "2", "--length", "16", "--samples", "2", "--seq-len", "16", "--budget", "2")
+    terminal = seen("tune", tiny_llama, "--max-size", "110%", "--output", "tuned.yaml", *short)
+    assert [line for line in terminal.lines if line][-1] == str(tmp_path / "tuned.yaml")
+    assert [line.split()[1] for line in tables(terminal)[0][3:-1]] == ["reference", "tuned"]
+
+
+def test_generate(seen: Seen, tiny_llama: Path) -> None:
+    asked = ("-p", "If the", "-p", "A test", "--max-tokens", "4", "--runtime", "transformers")
+    terminal = seen("generate", tiny_llama, *asked)
+    shown = [line for line in terminal.lines if line]
+    assert any(line.startswith("If the") for line in shown)
+    assert any(line.startswith("A test") for line in shown)
+    assert re.match(r"2 answers, \d+ tokens in ", shown[-1])
+
+
+def test_convert(seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
+    short = ("--samples", "2", "--seq-len", "16", "--scheme", "w8a8-static")
+    seen("quantize", tiny_llama, "--engine", "native", "--output", "made", *short)
+    terminal = seen("convert", "made", "--to", "golden-stick", "--output", "other")
+    assert [line for line in terminal.lines if line][-1] == str(tmp_path / "other")
+
+
+def test_a_failure_says_how_far_it_came(seen: Seen, tmp_path: Path) -> None:
+    terminal = seen("quantize", "nothing", code=2)
+    assert next(line for line in terminal.lines if line).startswith("error: ")
