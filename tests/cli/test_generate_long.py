@@ -145,7 +145,7 @@ def test_other_settings_are_not_mixed_in(run_qtool: Run, tiny_llama: Path, tmp_p
     assert "sampling" in done.stderr
     done = run_qtool("generate", tiny_llama, *FAST, "-p", "x", "-o", output, "--resume")
     assert done.code == 2
-    assert "no answer to prompt 1" in done.stderr
+    assert "not an answer to prompt 1" in done.stderr
 
 
 @pytest.mark.vllm

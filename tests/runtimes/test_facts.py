@@ -65,7 +65,7 @@ def test_who_reads_what() -> None:
         ("golden-stick", QWEN3_VL_MOE, {Q_PROJ: W8A8}, "BF16", "doesn't load for Qwen3VLMoe", False, True),
         ("golden-stick", DEEPSEEK, {Q_PROJ: W8A8, EXPERT: W8A8_DYNAMIC}, "BF16", None, False, False),
         ("golden-stick", MIXTRAL, {Q_PROJ: W8A8}, "BF16", "doesn't load for MixtralForCausalLM", False, True),
-        ("golden-stick", LLAMA, {Q_PROJ: W8A8_DYNAMIC}, "BF16", "not for LlamaForCausalLM", False, True),
+        ("golden-stick", LLAMA, {Q_PROJ: W8A8_DYNAMIC}, "BF16", "support them for LlamaForCausalLM", False, True),
         ("golden-stick", {}, {Q_PROJ: W8A8_DYNAMIC}, None, "doesn't load for this model", False, True),
         ("modelslim", LLAMA, {Q_PROJ: W8A8_DYNAMIC}, "F32", None, False, False),
         ("modelslim", LLAMA, {Q_PROJ: W8A8}, "BF16", None, False, False),

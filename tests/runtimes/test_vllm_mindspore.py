@@ -178,7 +178,7 @@ def test_what_is_read(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("dynamic", "not for LlamaForCausalLM"),
+        ("dynamic", "support them for LlamaForCausalLM"),
         ("Qwen2ForCausalLM dynamic", "ignores the quantization"),
         ("Qwen3ForCausalLM dynamic", "doesn't load their scales"),
         ("Qwen3MoeForCausalLM static", "ignores the quantization"),
