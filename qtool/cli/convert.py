@@ -85,7 +85,7 @@ def _checkpoint(source: Path, to: str | None, output: Path | None, dtype: str | 
     target = expand(output or service.beside(source, to)).absolute()
     with console("starting") as out:
         result = service.to_format(source, target, to, overwrite=overwrite, on_event=out.event)
-        layers = ", ".join(f"{count} {mode}" for mode, count in result["layers"].items() if count)
+        layers = ", ".join(f"{count} {scheme}" for scheme, count in result["layers"].items())
         rounding = result["input_scale_rounding"]
         scales = f"input scales rounded by up to {rounding:.2%}" if rounding else "scales unchanged"
         integers = f"{result['integers']:,} integers" + (
