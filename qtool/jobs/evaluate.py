@@ -109,7 +109,7 @@ def vllm_for(checkpoint: Checkpoint) -> Vllm:
         raise InputError(
             f"vLLM reads {format} checkpoints through {chosen.name} only, whose logits it can't have",
             where="--runtime",
-            hint="leave it out: qtool computes what that runtime does with the same integers",
+            hint="leave out --runtime: qtool computes what that runtime does with the same integers",
         )
     chosen = runtimes.adapted(chosen, checkpoint)
     engine = chosen.engine | {"dtype": dtype(checkpoint, runtimes.kind_of(chosen.name))}

@@ -169,7 +169,9 @@ class Repository(Strict):
 class Recipe(Strict):
     name: str = Field(pattern=NAME, json_schema_extra={FORM: FORMS[NAME]})
     description: str
-    source: str | None = Field(default=None, description="whose published choice this follows, with a reference")
+    source: str | None = Field(
+        default=None, description="the published choice that this recipe follows, with a reference"
+    )
     model: Repository | None = Field(default=None, description="one model it is for, on a hub")
     match: Match = Match()
     osl: Literal["fast", "exact"] = Field(

@@ -45,7 +45,7 @@ def command(
     given, variables = split(arguments)
     if (key := given.pop(KEY, None)) is not None:
         if not key:
-            raise InputError("is empty", where=f"--set {KEY}", hint=f"Leave it away, and set {KEY_VARIABLE}.")
+            raise InputError("is empty", where=f"--set {KEY}", hint=f"Leave it out, and set {KEY_VARIABLE}.")
         variables[KEY_VARIABLE] = key
     own = settings(kind).get("server", {}).get("engine", {})
     options = {"dtype": dtype(checkpoint, kind), **chosen.engine, **own, **given, **server}

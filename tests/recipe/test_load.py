@@ -287,7 +287,12 @@ def test_resolved_is_the_same_recipe_without_extends(name: str, write: Any) -> N
             7,
             r"schemes\.s\[0\]\.scheme: must be one of W8A8, W8A8-dynamic, .*, not 'W8A7'",
         ),
-        ("'.*'", "'.*'\n      scheme: W8A8\n      activations: static", 8, r"\.activations: scheme says it already"),
+        (
+            "'.*'",
+            "'.*'\n      scheme: W8A8\n      activations: static",
+            8,
+            r"\.activations: is already given by scheme",
+        ),
         ("'.*'", "'.*'\n      weights: {type: float}", 7, r"\[0\]\.weights\.type: must be 'int', not 'float'"),
         ("'.*'", "'.*'\n      weights: {num_bits: 9}", 7, r"weights\.num_bits: must be 8 or less"),
         ("'.*'", "'.*'\n      weights:\n        symmetric: false", 8, r"weights\.symmetric: must be true"),

@@ -94,7 +94,7 @@ class Front:
         if not ids:
             raise InputError("the tokenizer makes no tokens of it", hint="Give it some text.")
         if len(ids) >= self.context:
-            what = f"it has {len(ids)} tokens; the model takes {self.context}, with at least one of them its own"
+            what = f"it has {len(ids)} tokens; the model takes {self.context}, and at least one of them must be new"
             raise InputError(what, hint="Shorten it.")
         room = self.context - len(ids)
         wanted = sampling.get("max_tokens") or room
@@ -109,7 +109,7 @@ class Front:
     def warn(self) -> None:
         """Say how many answers had less room than was asked for."""
         if self._cut:
-            context = f"the model takes {self.context} tokens in all"
+            context = f"the model takes {self.context} tokens in total"
             self.report.warning(f"{self._cut} of {self._seen} answers may end early: {context}")
 
     def answer(self, prepared: Prepared, choices: list[dict[str, Any]]) -> dict[str, Any]:

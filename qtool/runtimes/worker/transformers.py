@@ -60,7 +60,7 @@ def _load(job: WorkerJob) -> Any:
     except ForeignError as error:
         if "trust_remote_code" in str(error.__cause__):
             hint = "If you trust its author, add --trust-remote-code."
-            raise InputError("the model is Python code of its own", where=job.model, hint=hint) from error
+            raise InputError("the model needs Python code that comes with it", where=job.model, hint=hint) from error
         raise
     return model.eval()
 
