@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,12 +54,14 @@ def make(
     format_name: str,
     linears: list[str],
     kept: Mapping[str, str] | None = None,
+    weights: ModelWeights | None = None,
 ) -> QuantizationPlan:
     """Match a recipe's scheme with a checkpoint's linear layers.
 
     Args:
         linears: of the decoder layers, by their full names without ".weight".
         kept: why some of them stay float whatever the recipe says.
+        weights: of the model, where it has linears that the checkpoint holds in another form.
 
     Raises:
         InputError: nothing could or would be quantized, or the format can't express the plan.
@@ -71,6 +73,11 @@ def make(
             hint="GPT-2 and similar models, which use Conv1D, aren't supported",
         )
     kept = kept or {}
+
+    def shape(linear: str) -> tuple[int, ...]:
+        name = f"{linear}.weight"
+        return tuple(checkpoint.info(name).shape) if weights is None else weights.shape(name)
+
     policies = {
         name: None if name in kept else recipe.policy(scheme, name) for name in {**dict.fromkeys(linears), **kept}
     }
@@ -84,7 +91,7 @@ def make(
     schemes = _schemes(policies)
     for name, how in schemes.items():
         if how is not None:
-            _check_scales(name, how, checkpoint, where)
+            _check_scales(name, how, shape(name), where)
             if recipe.osl == "exact" and how.weights.strategy != "channel":
                 raise InputError(
                     f"osl: exact is Golden Stick's search, which does not support weights by {how.weights.strategy}",
@@ -102,16 +109,16 @@ def make(
     for limitation in limitations:
         if limitation.fatal:
             raise InputError(limitation.text, where=f"{where}, format {format_name}", hint=limitation.hint)
-    left = _left_float(policies, kept, checkpoint)
+    left = _left_float(policies, kept, shape)
     warnings = [*_much_float(left), *(str(limitation) for limitation in limitations)]
     return QuantizationPlan(policies, kept, left, warnings)
 
 
 def _left_float(
-    policies: Mapping[str, Policy | None], kept: Mapping[str, str], checkpoint: Checkpoint
+    policies: Mapping[str, Policy | None], kept: Mapping[str, str], shape: Callable[[str], tuple[int, ...]]
 ) -> list[LeftFloat]:
     """What stays float, linears of one kind together, the largest share first."""
-    sizes = {name: math.prod(checkpoint.info(f"{name}.weight").shape) for name in policies}
+    sizes = {name: math.prod(shape(name)) for name in policies}
     total, counts = sum(sizes.values()), Counter[tuple[str, str]]()
     shares: Counter[tuple[str, str]] = Counter()
     for name, policy in policies.items():
@@ -135,12 +142,12 @@ def _pattern(name: str) -> str:
     return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
-def _check_scales(name: str, scheme: Scheme, checkpoint: Checkpoint, where: str) -> None:
+def _check_scales(name: str, scheme: Scheme, shape: tuple[int, ...], where: str) -> None:
     """Raises InputError when the weight can't be divided into groups of that size."""
     try:
-        scheme.weights.scales_shape(checkpoint.info(f"{name}.weight").shape)
+        scheme.weights.scales_shape(shape)
     except ValueError as error:
-        width = checkpoint.info(f"{name}.weight").shape[-1]
+        width = shape[-1]
         fits = next((size for size in (128, 64, 32, 16) if width % size == 0), None)
         hint = "choose another group_size for this layer"
         if fits is not None:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from qtool.errors import InputError
 
@@ -21,8 +23,12 @@ class FusedExperts:
         gate_up, down: its parameters; a checkpoint's tensors are found by these names.
         count: how many experts.
         hidden, intermediate: their widths.
-        apply_gate: [tokens, gate and up] -> [tokens, intermediate].
+        apply_gate: [tokens, gate and up] -> [tokens, intermediate]; without a gate the activation, of up alone.
         router: the parameter [count, hidden] that scores the experts, by its name inside the decoder layer, if any.
+        has_gate, has_bias: whether each has a gate beside up, and its linears biases.
+        transposed: the parameters are [experts, in, out].
+        interleaved: rows of gate and up take turns.
+        has_identities: experts with numbers from `count` on give what they get.
     """
 
     name: str
@@ -33,6 +39,23 @@ class FusedExperts:
     intermediate: int
     apply_gate: Callable[..., Any]
     router: str | None
+    has_gate: bool = True
+    has_bias: bool = False
+    transposed: bool = False
+    interleaved: bool = False
+    has_identities: bool = False
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """Hands gate and up, one after the other, to a function that takes them in turn."""
+
+    apply_gate: Callable[..., Any]
+
+    def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        result: torch.Tensor = self.apply_gate(torch.stack((gate, up), dim=-1).flatten(-2))
+        return result
 
 
 class Architecture:
@@ -40,65 +63,70 @@ class Architecture:
 
     Attributes:
         model_types: the values of config.json's model_type that a subclass is for.
-        layer_attributes: what a base model looks up on its decoder layers besides calling them.
-        layers_return_tuples: the base model takes the first of what a layer returns.
-        final_norm_names: a regular expression for the norm after the last layer, among the modules beside the layers.
         float_linears: regular expressions for linears inside a decoder layer that runtimes keep float, and why.
         heads, experts_per_token: settings of config.json.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
-    layer_attributes: ClassVar[tuple[str, ...]] = ("attention_type", "layer_type", "is_sliding")
-    layers_return_tuples: ClassVar[bool] = False
-    final_norm_names: ClassVar[str] = r"(?!.*embed).*norm.*|ln_f"
     float_linears: ClassVar[dict[str, str]] = {}
     heads: ClassVar[str] = "num_attention_heads"
     experts_per_token: ClassVar[str] = "num_experts_per_tok"
 
-    def layers(self, model: Any) -> str | None:
-        """The name of the list of decoder layers: the first that is as long as config.json says.
+    def layers(self, decoder: nn.Module, config: Any) -> str | None:
+        """The name inside the model of text of its list of decoder layers; None for a model without.
 
-        The text model goes first: towers for pictures and sound, which are outside of it, may be as deep.
+        Args:
+            config: transformers', of the model of text. A list as long as its number of layers says goes first, else
+                the one with the most parameters.
         """
-        depth = model.config.get_text_config().num_hidden_layers
-        found = {
-            module: name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == depth
+        depth = getattr(config, "num_hidden_layers", None)
+        lists = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
+        outermost = {
+            name: module
+            for name, module in lists.items()
+            if not any(name.startswith(f"{other}.") for other in lists) and len(module)
         }
-        inside = [name for module in model.get_decoder().modules() if (name := found.get(module)) is not None]
-        return next(iter([*inside, *found.values()]), None)
-
-    def final_norm(self, model: nn.Module, layers: str) -> str | None:
-        """The name of the norm after the last layer; None for a model without."""
-        parent = layers.rpartition(".")[0]
-        norms = [
-            name
-            for name, child in model.get_submodule(parent).named_children()
-            if re.fullmatch(self.final_norm_names, name.lower()) and not isinstance(child, nn.ModuleList)
-        ]
-        return ".".join(filter(None, (parent, norms[-1]))) if norms else None
+        fitting = {name: module for name, module in outermost.items() if len(module) == depth} or outermost
+        sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in fitting.items()}
+        return max(sizes, key=lambda name: sizes[name], default=None)
 
     def experts(self, layer: nn.Module, layer_name: str, where: str) -> Iterator[FusedExperts]:
-        """The routed experts of a decoder layer: gated linears without biases, as DeepSeek's are.
+        """The routed experts of a decoder layer: those that transformers runs through its experts' interface.
 
         Raises InputError, about the model at `where`, for experts of another kind.
         """
         for name, module in layer.named_modules():
-            if {part: p.dim() for part, p in module.named_parameters(recurse=False)}.get("down_proj") != 3:
+            parts = {part: p for part, p in module.named_parameters(recurse=False) if p.dim() == 3}
+            if not {"gate_up_proj", "up_proj"} & parts.keys() or "down_proj" not in parts:
+                if parts and not isinstance(module, _ConvNd) and "expert" in f"{name}{type(module).__name__}".lower():
+                    raise _unusual(f"{layer_name}.{name}", where)
                 continue
-            _refuse_unusual(module, f"{layer_name}.{name}", where)
-            count, hidden, intermediate = module.get_parameter("down_proj").shape
-            yield FusedExperts(
-                name=name,
-                gate_up="gate_up_proj",
-                down="down_proj",
-                count=count,
-                hidden=hidden,
-                intermediate=intermediate,
-                apply_gate=module._apply_gate,
-                router=self.router(layer, name, count, hidden),
-            )
+            yield self.fused(layer, name, module, f"{layer_name}.{name}", where)
+
+    def fused(self, layer: nn.Module, name: str, module: Any, full_name: str, where: str) -> FusedExperts:
+        """One module of experts. Raises InputError as `experts`."""
+        has_gate = getattr(module, "has_gate", True if hasattr(module, "_apply_gate") else None)
+        transposed = getattr(module, "is_transposed", False)
+        if has_gate is None or (has_gate and not hasattr(module, "_apply_gate")):
+            raise _unusual(full_name, where)
+        interleaved = not getattr(module, "is_concatenated", True)
+        shape = module.get_parameter("down_proj").shape
+        count, hidden, intermediate = (shape[0], shape[2], shape[1]) if transposed else shape
+        apply_gate = module._apply_gate if has_gate else module.act_fn
+        return FusedExperts(
+            name=name,
+            gate_up="gate_up_proj" if has_gate else "up_proj",
+            down="down_proj",
+            count=count,
+            hidden=hidden,
+            intermediate=intermediate,
+            apply_gate=Interleaved(apply_gate) if interleaved else apply_gate,
+            router=self.router(layer, name, count, hidden),
+            has_gate=has_gate,
+            has_bias=getattr(module, "has_bias", False),
+            transposed=transposed,
+            interleaved=interleaved,
+        )
 
     def kept_float(self, linear: str) -> str | None:
         """Why runtimes keep a linear float, by its name inside the decoder layer; None where they don't."""
@@ -113,12 +141,9 @@ class Architecture:
         return None
 
 
-def _refuse_unusual(module: Any, name: str, where: str) -> None:
-    usual = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-    unusual = [key for key, value in usual.items() if getattr(module, key, value) != value]
-    if unusual or not hasattr(module, "_apply_gate"):
-        raise InputError(
-            f"the experts of {name} are of a kind that qtool doesn't read ({', '.join(unusual) or 'no gate'})",
-            where=where,
-            hint="it reads experts of three linears: gate, up, down",
-        )
+def _unusual(name: str, where: str) -> InputError:
+    return InputError(
+        f"the experts of {name} are of a kind that qtool doesn't read",
+        where=where,
+        hint="it reads experts that are a gate, up and down, or up and down, of one module",
+    )
