@@ -70,7 +70,7 @@ def judge(kind: str, model_type: str, folder: Path) -> Verdict:
     verdict = Verdict(kind, model_type)
     try:
         source = models.make(kind, model_type, folder / "float")
-        model = _load(kind, source, verdict)
+        model, verdict.reason = load(kind, source), ""
         calibration, ids = models.text(model, 8, 48, seed=1), models.text(model, 4, 48, seed=2)
         logits = _logits(model, ids)
     except Exception as error:
@@ -147,7 +147,8 @@ def _faults(
     errors = []
     for name, tensors in (("restored", restored), ("plain", plain)):
         _write(source, folder / name, tensors)
-        own = _load(verdict.kind, folder / name, verdict)
+        own = load(verdict.kind, folder / name)
+        verdict.reason = own.missing
         storages = _quantized_parameters(own, quantized)
         with _per_token(storages):
             errors.append(float((_logits(own, ids) - logits).square().mean().sqrt()))
@@ -201,12 +202,12 @@ def _write(source: Path, target: Path, tensors: Mapping[str, torch.Tensor]) -> N
     save_file({n: t.contiguous() for n, t in as_float.items()}, target / "model.safetensors", metadata={"format": "pt"})
 
 
-def _load(kind: str, folder: Path, verdict: Verdict) -> Any:
-    """In float32; what transformers misses or doesn't expect becomes the verdict's reason."""
+def load(kind: str, folder: Path) -> Any:
+    """In float32; its attribute `missing` says what transformers misses or doesn't expect."""
     model, about = models.auto_class(kind).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     wrong = {key: sorted(map(str, about[key])) for key in ("missing_keys", "mismatched_keys", "unexpected_keys")}
     faults = [f"transformers: {key.replace('_', ' ')}: {_some(names)}" for key, names in wrong.items() if names]
-    verdict.reason = "; ".join(faults)
+    model.missing = "; ".join(faults)
     return model.eval().requires_grad_(False)
 
 
