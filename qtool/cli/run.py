@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qtool.cli import completion
 from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
 from qtool.errors import InputError
 from qtool.files import exists, expand, is_dir
@@ -21,7 +22,9 @@ _SHOWN = 3  # answers
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or file.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe's name or file.", autocompletion=completion.recipes)
+    ],
     model: Annotated[
         str | None,
         typer.Argument(

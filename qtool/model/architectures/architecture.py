@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -39,10 +40,12 @@ class Architecture:
 
     Attributes:
         model_types: the values of config.json's model_type that a subclass is for.
+        float_linears: regular expressions for linears inside a decoder layer that runtimes keep float, and why.
         heads, experts_per_token: settings of config.json.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
+    float_linears: ClassVar[dict[str, str]] = {}
     heads: ClassVar[str] = "num_attention_heads"
     experts_per_token: ClassVar[str] = "num_experts_per_tok"
 
@@ -84,6 +87,10 @@ class Architecture:
                 apply_gate=module._apply_gate,
                 router=self.router(layer, name, count, hidden),
             )
+
+    def kept_float(self, linear: str) -> str | None:
+        """Why runtimes keep a linear float, by its name inside the decoder layer; None where they don't."""
+        return next((why for pattern, why in self.float_linears.items() if re.fullmatch(pattern, linear)), None)
 
     def router(self, layer: nn.Module, experts: str, count: int, hidden: int) -> str | None:
         """The parameter [count, hidden] of a module beside the experts, by its name inside the layer."""
