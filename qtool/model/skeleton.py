@@ -105,13 +105,6 @@ class Skeleton:
         """What the whole model calls a module."""
         return next(name for name, module in self.model.named_modules() if module is wanted)
 
-    def _check_buffers(self) -> None:
-        """They take memory before any weight does: GPT-2's masks grow with the square of its context."""
-        wanted = sum(buffer.nbytes for buffer in self.decoder.buffers())
-        if wanted > _MOST_BUFFERS:
-            what = f"what config.json describes takes {wanted:,} bytes besides its weights"
-            raise InputError(what, where=self._where, hint="check max_position_embeddings and head_dim")
-
     def unusual(self, sign: str) -> InputError:
         """About a model whose forward does what qtool can't follow; `sign` is how that showed."""
         return InputError(
@@ -130,6 +123,13 @@ class Skeleton:
 
     def _innermost_model(self, module: nn.Module) -> Any:
         return self._models_around(module)[0]
+
+    def _check_buffers(self) -> None:
+        """They take memory before any weight does: GPT-2's masks grow with the square of its context."""
+        wanted = sum(buffer.nbytes for buffer in self.decoder.buffers())
+        if wanted > _MOST_BUFFERS:
+            what = f"what config.json describes takes {wanted:,} bytes besides its weights"
+            raise InputError(what, where=self._where, hint="check max_position_embeddings and head_dim")
 
     def _initialize_buffers(self, module: nn.Module, device: torch.device) -> None:
         """Fill buffers that no checkpoint holds (rotary frequencies) the way transformers itself does."""
