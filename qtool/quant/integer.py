@@ -47,7 +47,10 @@ def asymmetric_parameters(
 
 
 def fake_quantize_tokens(x: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
-    """Symmetric, each token by itself: over the last dimension (dynamic activations)."""
+    """Each token by itself: over the last dimension (dynamic activations)."""
+    if not args.symmetric:
+        low, high = torch.aminmax(x, dim=-1, keepdim=True)
+        return fake_quantize_tensor(x, *asymmetric_parameters(low, high, args), args)
     scale = symmetric_scale(x.abs().amax(dim=-1, keepdim=True), args)
     return (x / scale).round_().clamp_(args.qmin, args.qmax).mul_(scale)
 
@@ -55,7 +58,7 @@ def fake_quantize_tokens(x: torch.Tensor, args: QuantizationArgs) -> torch.Tenso
 def fake_quantize_tensor(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantizationArgs
 ) -> torch.Tensor:
-    """Asymmetric, the whole tensor with a given scale and zero point (static activations)."""
+    """Asymmetric, with scales and zero points that are given: of the whole tensor (static activations), or of parts."""
     return (x / scale).add_(zero_point).round_().clamp_(args.qmin, args.qmax).sub_(zero_point).mul_(scale)
 
 
@@ -69,7 +72,7 @@ class InputQuantizer:
     """Fake quantization of what enters a linear. Raises ValueError for ways to share a scale that it doesn't know.
 
     Attributes:
-        args: per token, dynamic and symmetric; or per tensor, static and asymmetric; None leaves the input as it is.
+        args: per token and dynamic; or per tensor, static and asymmetric; None leaves the input as it is.
         scale, zero_point: where it is static.
     """
 
@@ -82,7 +85,7 @@ class InputQuantizer:
         if args is None:
             return
         kind = (args.type, args.strategy, args.dynamic, args.symmetric)
-        if kind not in (("int", "token", True, True), ("int", "tensor", False, False)):
+        if kind not in (("int", "token", True, True), ("int", "token", True, False), ("int", "tensor", False, False)):
             raise ValueError(f"activations that qtool can't quantize: {args}")
         if not args.dynamic and (self.scale is None or self.zero_point is None):
             raise ValueError("static activations without scale and zero point")

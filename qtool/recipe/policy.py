@@ -76,10 +76,11 @@ class Dynamic(Strict):
     """A scale per token, found at run time."""
 
     mode: Literal["dynamic"]
+    symmetric: bool = Field(default=True, description="no zero point; most runtimes know nothing else")
 
     @property
     def args(self) -> QuantizationArgs:
-        return QuantizationArgs(strategy="token", dynamic=True)
+        return QuantizationArgs(strategy="token", symmetric=self.symmetric, dynamic=True)
 
 
 class Static(Strict):
@@ -237,14 +238,14 @@ def _of_scheme(scheme: Scheme) -> dict[str, Any]:
             "group_size": weights.group_size,
             "symmetric": weights.symmetric,
         },
-        "activations": {"mode": _mode(scheme)},
+        "activations": _activations(scheme),
     }
 
 
-def _mode(scheme: Scheme) -> str:
+def _activations(scheme: Scheme) -> dict[str, Any]:
     if scheme.activations is None:
-        return "float"
-    return "static" if scheme.is_static else "dynamic"
+        return {"mode": "float"}
+    return {"mode": "static"} if scheme.is_static else {"mode": "dynamic", "symmetric": scheme.activations.symmetric}
 
 
 def _with_alpha(data: dict[str, Any]) -> dict[str, Any]:

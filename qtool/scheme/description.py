@@ -100,7 +100,10 @@ class Scheme:
     @property
     def label(self) -> str:
         """For people: "W8A8 static", "W4A16 in groups of 128"."""
-        mode = "" if self.activations is None else " dynamic" if self.activations.dynamic else " static"
+        mode = ""
+        if self.activations is not None:
+            mode = " dynamic" if self.activations.dynamic else " static"
+            mode += " asymmetric" if self.activations.dynamic and not self.activations.symmetric else ""
         groups = f" in groups of {self.weights.group_size}" if self.weights.group_size else ""
         return f"{self.bits}{mode}{groups}"
 

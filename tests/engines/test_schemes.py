@@ -17,6 +17,7 @@ from qtool.model.decoder import DecoderStream
 from qtool.scheme import name_of, named
 
 LABELS = {
+    "w8a8-asymmetric": "W8A8 dynamic asymmetric",
     "w8a16": "W8A16",
     "w4a16-g32": "W4A16 in groups of 32",
     "w4a16-channel": "W4A16",

@@ -40,7 +40,7 @@ from qtool.checkpoint.formats.stored import Stored
 from qtool.checkpoint.formats.targets import targets
 from qtool.errors import InputError
 from qtool.quant.types import QuantizedLinear
-from qtool.scheme import W4A8, W4A16, W8A8, W8A8_DYNAMIC, W8A16, QuantizationArgs, Scheme
+from qtool.scheme import W4A8, W4A16, W8A8, W8A8_ASYMMETRIC, W8A8_DYNAMIC, W8A16, QuantizationArgs, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(QuantizationArgs))
 class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
     name = "compressed-tensors"
     title = "integers of compressed-tensors"
-    schemes = (W8A8, W8A8_DYNAMIC, W8A16, W4A16, W4A8)
+    schemes = (W8A8, W8A8_DYNAMIC, W8A8_ASYMMETRIC, W8A16, W4A16, W4A8)
     parts = frozenset(
         ("weight", _PACKED, _SHAPE, "weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "bias")
     )
@@ -71,7 +71,7 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
 
     def expresses(self, scheme: Scheme) -> bool:
         weights = scheme.weights
-        return scheme in (W8A8, W8A8_DYNAMIC) or (
+        return scheme in (W8A8, W8A8_DYNAMIC, W8A8_ASYMMETRIC) or (
             (weights.type, weights.symmetric, weights.dynamic) == ("int", True, False)
             and weights.strategy in ("channel", "group")
             and weights.num_bits in WIDTHS
