@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtool.checkpoint import config as claims
 from qtool.checkpoint import dtypes, mindformers
 from qtool.checkpoint.header import TensorInfo
 from qtool.checkpoint.index import find_tensors
@@ -62,7 +63,12 @@ class Checkpoint:
                 "no config.json in this folder", where=str(folder), hint="Give the folder of a whole model."
             )
         config = read_json(folder / "config.json")
+        claims.check_kinds(config, str(folder / "config.json"))
         return cls(folder, config, find_tensors(folder))
+
+    def check_claims(self) -> None:
+        """Raises InputError when config.json describes a model beyond what the tensors can be of; for who builds it."""
+        claims.check_claims(self.config, self._tensors, str(self.path / "config.json"))
 
     @property
     def names(self) -> list[str]:

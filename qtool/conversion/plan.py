@@ -93,7 +93,7 @@ def _source_format(source: Checkpoint, to: str) -> QuantizedFormat:
     where, form = str(source.path), formats.of(source)
     if form is formats.PLAIN:
         hint = f"Quantize it: qtool quantize {source.path}" + ("" if to == DEQUANTIZED else f" --format {to}")
-        what = "this model is float already" if to == DEQUANTIZED else "not quantized"
+        what = "this model is already float" if to == DEQUANTIZED else "not quantized"
         raise InputError(what, where=where, hint=hint)
     if not isinstance(form, QuantizedFormat):
         hint = f"It converts {', '.join(formats.NAMES)}."
