@@ -87,7 +87,7 @@ _LEFT_OUT = {"torchaudio", "torchvision", "torchcodec"}
 def test_pins_are_what_pinned_packages_require(name: str) -> None:
     """By the metadata of those that are installed here in the pinned version, most of each file."""
     pinned = {key: str(value.specifier).removeprefix("==") for key, value in pins(name).items()}
-    installed = {canonicalize_name(found.metadata["Name"]): found for found in metadata.distributions()}
+    installed = {str(canonicalize_name(found.metadata["Name"])): found for found in metadata.distributions()}
     machine = "aarch64" if name in ("vllm-ascend", "vllm-mindspore") else "x86_64"
     markers = {"platform_machine": machine, "sys_platform": "linux", "python_version": "3.11", "extra": ""}
     checked, wrong = 0, []
