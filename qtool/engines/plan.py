@@ -49,7 +49,7 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
         raise InputError(
             "the decoder layers of this architecture hold no torch.nn.Linear, and qtool quantizes nothing else",
             where=str(checkpoint.path / "config.json"),
-            hint="GPT-2 and its like, which compute with Conv1D, aren't supported",
+            hint="GPT-2 and similar models, which use Conv1D, aren't supported",
         )
     policies = {name: recipe.policy(scheme, name) for name in linears}
     where = f"recipe {recipe.name}, scheme {scheme}"
@@ -64,7 +64,7 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
         if how is not None:
             _check_scales(name, how, checkpoint, where)
             if recipe.osl == "exact" and not _knows_exact(how):
-                what = f"osl: exact is Golden Stick's search, which doesn't know {how.label}"
+                what = f"osl: exact is Golden Stick's search, which does not support {how.label}"
                 raise InputError(what, where=where, hint="use osl: fast")
     problems = formats.get(format_name).problems(schemes)
     if problems:
@@ -118,7 +118,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     format = formats.of(checkpoint)
     if not format.is_float:
         raise InputError(
-            f"this checkpoint is quantized already ({format.name})",
+            f"this checkpoint is already quantized ({format.name})",
             where=str(checkpoint.path),
             hint="quantize the original float model",
         )

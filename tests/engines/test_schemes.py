@@ -29,7 +29,9 @@ LABELS = {
 @pytest.fixture(scope="module")
 def source(make_model: Callable[..., Path]) -> Path:
     # q, k and v have biases; all sizes are multiples of a block's
-    return make_model("qwen2", seed=3, hidden_size=256, intermediate_size=256, num_key_value_heads=4, num_attention_heads=8)
+    return make_model(
+        "qwen2", seed=3, hidden_size=256, intermediate_size=256, num_key_value_heads=4, num_attention_heads=8
+    )
 
 
 @pytest.fixture(scope="module", params=LABELS)
