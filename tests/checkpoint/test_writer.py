@@ -229,7 +229,7 @@ def test_two_writers_of_one_process_do_not_touch_each_other(tmp_path: Path) -> N
 
 
 CHILD = """
-import os, resource, signal, sys, torch
+import os, resource, signal, sys, time, torch
 from qtool.checkpoint import formats
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import QtoolError

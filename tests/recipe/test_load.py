@@ -293,7 +293,7 @@ def test_resolved_is_the_same_recipe_without_extends(name: str, write: Any) -> N
             8,
             r"\.activations: is already given by scheme",
         ),
-        ("'.*'", "'.*'\n      weights: {type: float}", 7, r"\[0\]\.weights\.type: must be 'int', not 'float'"),
+        ("'.*'", "'.*'\n      weights: {type: bool}", 7, r"\[0\]\.weights\.type: must be 'int' or 'float', not 'bool'"),
         ("'.*'", "'.*'\n      weights: {num_bits: 9}", 7, r"weights\.num_bits: must be 8 or less"),
         ("'.*'", "'.*'\n      weights:\n        symmetric: false", 8, r"weights\.symmetric: must be true"),
         ("'.*'", "'.*'\n      weights: {strategy: group}", 7, r"weights\.group_size: is missing"),
