@@ -299,9 +299,9 @@ def test_resolved_is_the_same_recipe_without_extends(name: str, write: Any) -> N
         ("'.*'", "'.*'\n      weights: {strategy: group}", 7, r"weights\.group_size: is missing"),
         (
             "'.*'",
-            "'.*'\n      weights: {strategy: block}",
+            "'.*'\n      weights: {strategy: token}",
             7,
-            "weights.strategy: must be 'tensor', 'channel' or 'group'",
+            "weights.strategy: must be 'tensor', 'channel', 'group' or 'block'",
         ),
         ("'.*'", "'.*'\n      weights: int4", 7, r"\[0\]\.weights: must be a mapping of keys to values, not 'int4'"),
         ("name: mine", "name: mine\ncalibration: {samples: 0}", 2, r"calibration\.samples: must be greater than 0"),
