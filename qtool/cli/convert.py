@@ -80,7 +80,7 @@ def _checkpoint(source: Path, to: str | None, output: Path | None, dtype: str | 
         hint = f"Say which: --to {', '.join(formats.NAMES)} or {formats.DEQUANTIZED}."
         raise InputError("a folder can be converted to several formats", where="--to", hint=hint)
     if dtype is not None:
-        raise InputError("goes with a GGUF file; a folder keeps its dtype", where="--dtype")
+        raise InputError("is only for GGUF files; a folder keeps its dtype", where="--dtype")
     source = Checkpoint.open(source).path.absolute()  # whatever is wrong should show before torch is imported
     target = expand(output or service.beside(source, to)).absolute()
     with console("starting") as out:

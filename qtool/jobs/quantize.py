@@ -83,6 +83,7 @@ def decide(model: Path, wanted: Wanted) -> Decided:
     """
     folder = expand(model).absolute()
     checkpoint = Checkpoint.open(folder)
+    checkpoint.check_claims()
     companions(checkpoint)  # what can't be carried over is better said now than at the end
     config = checkpoint.config
     recipe, reason = match(config) if wanted.recipe is None else (load(wanted.recipe), _ASKED)
