@@ -80,12 +80,12 @@ def _checkpoint(source: Path, to: str | None, output: Path | None, dtype: str | 
         hint = f"Say which: --to {', '.join(formats.NAMES)} or {formats.DEQUANTIZED}."
         raise InputError("a folder can be converted to several formats", where="--to", hint=hint)
     if dtype is not None:
-        raise InputError("goes with a GGUF file; a folder keeps its dtype", where="--dtype")
+        raise InputError("is only for GGUF files; a folder keeps its dtype", where="--dtype")
     source = Checkpoint.open(source).path.absolute()  # whatever is wrong should show before torch is imported
     target = expand(output or service.beside(source, to)).absolute()
     with console("starting") as out:
         result = service.to_format(source, target, to, overwrite=overwrite, on_event=out.event)
-        layers = ", ".join(f"{count} {mode}" for mode, count in result["layers"].items() if count)
+        layers = ", ".join(f"{count} {scheme}" for scheme, count in result["layers"].items())
         rounding = result["input_scale_rounding"]
         scales = f"input scales rounded by up to {rounding:.2%}" if rounding else "scales unchanged"
         integers = f"{result['integers']:,} integers" + (

@@ -110,7 +110,7 @@ class Machine:
     ] = None
 
     def resources(self) -> Resources:
-        """In bytes. Raises InputError for what is no size."""
+        """In bytes. Raises InputError for what is not a size."""
         from qtool.engines.job import Resources
 
         memory = None if self.memory is None else size(self.memory, "--memory")

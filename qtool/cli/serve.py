@@ -75,7 +75,7 @@ def serve(
             return
         address, key = f"{listening.host}:{listening.port}", server.KEY_VARIABLE
         if not _is_loopback(listening.host) and not (env.get(key) or os.environ.get(key)):
-            out.warning(f"whoever reaches {address} can use the model: ask for a key by setting {key}")
+            out.warning(f"anyone who can reach {address} can use the model; to require a key, set {key}")
         out.info(f"serving {name} at http://{address}/v1")
     sys.stdout.flush()
     sys.stderr.flush()

@@ -49,7 +49,7 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
         raise InputError(
             "the decoder layers of this architecture hold no torch.nn.Linear, and qtool quantizes nothing else",
             where=str(checkpoint.path / "config.json"),
-            hint="GPT-2 and its like, which compute with Conv1D, aren't supported",
+            hint="GPT-2 and similar models, which use Conv1D, aren't supported",
         )
     policies = {name: recipe.policy(scheme, name) for name in linears}
     where = f"recipe {recipe.name}, scheme {scheme}"
@@ -65,7 +65,7 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
             _check_scales(name, how, checkpoint, where)
             if recipe.osl == "exact" and how.weights.strategy != "channel":
                 raise InputError(
-                    f"osl: exact is Golden Stick's search, which knows no weights by {how.weights.strategy}",
+                    f"osl: exact is Golden Stick's search, which does not support weights by {how.weights.strategy}",
                     where=where,
                     hint="use osl: fast",
                 )
@@ -88,7 +88,12 @@ def _check_scales(name: str, scheme: Scheme, checkpoint: Checkpoint, where: str)
     try:
         scheme.weights.scales_shape(checkpoint.info(f"{name}.weight").shape)
     except ValueError as error:
-        raise InputError(f"{name}: {error}", where=where, hint="choose another group_size for this layer") from None
+        width = checkpoint.info(f"{name}.weight").shape[-1]
+        fits = next((size for size in (128, 64, 32, 16) if width % size == 0), None)
+        hint = "choose another group_size for this layer"
+        if fits is not None:
+            hint += f": {fits} fits; --scheme {scheme.bits.lower()}-g{fits} gives it to all layers"
+        raise InputError(f"{name}: {error}", where=where, hint=hint) from None
 
 
 def _schemes(policies: Mapping[str, Policy | None]) -> dict[str, Scheme | None]:
@@ -100,7 +105,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     format = formats.of(checkpoint)
     if not format.is_float:
         raise InputError(
-            f"this checkpoint is quantized already ({format.name})",
+            f"this checkpoint is already quantized ({format.name})",
             where=str(checkpoint.path),
             hint="quantize the original float model",
         )
@@ -121,12 +126,13 @@ def summary(plan: QuantizationPlan) -> list[LayersSummary]:
 def describe(policy: Policy | None) -> str:
     if policy is None:
         return "float"
-    activations = policy.activations
-    range_ = "per-token dynamic"
+    activations, bits = policy.activations, _bits(policy.scheme)
     if activations.mode == "static":
-        range_ = f"per-tensor static ({activations.observer.method})"
+        bits += f" per-tensor static ({activations.observer.method})"
+    elif activations.mode == "dynamic":
+        bits += " per-token dynamic"
     extras = [policy.smoothing.method, "clip" if policy.clip else "", policy.rounding.method]
-    return f"{_bits(policy.scheme)} {range_}, {', '.join(e for e in extras if e and e != 'none')}"
+    return f"{bits}, {', '.join(e for e in extras if e and e != 'none')}"
 
 
 def _bits(scheme: Scheme) -> str:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qtool import memory
+from qtool.checkpoint.norms import idle_biases
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
 from qtool.evaluation.divergence import Divergence, add_all
@@ -63,6 +64,8 @@ def compare(job: ComparisonJob, report: Report) -> list[Comparison]:
     )
     for other in others:
         _check_pair(base, other)
+    for stream in (base, *others):
+        idle_biases(stream.checkpoint, "transformers' model")
     check_length(job.text, base.checkpoint)
     text = windows_of_all(job.text, base.checkpoint, [other.checkpoint for other in others], trust_remote_code=trust)
     ran = _Ran(base, _run(base, text.ids, "base", report))

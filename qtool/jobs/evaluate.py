@@ -32,6 +32,8 @@ def opened(base: str | Path, *quantized: str | Path) -> Models:
             models, or a quantized one comes first.
     """
     first, *others = (Checkpoint.open(expand(folder).absolute()) for folder in (base, *quantized))
+    for checkpoint in (first, *others):
+        checkpoint.check_claims()
     for i, other in enumerate(others):
         _check_order(first, other)
         _check_same_model(first, other)
@@ -110,7 +112,7 @@ def vllm_for(checkpoint: Checkpoint) -> Vllm:
         raise InputError(
             f"vLLM reads {format} checkpoints through {chosen.name} only, whose logits it can't have",
             where="--runtime",
-            hint="leave it out: qtool computes what that runtime does with the same integers",
+            hint="leave out --runtime: qtool computes what that runtime does with the same integers",
         )
     chosen = runtimes.adapted(chosen, checkpoint)
     engine = chosen.engine | {"dtype": dtype(checkpoint, runtimes.kind_of(chosen.name))}

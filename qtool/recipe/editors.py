@@ -11,7 +11,10 @@ _EXTENDS = {
     "type": "string",
     "description": "a recipe's name, or a path relative to this file: all that isn't said here",
 }
-_SCHEME = {"enum": list(PRESETS), "description": "says weights and activations at once"}
+_SCHEME = {
+    "anyOf": [{"enum": list(PRESETS)}, {"type": "string", "pattern": r"^.+-(g[1-9][0-9]*|channel)$"}],
+    "description": "says weights and activations at once",
+}
 
 
 def json_schema() -> dict[str, Any]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
-from qtool.recipe.strict import Regex, ShortFor, Strict
+from qtool.recipe.strict import Regex, ShortFor, Strict, wrong
 from qtool.recipe.words import short
-from qtool.scheme import PRESETS, QuantizationArgs, Scheme
+from qtool.scheme import PRESETS, QuantizationArgs, Scheme, named
 
 
 class Weights(Strict):
@@ -39,7 +39,7 @@ class Weights(Strict):
         if given.get("symmetric") is False:
             yield "symmetric", "must be true: qtool gives weights no zero point"
         if strategy == "group" and size is None:
-            yield "group_size", "is missing, which strategy group needs"
+            yield "group_size", "is missing, but strategy group needs it"
         if strategy in ("tensor", "channel") and size is not None:
             yield "group_size", f"has no meaning with strategy {strategy}"
 
@@ -93,13 +93,25 @@ class Static(Strict):
         return QuantizationArgs(strategy="tensor", symmetric=False)
 
 
+class Unquantized(Strict):
+    """The input stays as it is, in the model's float type."""
+
+    mode: Literal["float"]
+
+    @property
+    def args(self) -> None:
+        return None
+
+
 def _one_observer(activations: Any) -> Any:
-    """The observer's percentile used to stand beside its name, and both were let pass with dynamic activations."""
+    """The observer's percentile used to stand beside its name, and both, unless changed, beside dynamic activations."""
     if not isinstance(activations, dict) or not isinstance(activations.get("observer", ""), str):
         return activations
     found = dict(activations)
     percentile = found.pop("percentile", None)
-    if found.get("mode") == "dynamic":
+    if found.get("mode") != "static":
+        if found.get("observer", "minmax") != "minmax":
+            raise wrong("observer", f"has no meaning with {found.get('mode')} activations: it fixes a static range")
         found.pop("observer", None)
     elif found.get("observer") == "percentile" and percentile is not None:
         found["observer"] = {"method": "percentile", "percentile": percentile}
@@ -107,7 +119,7 @@ def _one_observer(activations: Any) -> Any:
 
 
 Activations = Annotated[
-    Dynamic | Static,
+    Dynamic | Static | Unquantized,
     Field(discriminator="mode"),
     BeforeValidator(_one_observer),  # validators that come before run from the last to the first
     ShortFor("mode", "dynamic"),
@@ -147,6 +159,7 @@ class Gptq(Strict):
 Rounding = Annotated[Nearest | Gptq, Field(discriminator="method"), ShortFor("method")]
 
 _PARTS_OF_A_SCHEME = ("weights", "activations")
+_ACTIVATIONS: TypeAdapter[Activations] = TypeAdapter(Activations)
 
 
 class Policy(Strict):
@@ -172,16 +185,27 @@ class Policy(Strict):
     def disagreements(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if "scheme" not in given:
             return
-        if given["scheme"] not in list(PRESETS):
-            yield "scheme", f"must be {' or '.join(map(repr, PRESETS))}, not {short(given['scheme'])}"
+        name = given["scheme"]
+        if not isinstance(name, str) or named(name) is None:
+            yield "scheme", f"must be one of {', '.join(PRESETS)}, not {short(name)}"
         for key in _PARTS_OF_A_SCHEME:
             if key in given:
-                yield key, "scheme says it already"
+                yield key, "is already given by scheme"
 
     @property
     def scheme(self) -> Scheme:
         """How these layers are quantized."""
         return Scheme(self.weights.args, self.activations.args)
+
+    def with_scheme(self, scheme: Scheme) -> Policy:
+        """The same with weights and activations of a scheme of `qtool.scheme.PRESETS` or one like it."""
+        parts = _of_scheme(scheme)
+        return self.model_copy(
+            update={
+                "weights": Weights.model_validate(parts["weights"]),
+                "activations": _ACTIVATIONS.validate_python(parts["activations"]),
+            }
+        )
 
     def with_mode(self, mode: str) -> Policy:
         """The same with activations static or dynamic."""
@@ -196,18 +220,31 @@ def _with_preset(data: dict[str, Any]) -> dict[str, Any]:
     if "scheme" not in data:
         return data
     name, rest = data["scheme"], {key: value for key, value in data.items() if key != "scheme"}
-    preset = PRESETS.get(name) if isinstance(name, str) else None
+    preset = named(name) if isinstance(name, str) else None
     if preset is None or any(key in rest for key in _PARTS_OF_A_SCHEME):  # see Policy.disagreements
         return rest
-    weights = preset.weights
-    rest["weights"] = {
-        "num_bits": weights.num_bits,
-        "type": weights.type,
-        "strategy": weights.strategy,
-        "group_size": weights.group_size,
-        "symmetric": weights.symmetric,
+    return rest | _of_scheme(preset)
+
+
+def _of_scheme(scheme: Scheme) -> dict[str, Any]:
+    """The keys of a policy that say a scheme."""
+    weights = scheme.weights
+    return {
+        "weights": {
+            "num_bits": weights.num_bits,
+            "type": weights.type,
+            "strategy": weights.strategy,
+            "group_size": weights.group_size,
+            "symmetric": weights.symmetric,
+        },
+        "activations": {"mode": _mode(scheme)},
     }
-    return rest | {"activations": {"mode": "static" if preset.is_static else "dynamic"}}
+
+
+def _mode(scheme: Scheme) -> str:
+    if scheme.activations is None:
+        return "float"
+    return "static" if scheme.is_static else "dynamic"
 
 
 def _with_alpha(data: dict[str, Any]) -> dict[str, Any]:

@@ -6,17 +6,19 @@ whose `layers` regex matches the whole name of a linear layer decides how that l
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from qtool import patterns
 from qtool.checkpoint import formats
 from qtool.recipe.policy import Policy
 from qtool.recipe.strict import Strict
 from qtool.recipe.words import FORM, FORMS, NAME, REPOSITORY
+from qtool.scheme import named
 
+_MODEL = "w8a8-dynamic"  # no layer of it is float or static because of what one runtime wants
 NonEmpty = Annotated[str, Field(min_length=1)]
 RepositoryName = Annotated[str, Field(pattern=REPOSITORY, json_schema_extra={FORM: FORMS[REPOSITORY]})]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]  # what generators of random numbers take
@@ -167,7 +169,9 @@ class Repository(Strict):
 class Recipe(Strict):
     name: str = Field(pattern=NAME, json_schema_extra={FORM: FORMS[NAME]})
     description: str
-    source: str | None = Field(default=None, description="whose published choice this follows, with a reference")
+    source: str | None = Field(
+        default=None, description="the published choice that this recipe follows, with a reference"
+    )
     model: Repository | None = Field(default=None, description="one model it is for, on a hub")
     match: Match = Match()
     osl: Literal["fast", "exact"] = Field(
@@ -183,19 +187,38 @@ class Recipe(Strict):
 
     @classmethod
     def disagreements(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        named, schemes = given.get("default_scheme"), given.get("schemes")
+        default, schemes = given.get("default_scheme"), given.get("schemes")
         if not isinstance(schemes, Mapping) or not schemes:
             return
         if "default_scheme" not in given:
-            named = cls.model_fields["default_scheme"].default
-            if named not in schemes:
-                yield "schemes", f"has no {named!r}, which is the default_scheme unless the recipe names another"
-        elif isinstance(named, str) and named not in schemes:
-            yield "default_scheme", f"{named!r} is not one of the schemes {', '.join(map(str, schemes))}"
+            default = cls.model_fields["default_scheme"].default
+            if default not in schemes:
+                yield "schemes", f"has no {default!r}, which is the default_scheme unless the recipe names another"
+        elif isinstance(default, str) and default not in schemes:
+            yield "default_scheme", f"{default!r} is not one of the schemes {', '.join(map(str, schemes))}"
+
+    def with_scheme(self, name: str) -> Recipe | None:
+        """One that has a scheme of this name: this recipe, or with a usual precision that its layers are given.
+
+        `named` of qtool.scheme knows the usual ones. Which layers stay float, and how the others are smoothed, clipped
+        and rounded, is taken from w8a8-dynamic, or from the default scheme. None for a name that nobody knows.
+        """
+        if name in self.schemes:
+            return self
+        scheme = named(name)
+        if scheme is None:
+            return None
+        model = self.schemes.get(_MODEL, self.schemes[self.default_scheme])
+        made = [policy.with_scheme(scheme) if policy.quantize else policy for policy in model]
+        return self.model_copy(update={"schemes": {**self.schemes, name: made}})
 
     def policy(self, scheme: str, linear: str) -> Policy | None:
-        """The first policy of `scheme` that matches the linear's whole name, or None (it stays float)."""
+        """The first policy of `scheme` that matches the linear's whole name, or None (it stays float).
+
+        Raises:
+            InputError: a pattern that takes too long to match.
+        """
         for policy in self.schemes[scheme]:
-            if re.fullmatch(policy.layers, linear):
+            if patterns.fullmatch(policy.layers, linear, where=f"recipe {self.name}, scheme {scheme}"):
                 return policy if policy.quantize else None
         return None
