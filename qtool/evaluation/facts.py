@@ -33,14 +33,17 @@ def groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 
 def made(checkpoint: Checkpoint) -> dict[str, Any]:
-    """How a model was quantized, by its qtool.json: recipe, scheme, engine, qtool's version; None where nobody says.
+    """How a model was quantized, by its qtool.json: the recipe's name, scheme, engine, qtool's version; None where nobody says.
 
     Raises:
         InputError: the file is damaged.
     """
     file = checkpoint.path / REPORT
     told = read_json(file) if file.is_file() else {}
-    return {"format": formats.of(checkpoint).name} | {key: told.get(key) for key in _MADE}
+    found = {"format": formats.of(checkpoint).name} | {key: told.get(key) for key in _MADE}
+    if isinstance(found["recipe"], dict):  # all of it; its name says enough
+        found["recipe"] = found["recipe"].get("name")
+    return found
 
 
 def sizes(checkpoint: Checkpoint) -> dict[str, int]:
