@@ -90,7 +90,9 @@ def evaluate(
     quantized: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="QUANTIZED", help="The folder of its quantized version, or - to read the path from standard input."
+            metavar="QUANTIZED...",
+            help="The folder of its quantized version, or - to read the path from standard input. Give several to "
+            "compare them with each other; the original is computed once.",
         ),
     ] = None,
     *,
@@ -100,12 +102,12 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     printed: Printed,
 ) -> None:
-    """Compare a quantized model with its original: perplexity, KL divergence, agreement of the likeliest tokens.
+    """Compare quantized models with their original: perplexity, KL divergence, agreement of the likeliest tokens.
 
     Both models run in float32, layer by layer, so neither is whole in memory. The quantized one is rounded as its
     checkpoint says. With --runtime vllm it runs in vLLM instead. Each figure has a 95 % confidence interval over the
-    windows. On a terminal the result is a table. In a pipe it is JSON, and the table goes to standard error. The
-    figures are also written to the quantized model's qtool.json, for its model card.
+    windows. On a terminal the result is a table. In a pipe it is JSON (an object, or a list of several models), and the
+    table goes to standard error. The figures are also written to the quantized model's qtool.json, for its model card.
 
     With --tasks, one or both models solve tasks such as gsm8k, ceval or mmlu. Their data comes from the folder --data,
     without the network.

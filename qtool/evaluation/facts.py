@@ -33,7 +33,9 @@ def groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 
 def made(checkpoint: Checkpoint) -> dict[str, Any]:
-    """How a model was quantized, by its qtool.json: the recipe's name, scheme, engine, qtool's version; None where nobody says.
+    """How a model was quantized, by its qtool.json: names of recipe, scheme and engine, and qtool's version.
+
+    What nobody says is None.
 
     Raises:
         InputError: the file is damaged.
