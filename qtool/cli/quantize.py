@@ -10,7 +10,7 @@ import typer
 
 from qtool.checkpoint import formats
 from qtool.cli.bundle import expanded
-from qtool.cli.options import Printed, TrustRemoteCode, console, path_or_stdin, size
+from qtool.cli.options import MODEL, Offline, Printed, TrustRemoteCode, console, find_model, size
 
 if TYPE_CHECKING:
     from qtool.console import Console
@@ -115,15 +115,13 @@ class Run:
     resume: Annotated[bool, typer.Option("--resume", help="Continue an earlier run of the same command.")] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False
+    offline: Offline = False
     trust_remote_code: TrustRemoteCode = False
 
 
 @expanded
 def quantize(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="The folder of a float model, or - to read its path from standard input."),
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     *,
     output: Annotated[
         Path | None,
@@ -156,20 +154,22 @@ def quantize(
     """
     from qtool.jobs import quantize as jobs
 
-    wanted = jobs.Wanted(
-        output=output,
-        **vars(method),
-        **vars(calibration),
-        device=machine.device,
-        devices=machine.devices,
-        resources=machine.resources(),
-        overwrite=run.overwrite,
-        resume=run.resume,
-        trust_remote_code=run.trust_remote_code,
-    )
-    folder = Path(path_or_stdin(model))
+    resources = machine.resources()
     with console("starting") as out:
-        decided = jobs.decide(folder, wanted)
+        found = find_model(model, out)
+        wanted = jobs.Wanted(
+            output=output,
+            beside=found.beside,
+            **vars(method),
+            **vars(calibration),
+            device=machine.device,
+            devices=machine.devices,
+            resources=resources,
+            overwrite=run.overwrite,
+            resume=run.resume,
+            trust_remote_code=run.trust_remote_code,
+        )
+        decided = jobs.decide(found.path, wanted)
         out.info(decided.why)
         (_plan if run.dry_run else _quantize)(decided, out)
 

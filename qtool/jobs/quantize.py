@@ -29,7 +29,8 @@ class Wanted:
     """A quantization as somebody asks for it; None leaves the choice to the recipe, or to qtool.
 
     Attributes:
-        output: the folder to make; None for MODEL-SCHEME, beside the model.
+        output: the folder to make; None for BESIDE-SCHEME.
+        beside: what its name begins with then; None for the model's folder.
         recipe: a recipe's name or file; None for the one that matches the model.
         scheme: one of the recipe's.
         format: of the checkpoint.
@@ -43,6 +44,7 @@ class Wanted:
     """
 
     output: Path | None = None
+    beside: Path | None = None
     recipe: str | None = None
     scheme: str | None = None
     format: str | None = None
@@ -87,7 +89,8 @@ def decide(model: Path, wanted: Wanted) -> Decided:
     recipe, reason = match(config) if wanted.recipe is None else (load(wanted.recipe), _ASKED)
     scheme = scheme_of(recipe, wanted.scheme)
     engine, why = engines.choose() if wanted.engine == "auto" else (wanted.engine, _ASKED)
-    output = expand(wanted.output or folder.with_name(f"{folder.name}-{scheme}")).absolute()
+    beside = wanted.beside or folder
+    output = expand(wanted.output or beside.with_name(f"{beside.name}-{scheme}")).absolute()
     job = QuantizationJob(
         model=folder,
         output=OutputFolder(
