@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+from qtool.errors import InputError
 from qtool.files import expand
 
 BUILTIN = "builtin"  # documentation that comes with every Python
 SELF = "self"  # what the model writes
 
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+_KINDS = "use builtin, or a .txt, .jsonl or .parquet file"
+
 
 def absolute(data: str) -> str:
     """The same text from any current folder. Raises InputError when a file's home is unknown."""
     return data if data in (BUILTIN, SELF) else str(expand(data).absolute())
+
+
+def check(data: str) -> None:
+    """Refuse a text that can't be read, before any work.
+
+    Raises:
+        InputError: no such file, one that can't be opened, or of an unknown kind.
+    """
+    if data in (BUILTIN, SELF):
+        return
+    path = expand(data)
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError("unknown kind of text", where=data, hint=_KINDS)
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except FileNotFoundError:
+        raise InputError("no such text file", where=str(path), hint=_KINDS) from None
+    except OSError as error:
+        raise InputError(f"can't read the text file: {error.strerror}", where=str(path)) from None

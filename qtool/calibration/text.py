@@ -17,15 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.calibration.sources import BUILTIN
+from qtool.calibration.sources import BUILTIN, check
 from qtool.errors import InputError, in_one_line
 from qtool.files import expand
 
 if TYPE_CHECKING:
     import torch
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-_KINDS = "use builtin, or a .txt, .jsonl or .parquet file"
 _MARGIN = 1024  # tokens; those nearer than this to where a text was cut may differ from the whole text's
 
 
@@ -60,11 +58,9 @@ def load(data: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int) ->
         tokens = _tokenize(_whole(_builtin(seed)), tokenizer, needed, BUILTIN)
         source = f"builtin (documentation of CPython {platform.python_version()})"
     else:
+        check(data)
         path = expand(data)
         suffix = path.suffix.lower()
-        if suffix not in SUFFIXES:
-            raise InputError("unknown kind of text", where=data, hint=_KINDS)
-        _check_file(path)
         if suffix == ".txt":
             tokens = _tokenize(functools.partial(_read_text, path), tokenizer, needed, data)
         else:
@@ -114,16 +110,6 @@ def _builtin(seed: int) -> str:
     topics = _topics()[0]
     order = sorted(topics, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
     return "\n\n".join(topics[name] for name in order)
-
-
-def _check_file(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            file.read(1)
-    except FileNotFoundError:
-        raise InputError("no such text file", where=str(path), hint=_KINDS) from None
-    except OSError as error:
-        raise InputError(f"can't read the text file: {error.strerror}", where=str(path)) from None
 
 
 def _decode(data: bytes, where: str, *, complete: bool = True) -> str:

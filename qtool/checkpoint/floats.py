@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from qtool.checkpoint import dtypes, formats, fp8
+from qtool.checkpoint.formats.stored import Stored
 from qtool.errors import InputError
 
 if TYPE_CHECKING:
@@ -58,20 +59,28 @@ class FloatReader:
     def names(self) -> list[str]:
         """Of the float model's tensors, in the order in which the bytes lie in the files.
 
-        What only says how to read another one isn't among them: the scales of an FP8 weight.
+        What only says how to read another one isn't among them: the scales of an FP8 weight. A packed weight has the
+        name that it would have in a float model.
         """
+        named = (self._float_name(name) for name in self.checkpoint.names)
         return [
             name
-            for name in self.checkpoint.names
+            for name in named
             if not name.endswith(fp8.SCALE_SUFFIX) or name.removesuffix(fp8.SCALE_SUFFIX) not in self.checkpoint
         ]
 
     def __contains__(self, name: str) -> bool:
-        return name in self.checkpoint
+        return name in self.checkpoint or self._packed(name) is not None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises InputError when there is no such tensor."""
-        return tuple(self.checkpoint.info(name).shape)
+        layer = self._packed(name)
+        if layer is None:
+            return tuple(self.checkpoint.info(name).shape)
+        scheme = self._format.scheme(self.checkpoint, layer)
+        assert scheme is not None
+        assert isinstance(self._format, formats.QuantizedFormat)
+        return self._format.shape(Stored(self.checkpoint, layer), scheme)
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a tensor in the float model: as stored, or bfloat16 where it is FP8.
@@ -183,6 +192,18 @@ class FloatReader:
                 hint="download the model again or repair the tensor; quantizing it would spread the damage",
             )
         return tensor
+
+    def _float_name(self, name: str) -> str:
+        """What a float model calls a tensor of this one."""
+        owner, _, part = name.rpartition(".")
+        return f"{owner}.weight" if part in self._format.weight_parts else name
+
+    def _packed(self, name: str) -> str | None:
+        """The layer whose weight a float model would have by this name, if it lies here by another one."""
+        owner, _, part = name.rpartition(".")
+        if part != "weight" or name in self.checkpoint:
+            return None
+        return owner if any(f"{owner}.{each}" in self.checkpoint for each in self._format.weight_parts) else None
 
     def _range(self, name: str, start: int, stop: int) -> torch.Tensor:
         held = self._held.get(name)

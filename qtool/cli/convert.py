@@ -81,7 +81,7 @@ def _checkpoint(given: str, to: str | None, output: Path | None, dtype: str | No
         source = Checkpoint.open(found.path).path.absolute()  # what is wrong should show before torch is imported
         target = expand(output or service.beside(found.beside, to)).absolute()
         result = service.to_format(source, target, to, overwrite=overwrite, on_event=out.event)
-        layers = ", ".join(f"{count} {mode}" for mode, count in result["layers"].items() if count)
+        layers = ", ".join(f"{count} {scheme}" for scheme, count in result["layers"].items())
         rounding = result["input_scale_rounding"]
         scales = f"input scales rounded by up to {rounding:.2%}" if rounding else "scales unchanged"
         integers = f"{result['integers']:,} integers" + (

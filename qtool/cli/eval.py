@@ -165,9 +165,9 @@ def _compare(models: list[str], prediction: Prediction, page: Page, *, trust_rem
     if len(models) < 2:
         Checkpoint.open(expand(models[0]).absolute())
         raise InputError("compare with what?", where="QUANTIZED", hint="give a quantized model too, or --tasks")
-    pair = jobs.opened(*models)
     if page.report is not None:
         pages.check(page.report, overwrite=page.overwrite)
+    pair = jobs.opened(*models)
     text = EvaluationText(prediction.text, prediction.windows, prediction.length)
     job = jobs.comparison(pair, text, prediction.runtime, trust_remote_code=trust_remote_code)
     details = {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import typer
 
 from qtool.calibration.sources import BUILTIN
+from qtool.cli import completion
 
 if TYPE_CHECKING:
     from qtool.tuning.wanted import Wanted
@@ -36,10 +37,17 @@ class Measurement:
             metavar="RECIPE",
             help="The recipe to start from: its name or file.",
             show_default="the one that fits the model",
+            autocompletion=completion.recipes,
         ),
     ] = None
     scheme: Annotated[
-        str | None, typer.Option(metavar="NAME", help="One of the recipe's schemes.", show_default=_RECIPES)
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="One of the recipe's schemes.",
+            show_default=_RECIPES,
+            autocompletion=completion.schemes,
+        ),
     ] = None
     text: MeasuredText = BUILTIN
     windows: Annotated[int, typer.Option(min=1, help="The number of windows of text to evaluate on.")] = 24

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import typer
 
 from qtool.checkpoint import formats
+from qtool.cli import completion
 from qtool.cli.bundle import expanded
 from qtool.cli.options import MODEL, Offline, Printed, TrustRemoteCode, console, find_model, size
 
@@ -31,11 +32,21 @@ class Method:
 
     recipe: Annotated[
         str | None,
-        typer.Option(metavar="RECIPE", help="A recipe's name or file.", show_default="the one that fits the model"),
+        typer.Option(
+            metavar="RECIPE",
+            help="A recipe's name or file.",
+            show_default="the one that fits the model",
+            autocompletion=completion.recipes,
+        ),
     ] = None
     scheme: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="One of the recipe's schemes, such as w8a8-dynamic.", show_default=_RECIPES),
+        typer.Option(
+            metavar="NAME",
+            help="One of the recipe's schemes, such as w8a8-dynamic.",
+            show_default=_RECIPES,
+            autocompletion=completion.schemes,
+        ),
     ] = None
     format: Annotated[
         formats.Name | None, typer.Option(help="The format of the checkpoint that is written.", show_default=_RECIPES)

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qtool.cli import completion
 from qtool.cli.helptexts import Commands
 from qtool.cli.options import Debug, Json, Quiet, console
 from qtool.console import visible
 
+if TYPE_CHECKING:
+    from qtool.recipe import load
+    from qtool.recipe.yaml import Problem
+
 app = Commands(
     help="List, show and validate recipes.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
-
-
-def _names(incomplete: str) -> list[str]:
-    from qtool.recipe import load
-
-    return [name for name in load.names() if name.startswith(incomplete)]
 
 
 @app.command("list")
@@ -47,7 +46,9 @@ def list_(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> Non
 
 @app.command()
 def show(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or file.", autocompletion=_names)],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe's name or file.", autocompletion=completion.recipes)
+    ],
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -71,30 +72,56 @@ def validate(
 ) -> None:
     """Check recipe files.
 
-    Every problem is printed with its file, line and key. The exit code is 2 if there is any problem.
+    Every problem is printed with its file, line and key. The exit code is 2 if there is any problem. The text files
+    that a recipe names must exist, too. Their paths are relative to the current folder.
     """
-    from qtool.errors import InputError
-    from qtool.recipe import load
-
     out = console()
-    report = []
-    for name in files:
-        problems: list[dict[str, object]] = []
-        try:
-            recipe = load.load(name)
-            out.info(f"{name}: valid ({recipe.name}: {', '.join(recipe.schemes)})")
-        except load.RecipeError as error:
-            problems = [{"file": p.file, "line": p.line, "key": p.key, "message": p.message} for p in error.problems]
-        except InputError as error:
-            problems = [{"file": error.where or name, "line": None, "key": "", "message": error.what}]
-        report.append({"file": name, "valid": not problems, "problems": problems})
-    found = [problem for item in report for problem in item["problems"]]  # type: ignore[attr-defined]
+    report = [_report(name) for name in files]
     if json:
         out.result(report)
-    else:
+    for checked in report:
+        if checked["valid"]:
+            out.info(f"{checked['file']}: valid ({checked['name']}: {', '.join(checked['schemes'])})")
+    found = [problem for checked in report for problem in checked["problems"]]
+    if not json:
         for problem in found:
             place = ":".join(str(problem[key]) for key in ("file", "line") if problem[key] is not None)
             what = ": ".join(str(problem[key]) for key in ("key", "message") if problem[key])
             print(visible(f"{place}: {what}"), file=sys.stderr)
     if found:
         raise typer.Exit(2)
+
+
+def _report(name: str) -> dict[str, Any]:
+    """What is printed of one file as JSON."""
+    from qtool.errors import InputError
+    from qtool.recipe import load
+
+    about: dict[str, Any] = {"name": None, "schemes": []}
+    try:
+        located = load.located(name)
+        about = {"name": located.recipe.name, "schemes": list(located.recipe.schemes)}
+        problems = [_shown(problem) for problem in _texts(located)]
+    except load.RecipeError as error:
+        problems = [_shown(problem) for problem in error.problems]
+    except InputError as error:
+        problems = [{"file": error.where or name, "line": None, "key": "", "message": error.what}]
+    return {"file": name, "valid": not problems, **about, "problems": problems}
+
+
+def _texts(located: load.Located) -> list[Problem]:
+    """What is wrong with the texts that a recipe names."""
+    from qtool.calibration import sources
+    from qtool.errors import InputError
+
+    recipe, found = located.recipe, []
+    for path, data in ((("calibration", "data"), recipe.calibration.data), (("eval", "text"), recipe.eval.text)):
+        try:
+            sources.check(data)
+        except InputError as error:
+            found.append(located.problem(path, f"{error.what}: {data}"))
+    return [problem for problem in found if problem is not None]
+
+
+def _shown(problem: Problem) -> dict[str, Any]:
+    return {"file": problem.file, "line": problem.line, "key": problem.key, "message": problem.message}

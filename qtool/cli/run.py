@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qtool.checkpoint.snapshot import title
+from qtool.cli import completion
 from qtool.cli.options import MODEL, Debug, Json, Offline, Quiet, TrustRemoteCode, console, find_model, path_or_stdin
 from qtool.errors import InputError
 from qtool.files import exists, expand, is_dir
@@ -22,7 +23,9 @@ _SHOWN = 3  # answers
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or file.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe's name or file.", autocompletion=completion.recipes)
+    ],
     model: Annotated[
         str | None,
         typer.Argument(

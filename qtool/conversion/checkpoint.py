@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import dtypes, formats
@@ -36,7 +37,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     """Do a `FormatJob`.
 
     Returns:
-        from, to, layers (how many, static and dynamic), integers (how many were carried over as they are),
+        from, to, layers (how many by their scheme's label), integers (how many were carried over as they are),
         input_scale_rounding (largest relative change), nbytes (of the new tensors), seconds, output.
 
     Raises:
@@ -52,11 +53,11 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
         report.warning(warning)
     check_free_space(wanted.output, conversion.output_bytes(source))
     _write(source, conversion, wanted, report)
-    static = sum(scheme.is_static for scheme in conversion.schemes.values())
+    labels = Counter(scheme.label for scheme in conversion.schemes.values())
     return {
         "from": conversion.format.name,
         "to": conversion.to,
-        "layers": {"static": static, "dynamic": len(conversion.schemes) - static},
+        "layers": dict(labels),
         "integers": sum(
             math.prod(conversion.format.shape(Stored(source, name), scheme))
             for name, scheme in conversion.schemes.items()

@@ -88,7 +88,12 @@ def _check_scales(name: str, scheme: Scheme, checkpoint: Checkpoint, where: str)
     try:
         scheme.weights.scales_shape(checkpoint.info(f"{name}.weight").shape)
     except ValueError as error:
-        raise InputError(f"{name}: {error}", where=where, hint="choose another group_size for this layer") from None
+        width = checkpoint.info(f"{name}.weight").shape[-1]
+        fits = next((size for size in (128, 64, 32, 16) if width % size == 0), None)
+        hint = "choose another group_size for this layer"
+        if fits is not None:
+            hint += f": {fits} fits; --scheme {scheme.bits.lower()}-g{fits} gives it to all layers"
+        raise InputError(f"{name}: {error}", where=where, hint=hint) from None
 
 
 def _schemes(policies: Mapping[str, Policy | None]) -> dict[str, Scheme | None]:
@@ -121,12 +126,13 @@ def summary(plan: QuantizationPlan) -> list[LayersSummary]:
 def describe(policy: Policy | None) -> str:
     if policy is None:
         return "float"
-    activations = policy.activations
-    range_ = "per-token dynamic"
+    activations, bits = policy.activations, _bits(policy.scheme)
     if activations.mode == "static":
-        range_ = f"per-tensor static ({activations.observer.method})"
+        bits += f" per-tensor static ({activations.observer.method})"
+    elif activations.mode == "dynamic":
+        bits += " per-token dynamic"
     extras = [policy.smoothing.method, "clip" if policy.clip else "", policy.rounding.method]
-    return f"{_bits(policy.scheme)} {range_}, {', '.join(e for e in extras if e and e != 'none')}"
+    return f"{bits}, {', '.join(e for e in extras if e and e != 'none')}"
 
 
 def _bits(scheme: Scheme) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -24,8 +25,57 @@ class Pair(NamedTuple):
 
 
 def opened(base: str | Path, quantized: str | Path) -> Pair:
-    """Both, by absolute paths: what is wrong shows before torch is imported. Raises InputError."""
-    return Pair(*(Checkpoint.open(expand(folder).absolute()) for folder in (base, quantized)))
+    """Both, by absolute paths: what is wrong shows before torch is imported.
+
+    Raises:
+        InputError: no checkpoint, or two whose comparison means nothing: they are the same, of different models, or
+            the quantized one is the first.
+    """
+    pair = Pair(*(Checkpoint.open(expand(folder).absolute()) for folder in (base, quantized)))
+    _check_order(pair)
+    _check_same_model(pair)
+    _check_not_equal(pair)
+    return pair
+
+
+def _check_order(pair: Pair) -> None:
+    first, second = (formats.of(checkpoint) for checkpoint in pair)
+    if not first.is_float and second.is_float:
+        raise InputError(
+            "the original model comes first, but this is the quantized one",
+            where=str(pair.base.path),
+            hint=f"qtool eval {pair.quantized.path} {pair.base.path}",
+        )
+
+
+_SAME = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
+
+
+def _check_same_model(pair: Pair) -> None:
+    """By what both config.json files say; what they leave out, the comparison itself finds out."""
+    one, other = (checkpoint.config.get("text_config") or checkpoint.config for checkpoint in pair)
+    for key in _SAME:
+        if key in one and key in other and one[key] != other[key]:
+            raise InputError(
+                f"these are different models: {key} is {one[key]} and {other[key]}",
+                where=f"{pair.base.path} and {pair.quantized.path}",
+                hint="give the model that the quantized one was made from",
+            )
+
+
+def _check_not_equal(pair: Pair) -> None:
+    """The first byte that differs ends the search, so it takes long only where there is nothing to compare."""
+    one, other = (
+        {checkpoint.info(name).file.name: checkpoint.info(name).file for name in checkpoint.names}
+        for checkpoint in pair
+    )
+    alike = one.keys() == other.keys() and pair.base.config == pair.quantized.config
+    if alike and all(filecmp.cmp(one[name], other[name], shallow=False) for name in one):
+        raise InputError(
+            "this is the original model itself: all its weights are the same",
+            where=str(pair.quantized.path),
+            hint="give a quantized model second; qtool quantize makes one",
+        )
 
 
 def comparison(

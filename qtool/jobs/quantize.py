@@ -18,6 +18,7 @@ from qtool.errors import InputError
 from qtool.files import expand
 from qtool.recipe.load import load, match
 from qtool.recipe.schema import Recipe
+from qtool.scheme import PRESETS
 
 OnEvent = Callable[[workers.Event], None]
 
@@ -87,7 +88,7 @@ def decide(model: Path, wanted: Wanted) -> Decided:
     companions(checkpoint)  # what can't be carried over is better said now than at the end
     config = checkpoint.config
     recipe, reason = match(config) if wanted.recipe is None else (load(wanted.recipe), _ASKED)
-    scheme = scheme_of(recipe, wanted.scheme)
+    recipe, scheme = with_scheme(recipe, wanted.scheme)
     engine, why = engines.choose() if wanted.engine == "auto" else (wanted.engine, _ASKED)
     beside = wanted.beside or folder
     output = expand(wanted.output or beside.with_name(f"{beside.name}-{scheme}")).absolute()
@@ -112,13 +113,18 @@ def decide(model: Path, wanted: Wanted) -> Decided:
     return Decided(engine, job, f"recipe {recipe.name} ({reason}), scheme {scheme}, engine {engine} ({why})")
 
 
-def scheme_of(recipe: Recipe, wanted: str | None) -> str:
-    """The name of a scheme that the recipe has: `wanted`, or its own default. Raises InputError."""
+def with_scheme(recipe: Recipe, wanted: str | None) -> tuple[Recipe, str]:
+    """A recipe that has a scheme, and its name: `wanted`, or the recipe's own default.
+
+    Raises InputError for one that is neither the recipe's nor a usual precision (w4a16, say).
+    """
     scheme = wanted or recipe.default_scheme
-    if scheme not in recipe.schemes:
-        hint = f"it has {', '.join(recipe.schemes)}"
+    found = recipe.with_scheme(scheme)
+    if found is None:
+        usual = [name.lower() for name in PRESETS if name.lower() not in recipe.schemes]
+        hint = f"it has {', '.join(recipe.schemes)}; {', '.join(usual)} go with every recipe"
         raise InputError(f"no scheme {scheme!r} in this recipe", where=f"recipe {recipe.name}", hint=hint)
-    return scheme
+    return found, scheme
 
 
 def run(engine: str, job: QuantizationJob, on_event: OnEvent) -> QuantizationResult:

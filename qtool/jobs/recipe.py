@@ -142,8 +142,8 @@ class _Run:
     # -------------------------------------------------------------- quantize, eval, convert
 
     def _quantize(self, model: _Made) -> _Made:
-        recipe, settings = self.recipe, self.settings
-        scheme = quantize.scheme_of(recipe, None)
+        settings = self.settings
+        recipe, scheme = quantize.with_scheme(self.recipe, None)
         engine = engines.choose()[0] if settings.engine == "auto" else settings.engine
         inputs = {
             "model": model.digest,

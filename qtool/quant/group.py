@@ -220,7 +220,7 @@ def needs_tokens(policy: Policy) -> bool:
 def input_quantizer(policy: Policy, inputs: Smoothed, storage: Storage) -> InputQuantizer:
     """What quantizes the input of a group: where it is static with the scale as stored, and its zero point."""
     args = policy.scheme.activations
-    if policy.activations.mode == "dynamic" or args is None:
+    if policy.activations.mode != "static" or args is None:
         return InputQuantizer(args)
     low, high = observers.static_range(inputs, policy.activations.observer, args)
     scale, _ = asymmetric_parameters(torch.tensor(low), torch.tensor(high), args)

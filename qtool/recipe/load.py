@@ -22,7 +22,7 @@ from qtool.errors import InputError
 from qtool.files import expand
 from qtool.recipe.problems import problems_of
 from qtool.recipe.schema import Recipe
-from qtool.recipe.yaml import MAX_BYTES, Path, Problem, parse
+from qtool.recipe.yaml import MAX_BYTES, Path, Problem, dotted, parse
 
 SUFFIXES = (".yaml", ".yml")
 _SHOWN = 3  # problems that an error message lists
@@ -53,11 +53,34 @@ def _keyed(problem: Problem) -> str:
 
 @dataclass(frozen=True)
 class _Source:
-    """Parsed text, before validation: data, for every path the file and line it comes from, and all files read."""
+    """Parsed text, before validation.
 
-    data: dict[str, Any]
+    Attributes:
+        data: what the files say; None where one of them can't be understood at all.
+        lines: for every path of it the file and line that it comes from.
+        files: all files read.
+        problems: what is wrong with the text itself.
+    """
+
+    data: dict[str, Any] | None
     lines: dict[Path, tuple[str, int]]
     files: tuple[str, ...]
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True)
+class Located:
+    """A recipe, and for every path of it the file and line that it comes from."""
+
+    recipe: Recipe
+    places: Mapping[Path, tuple[str, int]]
+
+    def problem(self, path: Path, message: str) -> Problem | None:
+        """What is wrong with the value at this path; None for one that no file says."""
+        if path not in self.places:
+            return None
+        file, line = self.places[path]
+        return Problem(line, dotted(path), message, file)
 
 
 def names() -> list[str]:
@@ -75,8 +98,13 @@ def load(name_or_path: str | os.PathLike[str]) -> Recipe:
     Raises:
         InputError: no such recipe or file, or what is in it is not a valid recipe; several problems at once.
     """
+    return located(name_or_path).recipe
+
+
+def located(name_or_path: str | os.PathLike[str]) -> Located:
+    """The same, with the places of what it says. Raises InputError as `load`."""
     source, where = _read(os.fspath(name_or_path), seen=())
-    return _validate(source, where)
+    return Located(_validate(source, where), source.lines)
 
 
 def files(name_or_path: str | os.PathLike[str]) -> list[FilePath]:
@@ -155,15 +183,18 @@ def _read(name_or_path: str, seen: Sequence[str]) -> tuple[_Source, str]:
     document = parse(text)
     if not document.problems and not isinstance(document.data, dict):
         document.problems.append(Problem(1, "", "a recipe must be a mapping of keys to values"))
-    if document.problems:
-        raise _error(document.problems, where)
-    source = _Source(document.data, {path: (where, line) for path, line in document.lines.items()}, (identity,))
-    base = source.data.pop("extends", None)
+    lines = {path: (where, line) for path, line in document.lines.items()}
+    problems = tuple(replace(problem, file=where) for problem in document.problems)
+    if not isinstance(document.data, dict):
+        return _Source(None, lines, (identity,), problems), where
+    source = _Source(document.data, lines, (identity,), problems)
+    base = document.data.pop("extends", None)
     if base is None:
         return source, where
     line = document.lines["extends",]
     if not isinstance(base, str):
-        raise _error([Problem(line, "extends", "must be the name or the path of a recipe")], where)
+        wrong = Problem(line, "extends", "must be the name or the path of a recipe", where)
+        return replace(source, data=None, problems=(*problems, wrong)), where
     if _is_file(base) and not os.path.isabs(base):
         base = str(expand(where).parent / base)
     try:
@@ -218,19 +249,24 @@ def _merge(base: _Source, child: _Source) -> _Source:
     def keep(path: Path, source: _Source) -> None:
         lines.update({p: place for p, place in source.lines.items() if p[: len(path)] == path})
 
+    files, problems = (*child.files, *base.files), (*child.problems, *base.problems)
+    if base.data is None or child.data is None:
+        return _Source(None, lines, files, problems)
     inherited = {key: value for key, value in base.data.items() if key not in _OWN_KEYS}
     merged = merge(inherited, child.data, ())
     order = [*_OWN_KEYS, *(key for key in merged if key not in _OWN_KEYS)]
-    return _Source({key: merged[key] for key in order if key in merged}, lines, (*child.files, *base.files))
+    return _Source({key: merged[key] for key in order if key in merged}, lines, files, problems)
 
 
 def _validate(source: _Source, where: str) -> Recipe:
+    problems = list(source.problems)
     try:
-        return Recipe.model_validate(source.data)
+        recipe = None if source.data is None else Recipe.model_validate(source.data)
     except pydantic.ValidationError as error:
-        problems = problems_of(error, source.lines)
-    raise _error(problems, where)
-
-
-def _error(problems: list[Problem], where: str) -> RecipeError:
-    return RecipeError([replace(problem, file=problem.file or where) for problem in problems], where)
+        told = {(problem.file, problem.key) for problem in problems}
+        found = [replace(problem, file=problem.file or where) for problem in problems_of(error, source.lines)]
+        problems += [problem for problem in found if (problem.file, problem.key) not in told]
+        recipe = None
+    if recipe is None or problems:
+        raise RecipeError(problems, where)
+    return recipe

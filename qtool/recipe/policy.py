@@ -7,12 +7,14 @@ those keys elsewhere, still load.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
-from qtool.recipe.strict import Regex, Strict, short_for, wrong
-from qtool.scheme import PRESETS, QuantizationArgs, Scheme
+from qtool.recipe.strict import Regex, ShortFor, Strict, wrong
+from qtool.recipe.words import short
+from qtool.scheme import PRESETS, QuantizationArgs, Scheme, named
 
 
 class Weights(Strict):
@@ -31,15 +33,15 @@ class Weights(Strict):
             return {"strategy": "group", **data}
         return data
 
-    @model_validator(mode="after")
-    def _possible(self) -> Weights:
-        if not self.symmetric:
-            raise wrong("symmetric", "must be true: qtool gives weights no zero point")
-        if self.strategy == "group" and self.group_size is None:
-            raise wrong("group_size", "is missing, which strategy group needs")
-        if self.strategy != "group" and self.group_size is not None:
-            raise wrong("group_size", f"has no meaning with strategy {self.strategy}")
-        return self
+    @classmethod
+    def disagreements(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        size, strategy = given.get("group_size"), given.get("strategy")
+        if given.get("symmetric") is False:
+            yield "symmetric", "must be true: qtool gives weights no zero point"
+        if strategy == "group" and size is None:
+            yield "group_size", "is missing, which strategy group needs"
+        if strategy in ("tensor", "channel") and size is not None:
+            yield "group_size", f"has no meaning with strategy {strategy}"
 
     @property
     def args(self) -> QuantizationArgs:
@@ -67,9 +69,7 @@ class LeastError(Strict):
     method: Literal["mse"]
 
 
-Observer = Annotated[
-    MinMax | Percentile | LeastError, Field(discriminator="method"), BeforeValidator(short_for("method"))
-]
+Observer = Annotated[MinMax | Percentile | LeastError, Field(discriminator="method"), ShortFor("method")]
 
 
 class Dynamic(Strict):
@@ -93,13 +93,25 @@ class Static(Strict):
         return QuantizationArgs(strategy="tensor", symmetric=False)
 
 
+class Unquantized(Strict):
+    """The input stays as it is, in the model's float type."""
+
+    mode: Literal["float"]
+
+    @property
+    def args(self) -> None:
+        return None
+
+
 def _one_observer(activations: Any) -> Any:
-    """The observer's percentile used to stand beside its name, and both were let pass with dynamic activations."""
+    """The observer's percentile used to stand beside its name, and both, unless changed, beside dynamic activations."""
     if not isinstance(activations, dict) or not isinstance(activations.get("observer", ""), str):
         return activations
     found = dict(activations)
     percentile = found.pop("percentile", None)
-    if found.get("mode") == "dynamic":
+    if found.get("mode") != "static":
+        if found.get("observer", "minmax") != "minmax":
+            raise wrong("observer", f"has no meaning with {found.get('mode')} activations: it fixes a static range")
         found.pop("observer", None)
     elif found.get("observer") == "percentile" and percentile is not None:
         found["observer"] = {"method": "percentile", "percentile": percentile}
@@ -107,10 +119,10 @@ def _one_observer(activations: Any) -> Any:
 
 
 Activations = Annotated[
-    Dynamic | Static,
+    Dynamic | Static | Unquantized,
     Field(discriminator="mode"),
     BeforeValidator(_one_observer),  # validators that come before run from the last to the first
-    BeforeValidator(short_for("mode", "dynamic")),
+    ShortFor("mode", "dynamic"),
 ]
 
 
@@ -131,9 +143,7 @@ class NoSmoothing(Strict):
     method: Literal["none"]
 
 
-Smoothing = Annotated[
-    Osl | SmoothQuant | NoSmoothing, Field(discriminator="method"), BeforeValidator(short_for("method"))
-]
+Smoothing = Annotated[Osl | SmoothQuant | NoSmoothing, Field(discriminator="method"), ShortFor("method")]
 
 
 class Nearest(Strict):
@@ -146,9 +156,10 @@ class Gptq(Strict):
     method: Literal["gptq"]
 
 
-Rounding = Annotated[Nearest | Gptq, Field(discriminator="method"), BeforeValidator(short_for("method"))]
+Rounding = Annotated[Nearest | Gptq, Field(discriminator="method"), ShortFor("method")]
 
 _PARTS_OF_A_SCHEME = ("weights", "activations")
+_ACTIVATIONS: TypeAdapter[Activations] = TypeAdapter(Activations)
 
 
 class Policy(Strict):
@@ -170,10 +181,31 @@ class Policy(Strict):
     def _other_spellings(cls, data: Any) -> Any:
         return _with_preset(_with_alpha(data)) if isinstance(data, dict) else data
 
+    @classmethod
+    def disagreements(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        if "scheme" not in given:
+            return
+        name = given["scheme"]
+        if not isinstance(name, str) or named(name) is None:
+            yield "scheme", f"must be one of {', '.join(PRESETS)}, not {short(name)}"
+        for key in _PARTS_OF_A_SCHEME:
+            if key in given:
+                yield key, "scheme says it already"
+
     @property
     def scheme(self) -> Scheme:
         """How these layers are quantized."""
         return Scheme(self.weights.args, self.activations.args)
+
+    def with_scheme(self, scheme: Scheme) -> Policy:
+        """The same with weights and activations of a scheme of `qtool.scheme.PRESETS` or one like it."""
+        parts = _of_scheme(scheme)
+        return self.model_copy(
+            update={
+                "weights": Weights.model_validate(parts["weights"]),
+                "activations": _ACTIVATIONS.validate_python(parts["activations"]),
+            }
+        )
 
     def with_mode(self, mode: str) -> Policy:
         """The same with activations static or dynamic."""
@@ -188,21 +220,31 @@ def _with_preset(data: dict[str, Any]) -> dict[str, Any]:
     if "scheme" not in data:
         return data
     name, rest = data["scheme"], {key: value for key, value in data.items() if key != "scheme"}
-    preset = PRESETS.get(name) if isinstance(name, str) else None
-    if preset is None:
-        raise wrong("scheme", f"must be {' or '.join(map(repr, PRESETS))}, not {name!r}")
-    for key in _PARTS_OF_A_SCHEME:
-        if key in rest:
-            raise wrong(key, "scheme says it already")
-    weights = preset.weights
-    rest["weights"] = {
-        "num_bits": weights.num_bits,
-        "type": weights.type,
-        "strategy": weights.strategy,
-        "group_size": weights.group_size,
-        "symmetric": weights.symmetric,
+    preset = named(name) if isinstance(name, str) else None
+    if preset is None or any(key in rest for key in _PARTS_OF_A_SCHEME):  # see Policy.disagreements
+        return rest
+    return rest | _of_scheme(preset)
+
+
+def _of_scheme(scheme: Scheme) -> dict[str, Any]:
+    """The keys of a policy that say a scheme."""
+    weights = scheme.weights
+    return {
+        "weights": {
+            "num_bits": weights.num_bits,
+            "type": weights.type,
+            "strategy": weights.strategy,
+            "group_size": weights.group_size,
+            "symmetric": weights.symmetric,
+        },
+        "activations": {"mode": _mode(scheme)},
     }
-    return rest | {"activations": {"mode": "static" if preset.is_static else "dynamic"}}
+
+
+def _mode(scheme: Scheme) -> str:
+    if scheme.activations is None:
+        return "float"
+    return "static" if scheme.is_static else "dynamic"
 
 
 def _with_alpha(data: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pydantic
 
 from qtool.recipe.policy import Policy
 from qtool.recipe.schema import Recipe
-from qtool.recipe.strict import WRONG
+from qtool.recipe.words import WRONG, worded
 from qtool.recipe.yaml import Path, Problem, dotted
 
 Places = Mapping[Path, tuple[str, int]]
@@ -41,43 +41,11 @@ def _problem(item: Any, places: Places) -> Problem:
 
 def _message(item: Any, key: str, around: Any) -> str:
     """What is wrong with a key in a mapping of the type `around`."""
-    kind, context = item["type"], item.get("ctx", {})
-    if kind == "extra_forbidden":
+    if item["type"] == "extra_forbidden":
         known = _keys(around)
         close = difflib.get_close_matches(key, known, n=1)
-        guess = f"did you mean {close[0]!r}?" if close else "known are " + ", ".join(known)
-        return f"unknown key; {guess}"
-    if kind in ("missing", "union_tag_not_found"):
-        return "is missing"
-    if kind == "literal_error":
-        return f"must be {context['expected']}, not {_short(item['input'])}"
-    if kind == "union_tag_invalid":
-        return f"must be {_either(context['expected_tags'])}, not {context['tag']!r}"
-    if kind in ("model_type", "model_attributes_type"):
-        return f"must be a mapping of keys to values, not {_short(item['input'])}"
-    if kind == WRONG:
-        return item["msg"]
-    if kind == "value_error":
-        return str(context["error"])
-    if kind.endswith("_type") or kind.endswith("_parsing"):
-        return f"{_lower(item['msg'])}, not {_short(item['input'])}"
-    return f"{_lower(item['msg'])}, it is {_short(item['input'])}"
-
-
-def _lower(message: str) -> str:
-    message = message.removeprefix("Input ").removeprefix("Value error, ")
-    return message[:1].lower() + message[1:]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _either(tags: str) -> str:
-    """ "'a', 'b', 'c'" → "'a', 'b' or 'c'"."""
-    before, _, last = tags.rpartition(", ")
-    return f"{before} or {last}" if before else last
+        return f"unknown key; {f'did you mean {close[0]!r}?' if close else 'known are ' + ', '.join(known)}"
+    return worded(item)
 
 
 def _path(location: Sequence[int | str]) -> tuple[Path, Any]:

@@ -7,16 +7,20 @@ whose `layers` regex matches the whole name of a linear layer decides how that l
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from qtool.checkpoint import formats
 from qtool.recipe.policy import Policy
 from qtool.recipe.strict import Strict
+from qtool.recipe.words import FORM, FORMS, NAME, REPOSITORY
+from qtool.scheme import named
 
+_MODEL = "w8a8-dynamic"  # no layer of it is float or static because of what one runtime wants
 NonEmpty = Annotated[str, Field(min_length=1)]
-RepositoryName = Annotated[str, Field(pattern=r"^[^/\s]+/[^/\s]+$")]
+RepositoryName = Annotated[str, Field(pattern=REPOSITORY, json_schema_extra={FORM: FORMS[REPOSITORY]})]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]  # what generators of random numbers take
 
 
@@ -46,11 +50,11 @@ class Export(Strict):
     )
     max_shard_gb: float = Field(default=4.0, gt=0, le=4.0)
 
-    @model_validator(mode="after")
-    def _also_others(self) -> Export:
-        if self.format in self.also or len(set(self.also)) < len(self.also):
-            raise ValueError(f"also: each format once, and not {self.format}, which is the format itself")
-        return self
+    @classmethod
+    def disagreements(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        also, format = given.get("also"), given.get("format", cls.model_fields["format"].default)
+        if isinstance(also, list) and (format in also or any(also.count(each) > 1 for each in also)):
+            yield "also", f"each format once, and not {format}, which is the format itself"
 
 
 class Evaluation(Strict):
@@ -114,11 +118,11 @@ class Sampling(Strict):
         default=None, description="what the answer must be: one of json (a schema), regex, choice, grammar, json_object"
     )
 
-    @model_validator(mode="after")
-    def _bounds_agree(self) -> Self:
-        if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens ({self.min_tokens}) is more than max_tokens ({self.max_tokens})")
-        return self
+    @classmethod
+    def disagreements(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        least, most = given.get("min_tokens"), given.get("max_tokens", cls.model_fields["max_tokens"].default)
+        if isinstance(least, int) and isinstance(most, int) and least > most:
+            yield "min_tokens", f"is {least}, which is more than max_tokens ({most})"
 
     def given(self) -> dict[str, Any]:
         """What has been said, by name."""
@@ -163,7 +167,7 @@ class Repository(Strict):
 
 
 class Recipe(Strict):
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    name: str = Field(pattern=NAME, json_schema_extra={FORM: FORMS[NAME]})
     description: str
     source: str | None = Field(default=None, description="whose published choice this follows, with a reference")
     model: Repository | None = Field(default=None, description="one model it is for, on a hub")
@@ -179,11 +183,32 @@ class Recipe(Strict):
     eval: Evaluation = Evaluation()
     generate: Generate = Generate()
 
-    @model_validator(mode="after")
-    def _default_scheme_exists(self) -> Recipe:
-        if self.default_scheme not in self.schemes:
-            raise ValueError(f"default_scheme {self.default_scheme!r} is not one of {', '.join(self.schemes)}")
-        return self
+    @classmethod
+    def disagreements(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        default, schemes = given.get("default_scheme"), given.get("schemes")
+        if not isinstance(schemes, Mapping) or not schemes:
+            return
+        if "default_scheme" not in given:
+            default = cls.model_fields["default_scheme"].default
+            if default not in schemes:
+                yield "schemes", f"has no {default!r}, which is the default_scheme unless the recipe names another"
+        elif isinstance(default, str) and default not in schemes:
+            yield "default_scheme", f"{default!r} is not one of the schemes {', '.join(map(str, schemes))}"
+
+    def with_scheme(self, name: str) -> Recipe | None:
+        """One that has a scheme of this name: this recipe, or with a usual precision that its layers are given.
+
+        `named` of qtool.scheme knows the usual ones. Which layers stay float, and how the others are smoothed, clipped
+        and rounded, is taken from w8a8-dynamic, or from the default scheme. None for a name that nobody knows.
+        """
+        if name in self.schemes:
+            return self
+        scheme = named(name)
+        if scheme is None:
+            return None
+        model = self.schemes.get(_MODEL, self.schemes[self.default_scheme])
+        made = [policy.with_scheme(scheme) if policy.quantize else policy for policy in model]
+        return self.model_copy(update={"schemes": {**self.schemes, name: made}})
 
     def policy(self, scheme: str, linear: str) -> Policy | None:
         """The first policy of `scheme` that matches the linear's whole name, or None (it stays float)."""

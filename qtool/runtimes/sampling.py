@@ -9,6 +9,7 @@ import pydantic
 
 from qtool.errors import InputError
 from qtool.recipe.schema import Generate, Sampling
+from qtool.recipe.words import worded
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
@@ -37,9 +38,8 @@ def validated(given: Mapping[str, Any], option: bool = False) -> dict[str, Any]:
         return Sampling.model_validate(given).given()
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        what = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
-        what = what[:1].lower() + what[1:]
+        name = str(first["loc"][0]) if first["loc"] else str(first.get("ctx", {}).get("key", ""))
+        what = worded(first)
         if option:
             raise InputError(what, where=f"--{name.replace('_', '-')}" if name else None) from None
         raise InputError(f"{name}: {what}" if name else what) from None

@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 from qtool.scheme.description import QuantizationArgs, Scheme, Strategy
-from qtool.scheme.presets import PRESETS, W8A8, W8A8_DYNAMIC, name_of
+from qtool.scheme.presets import PRESETS, W4A8, W4A16, W8A8, W8A8_DYNAMIC, W8A16, name_of, named
 
-__all__ = ["PRESETS", "W8A8", "W8A8_DYNAMIC", "QuantizationArgs", "Scheme", "Strategy", "name_of"]
+__all__ = [
+    "PRESETS",
+    "W4A8",
+    "W4A16",
+    "W8A8",
+    "W8A8_DYNAMIC",
+    "W8A16",
+    "QuantizationArgs",
+    "Scheme",
+    "Strategy",
+    "name_of",
+    "named",
+]

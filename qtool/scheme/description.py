@@ -99,10 +99,10 @@ class Scheme:
 
     @property
     def label(self) -> str:
-        """For people: "W8A8 static"."""
-        if self.activations is None:
-            return self.bits
-        return f"{self.bits} {'dynamic' if self.activations.dynamic else 'static'}"
+        """For people: "W8A8 static", "W4A16 in groups of 128"."""
+        mode = "" if self.activations is None else " dynamic" if self.activations.dynamic else " static"
+        groups = f" in groups of {self.weights.group_size}" if self.weights.group_size else ""
+        return f"{self.bits}{mode}{groups}"
 
     @property
     def bits(self) -> str:

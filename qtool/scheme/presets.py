@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 from qtool.scheme.description import QuantizationArgs, Scheme
 
 _INT8_PER_CHANNEL = QuantizationArgs(strategy="channel")
+_INT4_PER_GROUP = QuantizationArgs(num_bits=4, strategy="group", group_size=128)
+_INT8_PER_TOKEN = QuantizationArgs(strategy="token", dynamic=True)
 
 W8A8 = Scheme(_INT8_PER_CHANNEL, QuantizationArgs(strategy="tensor", symmetric=False))
 """int8 weights per output channel; int8 activations with one scale and zero point from calibration."""
 
-W8A8_DYNAMIC = Scheme(_INT8_PER_CHANNEL, QuantizationArgs(strategy="token", dynamic=True))
+W8A8_DYNAMIC = Scheme(_INT8_PER_CHANNEL, _INT8_PER_TOKEN)
 """int8 weights per output channel; int8 activations with a scale per token, found at run time."""
 
-PRESETS = {"W8A8": W8A8, "W8A8-dynamic": W8A8_DYNAMIC}
+W8A16 = Scheme(_INT8_PER_CHANNEL, None)
+"""int8 weights per output channel; float activations."""
+
+W4A16 = Scheme(_INT4_PER_GROUP, None)
+"""int4 weights, 128 input channels of an output channel with one scale; float activations."""
+
+W4A8 = Scheme(_INT4_PER_GROUP, _INT8_PER_TOKEN)
+"""int4 weights as in W4A16; int8 activations with a scale per token, found at run time."""
+
+PRESETS = {"W8A8": W8A8, "W8A8-dynamic": W8A8_DYNAMIC, "W8A16": W8A16, "W4A16": W4A16, "W4A8": W4A8}
+
+_SHARED = re.compile(r"(?P<name>.+)-(?:g(?P<size>[1-9]\d{0,5})|channel)", re.IGNORECASE)
 
 
 def name_of(scheme: Scheme) -> str | None:
     """The usual name of a scheme; None where it has none."""
     return next((name for name, preset in PRESETS.items() if preset == scheme), None)
+
+
+def named(name: str) -> Scheme | None:
+    """The scheme of a usual name, in any case; None for an unknown one.
+
+    An integer one may say who shares a scale of the weights: W4A16-g64 (groups of 64 input channels) or W4A16-channel.
+    """
+    presets = {known.lower(): scheme for known, scheme in PRESETS.items()}
+    if found := presets.get(name.lower()):
+        return found
+    match = _SHARED.fullmatch(name)
+    base = presets.get(match["name"].lower()) if match else None
+    if match is None or base is None or base.weights.type != "int":
+        return None
+    size = int(match["size"]) if match["size"] else None
+    weights = replace(base.weights, strategy="channel" if size is None else "group", group_size=size)
+    return replace(base, weights=weights)

@@ -11,7 +11,7 @@ from qtool.engines.job import CalibrationText
 from qtool.errors import InputError
 from qtool.evaluation.job import EvaluationText
 from qtool.files import expand
-from qtool.jobs.quantize import scheme_of
+from qtool.jobs.quantize import with_scheme
 from qtool.recipe.load import load, match, names
 from qtool.recipe.schema import Recipe
 
@@ -89,4 +89,4 @@ def start(model: str | Path, wanted: Wanted) -> Start:
     recipe = match(checkpoint.config)[0] if name is None else load(name)
     shipped = name is None or name in names()
     extends = recipe.name if shipped else str(expand(str(name)).absolute())
-    return Start(folder, recipe, scheme_of(recipe, wanted.scheme), extends)
+    return Start(folder, *with_scheme(recipe, wanted.scheme), extends)

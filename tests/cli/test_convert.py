@@ -257,7 +257,7 @@ def test_a_folder_to_another_format(run_qtool: Any, quantized: Path) -> None:
     done = run_qtool("convert", "-", "--to", "golden-stick", stdin=f"{quantized}\n")
     output = quantized.with_name("model-golden-stick")
     assert (done.code, done.stdout) == (0, f"{output}\n"), done.stderr
-    assert "compressed-tensors to golden-stick: 14 static layers" in done.stderr
+    assert "compressed-tensors to golden-stick: 14 W8A8 static layers" in done.stderr
     assert "scales unchanged" in done.stderr
     name = "model.layers.1.mlp.up_proj.weight"
     ours = load_file(output / "quant-model-00001-of-00001.safetensors")[name]
@@ -267,7 +267,7 @@ def test_a_folder_to_another_format(run_qtool: Any, quantized: Path) -> None:
     assert (done.code, done.stderr) == (0, "")
     result = json.loads(done.stdout)
     assert result["output"] == f"{output}-bfloat16"
-    assert result["layers"] == {"static": 14, "dynamic": 0}
+    assert result["layers"] == {"W8A8 static": 14}
     summary = json.loads(run_qtool("inspect", result["output"], "--json").stdout)
     assert (summary["format"], summary["dtype"]) == ("float", "BF16")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -18,33 +19,68 @@ FIGURES = ("base_perplexity", "quantized_perplexity", "perplexity_ratio", "kl_di
 SMALL = ("--windows", "2", "--length", "32")
 
 
-def test_json_when_piped(tiny_llama: Path, run_qtool: Callable[..., Any]) -> None:
-    done = run_qtool("eval", tiny_llama, "-", *SMALL, stdin=f"{tiny_llama}\n")
+@pytest.fixture(scope="module")
+def quantized(tiny_llama: Path, run_qtool: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("eval") / "tiny-w8a8"
+    done = run_qtool("quantize", tiny_llama, "--output", folder, "--samples", "4", "--seq-len", "64")
+    assert done.code == 0, done.stderr
+    return folder
+
+
+def test_json_when_piped(tiny_llama: Path, quantized: Path, run_qtool: Callable[..., Any]) -> None:
+    done = run_qtool("eval", tiny_llama, "-", *SMALL, stdin=f"{quantized}\n")
     assert done.code == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["kl_divergence"]["value"] == 0
-    assert result["top1_agreement"]["value"] == 1
+    assert 0 < result["kl_divergence"]["value"] < 0.01
+    assert 0.9 < result["top1_agreement"]["value"] <= 1
     assert all(result[name]["low"] <= result[name]["value"] <= result[name]["high"] for name in FIGURES)
-    assert result["base"] == result["quantized"] == str(tiny_llama)
+    assert (result["base"], result["quantized"]) == (str(tiny_llama), str(quantized))
     assert (result["text"]["windows"], result["text"]["length"]) == (2, 32)
     assert "held-out" in result["text"]["source"]
     assert "peak memory" in done.stderr
-    assert "0.00000 to 0.00000" in done.stderr  # the table, for whoever watches
+    kl = result["kl_divergence"]
+    assert f"{kl['low']:.5f} to {kl['high']:.5f}" in done.stderr  # the table, for whoever watches
 
 
-def test_quiet(tiny_llama: Path, run_qtool: Callable[..., Any]) -> None:
-    done = run_qtool("eval", tiny_llama, tiny_llama, *SMALL, "--quiet", "--json")
+def test_quiet(tiny_llama: Path, quantized: Path, run_qtool: Callable[..., Any]) -> None:
+    done = run_qtool("eval", tiny_llama, quantized, *SMALL, "--quiet", "--json")
     assert done.code == 0
     assert done.stderr == ""
-    assert json.loads(done.stdout)["kl_divergence"]["value"] == 0
+    assert json.loads(done.stdout)["kl_divergence"]["value"] > 0
+
+
+def test_folders_that_cant_be_compared_are_refused_at_once(
+    tiny_llama: Path, quantized: Path, make_model: Callable[..., Path], run_qtool: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Nothing is run: the text, which doesn't exist, isn't looked for."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_llama, copy)
+    other = make_model("llama", name="wider", hidden_size=32)
+    for pair, message in (
+        ((quantized, tiny_llama), "the original model comes first"),
+        ((tiny_llama, tiny_llama), "the original model itself"),
+        ((tiny_llama, copy), "the original model itself"),
+        ((tiny_llama, tmp_path / "link"), "the original model itself"),
+        ((tiny_llama, other), "different models: hidden_size is 64 and 32"),
+    ):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(tiny_llama)
+        done = run_qtool("eval", *pair, "--text", tmp_path / "missing.txt")
+        assert (done.code, done.stdout) == (2, "")
+        assert message in done.stderr
+        assert "missing.txt" not in done.stderr
 
 
 @pytest.mark.parametrize("options", [(), ("--quiet",)])
 def test_a_table_on_a_terminal(
-    tiny_llama: Path, qtool_environment: dict[str, str], launcher: Launcher, options: tuple[str, ...]
+    tiny_llama: Path,
+    quantized: Path,
+    qtool_environment: dict[str, str],
+    launcher: Launcher,
+    options: tuple[str, ...],
 ) -> None:
     master, slave = pty.openpty()
-    command = ["eval", tiny_llama, tiny_llama, *SMALL, *options]
+    command = ["eval", tiny_llama, quantized, *SMALL, *options]
     done = launcher.run(command, stdout=slave, stderr=subprocess.PIPE, env=qtool_environment, timeout=300)
     os.close(slave)
     shown = b""
@@ -62,8 +98,6 @@ def test_a_table_on_a_terminal(
     for expected in (
         "perplexity, base",
         "KL divergence",
-        "0.00000 to 0.00000",
-        "100.00%",
         "95 % interval",
         "99th percentile",
         "top-5 agreement",
@@ -76,17 +110,22 @@ def test_a_table_on_a_terminal(
     [
         (("{model}", "{empty}"), "no config.json"),
         (("{missing}", "{model}"), "no such folder"),
-        (("{model}", "{model}", "--text", "{missing}.txt"), "no such text file"),
-        (("{model}", "{model}", "--text", "{model}"), "unknown kind of text"),
-        (("{model}", "{model}", "--windows", "100000"), "too little text"),
-        (("{model}", "{model}", "--length", "1"), "--length"),
+        (("{model}", "{quantized}", "--text", "{missing}.txt"), "no such text file"),
+        (("{model}", "{quantized}", "--text", "{model}"), "unknown kind of text"),
+        (("{model}", "{quantized}", "--windows", "100000"), "too little text"),
+        (("{model}", "{quantized}", "--length", "1"), "--length"),
     ],
 )
 def test_bad_input(
-    tiny_llama: Path, run_qtool: Callable[..., Any], tmp_path: Path, arguments: tuple[str, ...], message: str
+    tiny_llama: Path,
+    quantized: Path,
+    run_qtool: Callable[..., Any],
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    message: str,
 ) -> None:
     (tmp_path / "empty").mkdir()
-    places = {"model": tiny_llama, "missing": tmp_path / "missing", "empty": tmp_path / "empty"}
+    places = {"model": tiny_llama, "quantized": quantized, "missing": tmp_path / "missing", "empty": tmp_path / "empty"}
     done = run_qtool("eval", *(argument.format(**places) for argument in arguments))
     assert done.code == 2
     assert done.stdout == ""

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from qtool.recipe import load
@@ -54,10 +55,43 @@ def test_validate_prints_every_problem(run_qtool: Any, tmp_path: Path) -> None:
         f"{good}: valid (good: w8a8, w8a8-dynamic, w8a8-static)",
         f"{bad}:1: description: is missing",
         f"{bad}:3: descripton: unknown key; did you mean 'description'?",
-        f"{bad}:5: calibration.samples: should be a valid integer, unable to parse string as an integer, not 'none'",
+        f"{bad}:5: calibration.samples: must be a whole number, not 'none'",
         f"{missing}: no such recipe file",
     ]
     assert run_qtool("recipes", "validate", good).code == 0
+
+
+def test_validate_looks_for_the_texts(run_qtool: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    text = "extends: default\nname: mine\ndescription: mine\ncalibration:\n  data: {}\neval: {{text: {}}}\n"
+    recipe.write_text(text.format("gone.txt", "page.html"))
+    done = run_qtool("recipes", "validate", "mine.yaml", cwd=tmp_path)
+    assert (done.code, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "mine.yaml:5: calibration.data: no such text file: gone.txt",
+        "mine.yaml:6: eval.text: unknown kind of text: page.html",
+    ]
+    (tmp_path / "there.txt").write_text("text")
+    recipe.write_text(text.format("self", "there.txt"))
+    assert run_qtool("recipes", "validate", "mine.yaml", cwd=tmp_path).code == 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("qtool quantize model --recipe smol", "smollm2"),
+        ("qtool quantize model --scheme w8a8-s", "w8a8-static"),
+        ("qtool quantize model --recipe golden-stick-osl --scheme w8a8-", ""),
+        ("qtool tune model --recipe qwen3-m", "qwen3-moe"),
+        ("qtool analyze model --scheme w8a8-d", "w8a8-dynamic"),
+        ("qtool run smol", "smollm2"),
+        ("qtool recipes show smol", "smollm2"),
+    ],
+)
+def test_shells_complete_names(run_qtool: Any, typed: str, expected: str) -> None:
+    words = typed.split()
+    env = {"_QTOOL_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
+    assert run_qtool(env=env).stdout.split() == expected.split()
 
 
 def test_validate_json(run_qtool: Any, tmp_path: Path) -> None:

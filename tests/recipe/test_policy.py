@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from qtool.recipe.policy import Policy
 from qtool.scheme import W8A8, W8A8_DYNAMIC, QuantizationArgs, Scheme
@@ -28,7 +29,7 @@ def policy(**keys: Any) -> Policy:
         ({"smoothquant_alpha": 0.3}, {}),
         ({"rounding": "nearest"}, {"rounding": {"method": "nearest"}}),
         ({"activations": {"mode": "dynamic", "observer": "minmax", "percentile": 99.99}}, {}),
-        ({"activations": {"observer": "mse"}}, {"activations": {"mode": "dynamic"}}),
+        ({"activations": {"observer": "minmax"}}, {"activations": {"mode": "dynamic"}}),
         (
             {"activations": {"mode": "static", "observer": "minmax", "percentile": 99.99}},
             {"activations": {"mode": "static", "observer": {"method": "minmax"}}},
@@ -65,6 +66,8 @@ def test_earlier_spellings(old: dict[str, Any], new: dict[str, Any]) -> None:
         {"scheme": "W8A8"},
         {"weights": {"num_bits": 4, "group_size": 32}},
         {"weights": {"num_bits": 3, "strategy": "tensor"}, "smoothing": "none"},
+        {"activations": "float"},
+        {"scheme": "w4a16-g64"},
     ],
 )
 def test_what_is_dumped_loads_again(keys: dict[str, Any]) -> None:
@@ -99,3 +102,10 @@ def test_with_mode() -> None:
     assert static.with_mode("static") is static
     assert static.with_mode("dynamic") == policy(activations="dynamic", clip=False)
     assert policy(clip=False).with_mode("static") == policy(activations="static", clip=False)
+
+
+@pytest.mark.parametrize("observer", ["mse", "percentile", {"method": "mse"}])
+@pytest.mark.parametrize("mode", ["dynamic", "float"])
+def test_an_observer_is_for_a_static_range(mode: str, observer: Any) -> None:
+    with pytest.raises(ValidationError, match="observer"):
+        policy(activations={"mode": mode, "observer": observer})

@@ -14,8 +14,7 @@ from qtool.scheme import PRESETS, W8A8, W8A8_DYNAMIC, QuantizationArgs, name_of
 @pytest.mark.parametrize("name", PRESETS)
 def test_compressed_tensors_takes_each_description_as_it_is(name: str) -> None:
     scheme = PRESETS[name]
-    for args in (scheme.weights, scheme.activations):
-        assert args is not None
+    for args in filter(None, (scheme.weights, scheme.activations)):
         ours = {key: value for key, value in dataclasses.asdict(args).items() if value is not None}
         theirs = TheirArgs.model_validate(ours).model_dump(mode="json")
         assert {key: theirs[key] for key in ours} == ours

@@ -1,13 +1,22 @@
-"""compressed-tensors, `int-quantized`.
+"""compressed-tensors.
 
-Per layer: `weight` int8 [out, in]; `weight_scale` [out, 1]; with static activations also `input_scale` [1] and
-`input_zero_point` int8 [1]; the layer's own `bias`. Which layer is which stands in config.json, as groups of
-targets: module names, or regexes after `re:` that must match from the start of a name.
+Per layer: `weight_scale` [out, 1], or [out, groups] where groups of input channels have one each; with static
+activations also `input_scale` [1] and `input_zero_point` int8 [1]; the layer's own `bias`; and the integers:
+
+`int-quantized`: `weight` int8 [out, in].
+`pack-quantized`: `weight_packed` int32 [out, words], several in a word, and `weight_shape` int64 [2], (out, in).
+
+Weights of 4 bits, and those beside float activations, are packed: vLLM 0.32 takes the latter only so, and the former
+besides as int8 for ARM processors alone (compressed_tensors.py and kernels/linear/mixed_precision).
+
+Which layer is which stands in config.json, as groups of targets: module names, or regexes after `re:` that must match
+from the start of a name.
 
 Scales: vLLM 0.32 holds them in float32, whatever it reads; transformers 5.19 (compressed-tensors 0.17) casts
 them to the model's dtype. So that both compute with the same numbers, a scale is stored in the model's dtype
 where that loses nothing, else in float32; `storable_scale` and `storable_weight_scale` give, for a bfloat16
-model, the scales that lose nothing. (Float16's range is too short for small scales: such models keep float32.)
+model, the scales that lose nothing. (Float16's range is too short for small scales: such models keep float32.) Those
+of packed weights are in the model's dtype in vLLM too, whatever that is.
 """
 
 from __future__ import annotations
@@ -25,18 +34,21 @@ from qtool.checkpoint.formats.base import (
     UnknownScheme,
     quantization_method,
 )
+from qtool.checkpoint.formats.packing import WIDTHS, pack, unpack, words
 from qtool.checkpoint.formats.scales import check_scales, round_to
 from qtool.checkpoint.formats.stored import Stored
 from qtool.checkpoint.formats.targets import targets
 from qtool.errors import InputError
 from qtool.quant.types import QuantizedLinear
-from qtool.scheme import W8A8, W8A8_DYNAMIC, QuantizationArgs, Scheme
+from qtool.scheme import W4A8, W4A16, W8A8, W8A8_DYNAMIC, W8A16, QuantizationArgs, Scheme
 
 if TYPE_CHECKING:
     import torch
 
     from qtool.checkpoint.reader import Checkpoint
 
+_INT, _PACK = "int-quantized", "pack-quantized"
+_PACKED, _SHAPE = "weight_packed", "weight_shape"
 _ZERO_POINT = "input_zero_point"
 _SIZES = {"group": {"group_size"}, "block": {"block_structure"}}
 _FIELDS = tuple(field.name for field in dataclasses.fields(QuantizationArgs))
@@ -44,9 +56,12 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(QuantizationArgs))
 
 class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
     name = "compressed-tensors"
-    title = "int8 of compressed-tensors"
-    schemes = (W8A8, W8A8_DYNAMIC)
-    parts = frozenset(("weight", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "bias"))
+    title = "integers of compressed-tensors"
+    schemes = (W8A8, W8A8_DYNAMIC, W8A16, W4A16, W4A8)
+    parts = frozenset(
+        ("weight", _PACKED, _SHAPE, "weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "bias")
+    )
+    weight_parts = ("weight", _PACKED)
 
     def detect(self, config: Mapping[str, Any], files: Container[str]) -> bool:
         return quantization_method(config) == self.name
@@ -54,20 +69,38 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
     def storable_scale(self, value: float, dtype: torch.dtype) -> float:
         return round_to(value, _scale_dtype(dtype))
 
+    def expresses(self, scheme: Scheme) -> bool:
+        weights = scheme.weights
+        return scheme in (W8A8, W8A8_DYNAMIC) or (
+            (weights.type, weights.symmetric, weights.dynamic) == ("int", True, False)
+            and weights.strategy in ("channel", "group")
+            and weights.num_bits in WIDTHS
+            and scheme.activations in (None, W8A8_DYNAMIC.activations)
+        )
+
     def storable_weight_scale(self, scale: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
+        import torch
+
+        if _is_packed(scheme) and dtype == torch.float16:
+            return scale.clamp(min=torch.finfo(dtype).tiny).to(dtype).float()
         return scale.to(_scale_dtype(dtype)).float()
 
     def nbytes(self, shape: tuple[int, int], scheme: Scheme) -> int:
-        return scheme.weights.nbytes(shape) + (5 if scheme.is_static else 0)
+        return scheme.weights.nbytes(shape) + (5 if scheme.is_static else 0) + (16 if _is_packed(scheme) else 0)
 
     def tensors(self, name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         import torch
 
         check_scales(name, linear)
-        tensors = {
-            f"{name}.weight": linear.weight,
-            f"{name}.weight_scale": _lossless(linear.weight_scale.reshape(-1, 1), dtype),
-        }
+        scale = linear.weight_scale.reshape(len(linear.weight), -1)
+        if _is_packed(linear.scheme):
+            tensors = {
+                f"{name}.{_PACKED}": pack(linear.weight, linear.scheme.weights.num_bits),
+                f"{name}.{_SHAPE}": torch.tensor(linear.weight.shape),
+            }
+        else:
+            tensors = {f"{name}.weight": linear.weight}
+        tensors[f"{name}.weight_scale"] = _lossless(scale, dtype)
         if linear.is_static:
             tensors[f"{name}.input_scale"] = _lossless(torch.tensor([linear.input_scale], dtype=torch.float32), dtype)
             tensors[f"{name}.input_zero_point"] = torch.tensor([linear.input_zero_point], dtype=torch.int8)
@@ -78,15 +111,19 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
     def describe(
         self, names: Sequence[str], schemes: Mapping[str, Scheme | None], config: Mapping[str, Any]
     ) -> Description:
-        present = [scheme for scheme in self.schemes if scheme in schemes.values()]
-        if not present:
+        found = dict.fromkeys(scheme for scheme in schemes.values() if scheme is not None)
+        if not found:
             return Description(None, {})
+        present = [scheme for scheme in self.schemes if scheme in found]
+        present += [scheme for scheme in found if scheme not in self.schemes]
+        layouts = [_layout(scheme) for scheme in present]
+        mixed = len(set(layouts)) > 1
         ignore = targets(schemes, None)
         if "lm_head" not in schemes:
             ignore.append("lm_head")  # tied to the embedding, or absent: either way not quantized
         quantization = {
             "quant_method": self.name,
-            "format": "int-quantized",
+            "format": "mixed-precision" if mixed else layouts[0],
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "kv_cache_scheme": None,
@@ -96,8 +133,10 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
                     "weights": _written(scheme.weights),
                     "input_activations": _written(scheme.activations),
                     "output_activations": None,
+                    # int8 is what every reader expects beside quantized activations
+                    **({"format": layout} if mixed or layout != _INT else {}),
                 }
-                for i, scheme in enumerate(present)
+                for i, (scheme, layout) in enumerate(zip(present, layouts, strict=True))
             },
             "ignore": ignore,
         }
@@ -111,18 +150,39 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
         if group is None:
             return None
         found = _described(group)
-        for scheme in self.schemes:
-            if scheme == found:
-                return scheme
+        if found is not None and self.expresses(found):
+            return found
+        known = ", ".join(scheme.label for scheme in self.schemes)
         raise UnknownScheme(
-            f"{name}: quantized, but not W8A8 with per-tensor static or per-token dynamic activations",
-            where=str(checkpoint.path),
+            f"{name}: quantized, but in none of the ways that qtool knows ({known})", where=str(checkpoint.path)
         )
 
+    def shape(self, stored: Stored, scheme: Scheme) -> tuple[int, int]:
+        if not stored.has(_PACKED):
+            return stored.shape
+        info = stored.checkpoint.info(f"{stored.name}.{_PACKED}")
+        shape = stored.checkpoint.tensor(f"{stored.name}.{_SHAPE}").reshape(-1).tolist()
+        bits = scheme.weights.num_bits
+        if len(shape) != 2 or info.dtype != "I32" or [*info.shape] != [shape[0], words(shape[1], bits)]:
+            raise stored.error(
+                f"{_PACKED} is {info.dtype} {list(info.shape)} and {_SHAPE} {shape}, which don't fit {bits} bits"
+            )
+        return shape[0], shape[1]
+
     def read(self, stored: Stored, scheme: Scheme) -> QuantizedLinear:
-        weight = stored.weight()
-        stored.no_zero_point("weight_zero_point", weight.shape[0])
-        scale, bias = stored.scale("weight_scale", weight.shape[0]), stored.bias()
+        out, width = shape = self.shape(stored, scheme)
+        stored.no_zero_point("weight_zero_point", out)
+        weights = scheme.weights
+        if stored.has(_PACKED):
+            packed = stored.checkpoint.tensor(f"{stored.name}.{_PACKED}")
+            weight = unpack(packed, weights.num_bits, width)
+        else:
+            weight = stored.weight()
+        if weights.strategy == "group":
+            scale = stored.scales("weight_scale", weights, shape)
+        else:
+            scale = stored.scale("weight_scale", out)
+        bias = stored.bias()
         return QuantizedLinear(
             scheme, weight, scale, bias, *(self.inputs(stored) if scheme.is_static else (None, None))
         )
@@ -135,6 +195,14 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
     def check_only_linears(self, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> None:
         if checkpoint.config["quantization_config"].get("kv_cache_scheme"):
             raise InputError("its key/value cache is quantized too, which is not converted", where=str(checkpoint.path))
+
+
+def _is_packed(scheme: Scheme) -> bool:
+    return scheme.activations is None or scheme.weights.num_bits < 8 or scheme.weights.strategy == "group"
+
+
+def _layout(scheme: Scheme) -> str:
+    return _PACK if _is_packed(scheme) else _INT
 
 
 def _scale_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -55,6 +55,19 @@ class Stored:
             raise self.error(f"{part} holds a number that is not positive and finite")
         return scale
 
+    def scales(self, part: str, args: QuantizationArgs, shape: tuple[int, int]) -> torch.Tensor:
+        """float32, positive and finite, of the shape that the scales of a weight (out, in) have."""
+        scale = self.checkpoint.tensor(f"{self.name}.{part}").float()
+        try:
+            wanted = args.scales_shape(shape)
+        except ValueError as error:
+            raise self.error(str(error)) from None
+        if scale.shape != wanted:
+            raise self.error(f"{part} is {list(scale.shape)}, expected {list(wanted)}")
+        if not bool((scale.isfinite() & (scale > 0)).all()):
+            raise self.error(f"{part} holds a number that is not positive and finite")
+        return scale
+
     def input_scale(self, size: int) -> float:
         """Of a tensor that holds it once, or `size` times."""
         value = self._constant("input_scale", size)

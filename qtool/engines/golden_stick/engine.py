@@ -34,7 +34,7 @@ from qtool.engines.report import (
 from qtool.environments.lookup import interpreter
 from qtool.errors import InputError
 from qtool.files import check_free_space
-from qtool.scheme import name_of
+from qtool.scheme import W8A8, W8A8_DYNAMIC, name_of
 
 _LINEAR = re.compile(r"((?:.*\.)?(?:layers|h)\.(\d+)\..+)\.weight")
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -94,6 +94,7 @@ def _prepare(job: QuantizationJob, on_event: OnEvent) -> _Prepared:
     checkpoint = Checkpoint.open(job.model)
     plan.refuse_quantized(checkpoint)
     planned = plan.make(checkpoint, job.recipe, job.scheme, job.output.format, _linears(checkpoint))
+    _refuse_schemes(planned, f"recipe {job.recipe.name}, scheme {job.scheme}")
     devices = job.devices or job.recipe.launch.devices
     through_mindone = _through_mindone(checkpoint, devices, job.output.format)
     policies = job.recipe.schemes[job.scheme]
@@ -102,6 +103,15 @@ def _prepare(job: QuantizationJob, on_event: OnEvent) -> _Prepared:
         on_event({"event": "warning", "message": warning})
     size = plan.output_bytes(FloatReader(checkpoint), planned.schemes)
     return _Prepared(job, checkpoint, planned, devices, through_mindone, size)
+
+
+def _refuse_schemes(planned: QuantizationPlan, where: str) -> None:
+    """Raises InputError for what the engine doesn't ask of mindspore-gs."""
+    for name, scheme in planned.schemes.items():
+        if scheme not in (None, W8A8, W8A8_DYNAMIC):
+            assert scheme is not None
+            what = f"the golden-stick engine quantizes to W8A8, and {name} would be {scheme.label}"
+            raise InputError(what, where=where, hint="use --engine native")
 
 
 def _execute(prepared: _Prepared, on_event: OnEvent) -> QuantizationResult:

@@ -50,13 +50,15 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
         return
     import pydantic
 
+    from qtool.recipe.words import worded
+
     try:
         pydantic.TypeAdapter(kind).validate_python(value)
     except pydantic.PydanticUserError:  # a type that pydantic knows nothing of
         return
     except pydantic.ValidationError as error:
-        what = error.errors(include_url=False)[0]["msg"]
-        raise InputError(f"{name}: {what[:1].lower()}{what[1:]}, not {value!r}", where="--set") from None
+        what = worded(error.errors(include_url=False)[0])
+        raise InputError(f"{name}: {what}", where="--set") from None
 
 
 @dataclass(frozen=True)

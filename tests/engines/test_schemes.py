@@ -1,0 +1,112 @@
+"""Precisions beyond W8A8, from the command line to the logits that transformers computes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qtool.checkpoint import formats
+from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.summary import schemes
+from qtool.model.decoder import DecoderStream
+from qtool.scheme import name_of, named
+
+LABELS = {
+    "w8a16": "W8A16",
+    "w4a16-g32": "W4A16 in groups of 32",
+    "w4a16-channel": "W4A16",
+    "w4a8-g32": "W4A8 dynamic in groups of 32",
+}
+
+
+@pytest.fixture(scope="module")
+def source(make_model: Callable[..., Path]) -> Path:
+    return make_model("qwen2", seed=3)  # q, k and v have biases
+
+
+@pytest.fixture(scope="module", params=LABELS)
+def made(
+    request: pytest.FixtureRequest, source: Path, run_qtool: Callable[..., Any], tmp_path_factory: Any
+) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp("schemes") / request.param
+    options = ("--samples", "4", "--seq-len", "64", "--engine", "native")
+    done = run_qtool("quantize", source, "--scheme", request.param, "--output", folder, *options)
+    assert done.code == 0, done.stderr
+    return request.param, folder
+
+
+def ours(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of `qtool eval`: fake quantization, one layer after the other."""
+    stream = DecoderStream(Checkpoint.open(folder), dtype=torch.float32)
+    with torch.no_grad():
+        hidden = stream.prologue(ids)
+        for index in range(stream.depth):
+            with stream.layer(index) as layer:
+                hidden = stream.run(index, layer, hidden)
+        hidden = stream.head.normalize(hidden)[0]
+        vocabulary = stream.weights.shape("model.embed_tokens.weight")[0]
+        return stream.head.logits(hidden, stream.head.rows(0, vocabulary))
+
+
+def theirs(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        return model(ids).logits[0]
+
+
+def test_transformers_computes_what_eval_does(made: tuple[str, Path], source: Path) -> None:
+    name, folder = made
+    ids = torch.randint(4, 500, (1, 40), generator=torch.Generator().manual_seed(0))
+    expected, plain = theirs(folder, ids), theirs(source, ids)
+    found = ours(folder, ids)
+    noise = float((expected - plain).norm() / plain.norm())
+    assert 1e-4 < noise < (0.03 if name.startswith("w8") else 0.35)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_every_command_knows_it(made: tuple[str, Path], run_qtool: Callable[..., Any], tmp_path: Path) -> None:
+    name, folder = made
+    seen = run_qtool("inspect", folder, "--json")
+    layers = json.loads(seen.stdout)["layers"]
+    assert {row["scheme"] for row in layers if row["count"] == 2} == {LABELS[name]}
+    done = run_qtool("convert", folder, "--to", "bfloat16", "--output", tmp_path / "float", "--json")
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["layers"] == {LABELS[name]: 14}
+    quantized, back = Checkpoint.open(folder), Checkpoint.open(tmp_path / "float")
+    for layer in schemes(quantized):
+        linear = formats.of(quantized).read_linear(quantized, layer)
+        if linear is not None:
+            assert torch.equal(back.tensor(f"{layer}.weight"), linear.dequantize().bfloat16())
+    refused = run_qtool("convert", folder, "--to", "modelslim", "--output", tmp_path / "other")
+    assert refused.code == 2
+    assert "can't express" in refused.stderr
+
+
+def test_unknown_and_impossible_schemes(source: Path, run_qtool: Callable[..., Any]) -> None:
+    unknown = run_qtool("quantize", source, "--scheme", "w5a5")
+    assert unknown.code == 2
+    assert "w4a16" in unknown.stderr
+    wide = run_qtool("quantize", source, "--scheme", "W4A16", "--dry-run")
+    assert wide.code == 2
+    assert "w4a16-g64" in wide.stderr
+
+
+def test_names() -> None:
+    for name in LABELS:
+        scheme = named(name.upper())
+        assert scheme is not None
+        assert scheme.label == LABELS[name]
+    four = named("w4a16")
+    assert four is not None
+    assert (name_of(four), four.weights.group_size) == ("W4A16", 128)
+    assert named("w8a8-g") is None
+    assert named("w8a8-g0") is None
+    assert named("") is None
