@@ -61,7 +61,7 @@ Offline = Annotated[
     bool,
     typer.Option("--offline", help="Never use the network; so does HF_HUB_OFFLINE=1.", callback=_keep, is_eager=True),
 ]
-MODEL = "A model folder, ORG/NAME on a hub, or a GGUF file; - reads it from standard input."
+MODEL = "A model folder, ORG/NAME on a hub or a GGUF file, or - to read it from standard input."
 """What an argument that names a model may be (see `find_model`)."""
 
 
