@@ -206,7 +206,9 @@ def expand(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise InputError(
-            str(error), where=str(path), hint="Write the whole path; ./~ is a name that begins so."
+            str(error),
+            where=str(path),
+            hint="Write the whole path. If the name really begins with ~, write ./~ instead.",
         ) from None
 
 
@@ -240,6 +242,6 @@ def _looked_at(path: Path) -> os.stat_result | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise InputError(f"can't be looked at: {error.strerror}", where=str(path)) from None
+        raise InputError(f"can't be accessed: {error.strerror}", where=str(path)) from None
     except ValueError as error:  # a null byte
-        raise InputError(f"is no path: {error}", where=ascii(str(path))) from None
+        raise InputError(f"is not a valid path: {error}", where=ascii(str(path))) from None

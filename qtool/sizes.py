@@ -9,7 +9,7 @@ _SIZE = re.compile(rf"\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:([{_POWERS}])(i?))?B?\s*", r
 
 
 def parse(text: str) -> int | None:
-    """Bytes of a size such as 4GB, 1.5 TB, 500MiB or 12345; None if it is no size, or less than a byte."""
+    """Bytes of a size such as 4GB, 1.5 TB, 500MiB or 12345; None if it is not a size, or less than a byte."""
     found = _SIZE.fullmatch(text)
     if found is None:
         return None

@@ -28,6 +28,7 @@ LAYERS = (
     ("qtool.quant", "qtool.calibration", "qtool.environments"),
     ("qtool.recipe",),
     ("qtool.checkpoint",),
+    ("qtool.patterns",),
     ("qtool.quant.types",),  # what quantization hands to formats
     ("qtool.scheme", "qtool.workers", "qtool.console"),
     ("qtool.files", "qtool.memory", "qtool.resources"),

@@ -181,7 +181,7 @@ except InputError as error:
             folder.chmod(folder.stat().st_mode | 0o055)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     said = subprocess.check_output([sys.executable, "-c", code, str(locked)], env=env, text=True)
-    assert said == "can't be looked at: Permission denied\n"
+    assert said == "can't be accessed: Permission denied\n"
 
 
 def test_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,8 +162,8 @@ def _ids(text: str, tokenizer: Any, where: str, **options: Any) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        what = f"the text has half a character: U+{ord(text[error.start]):04X} without the half that belongs to it"
-        hint = "JSON can say that, UTF-8 and tokenizers can't; complete the character or leave it out"
+        what = f"the text has an unpaired surrogate: U+{ord(text[error.start]):04X}"
+        hint = "JSON allows that, but UTF-8 and tokenizers don't: complete the character or remove it"
         raise InputError(what, where=where, hint=hint) from None
     return list(tokenizer(text, verbose=False, **options)["input_ids"])
 

@@ -17,7 +17,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     where = str(folder)
-    hint = "Copy its tokenizer files there: tokenizer.json and tokenizer_config.json lie beside the weights."
+    hint = "Copy tokenizer.json and tokenizer_config.json from the original model into this folder."
     try:
         with foreign("no usable tokenizer", where=where, hint=hint):
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -25,7 +25,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
     except ForeignError as error:
         if "trust_remote_code" not in str(error.__cause__):
             raise
-        what = "the tokenizer is Python code of the model's own"
+        what = "the tokenizer needs Python code that comes with the model"
         raise InputError(what, where=where, hint="If you trust its author, add --trust-remote-code.") from error
     if not words:  # transformers makes one of tokenizer_config.json alone
         raise InputError("no usable tokenizer: its vocabulary is empty", where=where, hint=hint)

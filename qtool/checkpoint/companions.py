@@ -42,9 +42,9 @@ def companions(checkpoint: Checkpoint, *, code: bool = False) -> list[Path]:
     )
     for file in files:
         if not _is_own(folder.resolve(), file):
-            hint = "If it belongs to the model, put the file itself there instead of the link."
+            hint = "If the file belongs to the model, replace the link with a copy of the file."
             raise InputError(
-                f"this is a link out of the model's folder, to {file.resolve()}", where=str(file), hint=hint
+                f"this link leads out of the model's folder, to {file.resolve()}", where=str(file), hint=hint
             )
     return [file.relative_to(folder) for file in files]
 

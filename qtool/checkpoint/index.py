@@ -35,7 +35,7 @@ def find_tensors(folder: Path) -> dict[str, TensorInfo]:
                 continue  # the index takes this one from another file
             if info.name in tensors:
                 raise InputError(
-                    f"tensor {info.name!r} is also in {tensors[info.name].file.name}, and no index says which counts",
+                    f"tensor {info.name!r} is also in {tensors[info.name].file.name}, and no index says which to use",
                     where=str(file),
                 )
             tensors[info.name] = info

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qtool import patterns
 from qtool.checkpoint import dtypes, formats
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.summary import schemes
@@ -34,7 +34,8 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
         InputError: a damaged file, or a quantized layer without scales.
     """
     checkpoint = Checkpoint.open(job["model"])
-    wanted = [name for name in checkpoint.names if job["filter"] is None or re.search(job["filter"], name)]
+    filter = job["filter"] or ""
+    wanted = [name for name in checkpoint.names if patterns.search(filter, name, where="--filter")]
     total = sum(checkpoint.info(name).nbytes for name in wanted)
     known = schemes(checkpoint)
     format = formats.of(checkpoint)

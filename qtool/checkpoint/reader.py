@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.checkpoint import dtypes, snapshot
+from qtool.checkpoint import config as claims
+from qtool.checkpoint import dtypes, mindformers, snapshot
 from qtool.checkpoint.header import TensorInfo
 from qtool.checkpoint.index import find_tensors
 from qtool.errors import InputError, QtoolError
@@ -42,6 +43,10 @@ class Checkpoint:
         self.nbytes = sum(info.nbytes for info in tensors.values())
         self._tensors = tensors
         self._json: dict[str, dict[str, Any]] = {}
+        self._described: dict[str, dict[str, Any]] = {}
+        self._older = mindformers.is_older(tensors, config)
+        if self._older:
+            self._tensors = mindformers.renamed(tensors, str(path))
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -58,11 +63,17 @@ class Checkpoint:
                 "no config.json in this folder", where=str(folder), hint="Give the folder of a whole model."
             )
         config = read_json(folder / "config.json")
+        claims.check_kinds(config, str(folder / "config.json"))
         return cls(folder, config, find_tensors(folder))
+
+    def check_claims(self) -> None:
+        """Raises InputError when config.json describes a model beyond what the tensors can be of; for who builds it."""
+        claims.check_claims(self.config, self._tensors, str(self.path / "config.json"))
 
     @property
     def names(self) -> list[str]:
-        """Every tensor's name, in the order in which the bytes lie in the files."""
+        """Every tensor's name, in the order in which the bytes lie in the files; Hugging Face's names for DeepSeek-V3,
+        whichever generation of MindFormers' names the files have."""
         return list(self._tensors)
 
     def __contains__(self, name: str) -> bool:
@@ -170,6 +181,16 @@ class Checkpoint:
         if file not in self._json:
             self._json[file] = read_json(self.path / file)
         return self._json[file]
+
+    def by_tensor(self, file: str) -> dict[str, Any]:
+        """A JSON file whose keys are tensors' names, among others: by the names that they have here.
+
+        Raises InputError as `json`.
+        """
+        if file not in self._described:
+            found = self.json(file)
+            self._described[file] = {mindformers.current(k): v for k, v in found.items()} if self._older else found
+        return self._described[file]
 
 
 def _runs(sorted_ids: list[int]) -> Iterable[tuple[int, int]]:

@@ -48,7 +48,9 @@ def check_output(output: Path, *, overwrite: bool, source: Path | None = None) -
         raise InputError("exists already", where=str(output), hint="Choose another --output, or pass --overwrite.")
     if output.is_symlink() or not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").exists()):
         raise InputError(
-            "is not a model folder, so --overwrite leaves it alone", where=str(output), hint="Choose another --output."
+            "is not a model folder, so --overwrite does not replace it",
+            where=str(output),
+            hint="Choose another --output.",
         )
 
 
@@ -94,7 +96,7 @@ def put_in_place(folder: Path, output: Path, *, overwrite: bool, aside: Path) ->
             folder.rename(output)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise InputError("has come into being meanwhile", where=str(output)) from None
+                raise InputError("was made by another process in the meantime", where=str(output)) from None
             raise
     sync(output.parent)
 
@@ -165,10 +167,9 @@ class PartialFolder:
             tidy(output)
         elif other is not None:
             raise InputError(
-                "what is left of an earlier run was begun with another model, recipe, calibration, version or number "
-                "of threads",
+                "the unfinished earlier run used another model, recipe, calibration, version or number of threads",
                 where=str(other),
-                hint="Give the options of that run, or leave --resume away to start over.",
+                hint="Give the options of that run, or leave out --resume to start over.",
             )
         return None
 

@@ -113,7 +113,7 @@ class CheckpointWriter:
         else:
             self._folder.leave()
             if isinstance(error, InputError):
-                error.hint = "Move that away or pass --overwrite, and --resume: all of the work is kept."
+                error.hint = "Move that folder or pass --overwrite, and add --resume: the finished work is kept."
         self._folder = None
 
     def __contains__(self, name: str) -> bool:

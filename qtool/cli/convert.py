@@ -10,7 +10,7 @@ import typer
 from qtool.checkpoint import formats
 from qtool.cli.options import MODEL, Debug, Json, Offline, Quiet, console, find_model, path_or_stdin
 from qtool.errors import InputError
-from qtool.files import expand, is_file
+from qtool.files import expand, is_dir, is_file
 
 SAFETENSORS = "safetensors"  # what a GGUF file becomes
 
@@ -59,12 +59,16 @@ def convert(
 
       qtool convert SmolLM2-135M-Instruct.Q4_1.gguf --output SmolLM2
     """
+    from qtool.jobs.models import parse
+
     given = path_or_stdin(source)
     path = expand(given)
     if is_file(path) or path.suffix == ".gguf":
         _gguf(path, to, output, dtype or "bfloat16", overwrite=overwrite)
-    else:
+    elif is_dir(path) or parse(given) is not None:
         _checkpoint(given, to, output, dtype, overwrite=overwrite)
+    else:
+        raise InputError("no such file or folder", where=str(path))
 
 
 def _checkpoint(given: str, to: str | None, output: Path | None, dtype: str | None, *, overwrite: bool) -> None:
@@ -75,7 +79,7 @@ def _checkpoint(given: str, to: str | None, output: Path | None, dtype: str | No
         hint = f"Say which: --to {', '.join(formats.NAMES)} or {formats.DEQUANTIZED}."
         raise InputError("a folder can be converted to several formats", where="--to", hint=hint)
     if dtype is not None:
-        raise InputError("goes with a GGUF file; a folder keeps its dtype", where="--dtype")
+        raise InputError("is only for GGUF files; a folder keeps its dtype", where="--dtype")
     with console("starting") as out:
         found = find_model(given, out)
         source = Checkpoint.open(found.path).path.absolute()  # what is wrong should show before torch is imported

@@ -160,7 +160,7 @@ def _fetch(place: Place, target: Path, choice: Choice, transfer: Transfer, mode:
     from qtool.jobs import download as jobs
 
     if transfer.token_file and place.hub == "auto":
-        what = "say which hub this token is for, so that no other gets it"
+        what = "say which hub this token is for, so that it is sent to no other hub"
         raise InputError(what, where="--token-file", hint="Add --from.")
     listing = jobs.listing(place, lambda name: tokens.read(name, transfer.token_file), out.event)
     planned = hub.plan(listing, choice.include or [], choice.exclude or [])
@@ -176,12 +176,12 @@ def _fetch(place: Place, target: Path, choice: Choice, transfer: Transfer, mode:
             workers=transfer.workers,
             overwrite=mode.overwrite,
             on_event=out.event,
-            waiting=lambda: out.info("another qtool downloads to this folder: waiting for it"),
+            waiting=lambda: out.info("another qtool is downloading to this folder: waiting for it"),
         )
     elif mode.verify:
         _check(target, transfer.workers, out)
     else:
-        out.info(f"{target} is complete already (--verify checks every byte)")
+        out.info(f"{target} is already complete (--verify checks every byte)")
     out.result(_facts(planned, target) if out.json else target)
 
 

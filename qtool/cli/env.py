@@ -190,7 +190,7 @@ def _version(row: dict[str, Any]) -> str:
 
 def _summary(plan: Plan) -> str:
     """What an installation will fetch, in one line."""
-    size = f"about {plan.download_gigabytes:g} GB" if plan.download_gigabytes else "how much, no index tells in advance"
+    size = f"about {plan.download_gigabytes:g} GB" if plan.download_gigabytes else "the size is not known in advance"
     disk = f", {plan.gigabytes:g} GB on disk" if plan.gigabytes else ""
     packages = "1 package" if len(plan.packages) == 1 else f"{len(plan.packages)} packages"
     return f"{plan.environment}: {packages} to download ({size}{disk}) for Python {plan.python}, with {plan.installer}"
@@ -204,7 +204,7 @@ def _say_outcome(out: Console, name: str, before: str, changed: bool, seconds: f
     from qtool.environments import store
 
     if not changed:
-        out.info(f"{name} is installed already, with the pins of this qtool: nothing to do")
+        out.info(f"{name} is already installed, with the versions that this qtool pins: nothing to do")
         return
     what = {store.ABSENT: "installed", store.BROKEN: "repaired"}.get(before, "renewed")
     found = store.marker(name)

@@ -165,7 +165,7 @@ def _check(model: str, prompts: Prompts, output: Output, chat: Chat) -> None:
         hint = "Give prompts with --prompt, or the model's path as the argument."
         raise InputError("stdin can hold the model's path or the prompts, not both", where="-", hint=hint)
     if output.resume and output.output is None:
-        raise InputError("what shall be resumed?", where="--resume", hint="Name the file with --output.")
+        raise InputError("needs an --output file to continue", where="--resume", hint="Name the file with --output.")
     _check_apart(prompts.sources, output.output)
     if prompts.input_format not in FORMATS:
         raise InputError(f"{prompts.input_format!r} is none of {', '.join(FORMATS)}", where="--input-format")
@@ -178,7 +178,7 @@ def _check_apart(prompts: list[str], output: Path | None) -> None:
     with contextlib.suppress(OSError):  # such as no file yet
         if reads(prompts, os.fstat(1) if output is None else expand(output).stat()):
             where = "standard output" if output is None else f"--output {output}"
-            raise InputError("the prompts are in this very file", where=where, hint="Name another file.")
+            raise InputError("the prompts are read from the same file", where=where, hint="Name another file.")
 
 
 def _job(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +40,7 @@ def inspect(
 
       qtool inspect SmolLM2-135M-w8a8 --tensors --filter 'layers\\.0\\..*scale'
     """
+    from qtool import patterns
     from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint
     from qtool.checkpoint.summary import summarize
@@ -50,13 +50,13 @@ def inspect(
     if filter is not None and not tensors:
         raise InputError("goes with --tensors", where="--filter")
     try:
-        pattern = re.compile(filter or "")
-    except re.error as error:
-        raise InputError(f"not a regular expression: {error}", where="--filter") from None
+        patterns.check(filter or "")
+    except ValueError as error:
+        raise InputError(str(error), where="--filter") from None
     with console() as out:
         checkpoint = Checkpoint.open(find_model(path, out).path)
     if tensors:
-        _tensors(checkpoint, pattern)
+        _tensors(checkpoint, filter or "")
         return
     summary = summarize(checkpoint)
     out = console()
@@ -70,14 +70,14 @@ def inspect(
     out.table("Layers", ["layers", "count", "scheme", "shape"], groups)
 
 
-def _tensors(checkpoint: Checkpoint, pattern: re.Pattern[str]) -> None:
-    from qtool import workers
+def _tensors(checkpoint: Checkpoint, pattern: str) -> None:
+    from qtool import patterns, workers
     from qtool.environments.lookup import interpreter
 
     python = interpreter("native")
     with console() as out:
         as_text = sys.stdout.isatty() and not out.json
-        wanted = [name for name in checkpoint.names if pattern.search(name)]
+        wanted = [name for name in checkpoint.names if patterns.search(pattern, name, where="--filter")]
         columns = _columns(checkpoint, wanted)
         if as_text:
             out.result(columns.format(*_TITLES).rstrip(), more=True)
@@ -89,7 +89,7 @@ def _tensors(checkpoint: Checkpoint, pattern: re.Pattern[str]) -> None:
             elif not as_text:  # the rows themselves show how far it is
                 out.event(event)
 
-        job = {"model": str(checkpoint.path.absolute()), "filter": pattern.pattern or None}
+        job = {"model": str(checkpoint.path.absolute()), "filter": pattern or None}
         found = workers.run("qtool.checkpoint.ranges", job, python=python, on_event=show)
         out.info(f"{found['tensors']} tensors, {sizes.show(found['bytes'])}")
 

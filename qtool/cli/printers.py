@@ -82,8 +82,8 @@ class ToFile(Printer):
         self.failed = self.file.errors
         first = next(lines, None)
         if self.done:
-            rest = "" if first is not None else ", and that is all of them"
-            self.out.info(f"{self.done} prompts are answered already{rest}")
+            rest = "" if first is not None else ", which is all of them"
+            self.out.info(f"{self.done} prompts are already answered{rest}")
         if first is None:
             return None
         self.file.begin()

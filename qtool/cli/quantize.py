@@ -110,7 +110,7 @@ class Machine:
     ] = None
 
     def resources(self) -> Resources:
-        """In bytes. Raises InputError for what is no size."""
+        """In bytes. Raises InputError for what is not a size."""
         from qtool.engines.job import Resources
 
         memory = None if self.memory is None else size(self.memory, "--memory")
@@ -201,17 +201,21 @@ def _plan(decided: Decided, out: Console) -> None:
     from qtool.jobs import quantize as jobs
 
     planned = jobs.dry_run(decided.engine, decided.job, out.event)
-    out.result(planned.printed() if out.json else _lines(planned, decided.job.recipe, out))
+    output = decided.job.output.path.absolute()
+    out.result(
+        planned.printed() | {"output": str(output)} if out.json else _lines(planned, decided.job.recipe, output, out)
+    )
 
 
-def _lines(plan: DryRun, recipe: Recipe, out: Console) -> str:
+def _lines(plan: DryRun, recipe: Recipe, output: Path, out: Console) -> str:
     """The plan in words; its table goes to the console."""
     rows = [[row.layers, row.count, row.policy] for row in plan.layers]
     out.table(f"Plan: recipe {recipe.name}", ["layers", "count", "scheme"], rows)
     calibration = plan.calibration
     lines = [
         f"calibration: {calibration['data']}, {calibration['samples']} x {calibration['seq_len']} tokens",
-        f"output: {plan.output_bytes / 1e6:,.0f} MB of {plan.input_bytes / 1e6:,.0f} MB",
+        f"output: {output}",
+        f"size: {plan.output_bytes / 1e6:,.0f} MB of {plan.input_bytes / 1e6:,.0f} MB",
     ]
     if (needed := plan.resources) is not None:
         lines.append(

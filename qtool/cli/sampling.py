@@ -126,7 +126,9 @@ def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
     structures["choice"] = given.get("choice") or None
     structures = {name: value for name, value in structures.items() if value is not None}
     if len(structures) > 1:
-        raise InputError("an answer has one structure", where="--json-schema, --regex, --choice", hint="Give one.")
+        raise InputError(
+            "an answer can have only one structure", where="--json-schema, --regex, --choice", hint="Give one."
+        )
     named["structured_outputs"] = structures
     return validated({name: value for name, value in named.items() if value not in (None, [], (), {})}, option=True)
 
@@ -140,7 +142,7 @@ def _biases(pairs: Sequence[str]) -> dict[int, float]:
             result[int(token)] = float(bias)
         except ValueError:
             hint = "Like --logit-bias 42=-100."
-            raise InputError(f"{pair!r} is no ID=BIAS", where="--logit-bias", hint=hint) from None
+            raise InputError(f"{pair!r} is not ID=BIAS", where="--logit-bias", hint=hint) from None
     return result
 
 

@@ -85,7 +85,8 @@ def serve(
         locked = bool(env.get(server.KEY_VARIABLE) or os.environ.get(server.KEY_VARIABLE))
         if not _is_loopback(listening.host) and not locked:
             reached = f"{listening.host}:{listening.port}"
-            out.warning(f"whoever reaches {reached} can use the model: ask for a key by setting {server.KEY_VARIABLE}")
+            key = server.KEY_VARIABLE
+            out.warning(f"anyone who can reach {reached} can use the model; to require a key, set {key}")
         _serve(
             command,
             env,

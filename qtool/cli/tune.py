@@ -109,7 +109,7 @@ def tune(
     if not result.reached:
         raise QtoolError(
             f"a KL divergence of {limit.max_kl:g} was not reached: {result.tuned.kl:.5f}",
-            hint="the recipe is the best one measured; a larger --budget corrects it further, or allow more",
+            hint="the recipe is the best one found; try a larger --budget, or allow more",
         )
 
 
@@ -119,16 +119,14 @@ def _job(model: Path, limit: Limit, output: Path | None, measurement: Measuremen
     from qtool.tuning.wanted import start
 
     if (limit.max_kl is None) == (limit.max_size is None):
-        raise InputError(
-            "say either how much quality may go, or how large the model may be", hint="--max-kl X, or --max-size SIZE"
-        )
+        raise InputError("a limit is missing: for the quality or for the size", hint="--max-kl X, or --max-size SIZE")
     wanted = measurement.wanted()
     begun = start(model, wanted)
     if output is not None:
         _check_output(output, begun.extends, overwrite=search.overwrite)
     scratch = search.scratch
     if scratch is not None and not (is_dir(scratch) and os.access(scratch, os.W_OK)):
-        raise InputError("is no folder that can be written to", where=str(scratch), hint="Choose another --scratch.")
+        raise InputError("is not a folder that can be written to", where=str(scratch), hint="Choose another --scratch.")
     text, calibration = wanted.texts(begun.recipe)
     return TuningJob(
         model=begun.model,

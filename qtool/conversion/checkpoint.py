@@ -80,6 +80,8 @@ def _write(source: Checkpoint, conversion: Conversion, job: FormatJob, report: R
                 shown = done
             done += source.info(tensor).nbytes
             owner, _, part = tensor.rpartition(".")
+            if tensor in conversion.left_out:
+                continue
             if owner not in conversion.schemes:
                 w.add(tensor, _kept(source, tensor, conversion))
             elif part in conversion.format.weight_parts:

@@ -9,17 +9,20 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.conversion.job import GgufJob
-from qtool.errors import InputError, QtoolError, foreign, in_one_line
+from qtool.errors import ForeignError, InputError, QtoolError, foreign
 from qtool.files import check_free_space, disk_errors
 from qtool.workers import hide_media_packages
 
 if TYPE_CHECKING:
     from qtool.workers import Report
 
+_COUNTS = ("_length", "_count", "_size", "_dim", "_rank", "_count_kv")  # what a tensor is as long as, or longer
+_NO_SIDES = ("context_length", "temperature_length", "token_shift_count", "buckets_count")
 CARRIED = ("license", "licence", "notice", "copying", "readme")
 
 
@@ -45,7 +48,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     _forget_gguf(model)
     report.progress("writing", 0, 1, "file")
     with disk_errors(output, model.num_parameters() * model.dtype.itemsize):
-        _save(model, tokenizer, folder)
+        _save(model, tokenizer, folder, source)
         _carry(source.parent, folder)
     for file in folder.glob("*.safetensors"):  # written as private files
         file.chmod((folder / "config.json").stat().st_mode)
@@ -72,18 +75,45 @@ def _check(source: Path) -> None:
         raise InputError(f"can't read the file: {error.strerror}", where=where) from None
     if magic != b"GGUF":
         raise InputError(f"not a GGUF file: it begins with {magic!r}", where=where)
-    try:
+    with foreign("damaged or truncated GGUF file", where=where, hint="download it again"):  # it checks little itself
         reader = gguf.GGUFReader(source)
-    except Exception as error:  # the reader checks little: damage shows as whatever numpy raises
-        what = in_one_line(error)
-        raise InputError(f"damaged or truncated GGUF file: {what}", where=where, hint="download it again") from None
-    if "split.count" in reader.fields and reader.fields["split.count"].contents() > 1:
+        split = reader.fields["split.count"].contents() if "split.count" in reader.fields else 1
+        known = {name: field.contents() for name, field in reader.fields.items() if len(field.types) == 1}
+        shapes = {str(tensor.name): [int(size) for size in tensor.shape] for tensor in reader.tensors}
+    if split != 1:
         hint = "merge the parts first: llama-gguf-split --merge FIRST_PART OUTPUT"
         raise InputError("this is one part of a split GGUF file", where=where, hint=hint)
-    if not reader.tensors:
+    if not shapes:
         raise InputError("the GGUF file holds no tensors", where=where)
-    if "general.architecture" not in reader.fields:
+    _check_claims(known, shapes, where)
+
+
+def _check_claims(known: Mapping[str, Any], shapes: Mapping[str, list[int]], where: str) -> None:
+    """That the metadata are of these tensors: transformers would make a model of what they say, or of its defaults.
+
+    Args:
+        known: the metadata that are single values, by name.
+        shapes: by tensor.
+    """
+    architecture = known.get("general.architecture")
+    if not isinstance(architecture, str):
         raise InputError("the GGUF file doesn't say its architecture", where=where)
+    hint = "The file is damaged, or somebody changed its metadata: download it again."
+    blocks = {name.split(".")[1] for name in shapes if name.startswith("blk.")}
+    said = known.get(f"{architecture}.block_count")
+    if said != len(blocks):
+        what = f"its metadata speak of {said!r} blocks ({architecture}.block_count), but it holds {len(blocks)}"
+        raise InputError(what, where=where, hint=hint)
+    width = known.get(f"{architecture}.embedding_length")
+    if width not in shapes.get("token_embd.weight", [width]):
+        what = f"its metadata make it {width!r} wide ({architecture}.embedding_length), but its embeddings are not"
+        raise InputError(what, where=where, hint=hint)
+    largest = max(size for shape in shapes.values() for size in [1, *shape])
+    for name, value in known.items():
+        counts = name.startswith(f"{architecture}.") and name.endswith(_COUNTS) and not name.endswith(_NO_SIDES)
+        if counts and (not isinstance(value, int) or not 0 <= value <= largest):
+            what = f"{name} is {value!r}, but no tensor has a side longer than {largest:,}"
+            raise InputError(what, where=where, hint=hint)
 
 
 def _weight_bytes(source: Path, dtype: str) -> int:
@@ -120,17 +150,20 @@ def _forget_gguf(model: Any) -> None:
     model.config.dtype = model.dtype
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    from safetensors import SafetensorError
-
+def _save(model: Any, tokenizer: Any, folder: Path, source: Path) -> None:
     try:
-        model.save_pretrained(folder, max_shard_size="4GB")
-        tokenizer.save_pretrained(folder)
-    except SafetensorError as error:  # it has the system's error in its text only
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None:
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        with foreign("transformers can't save what it made of this GGUF file", where=str(source)):
+            model.save_pretrained(folder, max_shard_size="4GB")
+            tokenizer.save_pretrained(folder)
+    except ForeignError as error:
+        found = re.search(
+            r"os error (\d+)", str(error.__cause__)
+        )  # safetensors has the system's error in its text only
+        if found is not None:
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        raise
 
 
 def _carry(source: Path, folder: Path) -> None:
@@ -148,12 +181,12 @@ def _verify(source: Path, folder: Path) -> None:
     from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(folder)
-    AutoTokenizer.from_pretrained(folder)
+    with foreign("transformers can't read what it made of this GGUF file", where=str(source)), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder)
+        expected = {name: list(p.shape) for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
     if hasattr(config, "quantization_config"):
         raise QtoolError("the converted config.json still has a quantization_config", where=str(folder))
-    with torch.device("meta"):
-        expected = {name: list(p.shape) for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (it is no mapping)

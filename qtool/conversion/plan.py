@@ -10,11 +10,13 @@ from qtool.checkpoint import dtypes, formats
 from qtool.checkpoint.formats import DEQUANTIZED, QuantizedFormat
 from qtool.checkpoint.formats.fused import fused_name
 from qtool.checkpoint.formats.stored import Stored
+from qtool.checkpoint.norms import idle_biases
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.summary import float_dtype
 from qtool.errors import InputError
 from qtool.scheme import Scheme
 
+_WITH_BIASES = "modelslim"  # whose readers know norms with a bias
 _MAX_ROUNDING = 2**-8  # relative; more than that and the dtype's range is too short for the scale
 
 
@@ -29,6 +31,7 @@ class Conversion:
         dtype: safetensors code of the model's float tensors.
         warnings: what the new format's runtimes may not like.
         rounding: the largest relative change of an input scale.
+        left_out: tensors that say nothing, and that the target's readers don't know.
     """
 
     format: QuantizedFormat
@@ -37,6 +40,7 @@ class Conversion:
     dtype: str
     warnings: tuple[str, ...] = ()
     rounding: float = 0.0
+    left_out: frozenset[str] = frozenset()
 
     @property
     def to(self) -> str:
@@ -47,6 +51,8 @@ class Conversion:
         """Size of the new tensors: layers as the format says, or two bytes for each of their numbers."""
         total = 0
         for tensor in source.names:
+            if tensor in self.left_out:
+                continue
             info = source.info(tensor)
             owner, _, part = tensor.rpartition(".")
             if owner not in self.schemes:
@@ -73,20 +79,21 @@ def plan(source: Checkpoint, to: str) -> Conversion:
     schemes = _schemes(source, form)
     form.check_only_linears(source, schemes)
     dtype = float_dtype(source, schemes) or "BF16"
+    idle = frozenset(idle_biases(source, f"the model in {to}") if to != _WITH_BIASES else ())
     if to == DEQUANTIZED:
-        return Conversion(form, None, schemes, dtype)
+        return Conversion(form, None, schemes, dtype, left_out=idle)
     target = formats.get(to)
     warnings = _expressible(source, target, schemes, dtype)
     conversion = Conversion(form, target, schemes, dtype)
     rounding = _check_inputs(source, conversion, target)
-    return Conversion(form, target, schemes, dtype, tuple(warnings), rounding)
+    return Conversion(form, target, schemes, dtype, tuple(warnings), rounding, idle)
 
 
 def _source_format(source: Checkpoint, to: str) -> QuantizedFormat:
     where, form = str(source.path), formats.of(source)
     if form is formats.PLAIN:
         hint = f"Quantize it: qtool quantize {source.path}" + ("" if to == DEQUANTIZED else f" --format {to}")
-        what = "this model is float already" if to == DEQUANTIZED else "not quantized"
+        what = "this model is already float" if to == DEQUANTIZED else "not quantized"
         raise InputError(what, where=where, hint=hint)
     if not isinstance(form, QuantizedFormat):
         hint = f"It converts {', '.join(formats.NAMES)}."

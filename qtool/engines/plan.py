@@ -49,7 +49,7 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
         raise InputError(
             "the decoder layers of this architecture hold no torch.nn.Linear, and qtool quantizes nothing else",
             where=str(checkpoint.path / "config.json"),
-            hint="GPT-2 and its like, which compute with Conv1D, aren't supported",
+            hint="GPT-2 and similar models, which use Conv1D, aren't supported",
         )
     policies = {name: recipe.policy(scheme, name) for name in linears}
     where = f"recipe {recipe.name}, scheme {scheme}"
@@ -65,7 +65,7 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
             _check_scales(name, how, checkpoint, where)
             if recipe.osl == "exact" and how.weights.strategy != "channel":
                 raise InputError(
-                    f"osl: exact is Golden Stick's search, which knows no weights by {how.weights.strategy}",
+                    f"osl: exact is Golden Stick's search, which does not support weights by {how.weights.strategy}",
                     where=where,
                     hint="use osl: fast",
                 )
@@ -105,7 +105,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     format = formats.of(checkpoint)
     if not format.is_float:
         raise InputError(
-            f"this checkpoint is quantized already ({format.name})",
+            f"this checkpoint is already quantized ({format.name})",
             where=str(checkpoint.path),
             hint="quantize the original float model",
         )

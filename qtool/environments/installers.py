@@ -59,7 +59,7 @@ class Uv:
         beside = Path(sys.executable).with_name("uv")
         program = str(beside) if beside.exists() else shutil.which("uv")
         if program is None:
-            raise InputError("uv is not installed", where="--uv", hint="pip install uv, or leave --uv away")
+            raise InputError("uv is not installed", where="--uv", hint="pip install uv, or leave out --uv")
         self.program = program
 
     def command(self, python: Path, pins: Path, more: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qtool import memory
+from qtool.checkpoint.norms import idle_biases
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
 from qtool.evaluation.divergence import Divergence
@@ -51,6 +52,8 @@ def compare(job: ComparisonJob, report: Report) -> Comparison:
         for path in (job.base, job.quantized)
     )
     _check_pair(base, quantized)
+    for stream in (base, quantized):
+        idle_biases(stream.checkpoint, "transformers' model")
     check_length(job.text, base.checkpoint)
     text = windows_of_both(job.text, base.checkpoint, quantized.checkpoint, trust_remote_code=trust)
     ran = _Ran(base, _run(base, text.ids, "base", report))

@@ -7,6 +7,7 @@ from pathlib import Path
 from qtool.calibration.sources import BUILTIN
 from qtool.calibration.text import Calibration, held_out, load
 from qtool.calibration.tokenizer import load_tokenizer
+from qtool.checkpoint import config as claims
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
 from qtool.evaluation.job import EvaluationText
@@ -44,7 +45,7 @@ def windows_of_both(
 
 def check_length(text: EvaluationText, checkpoint: Checkpoint) -> None:
     """Raises InputError for windows longer than the model's context."""
-    context = (checkpoint.config.get("text_config") or checkpoint.config).get("max_position_embeddings")
+    context = claims.context(checkpoint.config)
     if isinstance(context, int) and text.length > context:
         raise InputError(
             f"windows of {text.length} tokens, but the model's context is {context}",

@@ -86,7 +86,7 @@ class Hub(ABC):
 
     def unauthorized(self) -> InputError:
         if self.token:
-            hint = "Look at it on the hub: it may have ended, or lack the right."
+            hint = "Check the token on the hub: it may have expired, or lack the permission."
             return InputError("the token is not valid here", where=self.endpoint, hint=hint)
         return InputError("needs a token", where=self.endpoint, hint=self.token_hint)
 
@@ -99,8 +99,8 @@ class Hub(ABC):
 
     def absent(self, repo: str) -> Absent:
         if self.token:
-            return Absent(f"no such repository on {HUBS[self.name]}, or none this token may see", where=repo)
-        what = f"no such repository on {HUBS[self.name]}, or a private one"
+            return Absent(f"no such repository on {HUBS[self.name]}, or this token may not see it", where=repo)
+        what = f"no such repository on {HUBS[self.name]}, or it is private"
         return Absent(what, where=repo, hint=f"If private: {self.token_hint}")
 
     def no_revision(self, repo: str, revision: str | None) -> InputError:

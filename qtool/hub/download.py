@@ -64,7 +64,9 @@ def _client(hub: str) -> Iterator[tuple[str | None, dict[str, str]]]:
         return
     endpoint = os.environ.get("OPENMIND_HUB_ENDPOINT", "https://")
     if not endpoint.startswith("https://"):
-        raise InputError("must begin with https://", where="OPENMIND_HUB_ENDPOINT", hint="openmind-hub takes no other.")
+        raise InputError(
+            "must begin with https://", where="OPENMIND_HUB_ENDPOINT", hint="openmind-hub accepts no other address."
+        )
     python = interpreter("openmind-hub")
     with tempfile.TemporaryDirectory(prefix="qtool-", dir="/tmp") as cache:
         yield python, {"OM_HUB_DISABLE_PROGRESS_BARS": "1", "OPENMIND_PLATFORM": "openmind", "XDG_CACHE_HOME": cache}
@@ -128,7 +130,7 @@ def is_there(planned: Plan, target: Path, *, overwrite: bool) -> bool:
     if held is None:
         if overwrite and target.is_dir() and not target.is_symlink() and (target / "config.json").exists():
             return False
-        what = "is not a model folder, so --overwrite leaves it alone" if overwrite else "exists already"
+        what = "is not a model folder, so --overwrite does not replace it" if overwrite else "exists already"
         raise InputError(what, where=str(target), hint="Choose another folder with --to.")
     if overwrite:
         return False
@@ -138,7 +140,7 @@ def is_there(planned: Plan, target: Path, *, overwrite: bool) -> bool:
         what = f"holds commit {held.commit[:12]}, the hub has {listing.commit[:12]}"
     else:
         what = "holds other files of this commit, or not all of them"
-    hint = "Choose another --to, or pass --overwrite: what is right already is not fetched again."
+    hint = "Choose another --to, or pass --overwrite: correct files are not downloaded again."
     raise InputError(what, where=str(target), hint=hint)
 
 

@@ -30,9 +30,9 @@ class Guard:
         """Raises QtoolError for an address to which the hub must not send us."""
         scheme, host, _ = _origin(url)
         if scheme not in _PORTS or (self._origin[0] == "https" and scheme != "https"):
-            raise QtoolError(f"refused: the hub leads to an unprotected address ({scheme})", where=host)
+            raise QtoolError(f"refused: the hub redirects to an unprotected address ({scheme})", where=host)
         if self._domains and not any(host == name or host.endswith(f".{name}") for name in self._domains):
-            raise QtoolError("refused: the hub leads to a host that is not its own", where=host)
+            raise QtoolError("refused: the hub redirects to a host that is not its own", where=host)
 
     def trusts(self, url: str) -> bool:
         """Whether the token may go to this address: the endpoint's own scheme, host and port."""

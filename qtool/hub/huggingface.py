@@ -125,9 +125,9 @@ class HuggingFace(Hub):
                 return QtoolError(what, where=self.endpoint, hint="If the proxy has its own: SSL_CERT_FILE=ca.pem")
             return Again(_transport(error))
         if isinstance(error, httpx2.TooManyRedirects | httpx2.InvalidURL | httpx2.UnsupportedProtocol):
-            return QtoolError(f"the hub leads nowhere: {type(error).__name__}", where=self.endpoint)
+            return QtoolError(f"the hub redirects to no valid address: {type(error).__name__}", where=self.endpoint)
         if isinstance(error, RecursionError):  # http_get calls itself each time a connection breaks
-            return Again("the connection breaks all the time")
+            return Again("the connection breaks again and again")
         if isinstance(error, OSError) and "Consistency check failed" in str(error):
             return Again("the file ends too early")
         if isinstance(error, ValueError | KeyError | TypeError | AttributeError):
@@ -139,7 +139,7 @@ class HuggingFace(Hub):
         status, url = response.status_code, str(response.request.url)
         repo = str(getattr(error, "repo_id", None) or "")
         if status == 416:
-            return StartOver("the server knows no such range")
+            return StartOver("the server refuses this range of bytes")
         if not self._guard.trusts(url) and status in (401, 403, 404):
             return Again(f"the storage behind the hub answers {status}")  # signed addresses expire
         if isinstance(error, errors.GatedRepoError):
@@ -162,6 +162,6 @@ def _transport(error: Exception) -> str:
         httpx2.ProxyError: "the proxy refuses the connection",
         httpx2.ConnectError: "can't be reached",
         httpx2.ConnectTimeout: "can't be reached in time",
-        httpx2.TimeoutException: "the server is silent",
+        httpx2.TimeoutException: "the server does not answer",
     }
     return next((text for kind, text in kinds.items() if isinstance(error, kind)), "the connection broke")

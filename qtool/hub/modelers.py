@@ -146,11 +146,11 @@ class Modelers(Hub):
             return QtoolError(what, where=self.endpoint, hint="If the proxy has its own: REQUESTS_CA_BUNDLE=ca.pem")
         if isinstance(error, requests.ConnectionError | requests.Timeout | requests.exceptions.ChunkedEncodingError):
             silent = isinstance(error, requests.Timeout)
-            return Again("the server is silent" if silent else "can't be reached, or the connection broke")
+            return Again("the server does not answer" if silent else "can't be reached, or the connection broke")
         if isinstance(error, requests.exceptions.JSONDecodeError):
             return self.unreadable(error)
         if isinstance(error, RecursionError):  # http_get calls itself each time a connection breaks
-            return Again("the connection breaks all the time")
+            return Again("the connection breaks again and again")
         if isinstance(error, OSError) and "File size check failed" in str(error):
             return Again("the file ends too early")
         if isinstance(error, ValueError | KeyError | TypeError | AttributeError):
@@ -165,7 +165,7 @@ class Modelers(Hub):
         found = re.search(r"/api/v1/(?:file|model)/([^/]+/[^/?]+)", url)
         repo = found[1] if found else self.endpoint
         if status == 416:
-            return StartOver("the server knows no such range")
+            return StartOver("the server refuses this range of bytes")
         if not self._guard.trusts(url) and status in (401, 403, 404):
             return Again(f"the storage behind the hub answers {status}")  # signed addresses expire
         if isinstance(error, openmind_hub.RevisionNotFoundError):

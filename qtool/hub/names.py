@@ -56,7 +56,7 @@ def name_problem(path: str) -> str | None:
         return f"its name has the character {bad}"
     for part in path.split("/"):
         if part in ("", ".", ".."):
-            return "its name leaves the folder" if part == ".." else "its name has an empty part"
+            return "its name points outside the folder" if part == ".." else "its name has an empty part"
         if part.endswith((".", " ")) or part.startswith(" "):
             return "a part of its name begins or ends with a blank, or ends with a dot"
         if _DEVICE.fullmatch(part):

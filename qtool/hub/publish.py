@@ -63,9 +63,9 @@ def publish(
     wrong = [path for path in files if not _same(files[path], there.get(path))]
     if wrong:
         raise QtoolError(
-            f"{wrong[0]} is not on the hub as it is here",
+            f"{wrong[0]} differs on the hub from the local file",
             where=f"{hub.endpoint}/{repo}",
-            hint="Run the same command again: what arrived is not sent again.",
+            hint="Run the same command again: files that arrived are not sent again.",
         )
     return commit, [path for path in files if path not in missing]
 

@@ -178,7 +178,7 @@ def remove(folder: Path) -> None:
 @contextlib.contextmanager
 def errors(where: Path) -> Iterator[None]:
     """As `disk_errors`; what says that a link or a file stands in the way is an InputError."""
-    with disk_errors(where, hint="Once there is room the same command continues where it stopped."):
+    with disk_errors(where, hint="Free some space, then run the same command again: it continues where it stopped."):
         try:
             yield
         except OSError as error:
@@ -187,7 +187,7 @@ def errors(where: Path) -> Iterator[None]:
             raise InputError(
                 "refused: a link or a file stands where a folder or a file of the download belongs",
                 where=str(where),
-                hint="Somebody else put it there: remove it, or choose another --to.",
+                hint="Another program put it there: remove it, or choose another --to.",
             ) from None
 
 

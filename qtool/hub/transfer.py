@@ -172,7 +172,7 @@ def _bring(
             sink.restart()
             wrong += 1
             if wrong > 1:
-                hint = "Somebody changed the file on the way or on the hub; if the branch has just moved, run it again."
+                hint = "The file was changed on the way or on the hub. If the branch has just moved, run it again."
                 raise QtoolError(f"{why}, twice over", where=where, hint=hint)
             raise Again(why)
 

@@ -105,7 +105,7 @@ def held(place: Place, target: Path) -> lock.Lock:
     """
     found = lock.read(target) if is_dir(target) else None
     if found is None:
-        hint = "Run it once with the network, and without --offline or HF_HUB_OFFLINE."
+        hint = "Run the command once with the network, without --offline and HF_HUB_OFFLINE."
         raise InputError("no complete download is there", where=str(target), hint=hint)
     if found.repo not in place.names or place.revision not in (None, found.revision, found.commit):
         raise InputError(f"holds {found.repo}, {found.revision} at {found.commit[:12]}", where=str(target))

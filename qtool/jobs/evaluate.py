@@ -32,6 +32,8 @@ def opened(base: str | Path, quantized: str | Path) -> Pair:
             the quantized one is the first.
     """
     pair = Pair(*(Checkpoint.open(expand(folder).absolute()) for folder in (base, quantized)))
+    for checkpoint in pair:
+        checkpoint.check_claims()
     _check_order(pair)
     _check_same_model(pair)
     _check_not_equal(pair)
@@ -107,7 +109,7 @@ def vllm_for(checkpoint: Checkpoint) -> Vllm:
         raise InputError(
             f"vLLM reads {format} checkpoints through {chosen.name} only, whose logits it can't have",
             where="--runtime",
-            hint="leave it out: qtool computes what that runtime does with the same integers",
+            hint="leave out --runtime: qtool computes what that runtime does with the same integers",
         )
     chosen = runtimes.adapted(chosen, checkpoint)
     engine = chosen.engine | {"dtype": dtype(checkpoint, runtimes.kind_of(chosen.name))}

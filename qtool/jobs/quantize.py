@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qtool import engines, workers
-from qtool.calibration.sources import absolute
+from qtool.calibration.sources import absolute, check
 from qtool.checkpoint.companions import companions
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import check_output, tidy
@@ -85,6 +85,7 @@ def decide(model: Path, wanted: Wanted) -> Decided:
     """
     folder = expand(model).absolute()
     checkpoint = Checkpoint.open(folder)
+    checkpoint.check_claims()
     companions(checkpoint)  # what can't be carried over is better said now than at the end
     config = checkpoint.config
     recipe, reason = match(config) if wanted.recipe is None else (load(wanted.recipe), _ASKED)
@@ -150,8 +151,11 @@ def run(engine: str, job: QuantizationJob, on_event: OnEvent) -> QuantizationRes
 
 
 def dry_run(engine: str, job: QuantizationJob, on_event: OnEvent) -> DryRun:
-    """What `run` would do. Raises InputError and QtoolError as the engine does."""
-    return engines.dry_run(engine, _absolute(job), on_event)
+    """What `run` would do. Raises InputError and QtoolError where `run` would, as far as that can be known."""
+    job = _absolute(job)
+    check_output(job.output.path, overwrite=job.output.overwrite, source=job.model)
+    check(job.calibration.data)
+    return engines.dry_run(engine, job, on_event)
 
 
 def _absolute(job: QuantizationJob) -> QuantizationJob:

@@ -87,9 +87,9 @@ class Job:
         if not record:
             self.say(f"{name}: begins")
         elif not known:
-            self.say(f"{name}: done again, its inputs have changed")
+            self.say(f"{name}: running again, because its inputs have changed")
         elif wrong:
-            self.say(f"{name}: done again, {wrong[0]} is not what it was")
+            self.say(f"{name}: running again, because {wrong[0]} has changed")
         else:
             self.say(f"{name}: goes on")
         if repair and known:
@@ -154,12 +154,14 @@ def opened(folder: Path, say: Callable[[str], None], progress: Callable[[str, in
     with disk_errors(folder):
         state = folder / STATE
         if exists(folder) and not exists(state) and not _is_empty(folder):
-            raise InputError("is not empty and no job's folder", where=str(folder), hint="Choose another --work.")
+            raise InputError(
+                "is not empty and not the folder of a job", where=str(folder), hint="Choose another --work."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         handle = locks.open_folder(folder)
     try:
         if not locks.lock(handle):
-            raise QtoolError("another qtool run is at work here", where=str(folder))
+            raise QtoolError("another qtool run is working in this folder", where=str(folder))
         job = Job(folder, say, progress)
         if state.exists():
             stages = read_json(state).get("stages")

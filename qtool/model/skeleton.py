@@ -13,6 +13,8 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError, foreign, in_one_line
 from qtool.model import architectures
 
+_MOST_BUFFERS = 1 << 30  # bytes
+
 
 class Skeleton:
     """A decoder whose parameters are on the meta device; buffers that no checkpoint holds are filled.
@@ -61,6 +63,7 @@ class Skeleton:
         self.head: nn.Module = self.model.get_output_embeddings()
         self.head_name = self._name_of(self.head)
         self.kept_in_float32: tuple[str, ...] = tuple(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
+        self._check_buffers()
         for module in self.base.modules():
             self._initialize_buffers(module, device)
 
@@ -140,6 +143,13 @@ class Skeleton:
     def _name_of(self, wanted: nn.Module) -> str:
         return next(name for name, module in self.model.named_modules() if module is wanted)
 
+    def _check_buffers(self) -> None:
+        """They take memory before any weight does: GPT-2's masks grow with the square of its context."""
+        wanted = sum(buffer.nbytes for buffer in self.base.buffers())
+        if wanted > _MOST_BUFFERS:
+            what = f"what config.json describes takes {wanted:,} bytes besides its weights"
+            raise InputError(what, where=self._where, hint="check max_position_embeddings and head_dim")
+
     def _initialize_buffers(self, module: nn.Module, device: torch.device) -> None:
         """Fill buffers that no checkpoint holds (rotary frequencies) the way transformers itself does."""
         if not any(b is not None and b.is_meta for b in module._buffers.values()):
@@ -152,6 +162,7 @@ class Skeleton:
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool, where: str) -> Any:
+    checkpoint.check_claims()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoConfig
 

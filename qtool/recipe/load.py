@@ -25,6 +25,7 @@ from qtool.recipe.schema import Recipe
 from qtool.recipe.yaml import MAX_BYTES, Path, Problem, dotted, parse
 
 SUFFIXES = (".yaml", ".yml")
+_MOST_EXTENDS = 16
 _SHOWN = 3  # problems that an error message lists
 _OWN_KEYS = ("name", "description", "model", "match", "extends")
 
@@ -180,6 +181,8 @@ def _read(name_or_path: str, seen: Sequence[str]) -> tuple[_Source, str]:
         text = (resources.folder("recipes") / f"{name_or_path}.yaml").read_bytes()
     if identity in seen:
         raise InputError("recipes extend each other in a circle: " + " → ".join([*seen, identity]), where=where)
+    if len(seen) > _MOST_EXTENDS:
+        raise InputError(f"recipes extend each other more than {_MOST_EXTENDS} times in a row", where=where)
     document = parse(text)
     if not document.problems and not isinstance(document.data, dict):
         document.problems.append(Problem(1, "", "a recipe must be a mapping of keys to values"))

@@ -39,7 +39,7 @@ class Weights(Strict):
         if given.get("symmetric") is False:
             yield "symmetric", "must be true: qtool gives weights no zero point"
         if strategy == "group" and size is None:
-            yield "group_size", "is missing, which strategy group needs"
+            yield "group_size", "is missing, but strategy group needs it"
         if strategy in ("tensor", "channel") and size is not None:
             yield "group_size", f"has no meaning with strategy {strategy}"
 
@@ -190,7 +190,7 @@ class Policy(Strict):
             yield "scheme", f"must be one of {', '.join(PRESETS)}, not {short(name)}"
         for key in _PARTS_OF_A_SCHEME:
             if key in given:
-                yield key, "scheme says it already"
+                yield key, "is already given by scheme"
 
     @property
     def scheme(self) -> Scheme:

@@ -6,12 +6,12 @@ whose `layers` regex matches the whole name of a linear layer decides how that l
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from qtool import patterns
 from qtool.checkpoint import formats
 from qtool.recipe.policy import Policy
 from qtool.recipe.strict import Strict
@@ -169,7 +169,9 @@ class Repository(Strict):
 class Recipe(Strict):
     name: str = Field(pattern=NAME, json_schema_extra={FORM: FORMS[NAME]})
     description: str
-    source: str | None = Field(default=None, description="whose published choice this follows, with a reference")
+    source: str | None = Field(
+        default=None, description="the published choice that this recipe follows, with a reference"
+    )
     model: Repository | None = Field(default=None, description="one model it is for, on a hub")
     match: Match = Match()
     osl: Literal["fast", "exact"] = Field(
@@ -211,8 +213,12 @@ class Recipe(Strict):
         return self.model_copy(update={"schemes": {**self.schemes, name: made}})
 
     def policy(self, scheme: str, linear: str) -> Policy | None:
-        """The first policy of `scheme` that matches the linear's whole name, or None (it stays float)."""
+        """The first policy of `scheme` that matches the linear's whole name, or None (it stays float).
+
+        Raises:
+            InputError: a pattern that takes too long to match.
+        """
         for policy in self.schemes[scheme]:
-            if re.fullmatch(policy.layers, linear):
+            if patterns.fullmatch(policy.layers, linear, where=f"recipe {self.name}, scheme {scheme}"):
                 return policy if policy.quantize else None
         return None

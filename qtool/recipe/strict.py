@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
@@ -11,6 +10,7 @@ import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
+from qtool import patterns
 from qtool.recipe.words import WRONG
 
 
@@ -98,10 +98,7 @@ class ShortFor:
 
 
 def _valid_regex(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from None
+    patterns.check(pattern)
     return pattern
 
 

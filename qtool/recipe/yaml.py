@@ -15,6 +15,8 @@ Path = tuple[str | int, ...]
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 32
+_LONGEST_NUMBER = 100  # characters of what is not text: YAML has numbers to the base 60, which take long to add up
+_TEXT = "tag:yaml.org,2002:str"
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "timestamp")}
 
 _TAGS: dict[type[yaml.Node], str] = {
@@ -123,7 +125,7 @@ def _build(loader: yaml.SafeLoader, node: yaml.Node, path: Path, document: Docum
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key_line = _line(key_node)
-            key = loader.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) and key_node.tag == _TEXT else None
             if not isinstance(key, str):
                 shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
                 message = f"a key must be text, not {shown!r} (put it in quotes)"
@@ -137,8 +139,12 @@ def _build(loader: yaml.SafeLoader, node: yaml.Node, path: Path, document: Docum
             document.lines[inner] = key_line
             result[key] = _build(loader, value_node, inner, document)
         return result
+    if node.tag == _TEXT:
+        return node.value
     try:
+        if len(node.value) > _LONGEST_NUMBER:
+            raise ValueError
         return loader.construct_object(node)
-    except (ValueError, KeyError, AttributeError):  # e.g. !!int abc, or the date 2024-02-31
+    except Exception:  # !!int abc, the date 2024-02-31, !!bool '': PyYAML raises whatever comes
         document.problems.append(Problem(line, dotted(path), f"not a valid {node.tag.rpartition(':')[2]}"))
         return None

@@ -18,8 +18,8 @@ from qtool.runtimes.lines import Line
 from qtool.runtimes.results import belongs
 
 _CHUNK = 1 << 16
-_LATER = "The same command with --resume goes on where it stopped, once there is room."
-_ANEW = "Give the prompts and options of then, or begin anew with --overwrite."
+_LATER = "Free some space, then run the same command with --resume: it continues where it stopped."
+_ANEW = "Give the same prompts and options as before, or start over with --overwrite."
 
 
 class Answers:
@@ -45,8 +45,8 @@ class Answers:
         self._known: Mapping[str, Any] | None = None
         there = exists(path) and path.stat().st_size > 0  # one that never got as far leaves an empty file
         if there and not (resume or overwrite):
-            hint = "--resume continues it, --overwrite begins anew."
-            raise InputError("there are answers in it already", where=str(path), hint=hint)
+            hint = "--resume continues it, --overwrite starts over."
+            raise InputError("it already has answers", where=str(path), hint=hint)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
@@ -54,7 +54,7 @@ class Answers:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             hint = "Without --output the answers go to standard output, a pipe for example."
-            raise InputError("this is no regular file, and could not be continued", where=str(path), hint=hint)
+            raise InputError("this is not a regular file, so it can't be continued", where=str(path), hint=hint)
         self._file: IO[bytes] = os.fdopen(descriptor, "r+b")
         if not lock(self._file):
             self._file.close()
@@ -87,7 +87,7 @@ class Answers:
                 value = None
             if not isinstance(value, dict) or not belongs(line, value):
                 where = f"{self.path}:{count}"
-                raise InputError(f"this is no answer to prompt {count}", where=where, hint=_ANEW)
+                raise InputError(f"this is not an answer to prompt {count}", where=where, hint=_ANEW)
             errors += "error" in value and value["error"] is not None
         self.errors = errors
         if count and self._known is not None and self._known != self._now:
@@ -107,7 +107,7 @@ class Answers:
             QtoolError: nothing can be written beside it.
         """
         if not self._to_come:
-            what = "it was finished with fewer prompts, and with which settings is not known any more"
+            what = "it was finished with fewer prompts, and its settings are no longer known"
             raise InputError(what, where=str(self.path), hint=_ANEW)
         write_json(self._settings, self._now, indent=1, hint=_LATER)
         self._file.seek(0, os.SEEK_END)

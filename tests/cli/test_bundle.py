@@ -78,7 +78,7 @@ def test_what_is_asked_is_validated() -> None:
     assert make(given) == expected | {"structured_outputs": {"regex": "a"}}
     with pytest.raises(InputError, match="one structure"):
         make({"regex": "a", "choice": ["b"]})
-    with pytest.raises(InputError, match="no ID=BIAS"):
+    with pytest.raises(InputError, match="not ID=BIAS"):
         make({"logit_bias": ["x"]})
     with pytest.raises(InputError, match="greater than 0") as caught:
         make({"top_p": 0.0})

@@ -338,3 +338,34 @@ def test_a_killed_conversion_leaves_all_or_nothing(
     assert done.returncode == 0, done.stderr
     assert there in (None, {path.name for path in output.iterdir()})
     assert sorted(path.name for path in quantized.parent.iterdir()) == ["model", "model-golden-stick"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("block_count", 10**6, "its metadata speak of 1000000 blocks"),
+        ("block_count", 1, "its metadata speak of 1 blocks"),
+        ("embedding_length", 10**6, "its metadata make it 1000000 wide"),
+        ("feed_forward_length", 2**31, "no tensor has a side longer than"),
+        ("attention.head_count", 2**31, "no tensor has a side longer than"),
+        ("general.architecture", "falcon", "its metadata speak of None blocks"),
+    ],
+)
+def test_metadata_of_other_tensors_are_refused_before_anything_is_built(
+    tiny_llama: Path, tmp_path: Path, run_qtool: Any, key: str, value: Any, message: str
+) -> None:
+    import gguf
+
+    source = tmp_path / "m.gguf"
+    write_gguf(tiny_llama, source)
+    data = bytearray(source.read_bytes())
+    if isinstance(value, str):  # of the same length, in place
+        data = data.replace(b"\5\0\0\0\0\0\0\0llama", len(value).to_bytes(8, "little") + value.encode())
+    else:
+        field = gguf.GGUFReader(source).fields[f"llama.{key}"]
+        data[(start := field.offset + 8 + len(field.name) + 4) : start + 4] = value.to_bytes(4, "little")
+    source.write_bytes(data)
+    done = run_qtool("convert", source, "--to", "safetensors", "--output", tmp_path / "out")
+    assert (done.code, done.stdout) == (2, ""), done.stderr
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()

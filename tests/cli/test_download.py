@@ -165,15 +165,15 @@ def test_each_reason_for_no_access_has_its_own_words(hub: Hub, tmp_path: Path) -
     bad = {variable: "not-a-good-one"}
     messages = {
         "no such repository": hub.download("org/nothing", cwd=tmp_path),
-        "or a private one": hub.download("org/private", cwd=tmp_path),
+        "or it is private": hub.download("org/private", cwd=tmp_path),
         "the token is not valid": hub.download("org/private", cwd=tmp_path, **bad),
         "gated: only accounts that accepted its terms": hub.download("org/gated", cwd=tmp_path),
-        "none this token may see": hub.download("org/nothing", cwd=tmp_path, **hub.token),
+        "this token may not see it": hub.download("org/nothing", cwd=tmp_path, **hub.token),
         "has no branch, tag or commit 'v9'": hub.download("org/open", "--revision", "v9", cwd=tmp_path),
     }
     for words, done in messages.items():
         assert words in one_to_three_lines(done)
-    assert f"--token-file FILE or {variable}" in messages["or a private one"].stderr
+    assert f"--token-file FILE or {variable}" in messages["or it is private"].stderr
     assert not list(tmp_path.iterdir())
     for name in ("gated", "private"):
         assert hub.download(f"org/{name}", cwd=tmp_path, **hub.token).code == 0
@@ -295,7 +295,7 @@ def test_verify_of_what_is_no_download(run_qtool: Any, tmp_path: Path) -> None:
     done = run_qtool("download", "--verify", tmp_path)
     assert "no qtool.lock.json" in one_to_three_lines(done)
     (tmp_path / "qtool.lock.json").write_text('{"files": {"../../etc/passwd": {"size": 1, "sha256": "00"}}}')
-    assert "leaves the folder" in one_to_three_lines(run_qtool("download", "--verify", tmp_path))
+    assert "points outside the folder" in one_to_three_lines(run_qtool("download", "--verify", tmp_path))
 
 
 def test_a_new_commit_is_not_taken_unasked(hub: Hub, model_repo: dict[str, bytes], tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_the_life_of_an_environment(site: Site) -> None:
 
     again = site.run("install", "golden-stick", "--json")
     assert json.loads(again.stdout)["changed"] is False
-    assert "installed already" in again.stderr
+    assert "already installed" in again.stderr
     assert [str(build) for build in site.builds()] == [first.stdout.strip()]
 
     site.pin("# another order, another comment", "small==5.0 ; python_version > '3'", "mindspore-gs==2.0")

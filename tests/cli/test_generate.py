@@ -64,12 +64,12 @@ def test_sampling_follows_its_options(run_qtool: Run, tiny_llama: Path) -> None:
         (["--repetition-penalty", "0", "-p", "x"], "--repetition-penalty"),
         (["--seed", str(1 << 63), "-p", "x"], "--seed"),
         (["--min-tokens", "9", "--max-tokens", "4", "-p", "x"], "min_tokens (9) is more than max_tokens (4)"),
-        (["--logit-bias", "x=1", "-p", "x"], "no ID=BIAS"),
+        (["--logit-bias", "x=1", "-p", "x"], "not ID=BIAS"),
         (["--regex", "a", "--choice", "b", "-p", "x"], "one structure"),
         (["--resume", "-p", "x"], "--output"),
         (["--input-format", "csv", "-p", "x"], "csv"),
         (["--chat-template-kwargs", "[]", "-p", "x"], "JSON object"),
-        (["--set", "max_num_seqs", "-p", "x"], "no key=value"),
+        (["--set", "max_num_seqs", "-p", "x"], "not KEY=VALUE"),
         (["--json-schema", "absent.json", "-p", "x"], "absent.json"),
         (["-p", "@absent.txt"], "absent.txt"),
         (["--runtime", "transformers", "--presence-penalty", "1", "-p", "x"], "can't do presence_penalty"),
@@ -153,7 +153,7 @@ def test_standard_output_on_a_full_disk(
 def test_the_output_is_a_file(run_qtool: Run, tiny_llama: Path) -> None:
     done = run_qtool("generate", tiny_llama, "-p", "x", *FAST, "-o", "/dev/full", "--overwrite")
     assert done.code == 2
-    assert "no regular file" in done.stderr
+    assert "not a regular file" in done.stderr
 
 
 @pytest.mark.parametrize("options", [("-o", "LINK", "--overwrite"), ("-o", "FILE", "--resume"), ()])
@@ -184,7 +184,7 @@ def test_answers_never_go_where_the_prompts_are(
             text=True,
         )
     assert done.returncode == 2, done.stderr
-    assert "the prompts are in this very file" in done.stderr
+    assert "the prompts are read from the same file" in done.stderr
     assert prompts.read_text() == '{"prompt": "a"}\n'
 
 
@@ -224,7 +224,7 @@ def test_a_terminal_gets_text(qtool_environment: dict[str, str], launcher: Launc
 def test_ctrl_c_leaves_no_process_behind(
     qtool_environment: dict[str, str], launcher: Launcher, tiny_llama: Path
 ) -> None:
-    command = ["generate", str(tiny_llama), "-p", "x", *FAST]
+    command = ["generate", str(tiny_llama), "-p", "x", "--raw", *FAST]
     process = launcher.start(command, env=qtool_environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
     assert process.stderr.readline() == "load the model\n"  # the worker is at work

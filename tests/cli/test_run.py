@@ -337,7 +337,7 @@ def test_bad_input(finished: Path, tiny_llama: Path, run_qtool: Callable[..., An
         ((recipe,), "this recipe names no model"),
         ((recipe, tmp_path / "nowhere"), "no such file or folder"),
         ((recipe, tmp_path / "full", "--work", tmp_path / "job"), "no config.json"),
-        ((recipe, tiny_llama, "--work", tmp_path / "full"), "is not empty and no job's folder"),
+        ((recipe, tiny_llama, "--work", tmp_path / "full"), "is not empty and not the folder of a job"),
         ((recipe, tiny_llama, "--work", tiny_llama / "job"), "lies in the model's folder"),
     ):
         done = run_qtool(*command(*arguments), cwd=tmp_path)

@@ -287,5 +287,5 @@ def test_a_card_that_is_missing_is_an_error(deepseek: Path, left_behind: Path) -
     with pytest.raises(QtoolError, match="no quantized weights"):
         Parts(left_behind)
     (left_behind / "rank_3").rmdir()
-    with pytest.raises(QtoolError, match=r"3 cards have .* don't make up"):
+    with pytest.raises(QtoolError, match=r"3 cards have .* don't add up to"):
         dict(Parts(left_behind).tensors(Checkpoint.open(deepseek)))

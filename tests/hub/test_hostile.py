@@ -31,8 +31,8 @@ def listed(path: str, **change: object) -> Change:
 
 
 REFUSED: dict[str, tuple[Change, str]] = {
-    "parent": (add("../evil.json"), "leaves the folder"),
-    "parent within": (add("a/../../evil.json"), "leaves the folder"),
+    "parent": (add("../evil.json"), "points outside the folder"),
+    "parent within": (add("a/../../evil.json"), "points outside the folder"),
     "absolute": (entry(path="/tmp/evil.json"), "absolute"),
     "home": (entry(path="~/.ssh/authorized_keys"), "absolute"),
     "drive": (add("C:evil.json"), "absolute"),

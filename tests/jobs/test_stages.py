@@ -201,7 +201,7 @@ def test_a_state_file_cannot_point_outside(chain: Chain, tmp_path: Path, output:
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path, tmp_path / "file"):
-        with pytest.raises(InputError, match="no job's folder"), opened(folder, print, print):
+        with pytest.raises(InputError, match="not the folder of a job"), opened(folder, print, print):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -287,7 +287,12 @@ def test_resolved_is_the_same_recipe_without_extends(name: str, write: Any) -> N
             7,
             r"schemes\.s\[0\]\.scheme: must be one of W8A8, W8A8-dynamic, .*, not 'W8A7'",
         ),
-        ("'.*'", "'.*'\n      scheme: W8A8\n      activations: static", 8, r"\.activations: scheme says it already"),
+        (
+            "'.*'",
+            "'.*'\n      scheme: W8A8\n      activations: static",
+            8,
+            r"\.activations: is already given by scheme",
+        ),
         ("'.*'", "'.*'\n      weights: {type: float}", 7, r"\[0\]\.weights\.type: must be 'int', not 'float'"),
         ("'.*'", "'.*'\n      weights: {num_bits: 9}", 7, r"weights\.num_bits: must be 8 or less"),
         ("'.*'", "'.*'\n      weights:\n        symmetric: false", 8, r"weights\.symmetric: must be true"),
@@ -444,3 +449,10 @@ def test_a_recipe_may_name_a_model_and_does_not_pass_it_on(write: Any) -> None:
     assert (model.hub, model.repo, model.revision) == ("modelers", "MindSpore-Lab/DeepSeek-R1-W8A8", None)
     with pytest.raises(InputError, match=r"model\.repo"):
         load.load(write(MINIMAL + "model: {hub: modelers, repo: name}\n"))
+
+
+def test_a_long_chain_of_extends(tmp_path: Path) -> None:
+    for i in range(2000):
+        (tmp_path / f"r{i}.yaml").write_text(f"extends: ./r{i + 1}.yaml\nname: r{i}\n")
+    with pytest.raises(InputError, match="more than 16 times"):
+        load.load(str(tmp_path / "r0.yaml"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,3 +56,22 @@ def test_a_bomb_of_aliases_is_refused_at_once() -> None:
     document = parse("\n".join(lines).encode())
     assert document.data is None
     assert [problem.line for problem in document.problems] == [1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("2024-02-31: 1", "a key must be text"),
+        ("a: 2024-02-31", "not a valid timestamp"),
+        ("a: !!int ''", "not a valid int"),
+        ("a: !!float x", "not a valid float"),
+        ("a: !!bool ''", "not a valid bool"),
+        ("a: 1" + ":10" * 50_000, "not a valid int"),
+        ("? !!str [x]\n: 1", "a key must be text"),
+        ("[" * 5000, "nested more than"),
+    ],
+)
+def test_what_is_no_value_is_a_problem_with_a_line(text: str, message: str) -> None:
+    document = parse(text.encode())
+    assert [problem.line for problem in document.problems] == [1]
+    assert message in document.problems[0].message

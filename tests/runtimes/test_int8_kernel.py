@@ -115,6 +115,45 @@ def test_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not cpu("")
 
 
+@pytest.mark.vllm
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("capability", "chosen"), [((9, 0), "Cutlass"), ((10, 0), "Triton"), ((12, 0), "Triton"), ((12, 1), "Triton")]
+)
+def test_the_kernel_on_gpus(
+    capability: tuple[int, int], chosen: str, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own choice on a GPU of this capability, after the plugin has had its say."""
+    from vllm import platforms
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import Int8ScaledMMLinearLayerConfig
+    from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
+
+    class Gpu(Platform):
+        _enum = PlatformEnum.CUDA
+        device_name = device_type = "cuda"
+
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+            return DeviceCapability(*capability)
+
+    monkeypatch.setenv("VLLM_DISABLED_KERNELS", "")
+    monkeypatch.setattr(platforms, "_current_platform", Gpu())
+    for module in [linear, *(value for value in vars(linear).values() if isinstance(value, type))]:
+        place = module if module is linear else sys.modules[module.__module__]
+        if hasattr(place, "current_platform"):
+            monkeypatch.setattr(place, "current_platform", Gpu())
+    int8_kernel.decline_cutlass()
+    config = Int8ScaledMMLinearLayerConfig(
+        is_channelwise=True, is_static_input_scheme=not symmetric, input_symmetric=symmetric
+    )
+    found = linear.choose_scaled_mm_linear_kernel(config, linear._POSSIBLE_INT8_KERNELS, quantization="int8")
+    assert found.__name__ == f"{chosen}Int8ScaledMMLinearKernel"
+    disabled = os.environ["VLLM_DISABLED_KERNELS"]
+    int8_kernel.decline_cutlass()
+    assert os.environ["VLLM_DISABLED_KERNELS"] == disabled  # once is enough
+
+
 def test_the_dtype_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> None:
     checkpoint = Checkpoint.open(tiny_llama)
     size = sum(file.stat().st_size for file in tiny_llama.glob("*.safetensors"))

@@ -182,7 +182,7 @@ def test_a_job_is_continued_where_it_stopped(tmp_path: Path) -> None:
     assert content(file) == [f"p{i}" for i in range(10)]
     assert list(tmp_path.iterdir()) == [file]
     assert write(file, 99, 10, resume=True) == 10  # nothing left to do
-    with pytest.raises(InputError, match="which settings is not known"):
+    with pytest.raises(InputError, match="its settings are no longer known"):
         write(file, 99, 11, resume=True)
 
 
@@ -212,18 +212,18 @@ def test_what_does_not_belong_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "answers.jsonl"
     write(file, 3, 10)
     before = file.read_bytes()
-    with pytest.raises(InputError, match="answers in it already"):
+    with pytest.raises(InputError, match="already has answers"):
         write(file, 3, 10)
     with pytest.raises(InputError, match="more answers than there are prompts"):
         write(file, 3, 2, resume=True)
-    with Answers(file, SETTINGS, resume=True) as answers, pytest.raises(InputError, match="no answer to prompt 1"):
+    with Answers(file, SETTINGS, resume=True) as answers, pytest.raises(InputError, match="not an answer to prompt 1"):
         answers.skip(iter([line(prompt="other")]))
     other = {"sampling": {"temperature": 0.7}}
     with Answers(file, other, resume=True) as answers, pytest.raises(InputError, match="another sampling"):
         answers.skip(iter(prompts(10)))
     assert file.read_bytes() == before
     file.write_bytes(before + b"garbage\n")
-    with pytest.raises(InputError, match="no answer to prompt 4"):
+    with pytest.raises(InputError, match="not an answer to prompt 4"):
         write(file, 3, 10, resume=True)
     assert write(file, 2, 10, overwrite=True) == 0
     assert content(file) == ["p0", "p1"]

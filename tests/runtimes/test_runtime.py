@@ -168,7 +168,7 @@ def test_the_context_bounds_prompts_and_answers(tiny_llama: Path) -> None:
     (answer,) = ask(508)
     assert (answer["completion_tokens"], answer["finish_reason"]) == (4, "length")
     assert [e["message"] for e in events if e["event"] == "warning"] == [
-        "1 of 1 answers may end early: the model takes 512 tokens in all"
+        "1 of 1 answers may end early: the model takes 512 tokens in total"
     ]
     with pytest.raises(InputError, match="512 tokens; the model takes 512"):
         ask(512)

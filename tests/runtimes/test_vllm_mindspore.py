@@ -178,10 +178,10 @@ def test_what_is_read(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("dynamic", "not for LlamaForCausalLM"),
-        ("Qwen2ForCausalLM dynamic", "never asks how"),
+        ("dynamic", "support them for LlamaForCausalLM"),
+        ("Qwen2ForCausalLM dynamic", "ignores the quantization"),
         ("Qwen3ForCausalLM dynamic", "doesn't load their scales"),
-        ("Qwen3MoeForCausalLM static", "never asks how"),
+        ("Qwen3MoeForCausalLM static", "ignores the quantization"),
     ],
 )
 def test_what_would_be_noise_is_refused(

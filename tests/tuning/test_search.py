@@ -123,5 +123,5 @@ def test_sizes(text: str, expected: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "much", "-1", "1EB", "1 0", "%"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(InputError, match="is no size"):
+    with pytest.raises(InputError, match="is not a size"):
         Goal(max_size=text).bytes(1000)

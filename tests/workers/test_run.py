@@ -354,7 +354,7 @@ def test_a_worker_that_says_nonsense(run: Any, logs: Path) -> None:
         ('{"event": "result"}', "result"),
         ("x" * 70_000_000, "'" + "x" * 100 + "', 70.0 MB"),
     ):
-        with pytest.raises(QtoolError, match="says what is no event: ") as caught:
+        with pytest.raises(QtoolError, match="sent something that is no event: ") as caught:
             run("babbles", said=said)
         assert shown in caught.value.what
         assert len(caught.value.what) < 200
@@ -386,7 +386,7 @@ def test_a_stopped_worker_is_told_of(
     assert workers.run("misbehave", {"do": "works_long", "seconds": 2}, on_event=hear, env=env) == {}
     assert [event["event"] for event in events] == ["warning", "warning"]  # while it ran there was none
     for event in events:
-        assert f"nothing heard from the worker (process {stopped[0]}) for" in event["message"]
+        assert f"no message from the worker (process {stopped[0]}) for" in event["message"]
         assert f"kill -CONT {stopped[0]}" in event["message"]
 
 

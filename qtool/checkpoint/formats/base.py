@@ -189,7 +189,7 @@ class QuantizedFormat(Writable):
             )
             for scheme, names in refused.items()
         ]
-        fused = "give the layers that the runtime fuses one policy"
+        fused = "give the same policy to all layers that the runtime fuses"
         return found + [Inexpressible(text, hint=fused) for text in disagreements(schemes)]
 
     def storable_scale(self, value: float, dtype: torch.dtype) -> float:

@@ -22,10 +22,10 @@ of packed weights are in the model's dtype in vLLM too, whatever that is.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qtool import patterns
 from qtool.checkpoint.dtypes import FLOATS
 from qtool.checkpoint.formats.base import (
     Description,
@@ -250,21 +250,17 @@ def _args(found: Any) -> QuantizationArgs | None:
 def _group(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
     """The config group that a layer belongs to; None when it is ignored or in no group."""
     quantization = checkpoint.config["quantization_config"]
+    where = str(checkpoint.path / "config.json")
     try:
-        if _matches(name, quantization.get("ignore") or ()):
+        if _matches(name, quantization.get("ignore") or (), where):
             return None
         groups = (quantization.get("config_groups") or {}).values()
-        exact = (group for group in groups if _matches(name, group["targets"]))
+        exact = (group for group in groups if _matches(name, group["targets"], where))
         by_class = (group for group in groups if "Linear" in group["targets"])
         return next(exact, None) or next(by_class, None)
-    except (re.error, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"quantization_config can't be understood: {error}", where=str(checkpoint.path / "config.json")
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"quantization_config can't be understood: {error}", where=where) from None
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(
-        re.match(pattern[3:], name) is not None if pattern.startswith("re:") else pattern == name
-        for pattern in patterns
-    )
+def _matches(name: str, wanted: Iterable[str], where: str) -> bool:
+    return any(patterns.match(each[3:], name, where) if each.startswith("re:") else each == name for each in wanted)

@@ -42,7 +42,7 @@ class DescribedFormat(QuantizedFormat):
 
     def described(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
         """The description file: parameter name → type, and some more."""
-        return checkpoint.json(self.files[0])
+        return checkpoint.by_tensor(self.files[0])
 
     def scheme(self, checkpoint: Checkpoint, name: str) -> Scheme | None:
         kind = self.described(checkpoint).get(f"{name}.weight", TYPES[None])

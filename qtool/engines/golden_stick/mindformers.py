@@ -34,7 +34,7 @@ def settings(checkpoint: Checkpoint, *, devices: int, folder: Path, seed: int, s
     """
     heads = checkpoint.config.get("num_attention_heads") or checkpoint.config.get("n_head") or devices
     if heads % devices:
-        raise InputError(f"{heads} attention heads can't be shared by {devices} cards", where="--devices")
+        raise InputError(f"{heads} attention heads can't be divided among {devices} cards", where="--devices")
     shipped = _shipped()
     result = _merged(shipped["common"], shipped[checkpoint.config["model_type"]])
     model = result["model"]["model_config"]

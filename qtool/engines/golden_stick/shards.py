@@ -41,7 +41,7 @@ class Parts:
         files = [sorted(rank.glob("*.safetensors")) for rank in ranks] or [sorted(folder.glob("*.safetensors"))]
         description = folder / DESCRIPTION
         if not description.exists() or not all(files):
-            raise QtoolError("mindspore-gs left no quantized weights", where=str(folder))
+            raise QtoolError("mindspore-gs wrote no quantized weights", where=str(folder))
         self.types: dict[str, str] = json.loads(description.read_text(encoding="utf-8"))
         self._files = files
 
@@ -92,7 +92,7 @@ def _whole(name: str, cards: Sequence[dict[str, Any]], source: Checkpoint) -> to
             if tuple(whole.shape) == shape:
                 return whole
     raise QtoolError(
-        f"{len(parts)} cards have {list(parts[0].shape)} each, which don't make up {list(shape)}", where=name
+        f"{len(parts)} cards have {list(parts[0].shape)} each, which don't add up to {list(shape)}", where=name
     )
 
 

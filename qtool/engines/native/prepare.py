@@ -127,7 +127,7 @@ def _setup(job: QuantizationJob, checkpoint: Checkpoint) -> Setup:
 def _refuse_experts(job: QuantizationJob, model: DecoderStream) -> None:
     if any(model.routed(index) for index in range(model.depth)):
         raise InputError(
-            "osl: exact compares the output of whole layers, which takes all experts at once",
+            "osl: exact compares the output of whole layers, which needs all experts at once",
             where=f"recipe {job.recipe.name}",
             hint="use osl: fast for mixtures of experts",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qtool.calibration.tokenizer import load_tokenizer
-from qtool.errors import InputError, in_one_line
+from qtool.checkpoint import config as claims
+from qtool.errors import ForeignError, InputError, foreign, in_one_line
+from qtool.files import exists, read_json
 from qtool.runtimes.job import WorkerJob
 from qtool.workers import Report
 
@@ -55,16 +56,26 @@ class Front:
     def __init__(self, job: WorkerJob, report: Report) -> None:
         self.job, self.report = job, report
         folder = Path(job.model)
-        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        self.text_config = _named(self.config.get("text_config") or self.config, job)
+        self.config = read_json(folder / "config.json")
+        claims.check_kinds(self.config, str(folder / "config.json"))
+        self.text_config = _named(dict(claims.text_config(self.config)), job)
         self.tokenizer = load_tokenizer(folder, trust_remote_code=job.trust_remote_code)
-        self.context = int(self.text_config.get("max_position_embeddings") or 1 << 20)
-        if (limit := int(job.engine.get("max_model_len") or -1)) > 0:  # to vLLM -1 is what there is memory for
-            self.context = min(self.context, limit)
+        self.context = 1 << 20
+        self.limit(claims.context(self.text_config) or self.context)
         self.stop = _stop_ids(folder, self.config, self.text_config, self.tokenizer)
         self._cut = self._seen = 0
         if job.chat.required and not self.tokenizer.chat_template:
             raise InputError("the model has no chat template", where=job.model, hint="Leave out --chat and --system.")
+
+    def limit(self, context: int) -> None:
+        """The model takes so many tokens; with `max_model_len` no more than that."""
+        longest = int(self.job.engine.get("max_model_len") or -1)  # to vLLM -1 is what there is memory for
+        self.context = min(context, longest) if longest > 0 else context
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model knows."""
+        return int(self.text_config.get("vocab_size") or len(self.tokenizer))
 
     def prepare(self, request: Mapping[str, Any]) -> Prepared:
         """Token ids and limits of a request (see `qtool.runtimes.stream`).
@@ -83,7 +94,7 @@ class Front:
         if not ids:
             raise InputError("the tokenizer makes no tokens of it", hint="Give it some text.")
         if len(ids) >= self.context:
-            what = f"it has {len(ids)} tokens; the model takes {self.context}, with at least one of them its own"
+            what = f"it has {len(ids)} tokens; the model takes {self.context}, and at least one of them must be new"
             raise InputError(what, hint="Shorten it.")
         room = self.context - len(ids)
         wanted = sampling.get("max_tokens") or room
@@ -98,7 +109,7 @@ class Front:
     def warn(self) -> None:
         """Say how many answers had less room than was asked for."""
         if self._cut:
-            context = f"the model takes {self.context} tokens in all"
+            context = f"the model takes {self.context} tokens in total"
             self.report.warning(f"{self._cut} of {self._seen} answers may end early: {context}")
 
     def answer(self, prepared: Prepared, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -119,12 +130,12 @@ class Front:
             ids = self._text(prompt)
             return ids if ids or self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         if prompt:
-            if outside := [i for i in prompt if not 0 <= i < self.text_config["vocab_size"]]:
-                raise InputError(f"token id {outside[0]} is not one of the model's {self.text_config['vocab_size']}")
+            if outside := [i for i in prompt if not 0 <= i < self.vocabulary]:
+                raise InputError(f"token id {outside[0]} is not one of the model's {self.vocabulary}")
             return list(prompt)
         if self.tokenizer.bos_token_id is not None:
             return [self.tokenizer.bos_token_id]
-        return [random.Random(seed).randrange(min(len(self.tokenizer), self.text_config["vocab_size"]))]
+        return [random.Random(seed).randrange(min(len(self.tokenizer), self.vocabulary))]
 
     def _text(self, prompt: str) -> list[int]:
         try:
@@ -154,8 +165,9 @@ def _named(config: dict[str, Any], job: WorkerJob) -> dict[str, Any]:
 
     options = {"trust_remote_code": job.trust_remote_code, "local_files_only": True}
     try:
-        known = AutoConfig.from_pretrained(job.model, **options).get_text_config()
-    except Exception:  # a model that the runtime may know all the same
+        with foreign("transformers doesn't know this model", where=job.model):
+            known = AutoConfig.from_pretrained(job.model, **options).get_text_config()
+    except ForeignError:  # the runtime may know it all the same
         return config
     return config | {name: value for name in SIZES if (value := getattr(known, name, None)) is not None}
 
@@ -163,7 +175,8 @@ def _named(config: dict[str, Any], job: WorkerJob) -> dict[str, Any]:
 def _stop_ids(folder: Path, config: dict[str, Any], text_config: dict[str, Any], tokenizer: Any) -> list[int]:
     """Every end-of-text token: generation_config.json's if it names any, else config.json's; and the tokenizer's."""
     file = folder / "generation_config.json"
-    generation = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    generation = read_json(file) if exists(file) else {}
+    claims.check_kinds(generation, str(file))
     named: set[int] = {tokenizer.eos_token_id} - {None}
     for source in (generation, config, text_config):
         if (ids := source.get("eos_token_id")) is not None:

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qtool.errors import InputError, QtoolError
+from qtool.errors import ForeignError, InputError, QtoolError, foreign
 from qtool.runtimes.job import WorkerJob
 from qtool.runtimes.transformers import RUNTIME
 from qtool.runtimes.worker.front import Front, Prepared, failure
@@ -49,17 +49,18 @@ def _load(job: WorkerJob) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            job.model,
-            dtype=getattr(torch, job.dtype),
-            device_map="cuda" if torch.cuda.is_available() else "cpu",
-            trust_remote_code=job.trust_remote_code,
-            local_files_only=True,
-        )
-    except ValueError as error:
-        if "trust_remote_code" in str(error):
+        with foreign("transformers can't load this model", where=job.model):
+            model = AutoModelForCausalLM.from_pretrained(
+                job.model,
+                dtype=getattr(torch, job.dtype),
+                device_map="cuda" if torch.cuda.is_available() else "cpu",
+                trust_remote_code=job.trust_remote_code,
+                local_files_only=True,
+            )
+    except ForeignError as error:
+        if "trust_remote_code" in str(error.__cause__):
             hint = "If you trust its author, add --trust-remote-code."
-            raise InputError("the model is Python code of its own", where=job.model, hint=hint) from error
+            raise InputError("the model needs Python code that comes with it", where=job.model, hint=hint) from error
         raise
     return model.eval()
 

@@ -14,7 +14,8 @@ import threading
 import time
 from typing import Any
 
-from qtool.errors import InputError, QtoolError, WorkerDied, in_one_line
+from qtool.checkpoint import config as claims
+from qtool.errors import ForeignError, InputError, QtoolError, WorkerDied, foreign, in_one_line
 from qtool.runtimes import facts, int8_kernel
 from qtool.runtimes.job import WorkerJob
 from qtool.runtimes.worker.front import Front, Prepared
@@ -33,12 +34,11 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
         for module in runtime.first:
             importlib.import_module(module)
         return _generate(read, report)
-    except QtoolError:
-        raise
     except Exception as error:
-        if (known := runtime.explain(error)) is not None:
-            raise known from error
-        raise
+        cause = error.__cause__ if isinstance(error, ForeignError) else error
+        if cause is None or (isinstance(cause, QtoolError)) or (known := runtime.explain(cause)) is None:
+            raise
+        raise known from cause
 
 
 def _generate(job: WorkerJob, report: Report) -> dict[str, Any]:
@@ -51,6 +51,8 @@ def _generate(job: WorkerJob, report: Report) -> dict[str, Any]:
     meter.lap("import")
     check_settings(job.arguments, EngineArgs)
     front = Front(job, report)
+    if claims.context(front.config) != front.text_config.get("max_position_embeddings"):
+        front.limit(_context(job))
     intake = Intake(front, report)
     first = intake.ahead()
     meter.lap("tokenize")
@@ -85,21 +87,34 @@ def _load(job: WorkerJob, given: dict[str, Any]) -> tuple[Any, int | None]:
     from vllm import EngineArgs, LLMEngine
 
     try:
-        configured = EngineArgs(**given)
-        return LLMEngine.from_engine_args(configured), configured.max_num_seqs
-    except refusals() as error:
-        if job.arguments:
-            raise InputError(f"vLLM refuses these settings: {in_one_line(error)}", where="--set") from error
+        with foreign("vLLM can't load this model", where=job.model):
+            configured = EngineArgs(**given)
+            return LLMEngine.from_engine_args(configured), configured.max_num_seqs
+    except ForeignError as error:
+        cause = error.__cause__
+        assert cause is not None
+        if "Engine core" in str(cause):  # a process of its own, whose end says nothing of why
+            raise cause from None
+        if "No Int8 MoE backend" in str(cause):
+            # vllm 0.32: experts/cpu_moe.py and zentorch_moe.py in model_executor/layers/fused_moe
+            hint = (
+                "They need AMX, or zentorch on an AMD processor with AVX-512. `qtool convert --to bfloat16` makes a "
+                "model of the same weights that runs here."
+            )
+            raise QtoolError("vLLM has no int8 experts for this processor", where=job.model, hint=hint) from cause
+        if job.arguments and isinstance(cause, refusals()):
+            raise InputError(f"vLLM refuses these settings: {in_one_line(cause)}", where="--set") from cause
         raise
-    except RuntimeError as error:
-        if "No Int8 MoE backend" not in str(error):
-            raise
-        # vllm 0.32: experts/cpu_moe.py and zentorch_moe.py in model_executor/layers/fused_moe
-        hint = (
-            "They need AMX, or zentorch on an AMD processor with AVX-512. `qtool convert --to bfloat16` makes a model "
-            "of the same weights that runs here."
-        )
-        raise QtoolError("vLLM has no int8 experts for this processor", where=job.model, hint=hint) from error
+
+
+def _context(job: WorkerJob) -> int:
+    """Tokens that vLLM takes for this model by its own rule, which goes on where positions are scaled."""
+    from vllm import EngineArgs
+
+    wanted = {name: value for name, value in job.arguments.items() if name in ("hf_overrides", "hf_config_path")}
+    with foreign("vLLM can't read this model's config.json", where=job.model):
+        asked = EngineArgs(model=job.model, dtype=job.dtype, trust_remote_code=job.trust_remote_code, **wanted)
+        return int(asked.create_model_config().max_model_len)
 
 
 def _dead() -> type[Exception]:
