@@ -195,7 +195,7 @@ def describe(policy: Policy | None) -> str:
     if activations.mode == "static":
         bits += f" per-tensor static ({activations.observer.method})"
     elif activations.mode == "dynamic":
-        bits += " per-token dynamic"
+        bits += " per-token dynamic" + ("" if activations.symmetric else " asymmetric")
     extras = [policy.smoothing.method, "clip" if policy.clip else "", policy.rounding.method]
     return f"{bits}, {', '.join(e for e in extras if e and e != 'none')}"
 
