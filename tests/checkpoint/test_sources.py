@@ -74,7 +74,7 @@ def compressed(scheme: str) -> Callable[[torch.Tensor, int], Packed]:
     def pack(weight: torch.Tensor, seed: int) -> Packed:
         from tests.checkpoint.test_packed import FORM, random_linear
 
-        linear = random_linear(scheme, *weight.shape, seed=seed)
+        linear = random_linear(scheme, len(weight), weight.shape[1], seed=seed)
         tensors = FORM.tensors("x", linear, torch.float32)
         return {name.removeprefix("x."): tensor for name, tensor in tensors.items()}, linear.dequantize()
 
