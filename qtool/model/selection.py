@@ -16,6 +16,7 @@ from qtool.quant.topology import is_product
 
 NARROW = 32  # inputs or outputs; int8 kernels want multiples of 16, and so little weight saves nothing
 ROUTER, SMALL, RECURRENCE = "a router", f"narrower than {NARROW}", "part of a recurrence"
+UNUSED = "text doesn't go through it"
 OTHER_CLASS = "its class computes more than a product"
 
 # Of the modules beside experts.
@@ -24,12 +25,15 @@ _ROUTERS = re.compile(r"router|gate|wg|classifier")
 
 def kept_float(stream: DecoderStream) -> dict[str, str]:
     """Why linears stay float, by the checkpoint's names without ".weight"."""
-    found = {}
+    found: dict[str, str] = {}
     for index in range(stream.depth):
         own = stream.own_parameters(index)
+        for name, stored in stream.layer_linears(index).items():
+            if not stream.is_called(index, name):
+                found[stored] = UNUSED
         for name, why in reasons(stream.skeleton_layer(index), stream.architecture).items():
-            if (stored := own.get(f"{name}.weight")) is not None:
-                found[stored.removesuffix(".weight")] = why
+            if (weight := own.get(f"{name}.weight")) is not None:
+                found[weight.removesuffix(".weight")] = why
     return found
 
 
@@ -55,7 +59,7 @@ def reasons(layer: nn.Module, architecture: Architecture) -> dict[str, str]:
 
 def _mixtures(layer: nn.Module) -> dict[str, int]:
     """How many routed experts there are, by the name of the module that holds them and their router."""
-    found = {}
+    found: dict[str, str] = {}
     for name, module in layer.named_modules():
         count = getattr(module, "count", None) if hasattr(module, "apply_gate") else None
         if count is None:
