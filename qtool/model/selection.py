@@ -59,7 +59,7 @@ def reasons(layer: nn.Module, architecture: Architecture) -> dict[str, str]:
 
 def _mixtures(layer: nn.Module) -> dict[str, int]:
     """How many routed experts there are, by the name of the module that holds them and their router."""
-    found: dict[str, str] = {}
+    found = {}
     for name, module in layer.named_modules():
         count = getattr(module, "count", None) if hasattr(module, "apply_gate") else None
         if count is None:
