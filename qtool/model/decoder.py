@@ -101,8 +101,7 @@ class DecoderStream:
 
     def layer_name(self, index: int) -> str:
         """What the checkpoint calls a layer: its tensors' names begin with this and a dot."""
-        for name, _ in self.skeleton_layer(index).named_parameters():
-            stored = self.stored(index, name)
+        for name, stored in self.own_parameters(index).items():
             if stored.endswith(f".{name}"):  # else the checkpoint renames this one inside the layer, too
                 return stored.removesuffix(f".{name}")
         return f"{self._skeleton.layers_name}.{index}"
@@ -161,6 +160,12 @@ class DecoderStream:
                 found[name] = stored
         return found
 
+    def shared_parameters(self, index: int) -> set[str]:
+        """The parameters of a layer that other layers have as well, by their names inside the layer."""
+        prefix = f"{self._skeleton.layers_name}.{index}."
+        names = (name for name, _ in self.skeleton_layer(index).named_parameters())
+        return {name for name in names if self._loader.names.is_tied(prefix + name)}
+
     # ------------------------------------------------------------------ running it
 
     @contextmanager
@@ -214,6 +219,10 @@ class DecoderStream:
     def is_idle(self, index: int) -> bool:
         """Whether text doesn't go through this layer (as with cross-attention to pictures)."""
         return self._loop.is_idle(index)
+
+    def is_called(self, index: int, linear: str) -> bool:
+        """Whether text goes through a linear of a layer, by its name inside it."""
+        return self._loop.is_called(index, linear)
 
     def entering(self, index: int, length: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """(shape without the samples, type) of each tensor that enters layer `index`, for samples of this length.

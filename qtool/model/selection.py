@@ -16,22 +16,24 @@ from qtool.quant.topology import is_product
 
 NARROW = 32  # inputs or outputs; int8 kernels want multiples of 16, and so little weight saves nothing
 ROUTER, SMALL, RECURRENCE = "a router", f"narrower than {NARROW}", "part of a recurrence"
-CROSS = "attends to an encoder, which text alone doesn't run"
+UNUSED = "text doesn't go through it"
 OTHER_CLASS = "its class computes more than a product"
 
-_CROSS = re.compile(r"(^|\.)(encoder_attn|encoder_attention|cross_?attention|EncDecAttention)\.")
 # Of the modules beside experts.
 _ROUTERS = re.compile(r"router|gate|wg|classifier")
 
 
 def kept_float(stream: DecoderStream) -> dict[str, str]:
     """Why linears stay float, by the checkpoint's names without ".weight"."""
-    found = {}
+    found: dict[str, str] = {}
     for index in range(stream.depth):
         own = stream.own_parameters(index)
+        for name, stored in stream.layer_linears(index).items():
+            if not stream.is_called(index, name):
+                found[stored] = UNUSED
         for name, why in reasons(stream.skeleton_layer(index), stream.architecture).items():
-            if (stored := own.get(f"{name}.weight")) is not None:
-                found[stored.removesuffix(".weight")] = why
+            if (weight := own.get(f"{name}.weight")) is not None:
+                found[weight.removesuffix(".weight")] = why
     return found
 
 
@@ -42,9 +44,7 @@ def reasons(layer: nn.Module, architecture: Architecture) -> dict[str, str]:
     for name, linear in layer.named_modules():
         if not isinstance(linear, nn.Linear):
             continue
-        if _CROSS.search(name):
-            found[name] = CROSS
-        elif any(_is_router(name, linear, mixture, count) for mixture, count in mixtures.items()):
+        if any(_is_router(name, linear, mixture, count) for mixture, count in mixtures.items()):
             found[name] = ROUTER
         elif not is_product(type(linear)):
             found[name] = OTHER_CLASS
