@@ -12,6 +12,7 @@ from torch import nn
 
 from qtool.model.architectures import Architecture
 from qtool.model.decoder import DecoderStream
+from qtool.model.experts import RoutedExperts
 from qtool.quant.topology import is_product
 
 NARROW = 32  # inputs or outputs; int8 kernels want multiples of 16, and so little weight saves nothing
@@ -61,12 +62,11 @@ def _mixtures(layer: nn.Module) -> dict[str, int]:
     """How many routed experts there are, by the name of the module that holds them and their router."""
     found = {}
     for name, module in layer.named_modules():
-        count = getattr(module, "count", None) if hasattr(module, "apply_gate") else None
-        if count is None:
-            fused = [p for p in module.parameters(recurse=False) if p.dim() == 3]
-            count = fused[0].shape[0] if fused and not isinstance(module, nn.modules.conv._ConvNd) else None
-        if count is not None:
-            found[name.rpartition(".")[0]] = int(count)
+        fused = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+        if isinstance(module, RoutedExperts):
+            found[name.rpartition(".")[0]] = len(module.names)
+        elif fused and not isinstance(module, nn.modules.conv._ConvNd):
+            found[name.rpartition(".")[0]] = fused[0].shape[0]
     return found
 
 
