@@ -21,7 +21,7 @@ MESSAGES: list[dict[str, Any]] = [
     {"role": "assistant", "content": "Hello"},
 ]
 TEMPLATES = {
-    "plain": "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<{% endif %}",
+    "plain": "{% for m in messages %}{{ m.role }} {{ m.content }}\n{% endfor %}{{ add_generation_prompt }}",
     "special tokens": "{{ bos_token }}{% for m in messages %}{{ m['content'] | trim }}{{ eos_token }}{% endfor %}",
     "json": "{% for m in messages %}{{ m | tojson }}{% if loop.first %}{% continue %}{% endif %}{% endfor %}",
     "own variables": "{% if enable_thinking %}T{% endif %}{{ messages | length }}{{ tools }}",
