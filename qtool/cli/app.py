@@ -133,7 +133,7 @@ def run(args: Sequence[str] | None = None) -> int:
         for name in ("SIGTERM", "SIGHUP"):
             if signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
                 signal.signal(getattr(signal, name), _terminate)
-    common.json = common.quiet = common.debug = False
+    common.json = common.quiet = common.debug = common.offline = False
     if (problem := streams.problem() or _folder_problem()) is not None:
         return _told(problem, common)
     code = 1
