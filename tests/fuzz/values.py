@@ -57,7 +57,7 @@ evil = st.one_of(
     st.just({"": None}),
     st.lists(st.sampled_from([*NUMBERS, *TEXTS, None]), max_size=4),
     st.dictionaries(st.sampled_from(TEXTS), st.sampled_from([*NUMBERS, *TEXTS, None]), max_size=3),
-    st.integers(1, 400).map(lambda depth: json.loads("[" * depth + "]" * depth)),
+    st.integers(1, 50).map(lambda depth: json.loads("[" * depth + "]" * depth)),
 )
 
 
@@ -80,14 +80,14 @@ def mutated(draw: st.DrawFn, value: Any, most: int = 3) -> Any:
     for _ in range(draw(st.integers(1, most))):
         places = _places(value)
         if not places:
-            return draw(evil)
+            return copy.deepcopy(draw(evil))
         *path, key = draw(st.sampled_from(places))
         parent = value
         for part in path:
             parent = parent[part]
         action = draw(st.sampled_from(["replace", "replace", "replace", "number", "remove", "rename", "copy"]))
         if action == "replace":
-            parent[key] = draw(evil)
+            parent[key] = copy.deepcopy(draw(evil))  # the same list may come again
         elif action == "number" and isinstance(parent[key], int):
             parent[key] = parent[key] + draw(st.sampled_from([-1, 1, 2, 7, 10**6, 10**9]))
         elif action == "remove":
@@ -133,6 +133,9 @@ def damaged(draw: st.DrawFn, data: bytes, first: int = 1 << 16) -> bytes:
 @st.composite
 def text_of(draw: st.DrawFn, value: Any) -> bytes:
     """A JSON file: a mutated value, or its text damaged."""
-    if draw(st.integers(0, 4)):
+    how = draw(st.integers(0, 20))
+    if how == 0:  # deeper than any parser goes
+        return json.dumps(value).encode().replace(b": ", b": " + b"[" * 100_000, draw(st.integers(1, 2)))
+    if how < 17:
         return json.dumps(draw(mutated(value))).encode()
     return draw(damaged(json.dumps(value).encode()))
