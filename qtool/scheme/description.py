@@ -113,7 +113,10 @@ class Scheme:
     @property
     def label(self) -> str:
         """For people: "W8A8 static", "W4A16 in groups of 128"."""
-        mode = "" if self.activations is None else " dynamic" if self.activations.dynamic else " static"
+        mode = ""
+        if self.activations is not None:
+            mode = " dynamic" if self.activations.dynamic else " static"
+            mode += " asymmetric" if self.activations.dynamic and not self.activations.symmetric else ""
         return " ".join(filter(None, (f"{self.bits}{mode}", self.shared)))
 
     @property
