@@ -64,7 +64,7 @@ def test_rows(runtime: str, model: str, scheme: str, answer: str, checked: str) 
 
 
 def test_the_command_prints_them(run_qtool: Callable[..., Any]) -> None:
-    done = run_qtool("runtimes")
+    done = run_qtool("runtimes", "--json")
     assert done.code == 0, done.stderr
     printed = json.loads(done.stdout)
     assert len(printed) == len(table.rows())
