@@ -137,7 +137,7 @@ def run(args: Sequence[str] | None = None) -> int:
                 signal.signal(getattr(signal, name), _terminate)
     begin()
     common.json = "--json" in (sys.argv[1:] if args is None else args)  # errors before an option is read count, too
-    common.quiet = common.debug = False
+    common.quiet = common.debug = common.offline = False
     if (problem := streams.problem() or _folder_problem()) is not None:
         return _told(problem, common)
     code = 1

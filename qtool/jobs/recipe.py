@@ -13,6 +13,7 @@ from qtool import conversion, engines, runtimes, workers
 from qtool.calibration.sources import BUILTIN, SELF, absolute
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.snapshot import title
 from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
 from qtool.errors import InputError
 from qtool.evaluation import job as evaluation
@@ -169,7 +170,7 @@ class _Run:
             )
             quantize.run(engine, job, self.on_event)
 
-        done = self.job.stage("quantize", f"{model.path.name}-{scheme}", inputs, make)
+        done = self.job.stage("quantize", f"{title(model.path)}-{scheme}", inputs, make)
         return _Made(done.output, done.digest)
 
     def _eval(self, model: _Made, quantized: _Made) -> Path:
@@ -197,7 +198,7 @@ class _Run:
     def _convert(self, source: _Made, target: str) -> _Made:
         done = self.job.stage(
             f"convert to {target}",
-            f"{source.path.name}-{target}",
+            f"{title(source.path)}-{target}",
             {"source": source.digest, "to": target},
             lambda output: conversion.to_format(source.path, output, target, overwrite=True, on_event=self.on_event),
         )
