@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from qtool.engines.report import CalibrationUsed, ExpertTokens, LayersSummary, QuantizedGroup
+from qtool.engines.report import CalibrationUsed, ExpertTokens, LayersSummary, LeftFloat, QuantizedGroup
 from qtool.environments.variables import Variable
 from qtool.errors import Code
 from qtool.evaluation.intervals import Estimate
@@ -111,6 +111,7 @@ class Quantized:
     mean_relative_error: float | None = None
     layers: list[QuantizedGroup]
     experts: list[ExpertTokens] | None = None
+    left_float: list[LeftFloat] | None = None
     seconds: float
     peak_memory_bytes: int
     output: str
@@ -123,6 +124,7 @@ class Planned:
     """`qtool quantize --dry-run`. Estimates come from the native engine, yaml and msrun from golden-stick."""
 
     layers: list[LayersSummary]
+    left_float: list[LeftFloat]
     calibration: dict[str, Any]
     input_bytes: int
     output_bytes: int

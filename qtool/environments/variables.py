@@ -32,6 +32,10 @@ _OTHERS = (
     Variable("HF_TOKEN", "The token for Hugging Face, unless --token-file names another one."),
     Variable("OPENMIND_HUB_TOKEN", "The token for modelers.cn, unless --token-file names another one."),
     Variable("HF_HUB_OFFLINE", "1 keeps qtool and Hugging Face's libraries from using the network."),
+    Variable("HF_HUB_CACHE", "The folder of Hugging Face's downloaded models."),
+    Variable("HUGGINGFACE_HUB_CACHE", "The same, by its older name."),
+    Variable("HF_HOME", "The folder of Hugging Face's cache and token. Usually ~/.cache/huggingface."),
+    Variable("XDG_CACHE_HOME", "The folder of caches, where HF_HOME is not set. Usually ~/.cache."),
     Variable("OPENMIND_HUB_ENDPOINT", "The address of modelers.cn, for a mirror."),
     Variable("CUDA_VISIBLE_DEVICES", "The GPUs to use. An empty value hides all of them."),
     Variable("ASCEND_HOME_PATH", "The folder of CANN, Ascend's toolkit."),
@@ -50,7 +54,6 @@ _OTHERS = (
 
 _LIBRARIES = (
     Variable("HF_ENDPOINT", "The address of Hugging Face, for a mirror.", "huggingface_hub"),
-    Variable("HF_HOME", "The folder of Hugging Face's cache and token.", "huggingface_hub"),
     Variable("HTTPS_PROXY", "The proxy for connections to hubs.", "httpx, requests"),
     Variable("NO_PROXY", "The hosts that need no proxy.", "httpx, requests"),
     Variable("XDG_CONFIG_HOME", "Where qtool/config.toml lies. Usually ~/.config.", "platformdirs"),

@@ -91,9 +91,9 @@ def test_a_terminal_gets_tables(tiny_llama: Path, capsys: pytest.CaptureFixture[
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     inspect(str(tiny_llama))
     printed = capsys.readouterr()
-    assert printed.out == ""
+    assert printed.err == ""
     for text in ("LlamaForCausalLM", "model.layers.*.self_attn.q_proj", "160 x 64", "100% of it"):
-        assert text in printed.err
+        assert text in printed.out
 
 
 def test_weights_packed_by_another_method(tmp_path: Path, run_qtool: Callable[..., Any]) -> None:

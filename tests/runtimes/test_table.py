@@ -98,13 +98,13 @@ def test_what_can_serve_a_float_model(run_qtool: Callable[..., Any], tiny_tokeni
 
 def test_what_can_serve_a_quantized_model(run_qtool: Callable[..., Any], quantize_tiny: Callable[..., Path]) -> None:
     model = quantize_tiny("w8a8-static")
-    ways = json.loads(run_qtool("runtimes", "-", stdin=f"{model}\n").stdout)
+    ways = json.loads(run_qtool("runtimes", "-", "--json", stdin=f"{model}\n").stdout)
     assert [way["format"] for way in ways] == ["compressed-tensors", "compressed-tensors", "golden-stick", "modelslim"]
     assert ways[0]["how"] == f"qtool serve {model} --runtime vllm"
     assert ways[1]["how"] == f"qtool generate {model} --runtime transformers"
     assert ways[2]["how"] == f"qtool convert {model} --to golden-stick | qtool serve - --runtime vllm-mindspore"
     model = quantize_tiny("w8a8-dynamic")
-    ways = json.loads(run_qtool("runtimes", model).stdout)
+    ways = json.loads(run_qtool("runtimes", model, "--json").stdout)
     assert [way["answer"] for way in ways if way["format"] == "golden-stick"] == ["no"]
     assert Checkpoint.open(model).config["architectures"] == ["LlamaForCausalLM"]
 
