@@ -226,7 +226,7 @@ class Policy(Strict):
     def disagreements(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if _stores_floats(_with_preset(dict(given))):
             if given.get("smoothing") in ("osl", {"method": "osl"}):
-                yield "smoothing", "osl is for integers, whose steps are of one size; floating point takes none"
+                yield "smoothing", "osl is for integers only; floating point is not smoothed"
             if given.get("clip") is True:
                 yield "clip", "is for integers; floating point keeps its range"
         if "scheme" not in given:

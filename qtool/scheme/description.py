@@ -80,7 +80,7 @@ class QuantizationArgs:
         if self.strategy == "group":
             assert self.group_size is not None
             if width % self.group_size:
-                raise ValueError(f"{width} input channels are no whole number of groups of {self.group_size}")
+                raise ValueError(f"{width} input channels are not a whole number of groups of {self.group_size}")
             return (out, width // self.group_size)
         if self.strategy == "block":
             assert self.block_structure is not None
