@@ -24,7 +24,7 @@ from qtool.cli.helptexts import Commands
 from qtool.cli.options import common
 from qtool.errors import InputError, QtoolError, in_one_line
 from qtool.files import NO_SPACE
-from qtool.version import __version__
+from qtool.version import __version__, bugs_address
 
 if TYPE_CHECKING:
     from qtool.cli.options import Common
@@ -134,6 +134,7 @@ def run(args: Sequence[str] | None = None) -> int:
             if signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
                 signal.signal(getattr(signal, name), _terminate)
     common.json = common.quiet = common.debug = common.offline = False
+    common.again = None
     if (problem := streams.problem() or _folder_problem()) is not None:
         return _told(problem, common)
     code = 1
@@ -173,7 +174,10 @@ def _invoke(command: Callable[[], Any], settings: Common) -> int:
             _show_traceback(error)
             return 1
         what = f"this is a bug in qtool: {type(error).__name__}: {in_one_line(error)}"
-        return _told(QtoolError(what, hint="Run the same command with --debug and report what it shows."), settings)
+        address = bugs_address()
+        where = f" at {address}" if address else " to whoever maintains your copy of qtool"
+        hint = f"Run the same command with --debug, and report what it shows{where}."
+        return _told(QtoolError(what, hint=hint), settings)
 
 
 def _told(error: QtoolError, settings: Common) -> int:
@@ -216,6 +220,8 @@ def _interrupted(cause: BaseException | None, settings: Common) -> int:
     if settings.debug and cause is not None:
         _show_traceback(cause)
     print("interrupted", file=sys.stderr)
+    if settings.again is not None and not settings.quiet:
+        print(f"  → {settings.again}", file=sys.stderr)
     return int(getattr(cause, "exit_code", 130))
 
 

@@ -86,7 +86,9 @@ def try_engine(engine: Engine, timeout: float) -> dict[str, Any]:
     if lacking:
         row["missing"] = lacking
     elif found is None:
-        row["missing"] = f"qtool env install {engine.environments()[0]}"
+        row["missing"] = (
+            lookup.extra_command(engine.extra) if engine.extra else f"qtool env install {engine.environments()[0]}"
+        )
     row["problem"] = row["problem"] or ("not installed" if found is None else lacking and f"needs {lacking}")
     row["works"] = row["problem"] is None
     return row
