@@ -63,12 +63,9 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
     for name, how in schemes.items():
         if how is not None:
             _check_scales(name, how, checkpoint, where)
-            if recipe.osl == "exact" and how.weights.strategy != "channel":
-                raise InputError(
-                    f"osl: exact is Golden Stick's search, which does not support weights by {how.weights.strategy}",
-                    where=where,
-                    hint="use osl: fast",
-                )
+            if recipe.osl == "exact" and not _knows_exact(how):
+                what = f"osl: exact is Golden Stick's search, which does not support {how.label}"
+                raise InputError(what, where=where, hint="use osl: fast")
     problems = formats.get(format_name).problems(schemes)
     if problems:
         raise InputError(
@@ -84,16 +81,32 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
 
 
 def _check_scales(name: str, scheme: Scheme, checkpoint: Checkpoint, where: str) -> None:
-    """Raises InputError when the weight can't be divided into groups of that size."""
+    """Raises InputError when the weight can't be divided into groups or blocks of that size."""
+    shape = checkpoint.info(f"{name}.weight").shape
+    if (blocks := scheme.weights.block_structure) and any(
+        size % each for size, each in zip(shape, blocks, strict=True)
+    ):
+        # compressed-tensors 0.17 divides a weight by the number of its scales; vLLM 0.32 refuses parts of blocks in
+        # layers that it fuses.
+        raise InputError(
+            f"{name}: a weight of {' x '.join(map(str, shape))} is no whole number of blocks of "
+            f"{' x '.join(map(str, blocks))}, which is all that runtimes read",
+            where=where,
+            hint="use --scheme fp8-dynamic, or give this layer another policy",
+        )
     try:
-        scheme.weights.scales_shape(checkpoint.info(f"{name}.weight").shape)
+        scheme.weights.scales_shape(shape)
     except ValueError as error:
-        width = checkpoint.info(f"{name}.weight").shape[-1]
-        fits = next((size for size in (128, 64, 32, 16) if width % size == 0), None)
+        fits = next((size for size in (128, 64, 32, 16) if shape[-1] % size == 0), None)
         hint = "choose another group_size for this layer"
         if fits is not None:
             hint += f": {fits} fits; --scheme {scheme.bits.lower()}-g{fits} gives it to all layers"
         raise InputError(f"{name}: {error}", where=where, hint=hint) from None
+
+
+def _knows_exact(scheme: Scheme) -> bool:
+    weights, inputs = scheme.weights, scheme.activations
+    return weights.strategy == "channel" and inputs is not None and weights.type == inputs.type == "int"
 
 
 def _schemes(policies: Mapping[str, Policy | None]) -> dict[str, Scheme | None]:
@@ -138,7 +151,8 @@ def describe(policy: Policy | None) -> str:
 def _bits(scheme: Scheme) -> str:
     weights = scheme.weights
     shared = "" if weights.strategy == "channel" else f" by {weights.strategy}"
-    return f"{scheme.bits}{shared}{f' of {weights.group_size}' if weights.group_size else ''}"
+    size = weights.group_size or " x ".join(map(str, weights.block_structure or ()))
+    return f"{scheme.bits}{shared}{f' of {size}' if size else ''}"
 
 
 def output_bytes(weights: ModelWeights, schemes: Mapping[str, Scheme | None]) -> int:

@@ -81,10 +81,11 @@ def _described(scheme: str, precisions: Iterable[str]) -> str:
 def _precision(scheme: Scheme) -> tuple[str, str]:
     """("w8a8", "8-bit integer weights and activations") and such."""
     weights, inputs = scheme.weights, scheme.activations
+    tag = scheme.bits.lower()
     if inputs is None:
-        return f"w{weights.num_bits}a16", f"{_numbers(weights)} weights"
+        return tag, f"{_numbers(weights)} weights"
     words = "weights and" if _numbers(weights) == _numbers(inputs) else f"weights, {_numbers(inputs)}"
-    return f"w{weights.num_bits}a{inputs.num_bits}", f"{_numbers(weights)} {words} activations"
+    return tag, f"{_numbers(weights)} {words} activations"
 
 
 def _numbers(args: QuantizationArgs) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from qtool.quant import observers
-from qtool.quant.integer import InputQuantizer, asymmetric_parameters
+from qtool.quant.integer import InputQuantizer, asymmetric_parameters, storage_dtype
 from qtool.quant.report import GroupReport, extent, report
 from qtool.quant.rounding.clipping import Scales, ScaleSearch
 from qtool.quant.rounding.errors import ErrorByEnergy
@@ -107,10 +107,11 @@ class _Rounder:
         if policy.rounding.method == "gptq":
             noise = float((noisy - inputs.sample).square_().mean())
             self._gptq = GPTQ(inputs.hessian, noise, self.args)
+        clip = policy.clip and self.args.type == "int"
         self._search = ScaleSearch(
             args=self.args,
-            ratios=_CLIP_RATIOS if policy.clip else (1.0,),
-            error=ErrorByEnergy(inputs.energy) if policy.clip else None,
+            ratios=_CLIP_RATIOS if clip else (1.0,),
+            error=ErrorByEnergy(inputs.energy) if clip else None,
             storable=lambda scale: storage.weight_scale(scale, policy.scheme),
         )
         self.device = noisy.device
@@ -125,15 +126,17 @@ class _Rounder:
             lambda: (folded.rows(*rows) for chunk in chunks(folded, [name], self.chunk) for rows in chunk)
         )
 
-    def scales(self, weight: torch.Tensor) -> Scales:
-        """Of some rows [rows, in]."""
-        return self._search.of_rows(weight)
+    def scales(self, parts: Sequence[torch.Tensor], together: torch.Tensor) -> Scales:
+        """Of some rows of linears, each [rows, in], and of all in one tensor."""
+        if self.args.rows == 1:
+            return self._search.of_rows(together)
+        return Scales(*(torch.cat(each) for each in zip(*map(self._search.of_rows, parts), strict=True)))
 
     def round(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
-        """Some rows [rows, in], as int8."""
+        """Some rows [rows, in], in the type that they are kept in."""
         if self._gptq is not None:
             return self._gptq.round(weight, scales.scale)
-        return round_to_nearest(weight, *scales, self.args).to(torch.int8)
+        return round_to_nearest(weight, *scales, self.args).to(storage_dtype(self.args))
 
 
 class _Error:
@@ -161,31 +164,32 @@ class _Error:
 def _round(
     folded: Folded, members: Sequence[str], rounder: _Rounder, error: _Error
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Integers int8 [out, in] and scales of each linear."""
+    """Stored numbers [out, in] and scales of each linear."""
     shapes = {name: folded.shape(name) for name in members}
     of_all = {name: rounder.scale_of_all(folded, name) for name in members}
     made = {
         name: (
-            torch.empty(shape, dtype=torch.int8, device=rounder.device),
+            torch.empty(shape, dtype=storage_dtype(rounder.args), device=rounder.device),
             torch.empty(rounder.args.scales_shape(shape), device=rounder.device),
         )
         for name, shape in shapes.items()
     }
-    for chunk in chunks(folded, members, rounder.chunk):
+    step = rounder.args.rows
+    for chunk in chunks(folded, members, rounder.chunk, step):
         parts = [folded.rows(*rows) for rows in chunk]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-        scales = _shared(chunk, of_all) or rounder.scales(weight)
+        scales = _shared(chunk, of_all) or rounder.scales(parts, weight)
         rounded = rounder.round(weight, scales)
-        error.add(weight, dequantize(rounded, scales.scale))
+        error.add(weight, dequantize(rounded, scales.scale, rounder.args))
         first = 0
         for name, start, stop in chunk:
             last = first + stop - start
             integers, scale = made[name]
             integers[start:stop] = rounded[first:last]
-            if len(scale) == len(integers):
-                scale[start:stop] = scales.scale[first:last]
-            else:
+            if rounder.args.strategy == "tensor":
                 scale.copy_(scales.scale[first : first + 1])
+            else:
+                scale[start // step : -(-stop // step)] = scales.scale[first:last:step]
             first = last
     return made
 

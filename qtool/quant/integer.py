@@ -1,4 +1,4 @@
-"""Integer quantization as `QuantizationArgs` describe it: scales, zero points, rounding.
+"""Quantization as `QuantizationArgs` describe it: scales, zero points, rounding.
 
 Scales follow mindspore-gs 1.4.1: symmetric 2·max|w| / steps, asymmetric (max - min) / steps, computed
 in float64 and used in float32 (an int8 has 255 steps). compressed-tensors takes the same.
@@ -14,6 +14,12 @@ from qtool.quant.types import QuantizedLinear
 from qtool.scheme import QuantizationArgs
 
 _HAVE_FLOAT64 = ("cpu", "cuda")
+_INPUTS = (
+    ("int", "token", True, True),
+    ("int", "tensor", False, False),
+    ("float", "token", True, True),
+    ("float", "group", True, True),
+)
 
 
 def symmetric_scale(amax: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
@@ -46,10 +52,30 @@ def asymmetric_parameters(
     return scale.float().to(device), zero_point.float().to(device)
 
 
+def to_grid(x: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
+    """The numbers nearest to x that can be stored, in x's dtype and of its shape; x is overwritten."""
+    if args.type == "float":
+        return x.clamp_(args.qmin, args.qmax).to(torch.float8_e4m3fn).to(x.dtype)
+    return x.round_().clamp_(args.qmin, args.qmax)
+
+
+def storage_dtype(args: QuantizationArgs) -> torch.dtype:
+    """What holds such numbers in memory."""
+    return torch.float8_e4m3fn if args.type == "float" else torch.int8
+
+
 def fake_quantize_tokens(x: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
-    """Symmetric, each token by itself: over the last dimension (dynamic activations)."""
+    """Symmetric, each token or group of its channels by itself: over the last dimension (dynamic activations)."""
+    if args.group_size is not None:
+        width = x.shape[-1]
+        padded = torch.nn.functional.pad(x, (0, -width % args.group_size)).unflatten(-1, (-1, args.group_size))
+        return _fake_quantize_rows(padded, args).flatten(-2)[..., :width]
+    return _fake_quantize_rows(x, args)
+
+
+def _fake_quantize_rows(x: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
     scale = symmetric_scale(x.abs().amax(dim=-1, keepdim=True), args)
-    return (x / scale).round_().clamp_(args.qmin, args.qmax).mul_(scale)
+    return to_grid(x / scale, args).mul_(scale)
 
 
 def fake_quantize_tensor(
@@ -69,7 +95,8 @@ class InputQuantizer:
     """Fake quantization of what enters a linear. Raises ValueError for ways to share a scale that it doesn't know.
 
     Attributes:
-        args: per token, dynamic and symmetric; or per tensor, static and asymmetric; None leaves the input as it is.
+        args: per token (floating point also per group of its channels), dynamic and symmetric; or integers per tensor,
+            static and asymmetric; None leaves the input as it is.
         scale, zero_point: where it is static.
     """
 
@@ -82,7 +109,7 @@ class InputQuantizer:
         if args is None:
             return
         kind = (args.type, args.strategy, args.dynamic, args.symmetric)
-        if kind not in (("int", "token", True, True), ("int", "tensor", False, False)):
+        if kind not in _INPUTS:
             raise ValueError(f"activations that qtool can't quantize: {args}")
         if not args.dynamic and (self.scale is None or self.zero_point is None):
             raise ValueError("static activations without scale and zero point")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qtool.scheme import Scheme
+from qtool.scheme import QuantizationArgs, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +21,8 @@ class QuantizedLinear:
 
     Attributes:
         scheme: what qmin, qmax and steps are, and what shares a scale.
-        weight: int8 [out, in], symmetric (zero point 0), whatever its number of bits.
-        weight_scale: float32 [out], [1] or [out, groups], as the scheme has it.
+        weight: int8 [out, in], symmetric (zero point 0), whatever its number of bits; or float8_e4m3fn.
+        weight_scale: float32 [out], [1], [out, groups] or [blocks of rows, blocks of columns], as the scheme has it.
         bias: float [out] or None; formats store it in the model's dtype.
         input_scale: positive float where the scheme is static, else None.
         input_zero_point: integer in qmin..qmax where the scheme is static, else None.
@@ -40,13 +40,27 @@ class QuantizedLinear:
         return self.scheme.is_static
 
     def dequantize(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows of the float weight that the integers stand for, float32 [stop - start, in]."""
-        one = self.scheme.weights.strategy == "tensor"
-        return dequantize(self.weight[start:stop], self.weight_scale if one else self.weight_scale[start:stop])
+        """Rows of the float weight that the stored numbers stand for, float32 [stop - start, in]."""
+        args, scale, numbers = self.scheme.weights, self.weight_scale, self.weight[start:stop]
+        if args.block_structure is not None:
+            first = start // args.rows
+            scale = scale[first : -(-(start + len(numbers)) // args.rows)].repeat_interleave(args.rows, dim=0)
+            start -= first * args.rows
+        if args.strategy != "tensor":
+            scale = scale[start : start + len(numbers)]
+        return dequantize(numbers, scale, args)
 
 
-def dequantize(integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float32 [out, in] of integers [out, in] and scales [out], [1] or [out, groups]."""
+def dequantize(numbers: torch.Tensor, scale: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
+    """float32 [out, in] of stored numbers [out, in].
+
+    Args:
+        scale: [out], [1], or [out, parts] of each row's groups of channels; all rows of a block have its scale.
+    """
+    if args.type == "float":
+        numbers = numbers.float()
     if scale.dim() == 1:
-        return integers * scale[:, None]
-    return (integers.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1)
+        return numbers * scale[:, None]
+    if args.block_structure is not None:
+        return numbers * scale.repeat_interleave(args.block_structure[1], dim=1)[:, : numbers.shape[1]]
+    return (numbers.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1)

@@ -51,18 +51,26 @@ class Rows(NamedTuple):
     stop: int
 
 
-def chunks(weights: Weights, linears: Sequence[str], elements: int) -> Iterator[list[Rows]]:
-    """All rows of these linears, which share a width, in lots of about so many elements."""
+def chunks(weights: Weights, linears: Sequence[str], elements: int, together: int = 1) -> Iterator[list[Rows]]:
+    """All rows of these linears, which share a width, in lots of about so many elements.
+
+    Args:
+        together: every so many rows of a linear, from its first on, are in one lot.
+    """
     chunk: list[Rows] = []
-    room = capacity = max(1, elements // weights.shape(linears[0])[1])
+    room = capacity = max(1, elements // weights.shape(linears[0])[1], together)
     for name in linears:
         count, start = weights.shape(name)[0], 0
         while start < count:
             stop = min(count, start + room)
-            chunk.append(Rows(name, start, stop))
-            room -= stop - start
-            start = stop
-            if not room:
+            if stop < count:
+                stop -= (stop - start) % together
+            fits = stop > start
+            if fits:
+                chunk.append(Rows(name, start, stop))
+                room -= stop - start
+                start = stop
+            if not fits or not room:
                 yield chunk
                 chunk, room = [], capacity
     if chunk:

@@ -10,27 +10,36 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, TypeAdapter, model_validator
 
 from qtool.recipe.strict import Regex, ShortFor, Strict, wrong
 from qtool.recipe.words import short
-from qtool.scheme import PRESETS, QuantizationArgs, Scheme, named
+from qtool.scheme import PRESETS, QuantizationArgs, Scheme, Strategy, named
+
+_SIZES = {"group_size": "group", "block_structure": "block"}
 
 
 class Weights(Strict):
-    """How weights are stored, in the terms of `qtool.scheme`: as symmetric integers."""
+    """How weights are stored, in the terms of `qtool.scheme`: as symmetric integers, or 8-bit floating point (e4m3)."""
 
     num_bits: int = Field(default=8, ge=2, le=8)
-    type: Literal["int"] = "int"
-    strategy: Literal["tensor", "channel", "group"] = Field(default="channel", description="what shares a scale")
+    type: Literal["int", "float"] = "int"
+    strategy: Literal["tensor", "channel", "group", "block"] = Field(
+        default="channel", description="what shares a scale"
+    )
     group_size: int | None = Field(default=None, gt=0, description="for group: input channels that share a scale")
+    block_structure: tuple[PositiveInt, PositiveInt] | None = Field(
+        default=None, description="for block: rows and columns that share a scale"
+    )
     symmetric: bool = True
 
     @model_validator(mode="before")
     @classmethod
     def _group_size_says_group(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("group_size") is not None:
-            return {"strategy": "group", **data}
+        if isinstance(data, dict):
+            for key, strategy in _SIZES.items():
+                if data.get(key) is not None:
+                    return {"strategy": strategy, **data}
         return data
 
     @classmethod
@@ -40,13 +49,30 @@ class Weights(Strict):
             yield "symmetric", "must be true: qtool gives weights no zero point"
         if strategy == "group" and size is None:
             yield "group_size", "is missing, but strategy group needs it"
-        if strategy in ("tensor", "channel") and size is not None:
+        if strategy in ("tensor", "channel", "block") and size is not None:
             yield "group_size", f"has no meaning with strategy {strategy}"
+        blocks = given.get("block_structure")
+        if strategy == "block" and blocks is None:
+            yield "block_structure", "is missing, but strategy block needs it"
+        if strategy in ("tensor", "channel", "group") and blocks is not None:
+            yield "block_structure", f"has no meaning with strategy {strategy}"
+        if size is not None and blocks is not None and strategy is None:
+            yield "block_structure", "stands beside group_size: a weight has groups or blocks"
+        if given.get("type", "int") == "int" and (strategy == "block" or blocks is not None):
+            yield "block_structure", "is for type: float"
+        if given.get("type") == "float" and (strategy in ("tensor", "group") or size is not None):
+            yield "strategy", "of type: float is channel or block"
+        if given.get("type") == "float" and given.get("num_bits", 8) != 8:
+            yield "num_bits", "of type: float is 8"
 
     @property
     def args(self) -> QuantizationArgs:
         return QuantizationArgs(
-            num_bits=self.num_bits, type=self.type, strategy=self.strategy, group_size=self.group_size
+            num_bits=self.num_bits,
+            type=self.type,
+            strategy=self.strategy,
+            group_size=self.group_size,
+            block_structure=self.block_structure,
         )
 
 
@@ -76,10 +102,20 @@ class Dynamic(Strict):
     """A scale per token, found at run time."""
 
     mode: Literal["dynamic"]
+    type: Literal["int", "float"] = Field(default="int", description="8-bit integers, or floating point (e4m3)")
+    group_size: int | None = Field(
+        default=None, gt=0, description="channels of a token that share a scale; for floating point"
+    )
+
+    @classmethod
+    def disagreements(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        if given.get("group_size") is not None and given.get("type", "int") == "int":
+            yield "group_size", "is for type: float"
 
     @property
     def args(self) -> QuantizationArgs:
-        return QuantizationArgs(strategy="token", dynamic=True)
+        strategy: Strategy = "token" if self.group_size is None else "group"
+        return QuantizationArgs(type=self.type, strategy=strategy, group_size=self.group_size, dynamic=True)
 
 
 class Static(Strict):
@@ -179,10 +215,15 @@ class Policy(Strict):
     @model_validator(mode="before")
     @classmethod
     def _other_spellings(cls, data: Any) -> Any:
-        return _with_preset(_with_alpha(data)) if isinstance(data, dict) else data
+        return _for_floats(_with_preset(_with_alpha(data))) if isinstance(data, dict) else data
 
     @classmethod
     def disagreements(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        if _stores_floats(_with_preset(dict(given))):
+            if given.get("smoothing") in ("osl", {"method": "osl"}):
+                yield "smoothing", "osl is for integers, whose steps are of one size; floating point takes none"
+            if given.get("clip") is True:
+                yield "clip", "is for integers; floating point keeps its range"
         if "scheme" not in given:
             return
         name = given["scheme"]
@@ -198,14 +239,18 @@ class Policy(Strict):
         return Scheme(self.weights.args, self.activations.args)
 
     def with_scheme(self, scheme: Scheme) -> Policy:
-        """The same with weights and activations of a scheme of `qtool.scheme.PRESETS` or one like it."""
+        """The same with weights and activations of a scheme of `qtool.scheme.PRESETS` or one like it.
+
+        Smoothing and clipping, which are for integers, go where weights become floating point.
+        """
         parts = _of_scheme(scheme)
-        return self.model_copy(
-            update={
-                "weights": Weights.model_validate(parts["weights"]),
-                "activations": _ACTIVATIONS.validate_python(parts["activations"]),
-            }
-        )
+        update: dict[str, Any] = {
+            "weights": Weights.model_validate(parts["weights"]),
+            "activations": _ACTIVATIONS.validate_python(parts["activations"]),
+        }
+        if scheme.weights.type == "float":
+            update |= {"smoothing": NoSmoothing(method="none"), "clip": False}
+        return self.model_copy(update=update)
 
     def with_mode(self, mode: str) -> Policy:
         """The same with activations static or dynamic."""
@@ -235,16 +280,30 @@ def _of_scheme(scheme: Scheme) -> dict[str, Any]:
             "type": weights.type,
             "strategy": weights.strategy,
             "group_size": weights.group_size,
+            "block_structure": weights.block_structure,
             "symmetric": weights.symmetric,
         },
-        "activations": {"mode": _mode(scheme)},
+        "activations": _of_inputs(scheme.activations),
     }
 
 
-def _mode(scheme: Scheme) -> str:
-    if scheme.activations is None:
-        return "float"
-    return "static" if scheme.is_static else "dynamic"
+def _of_inputs(args: QuantizationArgs | None) -> dict[str, Any]:
+    if args is None:
+        return {"mode": "float"}
+    if not args.dynamic:
+        return {"mode": "static"}
+    floats = {"type": args.type, "group_size": args.group_size} if args.type == "float" else {}
+    return {"mode": "dynamic", **floats}
+
+
+def _stores_floats(data: Mapping[str, Any]) -> bool:
+    weights = data.get("weights")
+    return weights.get("type") == "float" if isinstance(weights, Mapping) else False
+
+
+def _for_floats(data: dict[str, Any]) -> dict[str, Any]:
+    """Floating-point weights are neither smoothed nor clipped, unless the recipe says so."""
+    return {"smoothing": "none", "clip": False, **data} if _stores_floats(data) else data
 
 
 def _with_alpha(data: dict[str, Any]) -> dict[str, Any]:

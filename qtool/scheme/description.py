@@ -13,13 +13,16 @@ from typing import Literal
 Strategy = Literal["tensor", "channel", "token", "group", "block"]
 
 
+_LARGEST_FLOAT = {8: 448}  # e4m3
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantizationArgs:
     """How one tensor is quantized.
 
     Attributes:
         num_bits: of each element.
-        type: integers, or floating point.
+        type: integers, or floating point: of 8 bits e4m3, which torch calls float8_e4m3fn.
         symmetric: the zero point is 0.
         strategy: what shares a scale: the whole tensor, an output channel, a token, a group of `group_size` input
             channels of one output channel, or a block of rows and columns.
@@ -46,18 +49,28 @@ class QuantizationArgs:
 
     @property
     def qmin(self) -> int:
-        """The least integer."""
-        return -(1 << (self.num_bits - 1))
+        """The least number that can be stored."""
+        return -_LARGEST_FLOAT[self.num_bits] if self.type == "float" else -(1 << (self.num_bits - 1))
 
     @property
     def qmax(self) -> int:
-        """The largest integer."""
-        return (1 << (self.num_bits - 1)) - 1
+        """The largest one."""
+        return _LARGEST_FLOAT[self.num_bits] if self.type == "float" else (1 << (self.num_bits - 1)) - 1
 
     @property
     def steps(self) -> int:
-        """How many steps lie between the least and the largest integer."""
+        """Their distance, which a symmetric range is spread over: of integers, how many steps lie between them."""
         return self.qmax - self.qmin
+
+    @property
+    def columns(self) -> int | None:
+        """How many neighbouring input channels share a scale; None for all of them."""
+        return self.block_structure[1] if self.block_structure is not None else self.group_size
+
+    @property
+    def rows(self) -> int:
+        """How many neighbouring output channels share a scale, where not all of them do."""
+        return self.block_structure[0] if self.block_structure is not None else 1
 
     def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the scales of a weight of `shape` (out, in). Raises ValueError where the groups don't fit."""
@@ -101,10 +114,18 @@ class Scheme:
     def label(self) -> str:
         """For people: "W8A8 static", "W4A16 in groups of 128"."""
         mode = "" if self.activations is None else " dynamic" if self.activations.dynamic else " static"
-        groups = f" in groups of {self.weights.group_size}" if self.weights.group_size else ""
-        return f"{self.bits}{mode}{groups}"
+        return " ".join(filter(None, (f"{self.bits}{mode}", self.shared)))
+
+    @property
+    def shared(self) -> str:
+        """For people: "in groups of 128"; empty where all of an output channel's weights have one scale."""
+        if self.weights.block_structure is not None:
+            return f"in blocks of {' x '.join(map(str, self.weights.block_structure))}"
+        return f"in groups of {self.weights.group_size}" if self.weights.group_size else ""
 
     @property
     def bits(self) -> str:
-        """For people: "W8A8"; float activations count as 16."""
+        """For people: "W8A8" for integers, "FP8" for floating point; activations that are not quantized count as 16."""
+        if self.weights.type == "float":
+            return f"FP{self.weights.num_bits}{'A16' if self.activations is None else ''}"
         return f"W{self.weights.num_bits}A{self.activations.num_bits if self.activations else 16}"

@@ -26,7 +26,26 @@ W4A16 = Scheme(_INT4_PER_GROUP, None)
 W4A8 = Scheme(_INT4_PER_GROUP, _INT8_PER_TOKEN)
 """int4 weights as in W4A16; int8 activations with a scale per token, found at run time."""
 
-PRESETS = {"W8A8": W8A8, "W8A8-dynamic": W8A8_DYNAMIC, "W8A16": W8A16, "W4A16": W4A16, "W4A8": W4A8}
+FP8_DYNAMIC = Scheme(
+    QuantizationArgs(type="float", strategy="channel"), QuantizationArgs(type="float", strategy="token", dynamic=True)
+)
+"""e4m3 weights per output channel; e4m3 activations with a scale per token, found at run time."""
+
+FP8_BLOCK = Scheme(
+    QuantizationArgs(type="float", strategy="block", block_structure=(128, 128)),
+    QuantizationArgs(type="float", strategy="group", group_size=128, dynamic=True),
+)
+"""e4m3 weights, blocks of 128 x 128 with one scale; e4m3 activations with a scale for 128 channels of a token."""
+
+PRESETS = {
+    "W8A8": W8A8,
+    "W8A8-dynamic": W8A8_DYNAMIC,
+    "W8A16": W8A16,
+    "W4A16": W4A16,
+    "W4A8": W4A8,
+    "FP8-dynamic": FP8_DYNAMIC,
+    "FP8-block": FP8_BLOCK,
+}
 
 _SHARED = re.compile(r"(?P<name>.+)-(?:g(?P<size>[1-9]\d{0,5})|channel)", re.IGNORECASE)
 

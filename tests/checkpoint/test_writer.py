@@ -229,7 +229,7 @@ def test_two_writers_of_one_process_do_not_touch_each_other(tmp_path: Path) -> N
 
 
 CHILD = """
-import os, resource, signal, sys, torch
+import os, resource, signal, sys, time, torch
 from qtool.checkpoint import formats
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import QtoolError
@@ -244,7 +244,8 @@ try:
                 os.kill(os.getpid(), signal.SIGKILL)
             if i == 50 and what == "wait":
                 print("ready", flush=True)
-                signal.pause()
+                while True:  # a signal just before a single long wait would not end it
+                    time.sleep(0.05)
         writer.finish(None, {}, {})
 except QtoolError as error:
     print(error, "|", error.hint)

@@ -233,3 +233,20 @@ def test_an_interruption_inside_exec(tmp_path: Path, qtool_environment: dict[str
     command = [sys.executable, "-m", "qtool", "doctor"]
     done = subprocess.run(command, env={**qtool_environment, "PYTHONPATH": path}, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("no\x1b[2Jsuch",),
+        ("inspect", "--no\x1b[2Jsuch"),
+        ("quantize", "x", "--samples", "a\x1b[2Jb"),
+        ("eval", "a", "b", "--runtime", "a\x1b[2Jb"),
+        ("recipes", "sh\x9bow"),
+        ("inspect", "a\x1b[2Jb"),
+    ],
+)
+def test_what_was_typed_does_not_command_the_terminal(run_qtool: Any, args: tuple[str, ...]) -> None:
+    done = run_qtool(*args)
+    assert done.code == 2
+    assert done.stderr.replace("\n", "").isprintable()

@@ -105,7 +105,7 @@ def test_an_input_that_stays_float() -> None:
         QuantizationArgs(strategy="tensor"),
         QuantizationArgs(strategy="token", symmetric=False, dynamic=True),
         QuantizationArgs(strategy="group", group_size=16, dynamic=True),
-        QuantizationArgs(strategy="token", type="float", dynamic=True),
+        QuantizationArgs(strategy="tensor", type="float"),
     ],
 )
 def test_inputs_that_nobody_quantizes(args: QuantizationArgs) -> None:
@@ -116,6 +116,12 @@ def test_inputs_that_nobody_quantizes(args: QuantizationArgs) -> None:
 def test_dequantize() -> None:
     integers = torch.arange(-12, 12, dtype=torch.int8).view(4, 6)
     by_row, by_group = values(4).abs(), values(4, 3).abs()
-    np.testing.assert_array_equal(dequantize(integers, by_row), integers.numpy() * by_row.numpy()[:, None])
-    np.testing.assert_array_equal(dequantize(integers, by_row[:1]), integers.numpy() * by_row.numpy()[0])
-    np.testing.assert_array_equal(dequantize(integers, by_group), integers.numpy() * by_group.numpy().repeat(2, axis=1))
+    np.testing.assert_array_equal(
+        dequantize(integers, by_row, QuantizationArgs()), integers.numpy() * by_row.numpy()[:, None]
+    )
+    np.testing.assert_array_equal(
+        dequantize(integers, by_row[:1], QuantizationArgs(strategy="tensor")), integers.numpy() * by_row.numpy()[0]
+    )
+    groups = QuantizationArgs(strategy="group", group_size=2)
+    expected = integers.numpy() * by_group.numpy().repeat(2, axis=1)
+    np.testing.assert_array_equal(dequantize(integers, by_group, groups), expected)

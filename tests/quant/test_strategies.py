@@ -11,10 +11,13 @@ from compressed_tensors.quantization import QuantizationArgs as TheirArgs
 from compressed_tensors.quantization.lifecycle import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 
+from qtool.quant.integer import InputQuantizer
 from qtool.quant.layer import quantize_layer
 from qtool.quant.topology import find_groups, linear_layers
 from qtool.quant.types import QuantizedLinear
+from qtool.quant.weights import ModuleWeights, Rows, chunks
 from qtool.recipe.policy import Policy
+from qtool.scheme import FP8_BLOCK, FP8_DYNAMIC, QuantizationArgs
 from tests.quant.test_layer import EXACT, HEADS, observe, relative
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -96,3 +99,91 @@ def test_groups_of_four_bits_err_less_than_channels(decoder_layer: Callable[[str
         made = quantized(layer, weights={"num_bits": 4, **way}, clip=False, rounding="nearest")
         found[strategy] = sum(relative(linear.dequantize(), weights[name]) for name, linear in made.items())
     assert found["group"] < 0.9 * found["channel"] < found["channel"] <= found["tensor"]
+
+
+# ------------------------------------------------------------------ floating point
+
+FLOATS: dict[str, dict[str, Any]] = {
+    "channel": {"strategy": "channel"},
+    "block": {"strategy": "block", "block_structure": [16, 32]},
+    "parts of blocks": {"strategy": "block", "block_structure": [48, 24]},
+}
+
+
+def floats_as_they_do(weight: torch.Tensor, way: dict[str, Any]) -> torch.Tensor:
+    """What compressed-tensors makes of a weight with scales of whole ranges."""
+    theirs = TheirArgs(num_bits=8, type="float", symmetric=True, **way)
+    if way["strategy"] == "channel":
+        peak = weight.abs().amax(dim=1, keepdim=True)
+    else:
+        rows, columns = way["block_structure"]
+        padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % columns, 0, -weight.shape[0] % rows))
+        peak = padded.abs().unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).amax(dim=(1, 3))
+    scale, zero = calculate_qparams(-peak, peak, theirs)
+    return fake_quantize(weight, scale, zero, theirs)
+
+
+@pytest.mark.parametrize("way", FLOATS)
+def test_floating_point_is_theirs(way: str, decoder_layer: Callable[[str], Any]) -> None:
+    layer = decoder_layer("qwen2")
+    weights = {name: module.weight.clone() for name, module in linear_layers(layer.module).items()}
+    made = quantized(layer, weights={"type": "float", **FLOATS[way]}, rounding="nearest")
+    for name, linear in made.items():
+        assert linear.weight.dtype == torch.float8_e4m3fn
+        assert tuple(linear.weight_scale.shape) == linear.scheme.weights.scales_shape(tuple(weights[name].shape))
+        expected, found = floats_as_they_do(weights[name], FLOATS[way]), linear.dequantize()
+        near = (found - expected).abs() <= 1e-5 * expected.abs() + 1e-9
+        assert near.float().mean() > 0.99  # the rest lies half a step from two numbers
+        torch.testing.assert_close(linear.dequantize(3, 41), found[3:41])
+        torch.testing.assert_close(linear.dequantize(17), found[17:])
+
+
+@pytest.mark.parametrize("way", FLOATS)
+def test_gptq_errs_less_in_floating_point_too(way: str, decoder_layer: Callable[[str], Any]) -> None:
+    found = {}
+    for rounding in ("nearest", "gptq"):
+        layer = decoder_layer("llama")
+        before = layer.run()
+        made = quantized(layer, weights={"type": "float", **FLOATS[way]}, activations="float", rounding=rounding)
+        for name, linear in made.items():
+            layer.module.get_submodule(name).weight.copy_(linear.dequantize())
+        found[rounding] = relative(layer.run(), before)
+    assert found["gptq"] < 0.9 * found["nearest"] < 0.1
+
+
+@pytest.mark.parametrize("args", [FP8_DYNAMIC.activations, FP8_BLOCK.activations])
+@pytest.mark.parametrize("width", [256, 200])
+def test_floating_point_inputs_are_theirs(args: QuantizationArgs, width: int) -> None:
+    x = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(0)) * 7
+    whole = torch.nn.functional.pad(x, (0, -width % 128))  # they take no part of a group
+    theirs = TheirArgs.model_validate(
+        {"num_bits": 8, "type": "float", "dynamic": True, "strategy": args.strategy, "group_size": args.group_size}
+    )
+    if args.group_size:
+        peak = whole.unflatten(-1, (-1, 128)).abs().amax(dim=-1)
+    else:
+        peak = whole.abs().amax(dim=-1, keepdim=True)
+    scale, zero = calculate_qparams(-peak, peak, theirs)
+    expected = fake_quantize(whole, scale, zero, theirs)[..., :width]
+    found = InputQuantizer(args)(x)
+    assert ((found - expected).abs() <= 1e-6 * expected.abs()).float().mean() > 0.995
+    assert 0.005 < relative(found, x) < 0.05
+
+
+@pytest.mark.parametrize("elements", [1, 64 * 20, 64 * 33, 10**6])
+@pytest.mark.parametrize("together", [1, 16])
+def test_rows_that_share_scales_come_together(
+    elements: int, together: int, decoder_layer: Callable[[str], Any]
+) -> None:
+    weights = ModuleWeights(decoder_layer("llama").module)
+    names = [f"self_attn.{part}_proj" for part in "qkv"]
+    seen: dict[str, list[Rows]] = {}
+    for chunk in chunks(weights, names, elements, together):
+        assert sum(rows.stop - rows.start for rows in chunk) <= max(together, elements // 64, 1)
+        for rows in chunk:
+            seen.setdefault(rows.linear, []).append(rows)
+    assert list(seen) == names
+    for name, parts in seen.items():
+        assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
+        assert parts[-1].stop == weights.shape(name)[0]
+        assert all(part.start % together == 0 for part in parts)

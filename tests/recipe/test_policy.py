@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from qtool.recipe.policy import Policy
-from qtool.scheme import W8A8, W8A8_DYNAMIC, QuantizationArgs, Scheme
+from qtool.scheme import FP8_DYNAMIC, W8A8, W8A8_DYNAMIC, QuantizationArgs, Scheme
 
 
 def policy(**keys: Any) -> Policy:
@@ -68,6 +68,8 @@ def test_earlier_spellings(old: dict[str, Any], new: dict[str, Any]) -> None:
         {"weights": {"num_bits": 3, "strategy": "tensor"}, "smoothing": "none"},
         {"activations": "float"},
         {"scheme": "w4a16-g64"},
+        {"scheme": "fp8-block"},
+        {"weights": {"type": "float"}, "activations": {"type": "float", "group_size": 64}},
     ],
 )
 def test_what_is_dumped_loads_again(keys: dict[str, Any]) -> None:
@@ -109,3 +111,32 @@ def test_with_mode() -> None:
 def test_an_observer_is_for_a_static_range(mode: str, observer: Any) -> None:
     with pytest.raises(ValidationError, match="observer"):
         policy(activations={"mode": mode, "observer": observer})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"weights": {"type": "float", "group_size": 32}}, "channel or block"),
+        ({"weights": {"type": "float", "num_bits": 4}}, "of type: float is 8"),
+        ({"weights": {"block_structure": [2, 2]}}, "is for type: float"),
+        ({"weights": {"type": "float", "strategy": "block"}}, "is missing"),
+        ({"weights": {"type": "float", "strategy": "channel", "block_structure": [2, 2]}}, "no meaning"),
+        ({"weights": {"type": "float", "block_structure": [0, 2]}}, "greater than 0"),
+        ({"activations": {"mode": "dynamic", "group_size": 32}}, "is for type: float"),
+        ({"weights": {"type": "float"}, "smoothing": "osl"}, "osl is for integers"),
+        ({"scheme": "FP8-dynamic", "clip": True}, "is for integers"),
+    ],
+)
+def test_what_floating_point_has_no_place_for(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        policy(**keys)
+
+
+def test_floating_point_is_neither_smoothed_nor_clipped() -> None:
+    for made in (policy(scheme="fp8-dynamic"), policy().with_scheme(FP8_DYNAMIC)):
+        assert (made.scheme, made.smoothing.method, made.clip, made.rounding.method) == (
+            FP8_DYNAMIC,
+            "none",
+            False,
+            "gptq",
+        )

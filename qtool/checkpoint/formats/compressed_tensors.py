@@ -5,6 +5,7 @@ activations also `input_scale` [1] and `input_zero_point` int8 [1]; the layer's 
 
 `int-quantized`: `weight` int8 [out, in].
 `pack-quantized`: `weight_packed` int32 [out, words], several in a word, and `weight_shape` int64 [2], (out, in).
+`float-quantized`: `weight` float8_e4m3fn [out, in]; where blocks share a scale, `weight_scale` has one for each.
 
 Weights of 4 bits, and those beside float activations, are packed: vLLM 0.32 takes the latter only so, and the former
 besides as int8 for ARM processors alone (compressed_tensors.py and kernels/linear/mixed_precision).
@@ -40,24 +41,25 @@ from qtool.checkpoint.formats.stored import Stored
 from qtool.checkpoint.formats.targets import targets
 from qtool.errors import InputError
 from qtool.quant.types import QuantizedLinear
-from qtool.scheme import W4A8, W4A16, W8A8, W8A8_DYNAMIC, W8A16, QuantizationArgs, Scheme
+from qtool.scheme import FP8_BLOCK, FP8_DYNAMIC, W4A8, W4A16, W8A8, W8A8_DYNAMIC, W8A16, QuantizationArgs, Scheme
 
 if TYPE_CHECKING:
     import torch
 
     from qtool.checkpoint.reader import Checkpoint
 
-_INT, _PACK = "int-quantized", "pack-quantized"
+_INT, _PACK, _FLOAT = "int-quantized", "pack-quantized", "float-quantized"
 _PACKED, _SHAPE = "weight_packed", "weight_shape"
 _ZERO_POINT = "input_zero_point"
 _SIZES = {"group": {"group_size"}, "block": {"block_structure"}}
+_FLOAT_WEIGHTS = (FP8_DYNAMIC.weights, FP8_BLOCK.weights)
 _FIELDS = tuple(field.name for field in dataclasses.fields(QuantizationArgs))
 
 
 class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
     name = "compressed-tensors"
-    title = "integers of compressed-tensors"
-    schemes = (W8A8, W8A8_DYNAMIC, W8A16, W4A16, W4A8)
+    title = "integers and float8 of compressed-tensors"
+    schemes = (W8A8, W8A8_DYNAMIC, W8A16, W4A16, W4A8, FP8_DYNAMIC, FP8_BLOCK)
     parts = frozenset(
         ("weight", _PACKED, _SHAPE, "weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "bias")
     )
@@ -71,6 +73,8 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
 
     def expresses(self, scheme: Scheme) -> bool:
         weights = scheme.weights
+        if weights.type == "float":
+            return scheme in (FP8_DYNAMIC, FP8_BLOCK) or (scheme.activations is None and weights in _FLOAT_WEIGHTS)
         return scheme in (W8A8, W8A8_DYNAMIC) or (
             (weights.type, weights.symmetric, weights.dynamic) == ("int", True, False)
             and weights.strategy in ("channel", "group")
@@ -92,7 +96,8 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
         import torch
 
         check_scales(name, linear)
-        scale = linear.weight_scale.reshape(len(linear.weight), -1)
+        blocks = linear.scheme.weights.block_structure is not None
+        scale = linear.weight_scale if blocks else linear.weight_scale.reshape(len(linear.weight), -1)
         if _is_packed(linear.scheme):
             tensors = {
                 f"{name}.{_PACKED}": pack(linear.weight, linear.scheme.weights.num_bits),
@@ -158,6 +163,8 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
         )
 
     def shape(self, stored: Stored, scheme: Scheme) -> tuple[int, int]:
+        if scheme.weights.type == "float":
+            return stored.shape_of("F8_E4M3")
         if not stored.has(_PACKED):
             return stored.shape
         info = stored.checkpoint.info(f"{stored.name}.{_PACKED}")
@@ -177,8 +184,8 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
             packed = stored.checkpoint.tensor(f"{stored.name}.{_PACKED}")
             weight = unpack(packed, weights.num_bits, width)
         else:
-            weight = stored.weight()
-        if weights.strategy == "group":
+            weight = stored.numbers(weights)
+        if weights.columns is not None:
             scale = stored.scales("weight_scale", weights, shape)
         else:
             scale = stored.scale("weight_scale", out)
@@ -198,10 +205,13 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
 
 
 def _is_packed(scheme: Scheme) -> bool:
-    return scheme.activations is None or scheme.weights.num_bits < 8 or scheme.weights.strategy == "group"
+    weights = scheme.weights
+    return weights.type == "int" and (scheme.activations is None or weights.num_bits < 8 or weights.strategy == "group")
 
 
 def _layout(scheme: Scheme) -> str:
+    if scheme.weights.type == "float":
+        return _FLOAT
     return _PACK if _is_packed(scheme) else _INT
 
 

@@ -27,15 +27,37 @@ class Stored:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the int8 weight, from its header."""
+        return self.shape_of("I8")
+
+    def shape_of(self, dtype: str) -> tuple[int, int]:
+        """(out, in) of the weight, which has this safetensors code, from its header."""
         info = self.checkpoint.info(f"{self.name}.weight")
-        if info.dtype != "I8" or len(info.shape) != 2:
-            raise self.error(f"weight is {info.dtype} {list(info.shape)}, expected int8 [out, in]")
+        if info.dtype != dtype or len(info.shape) != 2:
+            expected = {"I8": "int8"}.get(dtype, dtype)
+            raise self.error(f"weight is {info.dtype} {list(info.shape)}, expected {expected} [out, in]")
         return info.shape[0], info.shape[1]
 
     def weight(self) -> torch.Tensor:
         """int8 [out, in]."""
         out_size, in_size = self.shape
         return self.checkpoint.tensor(f"{self.name}.weight").view(out_size, in_size)
+
+    def numbers(self, args: QuantizationArgs) -> torch.Tensor:
+        """The weight [out, in] as `args` have it: int8 in their range, or float8_e4m3fn without NaN."""
+        if args.type == "float":
+            import torch
+
+            shape = self.shape_of("F8_E4M3")
+            weight = self.checkpoint.tensor(f"{self.name}.weight").view(*shape)
+            if bool(((weight.view(torch.uint8) & 0x7F) == 0x7F).any()):
+                raise self.error("its weight holds NaN")
+            return weight
+        weight = self.weight()
+        if args.num_bits < 8 and weight.numel():
+            low, high = (int(extreme) for extreme in weight.aminmax())
+            if low < args.qmin or high > args.qmax:
+                raise self.error(f"its weight has integers from {low} to {high}, which don't fit {args.num_bits} bits")
+        return weight
 
     def bias(self) -> torch.Tensor | None:
         """[out] as stored."""

@@ -169,10 +169,11 @@ def _round(layer: nn.Module, work: _Work, storage: Storage, result: LayerResult)
     inputs, scales = work.inputs, work.scales
     quantizer = input_quantizer(work.policy, inputs, storage)
     noisy = quantizer(inputs.sample)
-    integers = round_to_nearest(work.weight, *scales, work.policy.scheme.weights).to(torch.int8)
+    args = work.policy.scheme.weights
+    integers = round_to_nearest(work.weight, *scales, args).to(torch.int8)
     few = slice(None, None, max(1, len(noisy) // _REPORT_TOKENS))
     reference = inputs.sample[few] @ work.weight.t()
-    error = (noisy[few] @ dequantize(integers, scales.scale).t()).sub_(reference).square_().sum()
+    error = (noisy[few] @ dequantize(integers, scales.scale, args).t()).sub_(reference).square_().sum()
     relative = float(error / reference.square_().sum().clamp(min=1e-30))
     s = work.diagonal.s if work.diagonal is not None else torch.ones_like(inputs.low)
     before, after = extent(inputs.low * s, inputs.high * s), extent(inputs.low, inputs.high)

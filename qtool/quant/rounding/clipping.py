@@ -43,7 +43,13 @@ class ScaleSearch:
     storable: Callable[[torch.Tensor], torch.Tensor]
 
     def of_rows(self, weight: torch.Tensor) -> Scales:
-        """Scales of some rows of a weight, float32 [rows, in], each row or each group of its channels by itself."""
+        """Scales of some rows of a weight, float32 [rows, in], each row or each group of its channels by itself.
+
+        Where blocks share a scale, the rows are those of one weight, from the first of a block on; all rows of a block
+        get its scale.
+        """
+        if self.args.block_structure is not None:
+            return self._of_blocks(weight)
         if self.args.strategy != "group":
             return self._of_each(weight, self.error)
         blocks = column_blocks(self.args, weight.shape[1])
@@ -71,6 +77,16 @@ class ScaleSearch:
         best = int(errors.argmin())
         return Scales(scales[best : best + 1], bounds[best : best + 1])
 
+    def _of_blocks(self, weight: torch.Tensor) -> Scales:
+        """[rows, blocks of columns], without a search: what floating point loses hardly depends on the scale."""
+        rows, columns = self.args.rows, self.args.columns
+        assert columns is not None
+        count, width = weight.shape
+        padded = torch.nn.functional.pad(weight, (0, -width % columns, 0, -count % rows))
+        peak = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).abs().amax(dim=(1, 3))
+        scale = self.storable(symmetric_scale(peak, self.args))
+        return Scales(*(each.repeat_interleave(rows, dim=0)[:count] for each in (scale, peak)))
+
     def _of_each(self, weight: torch.Tensor, row_error: ScaleError | None) -> Scales:
         """A scale and bound for each row [rows] of a weight or of parts of it, float32 [rows, some]."""
         peak = weight.abs().amax(dim=1)
@@ -94,5 +110,5 @@ class ScaleSearch:
 
 def column_blocks(args: QuantizationArgs, width: int) -> list[slice]:
     """The input channels of a row that share a scale."""
-    size = width if args.group_size is None else args.group_size
-    return [slice(start, start + size) for start in range(0, width, size)]
+    size = args.columns or width
+    return [slice(start, min(start + size, width)) for start in range(0, width, size)]

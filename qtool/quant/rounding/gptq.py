@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from qtool.quant import threads
+from qtool.quant.integer import storage_dtype
 from qtool.quant.rounding import graphs
 from qtool.scheme import QuantizationArgs
 
@@ -39,12 +40,12 @@ class GPTQ:
         self._inverse = _inverse_factor(hessian, self._order)
 
     def round(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Float32 weight [out, in] in steps of scale [out] or [out, groups]: int8 [out, in]."""
+        """Float32 weight [out, in] in steps of scale [out] or [out, parts]: int8 or float8_e4m3fn [out, in]."""
         width = weight.shape[1]
         inverse = self._inverse
         # Rows are input channels, so that updates are contiguous. With one scale per output channel they are in its
         # units; where scales change along the row, an error moves on in the weight's own.
-        grouped, size = scale.dim() == 2, width // scale.shape[-1]
+        grouped, size = scale.dim() == 2, self._args.columns or width
         work = (weight if grouped else weight / scale[:, None])[:, self._order].t().contiguous()
         quantized = torch.empty(work.shape, dtype=torch.int8, device=weight.device)
         round_block = self._block_rounder(work, grouped)
@@ -57,7 +58,7 @@ class GPTQ:
                 work[end:].addmm_(inverse[start:end, end:].t(), errors, alpha=-1)
         back = torch.empty_like(self._order)
         back[self._order] = torch.arange(width, device=back.device)
-        return quantized[back].t().contiguous()
+        return quantized[back].t().contiguous().view(storage_dtype(self._args))
 
     def _block_rounder(self, work: torch.Tensor, grouped: bool) -> graphs.Function:
         """What rounds one block after the other of `work` [in, out]; all of a shape but the last."""
@@ -77,16 +78,21 @@ class GPTQ:
             steps: the scale of each element, float32 [few, out]; None where the block is in its units.
 
         Returns:
-            (int8 [few, out], errors to move on, float32 [few, out]).
+            (int8 [few, out], which are the bits of a float8, too; errors to move on, float32 [few, out]).
         """
         quantized, errors = torch.empty(block.shape, dtype=torch.int8, device=block.device), torch.empty_like(block)
         # Numbers are faster than tensors on a CPU; on a device they would have to be waited for.
+        floats = self._args.type == "float"
         pivots = factor.diagonal().tolist() if block.device.type == "cpu" else factor.diagonal().unbind()
         with threads.single():
             for i, pivot in enumerate(pivots):
                 column = block[i] if steps is None else block[i] / steps[i]
-                q = column.round().clamp_(self._args.qmin, self._args.qmax)
-                quantized[i] = q
+                if floats:
+                    stored = column.clamp(self._args.qmin, self._args.qmax).to(storage_dtype(self._args))
+                    quantized[i], q = stored.view(torch.int8), stored.float()
+                else:
+                    q = column.round().clamp_(self._args.qmin, self._args.qmax)
+                    quantized[i] = q
                 error = torch.sub(block[i], q if steps is None else q.mul_(steps[i]), out=errors[i]).div_(pivot)
                 if i + 1 < len(pivots):
                     block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from qtool.quant.integer import to_grid
 from qtool.scheme import QuantizationArgs
 
 
@@ -20,12 +21,21 @@ def round_to_nearest(
         scale, bound: float32 [out], or [out, groups] where the input channels of a group share one.
 
     Returns:
-        float32 [out, in], integers in qmin..qmax.
+        float32 [out, in], numbers in qmin..qmax.
     """
+    if args.type == "float":  # its range is no matter of clipping
+        return _round_floats(weight, scale, args)
     if scale.dim() == 2:
         grouped = weight.unflatten(1, (scale.shape[1], -1))
         return _round(grouped, scale[..., None], bound[..., None], args).flatten(1)
     return _round(weight, scale[:, None], bound[:, None], args)
+
+
+def _round_floats(weight: torch.Tensor, scale: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
+    if scale.dim() == 1:
+        return to_grid(weight / scale[:, None], args)
+    assert args.columns is not None
+    return to_grid(weight / scale.repeat_interleave(args.columns, dim=1)[:, : weight.shape[1]], args)
 
 
 def _round(weight: torch.Tensor, scale: torch.Tensor, bound: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:

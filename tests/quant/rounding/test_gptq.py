@@ -77,8 +77,8 @@ def test_any_bits_with_a_scale_per_channel_or_group(num_bits: int, group_size: i
     expected = optimal_brain(weight.double().numpy(), scale.double().numpy(), damped, args)
     found = GPTQ(hessian.clone(), 0.0, args).round(weight, scale)
     assert (int(found.min()), int(found.max())) == (-(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1)
-    ours = error_under(torch.from_numpy(damped), dequantize(found, scale) - weight)
-    theirs = error_under(torch.from_numpy(damped), dequantize(torch.from_numpy(expected).float(), scale) - weight)
+    ours = error_under(torch.from_numpy(damped), dequantize(found, scale, args) - weight)
+    theirs = error_under(torch.from_numpy(damped), dequantize(torch.from_numpy(expected).float(), scale, args) - weight)
     assert ours == pytest.approx(theirs, rel=0.02)
     assert (found.numpy() == expected).mean() >= 0.95
 
