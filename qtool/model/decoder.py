@@ -20,6 +20,7 @@ from torch import nn
 from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
 from qtool.model import experts
+from qtool.model.architectures import Architecture
 from qtool.model.experts import RoutedExperts
 from qtool.model.head import Head
 from qtool.model.loader import Loader, Quantizer
@@ -82,6 +83,11 @@ class DecoderStream:
     def heads(self) -> int:
         """Attention heads, whose rows interleave in some fused projections."""
         return self._skeleton.heads
+
+    @property
+    def architecture(self) -> Architecture:
+        """What is known of the family."""
+        return self._skeleton.architecture
 
     @property
     def experts_per_token(self) -> int:

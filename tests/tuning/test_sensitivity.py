@@ -75,7 +75,8 @@ def measured(model: Path, output: Path, recipe: Recipe) -> float:
     )
     silent: Any = Silent()
     execute(prepare(job, silent), silent)
-    figures = compare(ComparisonJob(base=model, quantized=output, text=TEXT), silent).figures
+    (found,) = compare(ComparisonJob(base=model, quantized=(output,), text=TEXT), silent)
+    figures = found.figures
     return figures.kl_divergence["value"]
 
 

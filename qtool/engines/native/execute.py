@@ -129,6 +129,7 @@ def _report(prepared: Prepared, calibration: Calibration, ledger: Ledger) -> Qua
         ),
         layers=ledger.groups,
         experts=ledger.experts,
+        left_float=prepared.plan.left_float,
     )
 
 

@@ -43,6 +43,7 @@ class Architecture:
         layer_attributes: what a base model looks up on its decoder layers besides calling them.
         layers_return_tuples: the base model takes the first of what a layer returns.
         final_norm_names: a regular expression for the norm after the last layer, among the modules beside the layers.
+        float_linears: regular expressions for linears inside a decoder layer that runtimes keep float, and why.
         heads, experts_per_token: settings of config.json.
     """
 
@@ -50,6 +51,7 @@ class Architecture:
     layer_attributes: ClassVar[tuple[str, ...]] = ("attention_type", "layer_type", "is_sliding")
     layers_return_tuples: ClassVar[bool] = False
     final_norm_names: ClassVar[str] = r"(?!.*embed).*norm.*|ln_f"
+    float_linears: ClassVar[dict[str, str]] = {}
     heads: ClassVar[str] = "num_attention_heads"
     experts_per_token: ClassVar[str] = "num_experts_per_tok"
 
@@ -97,6 +99,10 @@ class Architecture:
                 apply_gate=module._apply_gate,
                 router=self.router(layer, name, count, hidden),
             )
+
+    def kept_float(self, linear: str) -> str | None:
+        """Why runtimes keep a linear float, by its name inside the decoder layer; None where they don't."""
+        return next((why for pattern, why in self.float_linears.items() if re.fullmatch(pattern, linear)), None)
 
     def router(self, layer: nn.Module, experts: str, count: int, hidden: int) -> str | None:
         """The parameter [count, hidden] of a module beside the experts, by its name inside the layer."""
