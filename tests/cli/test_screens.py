@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from tests.cli.test_run import write_recipe
+from tests.hub.fixtures import Hub, model_files
+from tests.hub.loopback import Repo
 from tests.launcher import Launcher
 from tests.terminal import Terminal
 
@@ -125,6 +127,13 @@ def test_convert(seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
     seen("quantize", tiny_llama, "--engine", "native", "--output", "made", *short)
     terminal = seen("convert", "made", "--to", "golden-stick", "--output", "other")
     assert [line for line in terminal.lines if line][-1] == str(tmp_path / "other")
+
+
+def test_download(seen: Seen, huggingface: Hub, tmp_path: Path) -> None:
+    huggingface.server.repos["org/model"] = Repo(model_files())
+    terminal = seen("download", "org/model", env=huggingface.env)
+    assert [line for line in terminal.lines if line][-1] == str(tmp_path / "model")
+    assert "asking Hugging Face" in terminal.drawn
 
 
 def test_a_failure_says_how_far_it_came(seen: Seen, tmp_path: Path) -> None:
