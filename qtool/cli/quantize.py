@@ -151,7 +151,7 @@ def quantize(
     run: Run,
     printed: Printed,
 ) -> None:
-    """Quantize a model to W8A8 and print the path of the new checkpoint.
+    """Quantize a model and print the path of the new checkpoint.
 
     Examples:
 

@@ -113,7 +113,7 @@ def _left_float(
     shares: Counter[tuple[str, str]] = Counter()
     for name, policy in policies.items():
         if policy is None:
-            key = (_pattern(name), kept.get(name, "the recipe leaves it"))
+            key = (_pattern(name), kept.get(name, "the recipe leaves it float"))
             counts[key] += 1
             shares[key] += sizes[name]
     return [LeftFloat(*key, counts[key], round(size / total, 4)) for key, size in shares.most_common()]
@@ -141,8 +141,8 @@ def _check_scales(name: str, scheme: Scheme, checkpoint: Checkpoint, where: str)
         # compressed-tensors 0.17 divides a weight by the number of its scales; vLLM 0.32 refuses parts of blocks in
         # layers that it fuses.
         raise InputError(
-            f"{name}: a weight of {' x '.join(map(str, shape))} is no whole number of blocks of "
-            f"{' x '.join(map(str, blocks))}, which is all that runtimes read",
+            f"{name}: a weight of {' x '.join(map(str, shape))} is not a whole number of blocks of "
+            f"{' x '.join(map(str, blocks))}, and runtimes read nothing else",
             where=where,
             hint="use --scheme fp8-dynamic, or give this layer another policy",
         )
@@ -195,7 +195,7 @@ def describe(policy: Policy | None) -> str:
     if activations.mode == "static":
         bits += f" per-tensor static ({activations.observer.method})"
     elif activations.mode == "dynamic":
-        bits += " per-token dynamic"
+        bits += " per-token dynamic" + ("" if activations.symmetric else " asymmetric")
     extras = [policy.smoothing.method, "clip" if policy.clip else "", policy.rounding.method]
     return f"{bits}, {', '.join(e for e in extras if e and e != 'none')}"
 

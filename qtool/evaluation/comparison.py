@@ -136,10 +136,12 @@ class _Ran:
 
 
 def _run(stream: DecoderStream, ids: torch.Tensor, name: str, report: Report) -> torch.Tensor:
-    hidden = list(forward(stream, ids, _TOKENS, name, report))[-1]
-    for rows in hidden.split(max(1, _TOKENS // ids.shape[1])):
-        rows.copy_(stream.head.normalize(rows))
-    return hidden[:, :-1].reshape(-1, hidden.shape[2])
+    *_, last = forward(stream, ids, _TOKENS, name, report)
+    states = []
+    for batch in last.split(max(1, _TOKENS // ids.shape[1])):
+        leaving = stream.head.leaving(batch)[:, :-1]
+        states.append(leaving.reshape(-1, leaving.shape[2]))
+    return torch.cat(states)
 
 
 def _divergences(base: _Ran, others: Sequence[_Ran], targets: torch.Tensor, report: Report) -> list[Divergence]:

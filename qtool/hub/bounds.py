@@ -40,7 +40,7 @@ class Answer:
         self._taken += count
         if self._taken > MOST_BYTES:
             raise InputError(
-                f"refused: an answer of more than {MOST_BYTES >> 20} MB, which is no file", where=self._host
+                f"refused: an answer of more than {MOST_BYTES >> 20} MB that is not a file", where=self._host
             )
         if time.monotonic() - self._began > MOST_SECONDS:
             raise Again("its answer comes too slowly")

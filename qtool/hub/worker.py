@@ -81,7 +81,7 @@ def _listing(hub: Hub, repo: str, revision: str | None) -> Listing:
         listing = hub.listing(repo, revision)
     for file in listing.files:
         if not isinstance(file.path, str):
-            raise InputError(f"refused {shown(file.path)}: its name is no text", where=repo)
+            raise InputError(f"refused {shown(file.path)}: its name is not text", where=repo)
     return listing
 
 

@@ -189,7 +189,7 @@ def _from_gguf(file: Path, beside: Path, access: Access) -> Model:
 
     if file.suffix != ".gguf":
         hint = "Give a model folder, a GGUF file or ORG/NAME."
-        raise InputError("is a file, and no GGUF file", where=str(file), hint=hint)
+        raise InputError("is a file, but not a GGUF file", where=str(file), hint=hint)
     seen = file.stat()
     key = hashlib.sha256(f"{file.resolve()} {seen.st_size} {seen.st_mtime_ns}".encode()).hexdigest()[:16]
     target = user_cache_path("qtool") / "models" / "gguf" / key / file.stem

@@ -147,7 +147,7 @@ def run(engine: str, job: QuantizationJob, on_event: OnEvent) -> QuantizationRes
     finally:
         left = tidy(job.output.path, keep_resumable=True)  # what a killed worker could not remove
         if left is not None:
-            on_event({"event": "warning", "message": f"what is finished is kept in {left}; --resume goes on there"})
+            on_event({"event": "warning", "message": f"the finished work is kept in {left}; add --resume to continue"})
 
 
 def dry_run(engine: str, job: QuantizationJob, on_event: OnEvent) -> DryRun:

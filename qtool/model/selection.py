@@ -26,9 +26,10 @@ def kept_float(stream: DecoderStream) -> dict[str, str]:
     """Why linears stay float, by the checkpoint's names without ".weight"."""
     found = {}
     for index in range(stream.depth):
-        layer = stream.skeleton_layer(index)
-        for name, why in reasons(layer, stream.architecture).items():
-            found[stream.stored(index, f"{name}.weight").removesuffix(".weight")] = why
+        own = stream.own_parameters(index)
+        for name, why in reasons(stream.skeleton_layer(index), stream.architecture).items():
+            if (stored := own.get(f"{name}.weight")) is not None:
+                found[stored.removesuffix(".weight")] = why
     return found
 
 

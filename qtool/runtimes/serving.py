@@ -56,14 +56,14 @@ class Address:
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         except OSError as error:
-            raise InputError(f"is no address: {error.strerror}", where=f"--host {self.host}") from None
+            raise InputError(f"is not a valid address: {error.strerror}", where=f"--host {self.host}") from None
         family, kind, protocol, _, address = found[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(address)
             except OSError as error:
-                what = f"can't be listened on: {error.strerror}"
+                what = f"can't be used to listen: {error.strerror}"
                 raise InputError(what, where=f"{self.host}:{self.port}", hint="Choose another --port.") from None
 
     def answers(self) -> bool:

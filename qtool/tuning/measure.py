@@ -78,6 +78,8 @@ def _prepare(job: SensitivityJob) -> _Prepared:
     plan.refuse_quantized(checkpoint)
     stream = DecoderStream(checkpoint, dtype=torch.float32, trust_remote_code=job.trust_remote_code)
     check_length(job.text, checkpoint)
+    if not stream.is_plain:
+        raise stream.unusual("more than hidden states passes from layer to layer, and gradients can't follow that")
     kept = selection.kept_float(stream)
     linears = stream.linears()
     planned = plan.make(checkpoint, job.recipe, job.scheme, job.format, linears, kept)

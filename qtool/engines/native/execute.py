@@ -43,7 +43,7 @@ def execute(prepared: Prepared, report: Report) -> QuantizationResult:
     calibration = checked(prepared)
     writer = _writer(prepared, calibration)
     with writer, executor.make(job.resources, prepared.context, prepared.setup) as units:
-        output, ledger = PieceWriter(writer, model, prepared.plan.policies), Ledger(writer)
+        output, ledger = PieceWriter(writer, model, prepared.context.format), Ledger(writer)
         output.write_outside()  # first, so that damage in it shows at once
         Schedule(prepared, output, ledger, units, report).run(calibration.ids)
         made = _report(prepared, calibration, ledger)

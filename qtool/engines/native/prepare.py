@@ -91,7 +91,7 @@ def prepare(job: QuantizationJob, report: Report) -> Prepared:
     planned = plan.make(checkpoint, job.recipe, job.scheme, job.output.format, linears, kept)
     context.model.prologue(torch.tensor([[0, 1]]))  # what can't be run shows before any work, and in a dry run
     if job.recipe.osl == "exact":
-        _refuse_experts(job, context.model)
+        _refuse_unusual(job, context.model)
     for warning in planned.warnings:
         report.warning(warning)
     return Prepared(
@@ -127,7 +127,13 @@ def _setup(job: QuantizationJob, checkpoint: Checkpoint) -> Setup:
     )
 
 
-def _refuse_experts(job: QuantizationJob, model: DecoderStream) -> None:
+def _refuse_unusual(job: QuantizationJob, model: DecoderStream) -> None:
+    if not model.is_plain:
+        raise InputError(
+            "osl: exact compares hidden states, and more than these passes between the layers of this model",
+            where=f"recipe {job.recipe.name}",
+            hint="use osl: fast",
+        )
     if any(model.routed(index) for index in range(model.depth)):
         raise InputError(
             "osl: exact compares the output of whole layers, which needs all experts at once",
