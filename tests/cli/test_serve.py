@@ -177,7 +177,7 @@ def test_a_terminal_sees_when_it_answers_and_one_line_at_the_end(
     command = [sys.executable, "-m", "qtool", "serve", str(tiny_llama), "--runtime", "vllm", "--port", port]
     env = {**qtool_environment, "QTOOL_VLLM_PYTHON": str(python)}
     with Terminal(subprocess.Popen, command, env=env, size=(80, 24)) as terminal:
-        terminal.until("loading the model" if slow else f"http://127.0.0.1:{port}/v1\n")
+        terminal.until("loading the model" if slow else f"\nhttp://127.0.0.1:{port}/v1$")
         if not slow:
             assert terminal.text.startswith(f"ready: {tiny_llama.name} answers")
             assert f"curl http://127.0.0.1:{port}/v1/" in terminal.text
