@@ -70,6 +70,11 @@ class Limitation:
     unread: bool = False
     hint: str | None = None
 
+    @property
+    def refuses(self) -> bool:
+        """Whether the runtime, as it is known, can't run such a checkpoint."""
+        return self.fatal or self.unread
+
     def __str__(self) -> str:
         return self.text
 

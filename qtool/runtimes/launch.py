@@ -12,7 +12,7 @@ from qtool.environments.settings import variable
 from qtool.environments.table import ENGINES
 from qtool.errors import InputError
 from qtool.runtimes import facts, settings
-from qtool.runtimes.description import Hardware, Reads, Runtime
+from qtool.runtimes.description import Hardware, Quantized, Reads, Runtime
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
@@ -71,8 +71,24 @@ def adapted(launch: Launch, checkpoint: Checkpoint) -> Launch:
     Raises:
         InputError: the runtime doesn't run this model.
     """
+    _check(launch.runtime, checkpoint)
     engine = {**launch.engine, **_cards(launch, checkpoint)}
     return launch.runtime.adapt(dataclasses.replace(launch, engine=engine), checkpoint)
+
+
+def _check(runtime: Runtime, checkpoint: Checkpoint) -> None:
+    """Raises InputError where the runtime is known not to load this checkpoint, or to load noise."""
+    from qtool.checkpoint import formats
+    from qtool.checkpoint.summary import float_dtype, schemes
+
+    found = schemes(checkpoint)
+    quantized = {name for name, scheme in found.items() if scheme is not None}
+    if not quantized:
+        return
+    model = Quantized(checkpoint.config, found, float_dtype(checkpoint, quantized))
+    for limitation in runtime.limitations(formats.of(checkpoint).name, model):
+        if limitation.refuses:
+            raise InputError(limitation.text, where=str(checkpoint.path), hint=limitation.hint)
 
 
 def _auto(format: str) -> Runtime:
