@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from dataclasses import asdict, dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -15,6 +15,9 @@ from qtool.cli.bundle import expanded
 from qtool.cli.generation import Server, Set
 from qtool.cli.options import Shown, TrustRemoteCode, console, path_or_stdin
 from qtool.errors import QtoolError
+
+if TYPE_CHECKING:
+    from qtool.checkpoint.reader import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,9 @@ def serve(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the command and its environment variables, and stop.")
     ] = False,
+    nodes: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Serve on several hosts; the file names one in each line.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     shown: Shown,
 ) -> None:
@@ -59,6 +65,8 @@ def serve(
       qtool serve ./SmolLM2-W8A8 --port 8000
 
       qtool serve ./Qwen3-W8A8 --set max_model_len=8192 --set reasoning_parser=qwen3
+
+      qtool serve ./DeepSeek-R1-W8A8 --nodes hosts.txt --set tensor_parallel_size=4 --dry-run
     """
     from qtool.checkpoint.reader import Checkpoint
     from qtool.runtimes import server
@@ -67,6 +75,9 @@ def serve(
     checkpoint = Checkpoint.open(path_or_stdin(model))
     name = listening.served_model_name or checkpoint.path.resolve().name
     own = asdict(listening) | {"served_model_name": name, "trust_remote_code": trust_remote_code or None}
+    if nodes is not None:
+        _serve_on(nodes, checkpoint, runtime, parse(set_ or ()), own, dry_run=dry_run)
+        return
     command, env = server.command(checkpoint, runtime, parse(set_ or ()), own)
     with console() as out:
         if dry_run:
@@ -83,6 +94,23 @@ def serve(
         os.execvpe(command[0], command, {**os.environ, **env})
     except OSError as error:
         raise QtoolError(f"cannot start the server: {error.strerror}", where=command[0]) from None
+
+
+def _serve_on(
+    file: str, checkpoint: Checkpoint, runtime: str, arguments: dict[str, Any], own: dict[str, Any], *, dry_run: bool
+) -> None:
+    """On the hosts of a file: print what runs on each, or run it."""
+    from qtool.runtimes import nodes, remote
+
+    steps = nodes.plan(checkpoint, runtime, arguments, own, nodes.read(file))
+    with console() as out:
+        if dry_run:
+            told = [{"host": s.node.address, "runs": s.kind, "command": remote.shown(s)} for s in steps]
+            lines = [f"# {each['host']}: {each['runs']}\n{each['command']}" for each in told]
+            out.result(told if out.json else "\n".join(lines))
+            return
+        code = remote.run(steps, out.info)
+    raise typer.Exit(code)
 
 
 def _is_loopback(host: str) -> bool:

@@ -16,6 +16,7 @@ from qtool.runtimes.description import Hardware, Quantized, Reads, Runtime
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
+    from qtool.recipe.schema import Generate
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,18 @@ def _check(runtime: Runtime, checkpoint: Checkpoint) -> None:
             raise InputError(limitation.text, where=str(checkpoint.path), hint=limitation.hint)
 
 
+def recipe_of(checkpoint: Checkpoint) -> Generate:
+    """How a checkpoint's recipe has it run: the recipe in its qtool.json, else the one that fits it."""
+    from qtool.checkpoint.reader import REPORT
+    from qtool.files import read_json
+    from qtool.recipe.schema import Generate
+    from qtool.runtimes.sampling import of_recipe
+
+    report = checkpoint.path / REPORT
+    recipe = read_json(report).get("recipe") if report.exists() else None
+    return Generate.model_validate(recipe.get("generate") or {}) if recipe else of_recipe(checkpoint)
+
+
 def _auto(format: str) -> Runtime:
     readers = facts.readers(format)
     candidates = [runtime for runtime in readers if runtime.plugin_of is None] or readers
@@ -143,14 +156,7 @@ def _cards(launch: Launch, checkpoint: Checkpoint) -> dict[str, Any]:
     kind = kind_of(launch.name)
     if not launch.runtime.vllm or kind == "cpu":
         return {}
-    from qtool.checkpoint.reader import REPORT
-    from qtool.files import read_json
-    from qtool.recipe.schema import Generate
-    from qtool.runtimes.sampling import of_recipe
-
-    report = checkpoint.path / REPORT
-    recipe = read_json(report).get("recipe") if report.exists() else None
-    wanted = Generate.model_validate(recipe.get("generate") or {}) if recipe else of_recipe(checkpoint)
+    wanted = recipe_of(checkpoint)
     cards, executor = wanted.tensor_parallel_size, wanted.distributed_executor
     if kind == "cuda" and executor == "mp":
         there = _visible()

