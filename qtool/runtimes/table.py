@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -29,10 +30,7 @@ class Family:
     @property
     def schemes(self) -> list[str]:
         """Those of SCHEMES that its recipe has."""
-        from qtool.recipe.load import match
-
-        recipe, _ = match({"architectures": [self.architecture], "model_type": self.model_type})
-        return [scheme for scheme in SCHEMES if scheme in recipe.schemes]
+        return _offered(self.architecture, self.model_type)
 
     def quantized(self, scheme: str, dtype: str) -> Quantized:
         """One of its models, by one of SCHEMES."""
@@ -191,6 +189,14 @@ def markdown() -> str:
     for row in table:
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in row.cells) + " |")
     return "\n".join([*lines, ""])
+
+
+@functools.cache
+def _offered(architecture: str, model_type: str) -> list[str]:
+    from qtool.recipe.load import match
+
+    recipe, _ = match({"architectures": [architecture], "model_type": model_type})
+    return [scheme for scheme in SCHEMES if scheme in recipe.schemes]
 
 
 def _rows(runtime: Runtime, format: str) -> list[Row]:

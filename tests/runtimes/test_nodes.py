@@ -153,7 +153,7 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "host, command = sys.argv[sys.argv.index('--') + 1:]\n"
         "if host == 'away': print('ssh: connect to host away: No route to host', file=sys.stderr); sys.exit(255)\n"
         f"with open({str(notes)!r}, 'a') as file: file.write(f'{{host}} {{command}}\\n')\n"
-        "os.execv('/bin/sh', ['/bin/sh', '-c', command])\n"
+        "os.execv('/bin/sh', ['/bin/sh', '-c', 'exec ' + command])\n"
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -167,7 +167,7 @@ def script(tmp_path: Path, name: str, code: str) -> tuple[str, ...]:
 
 def test_it_runs_and_ends_together(ssh: Path, tmp_path: Path) -> None:
     """The server waits for the engine on the other host, and ends; then the engine is ended and Ray stopped."""
-    here, there = Node("127.0.0.1", login="127.0.0.1"), Node("192.0.2.1", login="me@there")
+    here, there = Node("127.0.0.1", login="127.0.0.1"), Node("203.0.113.1", login="me@there")
     waits = "import time, pathlib\nwhile not pathlib.Path({0!r}).exists(): time.sleep(0.01)\nraise SystemExit(7)"
     flag, pid = tmp_path / "flag", tmp_path / "pid"
     engine = (
@@ -192,7 +192,7 @@ def test_it_runs_and_ends_together(ssh: Path, tmp_path: Path) -> None:
 
 
 def test_an_engine_that_ends_is_told(ssh: Path, tmp_path: Path) -> None:
-    here, there = Node("127.0.0.1", login="127.0.0.1"), Node("192.0.2.1", login="there")
+    here, there = Node("127.0.0.1", login="127.0.0.1"), Node("203.0.113.1", login="there")
     steps = [
         Step(there, "engine", script(tmp_path, "engine.py", "raise SystemExit(3)"), {}),
         Step(here, "serve", script(tmp_path, "serve.py", "import time; time.sleep(600)"), {}),
@@ -202,7 +202,7 @@ def test_an_engine_that_ends_is_told(ssh: Path, tmp_path: Path) -> None:
 
 
 def test_a_host_out_of_reach_is_found_before_anything_starts(ssh: Path, tmp_path: Path) -> None:
-    here, away = Node("127.0.0.1", login="127.0.0.1"), Node("192.0.2.2", login="away")
+    here, away = Node("127.0.0.1", login="127.0.0.1"), Node("203.0.113.2", login="away")
     touched = tmp_path / "touched"
     serve = script(tmp_path, "serve.py", f"open({str(touched)!r}, 'w')")
     with pytest.raises(QtoolError, match="No route to host"):
