@@ -24,7 +24,7 @@ help:
 	@echo "make demo   a real model, from its package to W8A8 to generated text"
 	@echo "make test   the tests that take minutes and download nothing"
 	@echo "make test-slow  the others: vLLM, Golden Stick and openmind-hub (1.1 GB to download, once), random kills"
-	@echo "make docs   docs/runtimes.md, from what qtool knows of the runtimes"
+	@echo "make docs   docs/runtimes.md, and the documentation's site in build/site, with its links checked"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  measurements; they assert nothing"
 	@echo "make clean  remove what demo made"
@@ -68,6 +68,7 @@ lint: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -c "from qtool.runtimes.table import markdown; print(markdown(), end='')" > docs/runtimes.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(STAMP)
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

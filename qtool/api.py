@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from qtool.errors import InputError, QtoolError
 
@@ -105,6 +105,7 @@ def quantize(
     return jobs.run(decided.engine, decided.job, on_event)
 
 
+@overload
 def evaluate(
     base: Model,
     quantized: Model,
@@ -115,22 +116,51 @@ def evaluate(
     runtime: Literal["qtool", "vllm"] = "qtool",
     trust_remote_code: bool = False,
     on_event: OnEvent = warn,
-) -> Comparison:
+) -> Comparison: ...
+@overload
+def evaluate(
+    base: Model,
+    quantized: list[Model] | list[str] | list[Path],
+    *,
+    text: str = "builtin",
+    windows: int = 24,
+    length: int = 512,
+    runtime: Literal["qtool", "vllm"] = "qtool",
+    trust_remote_code: bool = False,
+    on_event: OnEvent = warn,
+) -> list[Comparison]: ...
+def evaluate(
+    base: Model,
+    quantized: Model | list[Model] | list[str] | list[Path],
+    *,
+    text: str = "builtin",
+    windows: int = 24,
+    length: int = 512,
+    runtime: Literal["qtool", "vllm"] = "qtool",
+    trust_remote_code: bool = False,
+    on_event: OnEvent = warn,
+) -> Comparison | list[Comparison]:
     """Perplexity, KL divergence and agreement of a quantized model with its original, as `qtool eval` finds them.
 
     Args:
-        base, quantized: their folders.
+        base: the original's folder.
+        quantized: the quantized model's folder; or a list of several, for which the original is computed once.
         text: what to predict: builtin, or a .txt, .jsonl or .parquet file.
         windows, length: windows of text from its start, and tokens of each.
-        runtime: who runs the quantized model: qtool, layer by layer in float32, or vLLM, whole.
+        runtime: who runs the quantized models: qtool, layer by layer in float32, or vLLM, whole.
         on_event: hears of progress and warnings.
+
+    Returns:
+        The comparison; for a list one of each model, in its order.
     """
     from qtool.evaluation.job import EvaluationText, run
     from qtool.jobs import evaluate as jobs
 
-    pair = jobs.opened(Path(base), Path(quantized))
-    job = jobs.comparison(pair, EvaluationText(text, windows, length), runtime, trust_remote_code=trust_remote_code)
-    return run(job, on_event)
+    listed = quantized if isinstance(quantized, list) else [quantized]
+    models = jobs.opened(Path(base), *map(Path, listed))
+    job = jobs.comparison(models, EvaluationText(text, windows, length), runtime, trust_remote_code=trust_remote_code)
+    found = run(job, on_event)
+    return found if isinstance(quantized, list) else found[0]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from types import TracebackType
 from typing import Any
 
 import pyte
+from rich.style import Style
+from rich.text import Text
 
 Start = Callable[..., "subprocess.Popen[Any]"]
 
@@ -92,6 +94,24 @@ class Terminal:
     @property
     def text(self) -> str:
         return "\n".join(self.lines).rstrip("\n")
+
+    @property
+    def styled(self) -> list[Text]:
+        """The same lines in their colours, without empty ones at the end."""
+        screen = self._screen
+        rows = [*screen.history.top, *(screen.buffer[y] for y in range(screen.lines))]
+        lines = []
+        for row in rows[: len(self.text.splitlines())]:
+            line = Text()
+            for x in range(screen.columns):
+                cell = row[x]
+                colour = None if cell.fg == "default" else cell.fg
+                colour = f"#{colour}" if colour and re.fullmatch("[0-9a-f]{6}", colour) else colour
+                colour = colour.replace("brown", "yellow").replace("bright", "bright_") if colour else None
+                line.append(cell.data, Style(color=colour, bold=cell.bold, italic=cell.italics))
+            line.rstrip()
+            lines.append(line)
+        return lines
 
     @property
     def cursor_is_shown(self) -> bool:

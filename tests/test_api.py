@@ -15,6 +15,7 @@ import pytest
 
 import qtool
 
+DOCS = Path(__file__).parent.parent / "docs"
 SMALL: dict[str, Any] = {"samples": 2, "seq_len": 32, "device": "cpu"}
 
 
@@ -117,10 +118,12 @@ def test_warnings_are_pythons(tiny_llama: Path, tmp_path: Path) -> None:
         qtool.quantize(tiny_llama, tmp_path / "out", format="golden-stick", scheme="w8a8-dynamic", **SMALL)
 
 
-def test_the_example_in_the_readme_runs(tiny_llama: Path, tmp_path: Path, qtool_environment: Mapping[str, str]) -> None:
-    """As it stands in the README, but on a tiny model and short text."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"<!-- library: begin.*?```python\n(.*?)```", readme, re.DOTALL)
+def test_the_example_in_the_documents_runs(
+    tiny_llama: Path, tmp_path: Path, qtool_environment: Mapping[str, str]
+) -> None:
+    """As it stands in docs/python.md, but on a tiny model and short text."""
+    page = (DOCS / "python.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"<!-- library: begin.*?```python\n(.*?)```", page, re.DOTALL)
     for call, short in (
         ('scheme="w8a8-dynamic"', ", samples=2, seq_len=32"),
         ("made.output)\n", "windows=2, length=32"),
@@ -138,3 +141,21 @@ def test_the_example_in_the_readme_runs(tiny_llama: Path, tmp_path: Path, qtool_
     assert 0 < float(divergence) < 1
     assert len(answers) >= 2
     assert (tmp_path / "smollm2-w8a8" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tiny_llama: Path, tmp_path: Path, qtool_environment: Mapping[str, str]) -> None:
+    """Its cells of code, one after the other, as a program; the last one shows two answers."""
+    cells = json.loads((DOCS / "notebooks" / "first.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) == 5
+    assert not any(cell.get("outputs") for cell in cells)
+    *lines, last = code[-1].splitlines()
+    program = "\n".join([*code[:-1], *lines, f"print(len({last}), 0 < compared.figures.kl_divergence['value'] < 1)"])
+    (tmp_path / "smollm2").symlink_to(tiny_llama)
+    (tmp_path / "cells.py").write_text(program, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "cells.py"], cwd=tmp_path, env=dict(qtool_environment), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "2 True\n"

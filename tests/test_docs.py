@@ -6,9 +6,12 @@ import ast
 import importlib.util
 import itertools
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 FOR_DEVELOPERS = (ARCHITECTURE, CONTRIBUTING)
-ALL = (*FOR_DEVELOPERS, ROOT / "README.md", ROOT / "configs" / "README.md")
+README = ROOT / "README.md"
+CHANGELOG = ROOT / "CHANGELOG.md"
+PAGES = tuple(path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "changelog.md")
+ALL = (CONTRIBUTING, README, CHANGELOG, *PAGES, ROOT / "configs" / "README.md")
+LINES = 150  # that README has at most
+OF_OTHERS = {"PATH", "PYTHONPATH", "LD_PRELOAD", "CUDA_VISIBLE_DEVICES", "RANK_ID", "MS_ROLE"}  # set by launchers
 
 _FOLDERS = "qtool|tests|configs|recipes|docs"
 _ELSEWHERE = re.compile(r"/(?:mine|balanced)\.py$|^qtool/_data/")  # files that examples make; in the wheel alone
@@ -145,10 +153,97 @@ def test_examples_compile_and_import_what_exists(document: Path) -> None:
 def test_what_the_documents_say_of_commands_is_what_there_is() -> None:
     from qtool.cli.app import COMMANDS
 
-    for document in (*FOR_DEVELOPERS, ROOT / "README.md"):
+    for document in (*FOR_DEVELOPERS, README, *PAGES):
         text = document.read_text(encoding="utf-8")
         commands = set(re.findall(r"(?:`|\$ |[a-z] \| |\$\()qtool ([a-z][a-z-]*)", text))
         assert commands <= {*COMMANDS}, document.name
+
+
+def options_of(words: list[str]) -> set[str] | None:
+    """The options of the command that a line begins with; None where there is no such command."""
+    from qtool.cli.app import COMMANDS, _load
+
+    if words[0] not in COMMANDS:
+        return None
+    command: Any = _load(words[0])
+    if below := getattr(command, "commands", None):
+        if len(words) < 2 or words[1] not in below:
+            return None
+        command = below[words[1]]
+    return {"--help", *(name for param in command.params for name in (*param.opts, *param.secondary_opts))}
+
+
+def called(document: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each call of qtool in a document's blocks for a terminal and in its inline code: its text, and its words."""
+    text = document.read_text(encoding="utf-8")
+    lines = [line[2:] for language, code in blocks(document) if language == "console" for line in code.splitlines()]
+    inline = re.findall(r"`(qtool [^`]+)`", re.sub(r"\s+", " ", _BLOCK.sub("", text)))
+    for line in (*lines, *inline):
+        for part in re.split(r"\||\$\(|&&", re.sub(r" # .*", "", line)):
+            words = part.strip(' ")').split()
+            if len(words) > 1 and words[0] == "qtool":
+                yield part, words[1:]
+
+
+@pytest.mark.parametrize("document", ALL, ids=lambda document: document.name)
+def test_options_of_commands_in_the_documents_exist(document: Path) -> None:
+    for line, words in called(document):
+        if words[0].startswith("-") or words[0] in ("COMMAND", "NAME"):
+            continue
+        known = options_of(words)
+        assert known is not None, line
+        given = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+        assert given <= known, (line, given - known)
+
+
+def test_calls_are_found() -> None:
+    assert sum(1 for document in ALL for _ in called(document)) > 60
+
+
+def test_readme_is_one_page() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LINES
+    assert "$ qtool quantize" in "\n".join(text.splitlines()[:24])  # the first screen
+
+
+def test_captures_in_readme_are_what_the_commands_printed() -> None:
+    """`python -m tests.captures` writes the files from real runs, and the block in README."""
+    (quoted,) = re.findall(r"<!-- captures: begin.*?-->\n(.*?)<!-- captures: end -->", README.read_text("utf-8"), re.S)
+    shown = re.findall(r"```text\n(.*?)```", quoted, re.DOTALL)
+    assert len(shown) == 3
+    for text, name in zip(shown, ("quantize", "eval", "generate"), strict=True):
+        assert text == (ROOT / "docs" / "captures" / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def test_pictures_are_small_and_exist() -> None:
+    for document in (README, *PAGES):
+        for target in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", document.read_text(encoding="utf-8")):
+            file = document.parent / target
+            assert 200 < file.stat().st_size < 200_000, target
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_its_links_lead_somewhere(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = {path.parent.name for path in (tmp_path / "site").glob("*/index.html")}
+    assert {page.stem for page in PAGES} - {"index"} <= pages
+    for page in (tmp_path / "site").rglob("*.html"):  # nothing is loaded from elsewhere
+        loaded = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', page.read_text(encoding="utf-8"))
+        assert not loaded, page
+
+
+def test_every_variable_that_qtool_reads_is_described() -> None:
+    from qtool.environments.settings import variable
+    from qtool.environments.table import ENGINES
+
+    page = (ROOT / "docs" / "variables.md").read_text(encoding="utf-8")
+    asked = r"(?:environ(?:\.get\(|\[)|getenv\()\"([A-Z][A-Z_]+)\""
+    read = {name for path in (ROOT / "qtool").rglob("*.py") for name in re.findall(asked, path.read_text("utf-8"))}
+    assert "QTOOL_ENVIRONMENTS" in read
+    read |= {variable(engine) for engine in ENGINES}
+    assert {name for name in read - OF_OTHERS if f"`{name}`" not in page} == set()
 
 
 def test_the_makefile_has_what_contributors_are_told_to_make() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import config as claims
-from qtool.checkpoint import dtypes, mindformers
+from qtool.checkpoint import dtypes, mindformers, snapshot
 from qtool.checkpoint.header import TensorInfo
 from qtool.checkpoint.index import find_tensors
 from qtool.errors import InputError, QtoolError
@@ -166,9 +166,13 @@ class Checkpoint:
 
     @property
     def origin(self) -> dict[str, str] | None:
-        """Where `qtool download` got this model: hub, repo and commit; None for a folder from elsewhere."""
+        """Where this model was downloaded from: hub, repo and commit; None where nobody knows.
+
+        `qtool download` leaves a note of it, and in Hugging Face's cache the path says it.
+        """
         if not (self.path / LOCK).is_file():
-            return None
+            found = snapshot.of(self.path)
+            return found and {"hub": "huggingface", "repo": found.repo, "commit": found.commit}
         lock = read_json(self.path / LOCK)
         return {key: str(lock.get(key, "")) for key in ("hub", "repo", "commit")}
 

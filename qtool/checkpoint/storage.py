@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,30 @@ class PartialFolder:
         return None
 
     @classmethod
+    @contextlib.contextmanager
+    def alone(cls, output: Path) -> Iterator[None]:
+        """Nobody else begins to write this output meanwhile, or has begun to.
+
+        Raises:
+            InputError: another process is writing it.
+        """
+        with disk_errors(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            parent = locks.open_folder(output.parent)
+        try:
+            locks.wait(parent, lambda: None)
+            for path in output.parent.glob(f".{glob.escape(output.name)}.partial-*"):
+                with contextlib.suppress(OSError):
+                    handle = locks.open_folder(path)
+                    taken = locks.attempt(handle) is locks.Lock.TAKEN
+                    os.close(handle)
+                    if taken:
+                        raise _being_written(output)
+            yield
+        finally:
+            os.close(parent)
+
+    @classmethod
     def resume(
         cls, output: Path, key: str, *, restart: bool = False
     ) -> tuple[PartialFolder, list[dict[str, Any]]] | None:
@@ -160,7 +186,7 @@ class PartialFolder:
             with disk_errors(output):
                 folder = cls._held(output, path)
             if folder is None:
-                raise InputError("another process is writing this output", where=str(output), hint="Wait for it.")
+                raise _being_written(output)
             _, entries = journal.read(path) or found  # it may have grown before it became ours
             return folder, entries
         if other is not None and restart:
@@ -199,3 +225,7 @@ class PartialFolder:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+
+def _being_written(output: Path) -> InputError:
+    return InputError("another process is writing this output", where=str(output), hint="Wait for it.")

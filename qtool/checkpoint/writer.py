@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -62,7 +63,7 @@ class CheckpointWriter:
 
     Raises:
         InputError: the output exists (without `overwrite`), or is something else than a model folder, or what is to
-            be resumed was begun with another key.
+            be resumed was begun with another key; another process is writing it.
     """
 
     def __init__(
@@ -78,12 +79,14 @@ class CheckpointWriter:
         self.format = format
         self._overwrite = overwrite
         self._complete = False
-        tidy(self.output, keep_resumable=resume is not None and resume.wanted)
-        check_output(self.output, overwrite=overwrite)
-        found = None
-        if resume is not None and resume.wanted:
-            found = PartialFolder.resume(self.output, resume.key, restart=resume.restart)
-        folder, entries = found or (PartialFolder.make(self.output), [])
+        # What can be resumed takes long: two at once would do all of it twice.
+        with nullcontext() if resume is None else PartialFolder.alone(self.output):
+            tidy(self.output, keep_resumable=resume is not None and resume.wanted)
+            check_output(self.output, overwrite=overwrite)
+            found = None
+            if resume is not None and resume.wanted:
+                found = PartialFolder.resume(self.output, resume.key, restart=resume.restart)
+            folder, entries = found or (PartialFolder.make(self.output), [])
         self._folder: PartialFolder | None = folder
         self._linears = Linears()
         self._shards = Shards(folder.path, sharding or Sharding())

@@ -14,7 +14,7 @@ from qtool.calibration.sources import BUILTIN
 from qtool.cli import completion
 from qtool.cli.bundle import expanded
 from qtool.cli.measuring import Measurement, WindowLength
-from qtool.cli.options import Printed, TrustRemoteCode, console, path_or_stdin
+from qtool.cli.options import MODEL, Offline, Printed, TrustRemoteCode, console, find_model
 
 if TYPE_CHECKING:
     from qtool.console import Console
@@ -41,13 +41,11 @@ class Estimate(Measurement):
 
 @expanded
 def analyze(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="The folder of a float model, or - to read its path from standard input."),
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     measurement: Estimate,
     *,
     top: Annotated[int, typer.Option(min=0, help="The number of rows in the table. 0 shows all.")] = 20,
+    offline: Offline = False,
     trust_remote_code: TrustRemoteCode = False,
     printed: Printed,
 ) -> None:
@@ -66,9 +64,8 @@ def analyze(
     """
     from qtool.tuning.job import run
 
-    folder = path_or_stdin(model)
     with console("starting") as out:
-        job = _job(folder, measurement, trust_remote_code=trust_remote_code)
+        job = _job(find_model(model, out).path, measurement, trust_remote_code=trust_remote_code)
         out.info(f"recipe {job.recipe.name}, scheme {job.scheme}")
         found = run(job, out.event)
     out.info(f"{found.seconds:.0f} s, peak memory {found.peak_memory_bytes / 1e9:.2f} GB")
@@ -79,7 +76,7 @@ def analyze(
         _show(result, top, out)
 
 
-def _job(model: str, measurement: Estimate, *, trust_remote_code: bool) -> SensitivityJob:
+def _job(model: Path, measurement: Estimate, *, trust_remote_code: bool) -> SensitivityJob:
     from qtool.tuning.job import SensitivityJob
     from qtool.tuning.wanted import start
 

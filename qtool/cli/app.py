@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # name: (module:function, or module:Typer for a group of commands; one line for the overview)
 COMMANDS = {
     "download": ("qtool.cli.download:download", "Download a model from a hub, and check it."),
-    "quantize": ("qtool.cli.quantize:quantize", "Quantize a model to W8A8."),
+    "quantize": ("qtool.cli.quantize:quantize", "Quantize a model, to W8A8 or another precision."),
     "generate": ("qtool.cli.generate:generate", "Generate text with a model, quantized or not."),
     "chat": ("qtool.cli.chat:chat", "Talk with a model, in the terminal."),
     "serve": ("qtool.cli.serve:serve", "Serve a model with vLLM's OpenAI server."),
@@ -133,7 +133,7 @@ def run(args: Sequence[str] | None = None) -> int:
         for name in ("SIGTERM", "SIGHUP"):
             if signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
                 signal.signal(getattr(signal, name), _terminate)
-    common.json = common.quiet = common.debug = False
+    common.json = common.quiet = common.debug = common.offline = False
     if (problem := streams.problem() or _folder_problem()) is not None:
         return _told(problem, common)
     code = 1
@@ -173,7 +173,20 @@ def _invoke(command: Callable[[], Any], settings: Common) -> int:
             _show_traceback(error)
             return 1
         what = f"this is a bug in qtool: {type(error).__name__}: {in_one_line(error)}"
-        return _told(QtoolError(what, hint="Run the same command with --debug and report what it shows."), settings)
+        hint = f"Run the same command with --debug and report what it shows{_where_to_report()}."
+        return _told(QtoolError(what, hint=hint), settings)
+
+
+def _where_to_report() -> str:
+    """Where bugs go: the address "Issues" of [project.urls] in pyproject.toml, if there is one."""
+    from importlib import metadata
+
+    try:
+        addresses = metadata.metadata("qtool").get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:
+        return ""
+    issues = [address for label, _, address in (each.partition(", ") for each in addresses) if label == "Issues"]
+    return f" at {issues[0]}" if issues else ""
 
 
 def _told(error: QtoolError, settings: Common) -> int:

@@ -14,14 +14,14 @@ import typer
 from qtool.cli import sampling
 from qtool.cli.bundle import expanded
 from qtool.cli.generation import ChatTemplateKwargs, Running, Thinking, template_kwargs
-from qtool.cli.options import Shown, console
+from qtool.cli.options import MODEL, Shown, console, find_model
 from qtool.errors import InputError
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
     from qtool.console import Console
     from qtool.runtimes import GenerationJob
-    from qtool.runtimes.conversation import Conversation
+    from qtool.runtimes.conversation import Conversation, Told
 
 COMMANDS = "/reset forgets what was said, /exit ends (so does Ctrl-D), Ctrl-C stops an answer."
 
@@ -52,7 +52,7 @@ SAMPLING = sampling.bundle(
 
 @expanded
 def chat(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     template: Template,
     asked: Annotated[dict[str, Any], SAMPLING],
     running: Running,
@@ -73,14 +73,16 @@ def chat(
     from qtool.checkpoint.reader import Checkpoint
     from qtool.runtimes.conversation import Conversation
 
-    job = _job(Checkpoint.open(model), template, asked, running)
-    with console() as out:
+    with console("starting") as out:
+        job = _job(Checkpoint.open(find_model(model, out).path), template, asked, running)
 
         def event(event: dict[str, Any]) -> None:
             if event.get("stage") != "generate":  # the text shows how far it is
                 out.event(event)
 
         conversation = Conversation(job, system=template.system, on_event=event)
+        conversation.ready()
+        out.end_progress()
         out.info(COMMANDS)
         _talk(conversation, out)
         conversation.close()
@@ -141,8 +143,22 @@ def _answer(conversation: Conversation, said: str, out: Console) -> None:
             while (piece := conversation.listen()) is not None:
                 out.piece(piece)
             out.piece("\n")
+            if (told := conversation.told) is not None:
+                out.info(_said(told))
         except Refused as error:
             out.error(error)
+
+
+def _said(told: Told) -> str:
+    """[24 tokens, 35.1 tokens/s]"""
+    parts = [f"{told.tokens} tokens"]
+    if told.per_second is not None:
+        parts.append(f"{told.per_second:.1f} tokens/s")
+    if told.finish_reason == "length":
+        parts.append("cut off: the limit is reached, see --max-tokens")
+    elif told.finish_reason == "abort":
+        parts.append("stopped")
+    return f"[{', '.join(parts)}]"
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qtool.checkpoint import formats
-from qtool.cli.options import Debug, Json, Quiet, console, path_or_stdin
+from qtool.cli.options import MODEL, Debug, Json, Offline, Quiet, console, find_model, path_or_stdin
 from qtool.errors import InputError
 from qtool.files import expand, is_dir, is_file
 
@@ -23,12 +23,7 @@ else:
 
 
 def convert(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A W8A8 model folder or a GGUF file, or - to read its path from standard input."
-        ),
-    ],
+    source: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     to: Annotated[
         Target | None,
         typer.Option(help="The format to convert to. A GGUF file can become safetensors only."),
@@ -44,6 +39,7 @@ def convert(
         typer.Option(help="The type of the parameters, if MODEL is a GGUF file.", show_default="bfloat16"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
+    offline: Offline = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -63,16 +59,19 @@ def convert(
 
       qtool convert SmolLM2-135M-Instruct.Q4_1.gguf --output SmolLM2
     """
-    path = expand(path_or_stdin(source))
-    if is_dir(path):
-        _checkpoint(path, to, output, dtype, overwrite=overwrite)
-    elif is_file(path) or path.suffix == ".gguf":
+    from qtool.jobs.models import parse
+
+    given = path_or_stdin(source)
+    path = expand(given)
+    if is_file(path) or path.suffix == ".gguf":
         _gguf(path, to, output, dtype or "bfloat16", overwrite=overwrite)
+    elif is_dir(path) or parse(given) is not None:
+        _checkpoint(given, to, output, dtype, overwrite=overwrite)
     else:
         raise InputError("no such file or folder", where=str(path))
 
 
-def _checkpoint(source: Path, to: str | None, output: Path | None, dtype: str | None, *, overwrite: bool) -> None:
+def _checkpoint(given: str, to: str | None, output: Path | None, dtype: str | None, *, overwrite: bool) -> None:
     from qtool import conversion as service
     from qtool.checkpoint.reader import Checkpoint
 
@@ -81,9 +80,10 @@ def _checkpoint(source: Path, to: str | None, output: Path | None, dtype: str | 
         raise InputError("a folder can be converted to several formats", where="--to", hint=hint)
     if dtype is not None:
         raise InputError("is only for GGUF files; a folder keeps its dtype", where="--dtype")
-    source = Checkpoint.open(source).path.absolute()  # whatever is wrong should show before torch is imported
-    target = expand(output or service.beside(source, to)).absolute()
     with console("starting") as out:
+        found = find_model(given, out)
+        source = Checkpoint.open(found.path).path.absolute()  # what is wrong should show before torch is imported
+        target = expand(output or service.beside(found.beside, to)).absolute()
         result = service.to_format(source, target, to, overwrite=overwrite, on_event=out.event)
         layers = ", ".join(f"{count} {scheme}" for scheme, count in result["layers"].items())
         rounding = result["input_scale_rounding"]

@@ -14,7 +14,8 @@ def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> No
     """Show what this machine has and which engines and runtimes work here.
 
     Each one is tried in the interpreter that would run it. This takes some seconds. For one that doesn't work, the
-    command shows what to install. The exit code is 0 if at least one engine and one runtime work, otherwise 1.
+    command shows what to install. The last line says what to do next, if anything. The exit code is 0 if at least one
+    engine and one runtime work, otherwise 1.
     """
     from qtool.environments.doctor import examine
 
@@ -42,6 +43,8 @@ def _text(report: dict[str, Any]) -> str:
     for kind in ("engine", "runtime", "hub"):
         lines += ["", f"{kind}s"]
         lines += [line for row in report["engines"] if row["kind"] == kind for line in _engine(row)]
+    to_do = report["to_do"]
+    lines += ["", f"To do: {to_do}" if to_do else "Nothing to do: an engine and a runtime work here."]
     return "\n".join(lines)
 
 

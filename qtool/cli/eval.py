@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from qtool.errors import InputError
 from qtool.files import expand, is_dir
 
 if TYPE_CHECKING:
+    from qtool.checkpoint.reader import Checkpoint
     from qtool.console import Console
 
 
@@ -86,9 +88,11 @@ class Tasks:
 def evaluate(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The folder of the original model.")],
     quantized: Annotated[
-        str | None,
+        list[str] | None,
         typer.Argument(
-            metavar="QUANTIZED", help="The folder of its quantized version, or - to read the path from standard input."
+            metavar="QUANTIZED...",
+            help="The folder of its quantized version, or - to read the path from standard input. Give several to "
+            "compare them with each other; the original is computed once.",
         ),
     ] = None,
     *,
@@ -98,12 +102,12 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     printed: Printed,
 ) -> None:
-    """Compare a quantized model with its original: perplexity, KL divergence, agreement of the likeliest tokens.
+    """Compare quantized models with their original: perplexity, KL divergence, agreement of the likeliest tokens.
 
     Both models run in float32, layer by layer, so neither is whole in memory. The quantized one is rounded as its
     checkpoint says. With --runtime vllm it runs in vLLM instead. Each figure has a 95 % confidence interval over the
-    windows. On a terminal the result is a table. In a pipe it is JSON, and the table goes to standard error. The
-    figures are also written to the quantized model's qtool.json, for its model card.
+    windows. On a terminal the result is a table. In a pipe it is JSON (an object, or a list of several models), and the
+    table goes to standard error. The figures are also written to the quantized model's qtool.json, for its model card.
 
     With --tasks, one or both models solve tasks such as gsm8k, ceval or mmlu. Their data comes from the folder --data,
     without the network.
@@ -118,7 +122,7 @@ def evaluate(
 
       qtool quantize ./SmolLM2-135M | qtool eval ./SmolLM2-135M - --json
     """
-    models = [path_or_stdin(value) for value in (base, quantized) if value is not None]
+    models = [path_or_stdin(value) for value in (base, *(quantized or ()))]
     if tasks.tasks is not None:
         _solve(models, tasks.tasks, tasks, trust_remote_code=trust_remote_code)
     else:
@@ -155,9 +159,8 @@ def _solve(models: list[str], names: str, tasks: Tasks, *, trust_remote_code: bo
 
 
 def _compare(models: list[str], prediction: Prediction, page: Page, *, trust_remote_code: bool) -> None:
-    from qtool.checkpoint import formats
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.evaluation import facts, record
+    from qtool.evaluation import facts, verdict
     from qtool.evaluation import report as pages
     from qtool.evaluation.job import EvaluationText, run
     from qtool.jobs import evaluate as jobs
@@ -167,25 +170,41 @@ def _compare(models: list[str], prediction: Prediction, page: Page, *, trust_rem
         raise InputError("compare with what?", where="QUANTIZED", hint="give a quantized model too, or --tasks")
     if page.report is not None:
         pages.check(page.report, overwrite=page.overwrite)
-    pair = jobs.opened(*models)
+    opened = jobs.opened(*models)
     text = EvaluationText(prediction.text, prediction.windows, prediction.length)
-    job = jobs.comparison(pair, text, prediction.runtime, trust_remote_code=trust_remote_code)
-    details = {
-        "sizes": {key: facts.sizes(checkpoint) for key, checkpoint in pair._asdict().items()},
-        "groups": facts.groups(pair.quantized),
-    }
+    job = jobs.comparison(opened, text, prediction.runtime, trust_remote_code=trust_remote_code)
+    base = facts.sizes(opened.base)
+    details = [
+        {
+            "sizes": {"base": base, "quantized": facts.sizes(checkpoint)},
+            "made": facts.made(checkpoint),
+            "groups": facts.groups(checkpoint),
+        }
+        for checkpoint in opened.quantized
+    ]
     with console() as out:
-        result = run(job, out.event).to_json() | details
-        if not formats.of(pair.quantized).is_float and (reason := record.keep(job.quantized, result)):
-            out.info(f"the figures are not kept in the quantized model: {reason}")
-    out.info(f"{result['seconds']:.0f} s, peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB")
+        found = [comparison.to_json() | more for comparison, more in zip(run(job, out.event), details, strict=True)]
+        for checkpoint, result in zip(opened.quantized, found, strict=True):
+            _keep(checkpoint, result, out)
+    out.info(f"{found[0]['seconds']:.0f} s, peak memory {found[0]['peak_memory_bytes'] / 1e9:.2f} GB")
     piped = out.json or not sys.stdout.isatty()
-    _show(result, pages.rows(result), out, result=not piped)
+    _show(found, out, result=not piped)
+    for sentence in verdict.of_all(found):
+        out.info(sentence)
     if piped:
-        out.result(result)
+        out.result(found[0] if len(found) == 1 else found)
     if page.report is not None:  # last: a full disk must not cost the figures
-        pages.write(page.report, result)
+        pages.write(page.report, found, command=shlex.join(["qtool", *sys.argv[1:]]))
         out.info(f"report: {page.report.absolute()}")
+
+
+def _keep(checkpoint: Checkpoint, result: dict[str, Any], out: Console) -> None:
+    """The figures in the quantized model's qtool.json."""
+    from qtool.checkpoint import formats
+    from qtool.evaluation import record
+
+    if not formats.of(checkpoint).is_float and (reason := record.keep(checkpoint.path, result)):
+        out.info(f"the figures are not kept in {checkpoint.path}: {reason}")
 
 
 def _show_tasks(solved: list[dict[str, Any]], out: Console, *, result: bool) -> None:
@@ -199,11 +218,19 @@ def _show_tasks(solved: list[dict[str, Any]], out: Console, *, result: bool) -> 
     out.table("Tasks", ["model", "task", "metric", "value", "95 % interval"], rows, result=result)
 
 
-def _show(found: dict[str, Any], rows: list[tuple[str, str, str]], out: Console, *, result: bool) -> None:
-    text, runtime = found["text"], found["runtime"]
+def _show(found: list[dict[str, Any]], out: Console, *, result: bool) -> None:
+    from qtool.evaluation import report as pages
+    from qtool.evaluation import verdict
+
+    text, runtime = found[0]["text"], found[0]["runtime"]
+    names = verdict.names(found)
     title = (
-        f"{Path(found['quantized']).name} against {Path(found['base']).name}, "
+        f"{names[0] if len(names) == 1 else f'{len(names)} models'} against {Path(found[0]['base']).name}, "
         f"{text['windows']} x {text['length']} tokens of {text['source']}"
         + (f", in {runtime['name']} ({runtime['dtype']})" if runtime["name"] != "qtool" else "")
     )
-    out.table(title, ["", "value", "95 % interval"], rows, result=result)
+    if len(found) == 1:
+        out.table(title, ["", "value", "95 % interval"], pages.rows(found[0]), result=result)
+    else:
+        columns, *rows = pages.overview(found)
+        out.table(title, columns, rows, result=result)

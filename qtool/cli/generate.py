@@ -16,13 +16,14 @@ import typer
 from qtool.cli import sampling
 from qtool.cli.bundle import expanded
 from qtool.cli.generation import ChatTemplateKwargs, Running, Thinking, template_kwargs
-from qtool.cli.options import Printed, console, path_or_stdin
+from qtool.cli.options import MODEL, Printed, console, find_model
 from qtool.cli.printers import Printer, ToFile, ToPipe, ToTerminal
 from qtool.errors import InputError
 from qtool.files import expand
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
+    from qtool.console import Console
     from qtool.runtimes import GenerationJob
     from qtool.runtimes.answers import Answers
     from qtool.runtimes.lines import Line
@@ -77,8 +78,14 @@ class Chat:
     panel: ClassVar[str] = "Chat"
 
     chat: Annotated[
-        bool, typer.Option("--chat", help="Apply the chat template: each prompt is a message of the user.")
-    ] = False
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="With --chat, each prompt is a message of the user, in the chat template. With --raw, it is text that "
+            "the model continues.",
+            show_default="raw",
+        ),
+    ] = None
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message. It switches --chat on.")] = (
         None
     )
@@ -94,12 +101,7 @@ class Chat:
 
 @expanded
 def generate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A model folder, or - to read its path from standard input (then give --prompt)."
-        ),
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     prompts: Prompts,
     output: Output,
     chat: Chat,
@@ -125,16 +127,19 @@ def generate(
 
       qtool quantize ./SmolLM2 --output ./SmolLM2-W8A8 | qtool generate - --prompt "I am"
     """
-    _check(model, prompts, output)
-    folder = path_or_stdin(model)
+    _check(model, prompts, output, chat)
 
     from qtool.checkpoint.reader import Checkpoint
 
-    checkpoint = Checkpoint.open(folder)
-    as_text = sys.stdout.isatty() and not printed.json and output.output is None
-    job = _job(checkpoint, chat, asked, running, as_text=as_text)
-    lines = _lines(prompts, job, chat.system)
-    with console() as out, contextlib.ExitStack() as stack:
+    with console("starting") as out, contextlib.ExitStack() as stack:
+        checkpoint = Checkpoint.open(find_model(model, out).path)
+        as_text = sys.stdout.isatty() and not printed.json and output.output is None
+        job = _job(checkpoint, chat, asked, running, as_text=as_text)
+        if not prompts.prompt:
+            out.end_progress()  # somebody may be typing
+        lines = _lines(prompts, job, chat.system)
+        if chat.chat is None and not job.chat.required:
+            lines = _noting(lines, checkpoint, out)
         printer: Printer
         if output.output is not None:
             printer = ToFile(out, stack.enter_context(_file(job, chat.system, output)))
@@ -149,9 +154,12 @@ def generate(
         printer.end()
 
 
-def _check(model: str, prompts: Prompts, output: Output) -> None:
+def _check(model: str, prompts: Prompts, output: Output, chat: Chat) -> None:
     """What can be said against the options before anything is opened."""
     from qtool.runtimes.requests import FORMATS
+
+    if chat.chat is False and chat.system is not None:
+        raise InputError("plain text has no system message", where="--system", hint="Leave out --raw.")
 
     if model == "-" and "@-" in prompts.sources:
         hint = "Give prompts with --prompt, or the model's path as the argument."
@@ -193,7 +201,7 @@ def _job(
         runtime=chosen.name,
         arguments=arguments,
         chat=runtimes.ChatSettings(
-            required=chat.chat or chat.system is not None,
+            required=bool(chat.chat) or chat.system is not None,
             template_kwargs=template_kwargs(chat.enable_thinking, chat.chat_template_kwargs),
             reasoning_parser=(chat.reasoning_parser or recipe.reasoning_parser) if splits else None,
         ),
@@ -236,6 +244,19 @@ def _lines(prompts: Prompts, job: GenerationJob, system: str | None) -> Iterator
     if first is None:
         hint = "Give --prompt TEXT, or one prompt per line on stdin."
         raise InputError("no prompts", where=None if prompts.prompt else "stdin", hint=hint)
+    return itertools.chain([first], lines)
+
+
+def _noting(lines: Iterator[Line], checkpoint: Checkpoint, out: Console) -> Iterator[Line]:
+    """The lines; where the first is plain text and the model one for conversations, which way is taken is said."""
+    from qtool.runtimes.template import has_chat_template
+
+    first = next(lines)
+    if isinstance(first.request.get("prompt"), str) and has_chat_template(checkpoint):
+        out.info(
+            "The model continues each prompt as plain text (--raw). "
+            "It has a chat template: --chat asks it as a user does."
+        )
     return itertools.chain([first], lines)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
-from qtool.cli.options import TrustRemoteCode
+from qtool.cli.options import Offline, TrustRemoteCode
 from qtool.errors import InputError
 from qtool.runtimes.facts import NAMES, RUNTIMES
 
@@ -49,6 +49,7 @@ class Running:
 
     runtime: Runtime = "auto"
     set_: Set = None
+    offline: Offline = False
     trust_remote_code: TrustRemoteCode = False
 
 

@@ -8,22 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtool import sizes
-from qtool.cli.options import Debug, Json, Quiet, console, path_or_stdin
+from qtool.cli.options import MODEL, Debug, Json, Offline, Quiet, console, find_model
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
 
 
 def inspect(
-    path: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A model folder, or - to read its path from standard input.")
-    ],
+    path: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     tensors: Annotated[
         bool, typer.Option("--tensors", help="List every tensor, with the range of its numbers.")
     ] = False,
     filter: Annotated[
         str | None, typer.Option(metavar="REGEX", help="With --tensors, list only tensors whose name matches.")
     ] = None,
+    offline: Offline = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -54,7 +53,8 @@ def inspect(
         patterns.check(filter or "")
     except ValueError as error:
         raise InputError(str(error), where="--filter") from None
-    checkpoint = Checkpoint.open(path_or_stdin(path))
+    with console() as out:
+        checkpoint = Checkpoint.open(find_model(path, out).path)
     if tensors:
         _tensors(checkpoint, filter or "")
         return

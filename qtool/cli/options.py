@@ -18,6 +18,7 @@ from qtool.errors import InputError, in_one_line
 
 if TYPE_CHECKING:
     from qtool.console import Console
+    from qtool.jobs.models import Model
 
 
 def size(text: str, option: str) -> int:
@@ -30,11 +31,12 @@ def size(text: str, option: str) -> int:
 
 @dataclass
 class Common:
-    """What --json, --quiet and --debug said in this process."""
+    """What --json, --quiet, --debug and --offline said in this process."""
 
     json: bool = False
     quiet: bool = False
     debug: bool = False
+    offline: bool = False
 
 
 common = Common()
@@ -53,6 +55,14 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")
 ]
+
+
+Offline = Annotated[
+    bool,
+    typer.Option("--offline", help="Never use the network; so does HF_HUB_OFFLINE=1.", callback=_keep, is_eager=True),
+]
+MODEL = "A model folder, ORG/NAME on a hub or a GGUF file, or - to read it from standard input."
+"""What an argument that names a model may be (see `find_model`)."""
 
 
 @dataclass(frozen=True)
@@ -104,3 +114,10 @@ def path_or_stdin(value: str) -> str:
             "no path on standard input", where="-", hint="the command before the pipe printed nothing: see its error"
         )
     return path
+
+
+def find_model(value: str, out: Console) -> Model:
+    """The model that an argument names (`-`: that standard input names), fetched first if need be. Raises as `find`."""
+    from qtool.jobs.models import Access, find
+
+    return find(path_or_stdin(value), Access(common.offline, out.event, out.info))

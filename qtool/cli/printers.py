@@ -123,6 +123,11 @@ class ToTerminal(Printer):
         self.out.piece(event["text"])
 
     def show(self, line: Line, item: dict[str, Any]) -> None:
+        self._text(line, item)
+        if cut := [choice for choice in item.get("choices", ()) if choice["finish_reason"] == "length"]:
+            self.out.info(f"[cut off after {cut[0]['completion_tokens']} tokens: --max-tokens allows more]")
+
+    def _text(self, line: Line, item: dict[str, Any]) -> None:
         gap = "\n" if self.titled else ""
         if "error" in item:
             self.out.result(f"{self._title(line)}[error: {item['error']}]{gap}", more=True)

@@ -11,7 +11,7 @@ import typer
 from qtool.checkpoint import formats
 from qtool.cli import completion
 from qtool.cli.bundle import expanded
-from qtool.cli.options import Printed, TrustRemoteCode, console, path_or_stdin, size
+from qtool.cli.options import MODEL, Offline, Printed, TrustRemoteCode, console, find_model, size
 
 if TYPE_CHECKING:
     from qtool.console import Console
@@ -126,15 +126,13 @@ class Run:
     resume: Annotated[bool, typer.Option("--resume", help="Continue an earlier run of the same command.")] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False
+    offline: Offline = False
     trust_remote_code: TrustRemoteCode = False
 
 
 @expanded
 def quantize(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="The folder of a float model, or - to read its path from standard input."),
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     *,
     output: Annotated[
         Path | None,
@@ -153,7 +151,7 @@ def quantize(
     run: Run,
     printed: Printed,
 ) -> None:
-    """Quantize a model to W8A8 and print the path of the new checkpoint.
+    """Quantize a model and print the path of the new checkpoint.
 
     Examples:
 
@@ -167,20 +165,22 @@ def quantize(
     """
     from qtool.jobs import quantize as jobs
 
-    wanted = jobs.Wanted(
-        output=output,
-        **vars(method),
-        **vars(calibration),
-        device=machine.device,
-        devices=machine.devices,
-        resources=machine.resources(),
-        overwrite=run.overwrite,
-        resume=run.resume,
-        trust_remote_code=run.trust_remote_code,
-    )
-    folder = Path(path_or_stdin(model))
+    resources = machine.resources()
     with console("starting") as out:
-        decided = jobs.decide(folder, wanted)
+        found = find_model(model, out)
+        wanted = jobs.Wanted(
+            output=output,
+            beside=found.beside,
+            **vars(method),
+            **vars(calibration),
+            device=machine.device,
+            devices=machine.devices,
+            resources=resources,
+            overwrite=run.overwrite,
+            resume=run.resume,
+            trust_remote_code=run.trust_remote_code,
+        )
+        decided = jobs.decide(found.path, wanted)
         out.info(decided.why)
         (_plan if run.dry_run else _quantize)(decided, out)
 
@@ -201,17 +201,21 @@ def _plan(decided: Decided, out: Console) -> None:
     from qtool.jobs import quantize as jobs
 
     planned = jobs.dry_run(decided.engine, decided.job, out.event)
-    out.result(planned.printed() if out.json else _lines(planned, decided.job.recipe, out))
+    output = decided.job.output.path.absolute()
+    out.result(
+        planned.printed() | {"output": str(output)} if out.json else _lines(planned, decided.job.recipe, output, out)
+    )
 
 
-def _lines(plan: DryRun, recipe: Recipe, out: Console) -> str:
+def _lines(plan: DryRun, recipe: Recipe, output: Path, out: Console) -> str:
     """The plan in words; its table goes to the console."""
     rows = [[row.layers, row.count, row.policy] for row in plan.layers]
     out.table(f"Plan: recipe {recipe.name}", ["layers", "count", "scheme"], rows)
     calibration = plan.calibration
     lines = [
         f"calibration: {calibration['data']}, {calibration['samples']} x {calibration['seq_len']} tokens",
-        f"output: {plan.output_bytes / 1e6:,.0f} MB of {plan.input_bytes / 1e6:,.0f} MB",
+        f"output: {output}",
+        f"size: {plan.output_bytes / 1e6:,.0f} MB of {plan.input_bytes / 1e6:,.0f} MB",
     ]
     if (needed := plan.resources) is not None:
         lines.append(

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qtool.checkpoint.snapshot import title
 from qtool.cli import completion
-from qtool.cli.options import Debug, Json, Quiet, TrustRemoteCode, console, path_or_stdin
+from qtool.cli.options import MODEL, Debug, Json, Offline, Quiet, TrustRemoteCode, console, find_model, path_or_stdin
 from qtool.errors import InputError
 from qtool.files import exists, expand, is_dir
 from qtool.runtimes.facts import NAMES
@@ -29,7 +30,7 @@ def run(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A model folder or a GGUF file, or - to read its path from standard input.",
+            help=MODEL,
             show_default="the recipe's model",
         ),
     ] = None,
@@ -46,6 +47,7 @@ def run(
         Literal["auto", "cpu", "cuda", "npu"], typer.Option(help="The kind of device to compute on.")
     ] = "auto",
     runtime: Annotated[str, typer.Option(metavar="|".join(NAMES), help="The runtime that generates.")] = "auto",
+    offline: Offline = False,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -74,7 +76,7 @@ def run(
     source = None if model is None else path_or_stdin(model)
     with console("starting") as out:
         chosen = load(recipe)
-        given = None if source is None else expand(source)
+        given = None if source is None else _given(source, out)
         folder = expand(work or Path(_default(chosen, given))).absolute()
         _check(chosen, given, folder)
         settings = service.Settings(engine, device, runtime, trust_remote_code)
@@ -87,11 +89,17 @@ def run(
         _show(out, found, folder / summary.PAGE)
 
 
+def _given(source: str, out: Console) -> Path:
+    """A folder, or a GGUF file, which the job converts in its own folder."""
+    path = expand(source)
+    return path if exists(path) or path.suffix == ".gguf" else find_model(source, out).path
+
+
 def _default(recipe: Recipe, given: Path | None) -> str:
     if given is None:
         model = recipe.model.repo.rpartition("/")[2] if recipe.model else "model"
     else:
-        model = given.absolute().name.removesuffix(".gguf")
+        model = title(given).removesuffix(".gguf")
     return f"{model}-{recipe.name}"
 
 

@@ -1,11 +1,12 @@
-"""qtool serve: hands over to vLLM's OpenAI server."""
+"""qtool serve: vLLM's OpenAI server, started, watched and stopped."""
 
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import shlex
-import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -13,11 +14,12 @@ import typer
 
 from qtool.cli.bundle import expanded
 from qtool.cli.generation import Server, Set
-from qtool.cli.options import Shown, TrustRemoteCode, console, path_or_stdin
-from qtool.errors import QtoolError
+from qtool.cli.options import MODEL, Offline, Shown, TrustRemoteCode, console, find_model
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
+    from qtool.console import Console
+    from qtool.runtimes.serving import Address
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,7 @@ class Listening:
 
 @expanded
 def serve(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A model folder, or - to read its path from standard input.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     listening: Listening,
     *,
     runtime: Server = "auto",
@@ -52,7 +52,9 @@ def serve(
     nodes: Annotated[
         str | None, typer.Option(metavar="FILE", help="Serve on several hosts; the file names one in each line.")
     ] = None,
+    offline: Offline = False,
     trust_remote_code: TrustRemoteCode = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the server's own log.")] = False,
     shown: Shown,
 ) -> None:
     """Serve a model with vLLM's OpenAI server, with the same settings for this hardware as `qtool generate`.
@@ -69,48 +71,106 @@ def serve(
       qtool serve ./DeepSeek-R1-W8A8 --nodes hosts.txt --set tensor_parallel_size=4 --dry-run
     """
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.runtimes import server
+    from qtool.runtimes import server, serving
     from qtool.runtimes.arguments import parse
+    from qtool.runtimes.template import has_chat_template
 
-    checkpoint = Checkpoint.open(path_or_stdin(model))
-    name = listening.served_model_name or checkpoint.path.resolve().name
-    own = asdict(listening) | {"served_model_name": name, "trust_remote_code": trust_remote_code or None}
-    if nodes is not None:
-        _serve_on(nodes, checkpoint, runtime, parse(set_ or ()), own, dry_run=dry_run)
-        return
-    command, env = server.command(checkpoint, runtime, parse(set_ or ()), own)
-    with console() as out:
+    with console("starting") as out:
+        found = find_model(model, out)
+        checkpoint = Checkpoint.open(found.path)
+        name = listening.served_model_name or found.name
+        own = asdict(listening) | {"served_model_name": name, "trust_remote_code": trust_remote_code or None}
+        given = parse(set_ or ())
+        if nodes is not None:
+            _serve_on(nodes, checkpoint, runtime, given, own, out, dry_run=dry_run)
+            return
+        command, env = server.command(checkpoint, runtime, given, own)
         if dry_run:
             told = {**env, server.KEY_VARIABLE: "…"} if server.KEY_VARIABLE in env else env
             out.result(shlex.join(["env", *(f"{key}={value}" for key, value in told.items()), *command]))
             return
-        address, key = f"{listening.host}:{listening.port}", server.KEY_VARIABLE
-        if not _is_loopback(listening.host) and not (env.get(key) or os.environ.get(key)):
-            out.warning(f"anyone who can reach {address} can use the model; to require a key, set {key}")
-        out.info(f"serving {name} at http://{address}/v1")
-    sys.stdout.flush()
-    sys.stderr.flush()
+        address = serving.Address(listening.host, listening.port, secure=bool(given.get("ssl_certfile")))
+        address.check()
+        locked = bool(env.get(server.KEY_VARIABLE) or os.environ.get(server.KEY_VARIABLE))
+        if not _is_loopback(listening.host) and not locked:
+            reached = f"{listening.host}:{listening.port}"
+            key = server.KEY_VARIABLE
+            out.warning(f"anyone who can reach {reached} can use the model; to require a key, set {key}")
+        _serve(
+            command,
+            env,
+            address,
+            lambda: _say_ready(name, address, out, chat=has_chat_template(checkpoint), locked=locked),
+            out,
+            verbose=verbose,
+        )
+
+
+def _serve(
+    command: list[str],
+    env: dict[str, str],
+    address: Address,
+    ready: Callable[[], None],
+    out: Console,
+    *,
+    verbose: bool,
+) -> None:
+    """Until it ends. Ctrl-C is how a server that is up is ended, so that is no failure."""
+    from qtool.runtimes import serving
+
+    up = False
+
+    def on_ready() -> None:
+        nonlocal up
+        up = True
+        ready()
+
+    def on_line(line: str) -> None:
+        if verbose:
+            out.info(line)
+
     try:
-        os.execvpe(command[0], command, {**os.environ, **env})
-    except OSError as error:
-        raise QtoolError(f"cannot start the server: {error.strerror}", where=command[0]) from None
+        serving.run(command, env, address, on_stage=out.status, on_line=on_line, on_ready=on_ready)
+    except KeyboardInterrupt as stop:
+        if not up or type(stop) is not KeyboardInterrupt:  # or a signal that has an exit code of its own
+            raise
+        out.info("the server has stopped")
+
+
+def _say_ready(name: str, address: Address, out: Console, *, chat: bool, locked: bool) -> None:
+    out.end_progress()
+    body: dict[str, Any]
+    if chat:
+        path, body = "chat/completions", {"model": name, "messages": [{"role": "user", "content": "Hello"}]}
+    else:
+        path, body = "completions", {"model": name, "prompt": "I am", "max_tokens": 32}
+    key = '-H "Authorization: Bearer $VLLM_API_KEY" ' if locked else ""
+    data = shlex.quote(json.dumps(body, ensure_ascii=False))
+    out.info(f"ready: {name} answers; Ctrl-C stops the server. Try it:")
+    out.info(f"  curl {address.url}/v1/{path} {key}-H 'Content-Type: application/json' -d {data}")
+    out.result(f"{address.url}/v1")
 
 
 def _serve_on(
-    file: str, checkpoint: Checkpoint, runtime: str, arguments: dict[str, Any], own: dict[str, Any], *, dry_run: bool
+    file: str,
+    checkpoint: Checkpoint,
+    runtime: str,
+    arguments: dict[str, Any],
+    own: dict[str, Any],
+    out: Console,
+    *,
+    dry_run: bool,
 ) -> None:
     """On the hosts of a file: print what runs on each, or run it."""
     from qtool.runtimes import nodes, remote
 
     steps = nodes.plan(checkpoint, runtime, arguments, own, nodes.read(file))
-    with console() as out:
-        if dry_run:
-            told = [{"host": s.node.address, "runs": s.kind, "command": remote.shown(s)} for s in steps]
-            lines = [f"# {each['host']}: {each['runs']}\n{each['command']}" for each in told]
-            out.result(told if out.json else "\n".join(lines))
-            return
-        code = remote.run(steps, out.info)
-    raise typer.Exit(code)
+    if dry_run:
+        told = [{"host": step.node.address, "runs": step.kind, "command": remote.shown(step)} for step in steps]
+        lines = [f"# {each['host']}: {each['runs']}\n{each['command']}" for each in told]
+        out.result(told if out.json else "\n".join(lines))
+        return
+    raise typer.Exit(remote.run(steps, out.info))
 
 
 def _is_loopback(host: str) -> bool:

@@ -11,7 +11,7 @@ import typer
 
 from qtool.cli.bundle import expanded
 from qtool.cli.measuring import Measurement
-from qtool.cli.options import Printed, TrustRemoteCode, console, path_or_stdin
+from qtool.cli.options import MODEL, Offline, Printed, TrustRemoteCode, console, find_model
 from qtool.errors import InputError, QtoolError
 from qtool.files import check_new_file, is_dir
 
@@ -56,15 +56,13 @@ class Search:
         ),
     ] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe's file if it exists.")] = False
+    offline: Offline = False
     trust_remote_code: TrustRemoteCode = False
 
 
 @expanded
 def tune(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="The folder of a float model, or - to read its path from standard input."),
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     limit: Limit,
     *,
     output: Annotated[
@@ -97,9 +95,8 @@ def tune(
     from qtool.files import write_text
     from qtool.tuning.tune import tune as find
 
-    folder = path_or_stdin(model)
     with console("starting") as out:
-        job = _job(folder, limit, output, measurement, search)
+        job = _job(find_model(model, out).path, limit, output, measurement, search)
         out.info(f"recipe {job.recipe.name}, scheme {job.scheme}")
         result = find(job, out.event)
         _summary(result, out)
@@ -116,7 +113,7 @@ def tune(
         )
 
 
-def _job(model: str, limit: Limit, output: Path | None, measurement: Measurement, search: Search) -> TuningJob:
+def _job(model: Path, limit: Limit, output: Path | None, measurement: Measurement, search: Search) -> TuningJob:
     """The job. Whatever is wrong shows before hours of measuring."""
     from qtool.tuning.tune import Goal, TuningJob
     from qtool.tuning.wanted import start

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from qtool import runtimes
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.summary import float_dtype
-from qtool.engines.report import LayersSummary
+from qtool.engines.report import LayersSummary, LeftFloat
 from qtool.errors import InputError
 from qtool.recipe.schema import Policy, Recipe
 from qtool.scheme import Scheme
@@ -21,16 +22,23 @@ if TYPE_CHECKING:
     from qtool.model.weights import ModelWeights
 
 
+_MUCH = 0.05  # of the weights of the decoder's linears may stay float without a warning
+
+
 @dataclass(frozen=True)
 class QuantizationPlan:
     """Which linears of a checkpoint are quantized, and how.
 
     Attributes:
         policies: every linear inside the decoder layers, by its full name without ".weight"; None leaves it float.
+        kept: why some of these stay float whatever the recipe says.
+        left_float: what stays float, with its share.
         warnings: what the output's runtimes may not like.
     """
 
     policies: dict[str, Policy | None]
+    kept: Mapping[str, str]
+    left_float: list[LeftFloat]
     warnings: list[str]
 
     @property
@@ -39,8 +47,19 @@ class QuantizationPlan:
         return _schemes(self.policies)
 
 
-def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, linears: list[str]) -> QuantizationPlan:
+def make(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    scheme: str,
+    format_name: str,
+    linears: list[str],
+    kept: Mapping[str, str] | None = None,
+) -> QuantizationPlan:
     """Match a recipe's scheme with a checkpoint's linear layers.
+
+    Args:
+        linears: of the decoder layers, by their full names without ".weight".
+        kept: why some of them stay float whatever the recipe says.
 
     Raises:
         InputError: nothing could or would be quantized, or the format can't express the plan.
@@ -51,7 +70,10 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
             where=str(checkpoint.path / "config.json"),
             hint="GPT-2 and similar models, which use Conv1D, aren't supported",
         )
-    policies = {name: recipe.policy(scheme, name) for name in linears}
+    kept = kept or {}
+    policies = {
+        name: None if name in kept else recipe.policy(scheme, name) for name in {**dict.fromkeys(linears), **kept}
+    }
     where = f"recipe {recipe.name}, scheme {scheme}"
     if not any(policies.values()):
         raise InputError(
@@ -77,7 +99,37 @@ def make(checkpoint: Checkpoint, recipe: Recipe, scheme: str, format_name: str, 
     for limitation in limitations:
         if limitation.fatal:
             raise InputError(limitation.text, where=f"{where}, format {format_name}", hint=limitation.hint)
-    return QuantizationPlan(policies, [str(limitation) for limitation in limitations])
+    left = _left_float(policies, kept, checkpoint)
+    warnings = [*_much_float(left), *(str(limitation) for limitation in limitations)]
+    return QuantizationPlan(policies, kept, left, warnings)
+
+
+def _left_float(
+    policies: Mapping[str, Policy | None], kept: Mapping[str, str], checkpoint: Checkpoint
+) -> list[LeftFloat]:
+    """What stays float, linears of one kind together, the largest share first."""
+    sizes = {name: math.prod(checkpoint.info(f"{name}.weight").shape) for name in policies}
+    total, counts = sum(sizes.values()), Counter[tuple[str, str]]()
+    shares: Counter[tuple[str, str]] = Counter()
+    for name, policy in policies.items():
+        if policy is None:
+            key = (_pattern(name), kept.get(name, "the recipe leaves it float"))
+            counts[key] += 1
+            shares[key] += sizes[name]
+    return [LeftFloat(*key, counts[key], round(size / total, 4)) for key, size in shares.most_common()]
+
+
+def _much_float(left: Sequence[LeftFloat]) -> Iterator[str]:
+    share = sum(each.share for each in left)
+    if share > _MUCH:
+        named = ", ".join(f"{each.layers} ({each.share:.0%}: {each.why})" for each in left[:4] if each.share >= 0.001)
+        rest = "" if len(left) <= 4 else " and others"
+        yield f"{share:.0%} of the weights of the decoder's linears stay float: {named}{rest}"
+
+
+def _pattern(name: str) -> str:
+    """A linear's name with its numbers replaced by *."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def _check_scales(name: str, scheme: Scheme, checkpoint: Checkpoint, where: str) -> None:
@@ -89,8 +141,8 @@ def _check_scales(name: str, scheme: Scheme, checkpoint: Checkpoint, where: str)
         # compressed-tensors 0.17 divides a weight by the number of its scales; vLLM 0.32 refuses parts of blocks in
         # layers that it fuses.
         raise InputError(
-            f"{name}: a weight of {' x '.join(map(str, shape))} is no whole number of blocks of "
-            f"{' x '.join(map(str, blocks))}, which is all that runtimes read",
+            f"{name}: a weight of {' x '.join(map(str, shape))} is not a whole number of blocks of "
+            f"{' x '.join(map(str, blocks))}, and runtimes read nothing else",
             where=where,
             hint="use --scheme fp8-dynamic, or give this layer another policy",
         )
@@ -129,7 +181,7 @@ def summary(plan: QuantizationPlan) -> list[LayersSummary]:
     counts: Counter[tuple[str, str]] = Counter()
     described: dict[tuple[str, str], LayersSummary] = {}
     for name, policy in plan.policies.items():
-        pattern = re.sub(r"\.\d+\.", ".*.", name)
+        pattern = _pattern(name)
         key = (pattern, policy.model_dump_json() if policy else "")
         counts[key] += 1
         described[key] = LayersSummary(pattern, counts[key], describe(policy))
@@ -143,7 +195,7 @@ def describe(policy: Policy | None) -> str:
     if activations.mode == "static":
         bits += f" per-tensor static ({activations.observer.method})"
     elif activations.mode == "dynamic":
-        bits += " per-token dynamic"
+        bits += " per-token dynamic" + ("" if activations.symmetric else " asymmetric")
     extras = [policy.smoothing.method, "clip" if policy.clip else "", policy.rounding.method]
     return f"{bits}, {', '.join(e for e in extras if e and e != 'none')}"
 

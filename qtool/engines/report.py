@@ -52,6 +52,23 @@ class ExpertTokens:
 
 
 @dataclass(frozen=True)
+class LeftFloat:
+    """Linears of the decoder layers that stay float.
+
+    Attributes:
+        layers: their names, numbers replaced by *.
+        why: in words.
+        count: how many.
+        share: of the weights of all linears of the decoder layers, 0 to 1.
+    """
+
+    layers: str
+    why: str
+    count: int
+    share: float
+
+
+@dataclass(frozen=True)
 class CalibrationUsed:
     """The text of the calibration: where it is from, SHA-256 of its token ids, and its size."""
 
@@ -74,6 +91,7 @@ class QuantizationReport:
         format, recipe, scheme: of the job; the recipe as JSON.
         layers: every group of linears that was quantized.
         experts: one entry per layer that has routed ones.
+        left_float: linears of the decoder layers that stay float; empty where the engine doesn't say.
         seconds, peak_memory_bytes: of the engine's process. The native engine leaves them to `QuantizationResult`:
             its qtool.json is the same for the same job, however it ran.
     """
@@ -93,6 +111,7 @@ class QuantizationReport:
     peak_memory_bytes: int | None = None
     layers: list[QuantizedGroup]
     experts: list[ExpertTokens] = field(default_factory=list)
+    left_float: list[LeftFloat] = field(default_factory=list)
 
     @property
     def mean_relative_error(self) -> float | None:
@@ -119,6 +138,7 @@ class QuantizationReport:
             **({} if error is None else {"mean_relative_error": error}),
             "layers": [group.to_json() for group in self.layers],
             **({"experts": [asdict(layer) for layer in self.experts]} if self.experts else {}),
+            **({"left_float": [asdict(each) for each in self.left_float]} if self.left_float else {}),
         }
 
     @classmethod
@@ -130,6 +150,7 @@ class QuantizationReport:
                 "calibration": CalibrationUsed(**content["calibration"]),
                 "layers": [QuantizedGroup(**group) for group in content["layers"]],
                 "experts": [ExpertTokens(**layer) for layer in content.get("experts", [])],
+                "left_float": [LeftFloat(**each) for each in content.get("left_float", [])],
             }
         )
 
@@ -210,6 +231,7 @@ class DryRun:
 
     Attributes:
         layers: what becomes of which linears.
+        left_float: those that stay float, with their share; empty where the engine doesn't say.
         calibration: data, samples and seq_len.
         input_bytes, output_bytes: of the tensors before and after.
         resources: where the engine estimates them (native).
@@ -217,6 +239,7 @@ class DryRun:
     """
 
     layers: list[LayersSummary]
+    left_float: list[LeftFloat] = field(default_factory=list)
     calibration: dict[str, Any]
     input_bytes: int
     output_bytes: int
@@ -239,6 +262,7 @@ class DryRun:
             **content
             | {
                 "layers": [LayersSummary(**row) for row in content["layers"]],
+                "left_float": [LeftFloat(**each) for each in content["left_float"]],
                 "resources": resources and EstimatedResources(**resources),
                 "launch": launch and LaunchOfCards(**launch),
             }

@@ -27,7 +27,7 @@ def examine(on_event: Callable[[workers.Event], None], timeout: float = PROBE_SE
 
     Returns:
         qtool, python, machine (see `describe`); engines: a list of what `try_engine` returns; works: whether
-        one engine and one runtime at least work.
+        one engine and one runtime at least work; to_do: the command to start with where they don't, else None.
     """
     engines = []
     for done, engine in enumerate(ENGINES.values()):
@@ -40,8 +40,15 @@ def examine(on_event: Callable[[workers.Event], None], timeout: float = PROBE_SE
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "machine": describe(),
         "engines": engines,
-        "works": working == {"engine", "runtime"},
+        "works": {"engine", "runtime"} <= working,
+        "to_do": None if {"engine", "runtime"} <= working else _first_step(engines, working),
     }
+
+
+def _first_step(engines: list[dict[str, Any]], working: set[str]) -> str:
+    """The one command that helps most where no engine or no runtime works: for the first of them, which needs least."""
+    steps = (row["missing"] for row in engines if row["kind"] not in working and row["missing"])
+    return next(steps, "see what is said above")
 
 
 def describe() -> dict[str, Any]:
@@ -87,7 +94,7 @@ def try_engine(engine: Engine, timeout: float) -> dict[str, Any]:
     if lacking:
         row["missing"] = lacking
     elif found is None:
-        row["missing"] = f"qtool env install {engine.environments()[0]}"
+        row["missing"] = lookup.install_command(engine)
     row["problem"] = row["problem"] or ("not installed" if found is None else lacking and f"needs {lacking}")
     row["works"] = row["problem"] is None
     return row

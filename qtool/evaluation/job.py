@@ -45,30 +45,30 @@ class Vllm:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonJob:
-    """A quantized model against its base.
+    """Quantized models against their base.
 
     Attributes:
         base, quantized: the checkpoints' folders.
-        vllm: runs the quantized model; None has qtool run it, layer by layer.
+        vllm: for each quantized model vLLM as it runs that; empty has qtool run them, layer by layer.
         trust_remote_code: allow the checkpoints' own modelling code.
     """
 
     base: Path
-    quantized: Path
+    quantized: tuple[Path, ...]
     text: EvaluationText
-    vllm: Vllm | None = None
+    vllm: tuple[Vllm, ...] = ()
     trust_remote_code: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"base": str(self.base), "quantized": str(self.quantized)}
+        return asdict(self) | {"base": str(self.base), "quantized": [str(path) for path in self.quantized]}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> ComparisonJob:
         return cls(
             base=Path(content["base"]),
-            quantized=Path(content["quantized"]),
+            quantized=tuple(Path(path) for path in content["quantized"]),
             text=EvaluationText(**content["text"]),
-            vllm=content["vllm"] and Vllm(**content["vllm"]),
+            vllm=tuple(Vllm(**each) for each in content["vllm"]),
             trust_remote_code=content["trust_remote_code"],
         )
 
@@ -164,6 +164,7 @@ class Figures:
         kl_max: where they differ most; a maximum has no such interval.
         top1_agreement: how often both put the same token first.
         top5_agreement: the share of the base's five likeliest tokens that are among the quantized one's five.
+        kl_by_window: the mean KL divergence of each window of the text, in order.
     """
 
     base_perplexity: Estimate
@@ -175,22 +176,27 @@ class Figures:
     kl_max: Maximum
     top1_agreement: Estimate
     top5_agreement: Estimate
+    kl_by_window: list[float]
     kl_along_text: AlongText
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What a comparison found.
+    """What a comparison of one model with its base found.
 
     Attributes:
         base, quantized: the checkpoints' folders.
-        seconds, peak_memory_bytes: of its process.
+        date: when it began, in UTC: 2026-01-31T12:00:00+00:00.
+        versions: of Python and the packages that computed it.
+        seconds, peak_memory_bytes: of its process, which may have compared several models.
     """
 
     base: str
     quantized: str
     text: TextUsed
     runtime: RuntimeUsed
+    date: str
+    versions: dict[str, str]
     figures: Figures
     seconds: float
     peak_memory_bytes: int
@@ -199,7 +205,8 @@ class Comparison:
         """As `qtool eval --json` prints it: the figures are among the rest."""
         content = asdict(self)
         figures = content.pop("figures")
-        return {**{key: content.pop(key) for key in ("base", "quantized", "text", "runtime")}, **figures, **content}
+        first = ("base", "quantized", "text", "runtime", "date", "versions")
+        return {**{key: content.pop(key) for key in first}, **figures, **content}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Comparison:
@@ -210,21 +217,24 @@ class Comparison:
             figures=replace(
                 figures, kl_max=Maximum(**content["kl_max"]), kl_along_text=AlongText(**content["kl_along_text"])
             ),
-            **{key: content[key] for key in ("base", "quantized", "seconds", "peak_memory_bytes")},
+            **{key: content[key] for key in ("base", "quantized", "date", "versions", "seconds", "peak_memory_bytes")},
         )
 
 
-def run(job: ComparisonJob, on_event: Callable[[workers.Event], None]) -> Comparison:
-    """Compare two checkpoints in a process of its own.
+def run(job: ComparisonJob, on_event: Callable[[workers.Event], None]) -> list[Comparison]:
+    """Compare checkpoints with their base in a process of its own.
+
+    Returns:
+        What was found of each quantized model, in their order.
 
     Raises:
-        InputError: a checkpoint that can't be run, two that don't belong together, or too little text.
+        InputError: a checkpoint that can't be run, some that don't belong together, or too little text.
         QtoolError: a model's hidden states are not finite, or vLLM or the process fails.
     """
-    python = job.vllm.python if job.vllm else interpreter("native")
-    env = job.vllm.env if job.vllm else native.environment()
+    python = job.vllm[0].python if job.vllm else interpreter("native")
+    env = job.vllm[0].env if job.vllm else native.environment()
     found = workers.run("qtool.evaluation.worker", job.to_json(), python=python, env=env, on_event=on_event)
-    return Comparison.from_json(found)
+    return [Comparison.from_json(content) for content in found["comparisons"]]
 
 
 def solve(job: TasksJob, on_event: Callable[[workers.Event], None]) -> SolvedTasks:

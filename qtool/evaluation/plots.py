@@ -1,33 +1,65 @@
-"""The report's plots, drawn by matplotlib as SVG: narrow enough for a phone, with text that stays text."""
+"""The report's plots, drawn by matplotlib as SVG that stands in the page itself.
+
+Text stays text, in the page's font. Colours are the page's variables, so that they follow a dark mode. Legends are the
+page's, too, since HTML wraps where a picture would be cut off. A point is about a pixel on a phone.
+"""
 
 from __future__ import annotations
 
-import base64
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_WIDTH = 4.9  # inches at 72 points: a point is about a pixel on a phone
+_WIDTH = 4.9  # inches at 72 points
+
+# What stands for a colour of the page: the variables --ink, --faint and --c0 to --c5.
+INK, FAINT = "#010101", "#010102"
+SERIES = tuple(f"#0101{i:02x}" for i in range(16, 22))
+_VARIABLES = {INK: "--ink", FAINT: "--faint", **{color: f"--c{i}" for i, color in enumerate(SERIES)}}
+
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qtool",
     "font.family": "sans-serif",
     "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": FAINT,
+    "grid.alpha": 0.3,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
-_MOST_KINDS = 6
+_MOST_DOTS = 40  # on a line, beyond which they only hide it
 
 Groups = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture as an SVG element.
+
+    Attributes:
+        legend: (text, name of the colour's variable).
+    """
+
+    svg: str
+    legend: tuple[tuple[str, str], ...] = ()
 
 
 def kind(group: Mapping[str, Any]) -> str:
@@ -44,67 +76,104 @@ def number(group: Mapping[str, Any]) -> int:
     return int(found[1]) if found else 0
 
 
-def along_text(values: Sequence[float], tokens: int, mean: float) -> str:
+def size_and_kl(models: Sequence[tuple[str, int, Mapping[str, Any]]]) -> Plot:
+    """KL divergence by size, a number for each model.
+
+    Args:
+        models: name, bytes, and KL divergence as an `Estimate`.
+    """
+    places = [(nbytes / 1e6, kl["value"]) for _, nbytes, kl in models]
+
+    def draw(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        for i, ((_, _, kl), (x, y), aside) in enumerate(zip(models, places, _aside(places), strict=True)):
+            moved: Any = {"textcoords": "offset points", "xytext": (aside, 0), "ha": "center", "va": "center"}
+            if kl["low"] is not None and aside == 0:
+                axes.plot([x, x], [max(0.0, kl["low"]), kl["high"]], color=SERIES[i % 6], linewidth=2, alpha=0.5)
+            axes.plot([x], [y], "o", color=SERIES[i % 6], markersize=3 if aside else 15, alpha=1 if aside else 0.25)
+            axes.annotate(str(i + 1), (x, y), color=SERIES[i % 6], fontsize=11, fontweight="bold", **moved)
+        axes.margins(x=0.15, y=0.2)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel("size, MB")
+        axes.set_ylabel("KL, nats per token")
+
+    legend = tuple((f"{i + 1}  {name}", f"--c{i % 6}") for i, (name, _, _) in enumerate(models))
+    return Plot(_svg([draw], 3.0), legend)
+
+
+def _aside(places: Sequence[tuple[float, float]]) -> list[int]:
+    """How many points each number moves to the right so that none lies on another."""
+    width = max(x for x, _ in places) - min(x for x, _ in places) or 1.0
+    height = max(y for _, y in places) or 1.0
+    moved: list[int] = []
+    for i, (x, y) in enumerate(places):
+        near = [j for j in range(i) if abs(places[j][0] - x) < 0.08 * width and abs(places[j][1] - y) < 0.12 * height]
+        moved.append(max((moved[j] + 18 for j in near), default=0))
+    return moved
+
+
+def along_text(values: Sequence[float], tokens: int, mean: float) -> Plot:
     """KL divergence by place in the text."""
 
     def draw(axes: Axes) -> None:
         places = [i * tokens for i in range(len(values) + 1)]
-        axes.stairs(values, places, fill=True, color="#3b6fb6", alpha=0.8)
-        axes.axhline(mean, color="#c0392b", linewidth=1, label=f"mean {mean:.5f}")
-        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), borderpad=0)
+        axes.stairs(values, places, fill=True, color=SERIES[0], alpha=0.7)
+        axes.axhline(mean, color=SERIES[1], linewidth=1.5)
+        axes.margins(x=0)
+        axes.set_ylim(bottom=0)
         axes.set_xlabel("predicted tokens")
         axes.set_ylabel("KL, nats per token")
 
-    return _svg([draw], 2.4)
+    return Plot(_svg([draw], 2.4), ((f"mean {mean:.5f}", "--c1"),))
 
 
-def errors(groups: Groups) -> str:
+def errors(groups: Groups) -> Plot:
     """Relative output error of each group, by layer."""
+    kinds = _kinds([group for group in groups if group["relative_error"] is not None])
 
     def draw(axes: Axes) -> None:
-        for name, rows in _kinds([group for group in groups if group["relative_error"] is not None]).items():
-            axes.plot([number(r) for r in rows], [r["relative_error"] for r in rows], ".-", label=name, linewidth=1)
+        for color, rows in zip(SERIES, kinds.values(), strict=False):
+            _line(axes, rows, [row["relative_error"] for row in rows], color)
         _log(axes)
-        axes.set_xlabel("layer")
+        _layers(axes)
         axes.set_ylabel("relative error")
-        axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
-    return _svg([draw], 3.2)
-
-
-def alphas(groups: Groups) -> str:
-    """The smoothing's exponent of each group, by layer."""
-
-    def draw(axes: Axes) -> None:
-        for i, (marker, (name, rows)) in enumerate(zip("os^vDP", _kinds(groups).items(), strict=False)):
-            # side by side, since many are equal
-            known = [(number(row) + 0.2 * i, row["alpha"]) for row in rows if row.get("alpha") is not None]
-            if known:
-                axes.plot(*zip(*known, strict=True), marker, label=name, markersize=3)
-        axes.set_ylim(-0.05, 1.05)
-        axes.set_xlabel("layer")
-        axes.set_ylabel("alpha")
-        axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-
-    return _svg([draw], 2.8)
+    return Plot(_svg([draw], 3.0), tuple((name, f"--c{i}") for i, name in enumerate(kinds)))
 
 
-def ranges(groups: Groups) -> str:
+def alphas(groups: Groups) -> Plot:
+    """The smoothing's exponent, by layer: a panel for each kind of group, since many are equal."""
+
+    def panel(name: str, rows: Groups) -> Callable[[Axes], None]:
+        def draw(axes: Axes) -> None:
+            _line(axes, rows, [row["alpha"] for row in rows], SERIES[0])
+            axes.set_ylim(-0.1, 1.1)
+            axes.set_yticks([0, 0.5, 1])
+            axes.set_title(name, loc="left", fontsize=10)
+
+        return draw
+
+    kinds = _kinds([group for group in groups if group.get("alpha") is not None])
+    return Plot(_svg([panel(name, rows) for name, rows in kinds.items()], 1.05))
+
+
+def ranges(groups: Groups) -> Plot:
     """How far each input's largest value stands out of a typical channel's, before and after smoothing."""
 
     def panel(name: str, rows: Groups) -> Callable[[Axes], None]:
         def draw(axes: Axes) -> None:
-            layers = [number(row) for row in rows]
-            axes.plot(layers, [outlier(row["input"]) for row in rows], ".-", color="#b0b0b0", label="before")
-            axes.plot(layers, [outlier(row["smoothed"]) for row in rows], ".-", color="#3b6fb6", label="after")
+            _line(axes, rows, [outlier(row["input"]) for row in rows], SERIES[1])
+            _line(axes, rows, [outlier(row["smoothed"]) for row in rows], SERIES[0])
             _log(axes)
             axes.set_title(name, loc="left", fontsize=10)
-            axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1.0, 0.97), borderpad=0)
 
         return draw
 
     kinds = _kinds([group for group in groups if "input" in group and "smoothed" in group])
-    return _svg([panel(name, rows) for name, rows in kinds.items()], 1.6)
+    legend = (("before smoothing", "--c1"), ("after smoothing", "--c0"))
+    return Plot(_svg([panel(name, rows) for name, rows in kinds.items()], 1.4), legend)
 
 
 def outlier(range_: Mapping[str, float]) -> float:
@@ -112,30 +181,27 @@ def outlier(range_: Mapping[str, float]) -> float:
     return max(abs(range_["low"]), abs(range_["high"])) / max(range_["typical"], 1e-12)
 
 
-def sizes(by_model: Mapping[str, Mapping[str, int]]) -> str:
-    """Where the bytes are, in each model."""
+def _line(axes: Axes, rows: Groups, values: Sequence[float], color: str) -> None:
+    style = "o-" if len(rows) <= _MOST_DOTS else "-"
+    axes.plot([number(row) for row in rows], values, style, color=color, markersize=3, linewidth=1.2)
 
-    def draw(axes: Axes) -> None:
-        names = list(by_model)[::-1]
-        left = [0.0] * len(names)
-        for part, color in zip(
-            next(iter(by_model.values())), ("#8d99ae", "#e0a458", "#3b6fb6", "#555b6e"), strict=True
-        ):
-            widths = [by_model[name][part] / 1e6 for name in names]
-            axes.barh(names, widths, left=left, label=part, color=color)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        axes.set_xlabel("MB")
-        axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-        axes.grid(visible=False, axis="y")
 
-    return _svg([draw], 2.2)
+def _layers(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.set_xlabel("layer")
 
 
 def _log(axes: Axes) -> None:
+    """A logarithmic axis with two to six labels."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    low, high = axes.get_ylim()
+    decades = math.log10(high / low)
+    subs = (1.0,) if decades > 2.5 else (1.0, 3.0) if decades > 1 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=6))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
 
@@ -144,21 +210,35 @@ def _kinds(groups: Groups) -> dict[str, list[Mapping[str, Any]]]:
     found: dict[str, list[Mapping[str, Any]]] = {}
     for group in groups:
         found.setdefault(kind(group), []).append(group)
-    most = sorted(found, key=lambda name: -len(found[name]))[:_MOST_KINDS]
+    most = sorted(found, key=lambda name: -len(found[name]))[: len(SERIES)]
     return {name: rows for name, rows in found.items() if name in most}
 
 
 def _svg(panels: Sequence[Callable[[Axes], None]], height: float) -> str:
-    """A data URI: as an image of its own, a plot's ids and styles stay out of the page's."""
+    """The element, without what belongs to a file of its own."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        figure: Figure = Figure(figsize=(_WIDTH, height * len(panels)))
+        figure: Figure = Figure(figsize=(_WIDTH, height * len(panels) + (0.3 if len(panels) > 1 else 0)))
         FigureCanvasSVG(figure)
-        for axes, draw in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        all_axes = figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
+        for axes, draw in zip(all_axes, panels, strict=True):
             draw(axes)
-        out = io.BytesIO()
+        if len(panels) > 1:
+            _layers(all_axes[-1])
+        out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
+    text = out.getvalue()
+    text = re.sub(r" *<(metadata|style)\b.*?</\1>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', text, count=1)
+    text = re.sub(r"font: ((?:bold |700 )?)(\d+(?:\.\d+)?px)[^;\"]*", _font, text)
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, f"var({variable})")
+    return text
+
+
+def _font(found: re.Match[str]) -> str:
+    """The size and weight of a text; the family is the page's."""
+    return f"font-size: {found[2]}{'; font-weight: bold' if found[1] else ''}"

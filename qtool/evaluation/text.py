@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from qtool.calibration.sources import BUILTIN
@@ -27,19 +28,20 @@ def windows_of(text: EvaluationText, checkpoint: Checkpoint, *, trust_remote_cod
         raise InputError(error.what, where=error.where, hint=hint) from None
 
 
-def windows_of_both(
-    text: EvaluationText, base: Checkpoint, quantized: Checkpoint, *, trust_remote_code: bool
+def windows_of_all(
+    text: EvaluationText, base: Checkpoint, others: Iterable[Checkpoint], *, trust_remote_code: bool
 ) -> Calibration:
-    """The same for two checkpoints. Raises InputError when their tokenizers make different tokens of it, too."""
+    """The same for several checkpoints. Raises InputError when a tokenizer makes other tokens of it than the base's."""
     found = windows_of(text, base, trust_remote_code=trust_remote_code)
-    if all(_bytes(base.path / name) == _bytes(quantized.path / name) for name in _TOKENIZER_FILES):
-        return found
-    if windows_of(text, quantized, trust_remote_code=trust_remote_code).digest != found.digest:
-        raise InputError(
-            "the two models' tokenizers make different tokens of the text",
-            where=f"{base.path} and {quantized.path}",
-            hint="give the model that the quantized one was made from",
-        )
+    for other in others:
+        if all(_bytes(base.path / name) == _bytes(other.path / name) for name in _TOKENIZER_FILES):
+            continue
+        if windows_of(text, other, trust_remote_code=trust_remote_code).digest != found.digest:
+            raise InputError(
+                "the two models' tokenizers make different tokens of the text",
+                where=f"{base.path} and {other.path}",
+                hint="give the model that the quantized one was made from",
+            )
     return found
 
 

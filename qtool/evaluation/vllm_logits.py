@@ -101,6 +101,15 @@ class VllmLogits:
             raise QtoolError("the logits found in vLLM are not those behind its log-probabilities")
         return logits
 
+    def close(self) -> None:
+        """Give the model's memory back, so that this process can run another one."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._seen.clear()
+        self._engine.engine_core.shutdown()
+        del self._engine
+        cleanup_dist_env_and_memory()
+
 
 def _cache_bytes(config: dict[str, Any], length: int) -> int:
     """Room for one window."""

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Run `comparison.compare`: a `ComparisonJob` and a `Comparison`, both as JSON."""
+    """Run `comparison.compare`: a `ComparisonJob` and, under "comparisons", a `Comparison` of each model, as JSON."""
     hide_media_packages()
     from qtool.evaluation.comparison import compare
     from qtool.evaluation.job import ComparisonJob
 
-    return compare(ComparisonJob.from_json(job), report).to_json()
+    return {"comparisons": [found.to_json() for found in compare(ComparisonJob.from_json(job), report)]}

@@ -12,6 +12,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from qtool.errors import InputError, QtoolError
+from qtool.hub.bounds import Requests
 from qtool.hub.listing import HUBS, Listing, RemoteFile
 from qtool.hub.patience import Again
 from qtool.hub.sink import Sink
@@ -36,6 +37,7 @@ class Hub(ABC):
         name: a key of HUBS.
         endpoint: the hub's address.
         token: what requests to it carry, if anything.
+        requests: counts those of a listing.
         stop: once set, every new request raises Stopped.
         one_by_one: whether only one file at a time can be sent.
     """
@@ -47,6 +49,7 @@ class Hub(ABC):
     def __init__(self, token: str | None) -> None:
         self.token = token
         self.stop = threading.Event()
+        self.requests = Requests()
 
     @abstractmethod
     def listing(self, repo: str, revision: str | None) -> Listing:

@@ -17,6 +17,7 @@ from qtool.environments.lookup import interpreter
 from qtool.errors import InputError, QtoolError
 from qtool.files import check_free_space, exists, read_json, sync
 from qtool.hub import lock, names, selection, storage
+from qtool.hub.bounds import LISTING_SECONDS
 from qtool.hub.listing import HUBS, Listing, RemoteFile
 
 OnEvent = Callable[[workers.Event], None]
@@ -45,11 +46,13 @@ class Plan:
         return sum(file.size for file in self.listing.files)
 
 
-def ask(task: str, hub: str, token: str | None, on_event: OnEvent, **job: Any) -> dict[str, Any]:
+def ask(
+    task: str, hub: str, token: str | None, on_event: OnEvent, *, timeout: float | None = None, **job: Any
+) -> dict[str, Any]:
     """Have a worker with the hub's client do a task (see `hub.worker`). Raises as `workers.run`."""
     with _client(hub) as (python, env):
         job = {"task": task, "hub": hub, "token": token, **job}
-        return workers.run("qtool.hub.worker", job, python=python, on_event=on_event, env=env)
+        return workers.run("qtool.hub.worker", job, python=python, on_event=on_event, env=env, timeout=timeout)
 
 
 @contextlib.contextmanager
@@ -91,7 +94,9 @@ def find(repo: str, hub: str, revision: str | None, token: Callable[[str], str |
             hints.append("modelers.cn was not asked: that needs openmind-hub")
             continue
         on_event({"event": "status", "what": f"asking {HUBS[candidate]}"})
-        answer = ask("list", candidate, token(candidate), on_event, repo=repo, revision=revision)
+        answer = ask(
+            "list", candidate, token(candidate), on_event, timeout=LISTING_SECONDS, repo=repo, revision=revision
+        )
         if "listing" in answer:
             return Listing.from_json(answer["listing"])
         reasons.append(answer["absent"])

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -21,6 +22,7 @@ from huggingface_hub.utils import build_hf_headers
 
 from qtool.errors import InputError, QtoolError
 from qtool.hub.access import PIECE, TIMEOUT, Hub
+from qtool.hub.bounds import Answer, check_encoding
 from qtool.hub.guard import Guard
 from qtool.hub.listing import Listing, RemoteFile
 from qtool.hub.names import MAX_FILES
@@ -45,6 +47,7 @@ class HuggingFace(Hub):
         self.endpoint = constants.ENDPOINT
         given = self.token or False  # None would make the client look for one itself
         self._guard = Guard(self.endpoint)
+        self._thread = threading.local()  # whether it asks for a file
         self._api = HfApi(self.endpoint, token=given, library_name="qtool", library_version=__version__)
         self._headers = build_hf_headers(token=given, library_name="qtool", library_version=__version__) | {
             "Accept-Encoding": "identity"
@@ -54,7 +57,7 @@ class HuggingFace(Hub):
 
     def _client(self) -> httpx2.Client:
         """What every request goes through; the hooks see each redirect as well."""
-        hooks: dict[str, list[Any]] = {"request": [self._check], "response": [self._busy]}
+        hooks: dict[str, list[Any]] = {"request": [self._check], "response": [self._look_at]}
         return httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=TIMEOUT)
 
     def _check(self, request: httpx2.Request) -> None:
@@ -62,6 +65,8 @@ class HuggingFace(Hub):
             raise Stopped
         url = str(request.url)
         self._guard.admit(url)
+        self.requests.one_more(request.url.host)
+        request.headers["accept-encoding"] = "identity"
         if not self._guard.trusts(url):
             request.headers.pop("authorization", None)
         limits: dict[str, Any] = request.extensions.get("timeout", {})
@@ -69,8 +74,12 @@ class HuggingFace(Hub):
             kind: TIMEOUT if limits.get(kind) is None else limits[kind] for kind in ("connect", "read", "write", "pool")
         }
 
-    def _busy(self, response: httpx2.Response) -> None:
+    def _look_at(self, response: httpx2.Response) -> None:
         self.check_busy(response.status_code, response.headers.get("Retry-After"))
+        host = response.request.url.host
+        check_encoding(response.headers.get("Content-Encoding"), host)
+        if response.is_redirect or not getattr(self._thread, "takes_file", False):
+            response.stream = _Bounded(response.stream, Answer(host))
 
     def listing(self, repo: str, revision: str | None) -> Listing:
         info = self._api.model_info(repo, revision=revision, timeout=TIMEOUT)
@@ -98,6 +107,13 @@ class HuggingFace(Hub):
         if file.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
             limit = constants.MAX_HTTP_DOWNLOAD_SIZE // 10**9
             raise QtoolError(f"larger than {limit} GB, which the hub serves through Xet only", where=file.path)
+        self._thread.takes_file = True
+        try:
+            self._get(listing, file, sink)
+        finally:
+            self._thread.takes_file = False
+
+    def _get(self, listing: Listing, file: RemoteFile, sink: Sink) -> None:
         http_get(
             hf_hub_url(listing.repo, file.path, revision=listing.commit, endpoint=self.endpoint),
             sink,  # type: ignore[arg-type]
@@ -155,6 +171,21 @@ class HuggingFace(Hub):
         if status == 403:
             return InputError("this token may not do that", where=repo or self.endpoint)
         return self.denial(status)
+
+
+class _Bounded(httpx2.SyncByteStream):
+    """An answer's bytes, as long as there are not too many and they come."""
+
+    def __init__(self, inner: Any, answer: Answer) -> None:
+        self._inner, self._answer = inner, answer
+
+    def __iter__(self) -> Iterator[bytes]:
+        for data in self._inner:
+            self._answer.take(len(data))
+            yield data
+
+    def close(self) -> None:
+        self._inner.close()
 
 
 def _transport(error: Exception) -> str:

@@ -79,7 +79,7 @@ def read(folder: Path) -> Lock | None:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"is not a lock file of qtool: {error}", where=str(file)) from None
     if not all(isinstance(text, str) for text in texts.values()):
-        raise InputError("is not a lock file of qtool: a name is no text", where=str(file))
+        raise InputError("is not a lock file of qtool: a name is not text", where=str(file))
     return Lock(**texts, files=files)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -23,6 +23,7 @@ from requests.adapters import HTTPAdapter
 
 from qtool.errors import InputError, QtoolError, in_one_line
 from qtool.hub.access import PIECE, Hub
+from qtool.hub.bounds import Answer, check_encoding
 from qtool.hub.guard import Guard
 from qtool.hub.listing import Listing, RemoteFile
 from qtool.hub.names import MAX_FILES, name_problem
@@ -71,15 +72,21 @@ class Modelers(Hub):
                 raise Stopped
             url = request.url or ""
             hub._guard.admit(url)
+            host = urlsplit(url).hostname or ""
+            hub.requests.one_more(host)
+            request.headers["Accept-Encoding"] = "identity"
             if not hub._guard.trusts(url):
                 request.headers.pop("authorization", None)
             kwargs["timeout"] = kwargs.get("timeout") or DEFAULT_REQUEST_TIMEOUT
             response = _SEND(adapter, request, *args, **kwargs)
             try:
                 hub.check_busy(response.status_code, response.headers.get("Retry-After"))
-            except Again:
+                check_encoding(response.headers.get("Content-Encoding"), host)
+            except (Again, QtoolError):
                 response.close()
                 raise
+            if not kwargs.get("stream") or response.is_redirect:  # the client streams files, and nothing else
+                response.raw = _Bounded(response.raw, Answer(host))
             return response
 
         HTTPAdapter.send = watched
@@ -179,3 +186,27 @@ class Modelers(Hub):
                 return QtoolError("a file that the hub lists is not there", where=url.partition("/media/")[2])
             return self.absent(repo)
         return self.denial(status)
+
+
+class _Bounded:
+    """An answer's bytes as urllib3 hands them out, as long as there are not too many and they come."""
+
+    def __init__(self, inner: Any, answer: Answer) -> None:
+        self._inner, self._answer = inner, answer
+
+    def stream(self, amount: int, decode_content: bool | None = None) -> Iterator[bytes]:
+        for data in self._inner.stream(min(amount, 1 << 14), decode_content=decode_content):
+            self._answer.take(len(data))
+            yield data
+
+    def read(self, amount: int | None = None, *args: Any, **kwargs: Any) -> bytes:
+        parts = []
+        while data := self._inner.read(min(amount or PIECE, PIECE), *args, **kwargs):
+            self._answer.take(len(data))
+            parts.append(data)
+            if amount is not None:
+                break
+        return b"".join(parts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)

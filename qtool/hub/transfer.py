@@ -13,6 +13,7 @@ from typing import NoReturn, TypeVar
 
 from qtool.errors import QtoolError
 from qtool.hub.access import Hub
+from qtool.hub.bounds import Pace
 from qtool.hub.listing import Listing, RemoteFile
 from qtool.hub.patience import Again, Patience, StartOver, Stopped
 from qtool.hub.sink import Hashes, Sink
@@ -44,6 +45,7 @@ def fetch(
     *,
     workers: int,
     patience: Patience,
+    pace: Pace | None = None,
 ) -> dict[str, str]:
     """Have all of `listing.files` in the partial folder, complete and right.
 
@@ -54,6 +56,7 @@ def fetch(
         progress: called with a stage, bytes done and bytes in all.
         workers: files at a time.
         patience: per file.
+        pace: how slow a file may be.
 
     Returns:
         sha256 by path.
@@ -61,7 +64,7 @@ def fetch(
     Raises:
         QtoolError, InputError: the first failure, after the others have been stopped. What came stays in the folder.
     """
-    stop = hub.stop
+    stop, pace = hub.stop, pace or Pace()
     with Storage(folder) as storage:
         found = _existing(storage, listing.files)
         check = Meter("checking what is there", sum(file.size for file in found), progress)
@@ -74,21 +77,29 @@ def fetch(
         meter = Meter("downloading", sum(file.size for file in missing), progress)
 
         def bring(file: RemoteFile) -> tuple[str, str]:
-            return file.path, _bring(hub, listing, storage, file, meter, stop, patience)
+            return file.path, _bring(hub, listing, storage, file, meter, stop, patience, pace)
 
-        hashes.update(in_parallel(bring, missing, workers, stop))
+        hashes.update(in_parallel(bring, missing, workers, stop, pace))
         meter.show()
     return hashes
 
 
 def in_parallel(
-    action: Callable[[Item], Value], items: Sequence[Item], workers: int, stop: threading.Event
+    action: Callable[[Item], Value],
+    items: Sequence[Item],
+    workers: int,
+    stop: threading.Event,
+    pace: Pace | None = None,
 ) -> list[Value]:
-    """`action` on each item, in any order. The first failure sets `stop`, and is raised when all have ended."""
+    """`action` on each item, in any order. The first failure sets `stop`, and is raised when all have ended; or at once
+    when `pace` finds one too slow, which its thread, waiting for bytes, can't be told."""
     pool = ThreadPoolExecutor(workers)
     futures = [pool.submit(action, item) for item in items]
     try:
-        wait(futures, return_when=FIRST_EXCEPTION)
+        while wait(futures, pace.look_seconds if pace else None, return_when=FIRST_EXCEPTION).not_done:
+            if pace is None or any(future.done() and future.exception() for future in futures):
+                break
+            pace.check()
         if not all(future.done() and not future.exception() for future in futures):
             stop.set()
             wait(futures)
@@ -159,13 +170,19 @@ def _bring(
     meter: Meter,
     stop: threading.Event,
     patience: Patience,
+    pace: Pace,
 ) -> str:
     """Download one file, continuing it, and give it its place. Returns its sha256."""
     where = f"{listing.repo}/{file.path}"
     handle = storage.open_incomplete(file)
     wrong = 0
     try:
-        sink = Sink(handle, file, storage.folder / file.path, meter.moved, stop)
+
+        def moved(count: int) -> None:
+            meter.moved(count)
+            pace.moved(max(0, count))
+
+        sink = Sink(handle, file, storage.folder / file.path, moved, stop)
 
         def start_over(why: str) -> NoReturn:
             nonlocal wrong
@@ -181,7 +198,8 @@ def _bring(
                 raise Stopped
             if not sink.whole:
                 try:
-                    attempt(hub, lambda: hub.fetch(listing, file, sink))
+                    with pace.transfer(where):
+                        attempt(hub, lambda: hub.fetch(listing, file, sink))
                 except StartOver as again:
                     start_over(str(again))
             if not sink.whole:

@@ -9,9 +9,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.errors import QtoolError
+from qtool.errors import InputError, QtoolError
 from qtool.hub.access import Absent, Hub
 from qtool.hub.listing import HUBS, Listing
+from qtool.hub.names import shown
 from qtool.hub.patience import Patience
 from qtool.hub.publish import publish
 from qtool.hub.transfer import attempt, fetch
@@ -61,11 +62,20 @@ def connect(name: str, token: str | None) -> Hub:
 def _list(hub: Hub, job: dict[str, Any], report: Report) -> dict[str, Any]:
     try:
         listing = Patience(base=0.25, say=report.warning).persist(  # somebody waits for this
-            lambda: attempt(hub, lambda: hub.listing(job["repo"], job["revision"])), where=hub.endpoint
+            lambda: attempt(hub, lambda: _listing(hub, job["repo"], job["revision"])), where=hub.endpoint
         )
     except Absent as error:
         return {"absent": error.what, "hint": error.hint}
     return {"listing": listing.to_json()}
+
+
+def _listing(hub: Hub, repo: str, revision: str | None) -> Listing:
+    with hub.requests.of_listing():
+        listing = hub.listing(repo, revision)
+    for file in listing.files:
+        if not isinstance(file.path, str):
+            raise InputError(f"refused {shown(file.path)}: its name is not text", where=repo)
+    return listing
 
 
 def _fetch(hub: Hub, job: dict[str, Any], report: Report) -> dict[str, Any]:

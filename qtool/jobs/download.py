@@ -130,7 +130,16 @@ def run(model: Place | Repository, target: Path, *, overwrite: bool = True, on_e
     Raises:
         InputError, QtoolError: as `qtool download`.
     """
-    found = listing(model, lambda name: tokens.read(name, None), on_event)
+    bring(ask(model, on_event), target, overwrite=overwrite, on_event=on_event)
+
+
+def ask(model: Place | Repository, on_event: OnEvent) -> Listing:
+    """`listing`, with the tokens that variables give. Raises as that."""
+    return listing(model, lambda name: tokens.read(name, None), on_event)
+
+
+def bring(found: Listing, target: Path, *, overwrite: bool, on_event: OnEvent) -> None:
+    """`run`, of a repository that has been listed. Raises InputError, QtoolError."""
     planned = download.plan(found, [], [])
     if not overwrite and download.is_there(planned, target, overwrite=False):
         return

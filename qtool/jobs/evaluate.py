@@ -1,4 +1,4 @@
-"""A quantized model against its original: who runs it, and what is told about both besides the figures."""
+"""Quantized models against their original: who runs them, and what can't be compared."""
 
 from __future__ import annotations
 
@@ -17,86 +17,89 @@ from qtool.files import expand
 from qtool.runtimes.settings import dtype
 
 
-class Pair(NamedTuple):
-    """A model and its quantized version."""
+class Models(NamedTuple):
+    """A model and its quantized versions."""
 
     base: Checkpoint
-    quantized: Checkpoint
+    quantized: tuple[Checkpoint, ...]
 
 
-def opened(base: str | Path, quantized: str | Path) -> Pair:
-    """Both, by absolute paths: what is wrong shows before torch is imported.
+def opened(base: str | Path, *quantized: str | Path) -> Models:
+    """All of them, by absolute paths: what is wrong shows before torch is imported.
 
     Raises:
-        InputError: no checkpoint, or two whose comparison means nothing: they are the same, of different models, or
-            the quantized one is the first.
+        InputError: no checkpoint, or some whose comparison means nothing: two are the same, they are of different
+            models, or a quantized one comes first.
     """
-    pair = Pair(*(Checkpoint.open(expand(folder).absolute()) for folder in (base, quantized)))
-    for checkpoint in pair:
+    first, *others = (Checkpoint.open(expand(folder).absolute()) for folder in (base, *quantized))
+    for checkpoint in (first, *others):
         checkpoint.check_claims()
-    _check_order(pair)
-    _check_same_model(pair)
-    _check_not_equal(pair)
-    return pair
+    for i, other in enumerate(others):
+        _check_order(first, other)
+        _check_same_model(first, other)
+        if _are_equal(first, other):
+            raise InputError(
+                "this is the original model itself: all its weights are the same",
+                where=str(other.path),
+                hint="give a quantized model after the original; qtool quantize makes one",
+            )
+        if twin := next((earlier for earlier in others[:i] if _are_equal(earlier, other)), None):
+            raise InputError("is the same model as another one", where=f"{other.path} and {twin.path}")
+    return Models(first, tuple(others))
 
 
-def _check_order(pair: Pair) -> None:
-    first, second = (formats.of(checkpoint) for checkpoint in pair)
-    if not first.is_float and second.is_float:
+def _check_order(base: Checkpoint, quantized: Checkpoint) -> None:
+    if not formats.of(base).is_float and formats.of(quantized).is_float:
         raise InputError(
-            "the original model comes first, but this is the quantized one",
-            where=str(pair.base.path),
-            hint=f"qtool eval {pair.quantized.path} {pair.base.path}",
+            "the original model comes first, but this is a quantized one",
+            where=str(base.path),
+            hint=f"qtool eval {quantized.path} {base.path}",
         )
 
 
 _SAME = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 
 
-def _check_same_model(pair: Pair) -> None:
+def _check_same_model(base: Checkpoint, quantized: Checkpoint) -> None:
     """By what both config.json files say; what they leave out, the comparison itself finds out."""
-    one, other = (checkpoint.config.get("text_config") or checkpoint.config for checkpoint in pair)
+    one, other = (checkpoint.config.get("text_config") or checkpoint.config for checkpoint in (base, quantized))
     for key in _SAME:
         if key in one and key in other and one[key] != other[key]:
             raise InputError(
                 f"these are different models: {key} is {one[key]} and {other[key]}",
-                where=f"{pair.base.path} and {pair.quantized.path}",
+                where=f"{base.path} and {quantized.path}",
                 hint="give the model that the quantized one was made from",
             )
 
 
-def _check_not_equal(pair: Pair) -> None:
-    """The first byte that differs ends the search, so it takes long only where there is nothing to compare."""
-    one, other = (
-        {checkpoint.info(name).file.name: checkpoint.info(name).file for name in checkpoint.names}
-        for checkpoint in pair
-    )
-    alike = one.keys() == other.keys() and pair.base.config == pair.quantized.config
-    if alike and all(filecmp.cmp(one[name], other[name], shallow=False) for name in one):
-        raise InputError(
-            "this is the original model itself: all its weights are the same",
-            where=str(pair.quantized.path),
-            hint="give a quantized model second; qtool quantize makes one",
-        )
+def _are_equal(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether all is the same. The first byte that differs ends the search, so only equal files are read whole."""
+    files, others = ({it.info(name).file.name: it.info(name).file for name in it.names} for it in (one, other))
+    if files.keys() != others.keys() or one.config != other.config:
+        return False
+    return all(filecmp.cmp(files[name], others[name], shallow=False) for name in files)
 
 
 def comparison(
-    pair: Pair, text: EvaluationText, runtime: Literal["qtool", "vllm"], *, trust_remote_code: bool
+    models: Models, text: EvaluationText, runtime: Literal["qtool", "vllm"], *, trust_remote_code: bool
 ) -> ComparisonJob:
     """The job that compares them.
 
     Args:
         text: a file's path may be relative, or begin with ~.
-        runtime: who runs the quantized model.
+        runtime: who runs the quantized models.
 
     Raises:
         InputError: no vLLM here, or none that can.
     """
+    vllm = tuple(vllm_for(checkpoint) for checkpoint in models.quantized) if runtime == "vllm" else ()
+    if len({(each.python, *each.env.items()) for each in vllm}) > 1:
+        raise InputError("vLLM needs other settings for each of these models", hint="compare them one at a time")
     return ComparisonJob(
-        base=pair.base.path,
-        quantized=pair.quantized.path,
+        base=models.base.path,
+        quantized=tuple(checkpoint.path for checkpoint in models.quantized),
         text=replace(text, data=absolute(text.data)),
-        vllm=vllm_for(pair.quantized) if runtime == "vllm" else None,
+        vllm=vllm,
         trust_remote_code=trust_remote_code,
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qtool import engines, workers
-from qtool.calibration.sources import absolute
+from qtool.calibration.sources import absolute, check
 from qtool.checkpoint.companions import companions
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import check_output, tidy
@@ -30,7 +30,8 @@ class Wanted:
     """A quantization as somebody asks for it; None leaves the choice to the recipe, or to qtool.
 
     Attributes:
-        output: the folder to make; None for MODEL-SCHEME, beside the model.
+        output: the folder to make; None for BESIDE-SCHEME.
+        beside: what its name begins with then; None for the model's folder.
         recipe: a recipe's name or file; None for the one that matches the model.
         scheme: one of the recipe's.
         format: of the checkpoint.
@@ -44,6 +45,7 @@ class Wanted:
     """
 
     output: Path | None = None
+    beside: Path | None = None
     recipe: str | None = None
     scheme: str | None = None
     format: str | None = None
@@ -88,7 +90,8 @@ def decide(model: Path, wanted: Wanted) -> Decided:
     config = checkpoint.config
     recipe, reason = match(config) if wanted.recipe is None else (load(wanted.recipe), _ASKED)
     recipe, scheme = with_scheme(recipe, wanted.scheme)
-    output = expand(wanted.output or folder.with_name(f"{folder.name}-{scheme}")).absolute()
+    beside = wanted.beside or folder
+    output = expand(wanted.output or beside.with_name(f"{beside.name}-{scheme}")).absolute()
     job = QuantizationJob(
         model=folder,
         output=OutputFolder(
@@ -144,12 +147,15 @@ def run(engine: str, job: QuantizationJob, on_event: OnEvent) -> QuantizationRes
     finally:
         left = tidy(job.output.path, keep_resumable=True)  # what a killed worker could not remove
         if left is not None:
-            on_event({"event": "warning", "message": f"what is finished is kept in {left}; --resume goes on there"})
+            on_event({"event": "warning", "message": f"the finished work is kept in {left}; add --resume to continue"})
 
 
 def dry_run(engine: str, job: QuantizationJob, on_event: OnEvent) -> DryRun:
-    """What `run` would do. Raises InputError and QtoolError as the engine does."""
-    return engines.dry_run(engine, _absolute(job), on_event)
+    """What `run` would do. Raises InputError and QtoolError where `run` would, as far as that can be known."""
+    job = _absolute(job)
+    check_output(job.output.path, overwrite=job.output.overwrite, source=job.model)
+    check(job.calibration.data)
+    return engines.dry_run(engine, job, on_event)
 
 
 def _absolute(job: QuantizationJob) -> QuantizationJob:

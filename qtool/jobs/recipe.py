@@ -13,6 +13,7 @@ from qtool import conversion, engines, runtimes, workers
 from qtool.calibration.sources import BUILTIN, SELF, absolute
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.snapshot import title
 from qtool.checkpoint.summary import float_dtype
 from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
 from qtool.errors import InputError
@@ -195,7 +196,7 @@ class _Run:
         def make(target: Path) -> None:
             quantize.run(engine, job(target), self.on_event)
 
-        done = self.job.stage("quantize", f"{model.path.name}-{scheme}", inputs, make)
+        done = self.job.stage("quantize", f"{title(model.path)}-{scheme}", inputs, make)
         return _Made(done.output, done.digest)
 
     def _eval(self, model: _Made, quantized: _Made) -> Path:
@@ -211,18 +212,19 @@ class _Run:
             text = absolute(wanted.text)
             job = ComparisonJob(
                 base=model.path,
-                quantized=quantized.path,
+                quantized=(quantized.path,),
                 text=EvaluationText(text, wanted.windows, wanted.length),
                 trust_remote_code=self.settings.trust_remote_code,
             )
-            write_json(target, evaluation.run(job, self.on_event).to_json())
+            (found,) = evaluation.run(job, self.on_event)
+            write_json(target, found.to_json())
 
         return self.job.stage("eval", EVALUATION, inputs, make).output
 
     def _convert(self, source: _Made, target: str) -> _Made:
         done = self.job.stage(
             f"convert to {target}",
-            f"{source.path.name}-{target}",
+            f"{title(source.path)}-{target}",
             {"source": source.digest, "to": target},
             lambda output: conversion.to_format(source.path, output, target, overwrite=True, on_event=self.on_event),
         )

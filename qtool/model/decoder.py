@@ -3,29 +3,33 @@
 A quantized checkpoint runs as its runtimes would, in float: weights are dequantized as a layer is loaded, and
 what enters a quantized linear goes through the integers of its static or per-token scale.
 
-The skeleton's forward runs once per batch shape with every decoder layer replaced by a listener, which tells what the
-layers are called with (masks, rotary embeddings, whatever the architecture hands down); after that the layers run by
-themselves.
+What the layers are called with (masks, rotary embeddings, whatever the architecture hands down) comes from the model's
+own forward, which runs around them: see `model.loop`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
+from qtool.errors import InputError
 from qtool.model import experts
+from qtool.model.architectures import Architecture
 from qtool.model.experts import RoutedExperts
 from qtool.model.head import Head
 from qtool.model.loader import Loader, Quantizer
+from qtool.model.loop import DecoderLoop
 from qtool.model.skeleton import Skeleton
+from qtool.model.state import Batch
 from qtool.model.weights import ModelWeights
 from qtool.quant.topology import linear_layers
+
+_TOKENS = 8192  # that go through the prologue at a time
 
 
 class DecoderStream:
@@ -46,7 +50,7 @@ class DecoderStream:
     Attributes:
         checkpoint, dtype, device: as given.
         weights: what all weights are read through.
-        head: the final norm and the output projection.
+        head: what comes after the layers, and the output projection.
     """
 
     def __init__(
@@ -64,9 +68,10 @@ class DecoderStream:
         self.weights: ModelWeights = FloatReader(checkpoint, self.device) if weights is None else weights
         self._skeleton = Skeleton(checkpoint, dtype, self.device, trust_remote_code=trust_remote_code)
         self._loader = Loader(self._skeleton, self.weights, dtype, self.device)
-        self.head = Head(self._skeleton, self._loader)
+        self._loop = DecoderLoop(self._skeleton, self._loader)
+        self.head = Head(self._skeleton, self._loader, self._loop)
         experts.take_out(self._skeleton, self._loader)
-        self._arguments: dict[int, list[dict[str, Any]]] = {}  # of the layers, by the length of hidden states
+        self._calling = dtype  # the type of what the layers are called with
 
     # ------------------------------------------------------------------ what the model is
 
@@ -76,12 +81,17 @@ class DecoderStream:
 
     @property
     def hidden_size(self) -> int:
-        return self._skeleton.embedding.get_parameter("weight").shape[1]
+        return int(self._skeleton.config.hidden_size)
 
     @property
     def heads(self) -> int:
         """Attention heads, whose rows interleave in some fused projections."""
         return self._skeleton.heads
+
+    @property
+    def architecture(self) -> Architecture:
+        """What is known of the family."""
+        return self._skeleton.architecture
 
     @property
     def experts_per_token(self) -> int:
@@ -116,13 +126,38 @@ class DecoderStream:
 
     def linears(self) -> list[str]:
         """The linears of all decoder layers and their experts, by the checkpoint's names without ".weight"."""
-        found = []
+        found: list[str] = []
         for index in range(self.depth):
-            for name in linear_layers(self.skeleton_layer(index)):
-                found.append(self.stored(index, f"{name}.weight").removesuffix(".weight"))
+            if self.is_idle(index):
+                continue
+            found += self.layer_linears(index).values()
             routed = self.routed(index)
             if routed is not None:
                 found += [linear for expert in routed.names for linear in expert]
+        return found
+
+    def layer_linears(self, index: int) -> dict[str, str]:
+        """The linears of a layer, without experts, that the checkpoint holds as they are, and no layer before has.
+
+        Returns:
+            The checkpoint's names without ".weight", by their names inside the layer.
+        """
+        own, linears = self.own_parameters(index), linear_layers(self.skeleton_layer(index))
+        weights = {name: own[f"{name}.weight"] for name in linears if f"{name}.weight" in own}
+        return {name: stored.removesuffix(".weight") for name, stored in weights.items() if stored.endswith(".weight")}
+
+    def own_parameters(self, index: int) -> dict[str, str]:
+        """The parameters of a layer that the checkpoint holds as they are, and no layer before has.
+
+        Returns:
+            The checkpoint's names, by their names inside the layer.
+        """
+        found, prefix = {}, f"{self._skeleton.layers_name}.{index}."
+        for name, parameter in self.skeleton_layer(index).named_parameters():
+            stored = self.stored(index, name)
+            if self._loader.names.modules.get(stored) == prefix + name:
+                self._loader.check(stored, parameter.shape)
+                found[name] = stored
         return found
 
     # ------------------------------------------------------------------ running it
@@ -149,46 +184,51 @@ class DecoderStream:
                         empty = torch.empty(parameter.shape, dtype=self.dtype, device="meta")
                         module._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token embeddings [batch, length, hidden] of ids [batch, length], reading only the rows in use."""
-        unique, compact = torch.unique(ids, return_inverse=True)
-        name = self._loader.stored(f"{self._skeleton.embedding_name}.weight")
-        self._loader.check(name, self._skeleton.embedding.get_parameter("weight").shape)
-        rows = self._loader.ready(self.weights.gather(name, unique))
-        return torch.func.functional_call(self._skeleton.embedding, {"weight": rows}, (compact.to(self.device),))
-
     @torch.no_grad()
-    def prologue(self, ids: torch.Tensor) -> torch.Tensor:
-        """What enters the first decoder layer: [batch, length, hidden]; also learns the layers' other arguments.
+    def prologue(self, ids: torch.Tensor) -> Batch:
+        """What enters the first decoder layer, for token ids [samples, length].
 
-        Raises InputError when that is more than the embeddings, or a multiple of them.
+        Raises InputError for a model whose layers can't be run one by one.
         """
-        hidden = self.embed(ids)
-        first, self._arguments[ids.shape[1]] = self._skeleton.layer_arguments(hidden[:1])
-        if torch.equal(first, hidden[:1]):
-            return hidden
-        # Gemma and others scale the embeddings between table and first layer; the factor is one number.
-        entering, own = first.cpu().double(), hidden[:1].cpu().double()
-        factor = (entering * own).sum() / own.square().sum()
-        if not torch.allclose(entering, own * factor, rtol=0.01, atol=0.01 * float(entering.abs().max())):
-            raise self._skeleton.unusual("it adds something to the embeddings")
-        return hidden * factor.to(hidden.dtype)
+        step = max(1, _TOKENS // ids.shape[1])
+        parts = (self._loop.entering(part, self._calling) for part in ids.split(step))
+        return Batch(ids, tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
-    def run(self, index: int, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """One decoder layer on hidden states [batch, length, hidden] of a length that `prologue` has seen."""
-        output = layer(hidden, **self._arguments[hidden.shape[1]][index])
-        return output[0] if isinstance(output, tuple) else output
+    def run(self, index: int, layer: nn.Module, batch: Batch) -> Batch:
+        """One decoder layer on what the one before it left."""
+        if self._loop.is_idle(index):
+            return batch
+        call = self._loop.call(index, batch, self._calling)
+        return Batch(batch.ids, self._loop.left(index, call, layer(*call.args, **call.kwargs)))
+
+    @property
+    def is_plain(self) -> bool:
+        """Hidden states are all that passes from layer to layer, and nothing else depends on the tokens."""
+        return self._loop.is_plain
+
+    def unusual(self, sign: str) -> InputError:
+        """About a model whose layers can't be run as they are wanted to; `sign` is why."""
+        return self._skeleton.unusual(sign)
+
+    def is_idle(self, index: int) -> bool:
+        """Whether text doesn't go through this layer (as with cross-attention to pictures)."""
+        return self._loop.is_idle(index)
+
+    def entering(self, index: int, length: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """(shape without the samples, type) of each tensor that enters layer `index`, for samples of this length.
+
+        `depth` as the index tells what leaves the last layer.
+        """
+        return self._loop.sample_shapes(index, length)
 
     @contextmanager
-    def precision(self, dtype: torch.dtype, length: int) -> Iterator[None]:
-        """Within the block, `run` takes hidden states of this dtype and length."""
-        saved, self._arguments = self._arguments, {}
+    def precision(self, dtype: torch.dtype) -> Iterator[None]:
+        """Within the block, `run` takes a layer and states of this type."""
+        saved, self._calling = self._calling, dtype
         try:
-            few = torch.zeros(1, length, self.hidden_size, dtype=dtype, device=self.device)
-            _, self._arguments[length] = self._skeleton.layer_arguments(few)
             yield
         finally:
-            self._arguments = saved
+            self._calling = saved
 
     def _load(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, Quantizer]]:
         """(a layer's parameters, what the input of its quantized linears goes through), by their names inside it."""
@@ -196,8 +236,8 @@ class DecoderStream:
         for name, parameter in self.skeleton_layer(index).state_dict().items():
             owner, _, part = name.rpartition(".")
             stored = self.stored(index, name)
-            if part != "weight":
-                state[name] = self._loader.tensor(stored, parameter.shape)
+            if part != "weight" or stored not in self._loader.weights:
+                state[name] = self._loader.parameter(f"{self._skeleton.layers_name}.{index}.{name}", parameter.shape)
                 continue
             state[name], quantize = self._loader.linear(stored.removesuffix(".weight"), parameter.shape)
             if quantize is not None:

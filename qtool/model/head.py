@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 from qtool.model.loader import Loader, Quantizer, input_quantizer
+from qtool.model.loop import DecoderLoop, replaced
+from qtool.model.outside import Outside
 from qtool.model.skeleton import Skeleton
+from qtool.model.state import Batch
 from qtool.quant.types import QuantizedLinear
 
 
@@ -49,30 +52,30 @@ class _BaseOutput(tuple[torch.Tensor]):
 class Head:
     """What comes after the decoder layers."""
 
-    def __init__(self, skeleton: Skeleton, loader: Loader) -> None:
-        self._skeleton, self._loader = skeleton, loader
+    def __init__(self, skeleton: Skeleton, loader: Loader, loop: DecoderLoop) -> None:
+        self._skeleton, self._loader, self._loop = skeleton, loader, loop
+        self._outside = Outside(skeleton, loader, loader.dtype)
 
     @property
     def vocabulary(self) -> int:
         """How many logits the model makes per token."""
         return self._shape[0]
 
+    def leaving(self, batch: Batch) -> torch.Tensor:
+        """What the output projection multiplies, [samples, length, hidden], of what the last layer left."""
+        return self._loop.leaving(batch, self._loader.dtype)
+
     def normalize(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The final norm on hidden states [..., hidden]."""
-        norm = self._skeleton.norm
-        if norm is None:
-            return hidden
-        weights = {
-            key: self._loader.tensor(self._loader.stored(f"{self._skeleton.norm_name}.{key}"), parameter.shape)
-            for key, parameter in norm.named_parameters()
-        }
-        return torch.func.functional_call(norm, weights, (hidden,))
+        """The same of hidden states [..., hidden], for a decoder that hands on nothing else."""
+        flat = hidden.reshape(1, -1, hidden.shape[-1])
+        ids = torch.zeros(flat.shape[:2], dtype=torch.int64)
+        return self.leaving(Batch(ids, (flat,))).reshape(hidden.shape)
 
     def rows(self, start: int, stop: int) -> HeadRows:
         """The rows of the output projection (which may be the embedding table again) that make logits start to stop."""
         loader, bias = self._loader, None
-        if self._skeleton.head.bias is not None:
-            name = loader.stored(f"{self._skeleton.head_name}.bias")
+        if getattr(self._skeleton.head, "bias", None) is not None:
+            name = loader.stored(f"{self._head_name}.bias")
             bias = loader.tensor(name, self._skeleton.head.get_parameter("bias").shape)[start:stop]
         loader.check(self._name, self._shape)
         if (linear := self._quantized) is not None:
@@ -84,15 +87,15 @@ class Head:
 
         Only its base model and output projection are replaced, so scaled and capped logits come out as it makes them.
         """
-        base, head = self._skeleton.base, self._skeleton.head
-        made = _BaseOutput((hidden[None],))
-        base.forward = lambda *_a, **_k: made
-        head.forward = rows.project
-        try:
+        made, head = _BaseOutput((hidden[None],)), self._skeleton.head
+        inner = {self._skeleton.base: lambda *_a, **_k: made, self._skeleton.decoder: lambda *_a, **_k: made}
+        with replaced(inner | {head: rows.project}), self._outside:
             logits: torch.Tensor = self._skeleton.model(inputs_embeds=hidden[None], use_cache=False).logits
             return logits[0].float()
-        finally:
-            del base.__dict__["forward"], head.__dict__["forward"]
+
+    @cached_property
+    def _head_name(self) -> str:
+        return self._skeleton.name_of(self._skeleton.head)
 
     @property
     def _shape(self) -> torch.Size:
@@ -101,10 +104,7 @@ class Head:
     @cached_property
     def _name(self) -> str:
         """The checkpoint's."""
-        name = self._loader.stored(f"{self._skeleton.head_name}.weight")
-        if self._skeleton.is_tied and name not in self._loader.weights:
-            return self._loader.stored(f"{self._skeleton.embedding_name}.weight")
-        return name
+        return self._loader.stored(f"{self._head_name}.weight")
 
     @cached_property
     def _quantized(self) -> QuantizedLinear | None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
+
+import torch
 
 from qtool.errors import InputError
 from qtool.model.architectures import FusedExperts
@@ -18,34 +22,95 @@ class ExpertNames(NamedTuple):
     down: str
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """How a parameter of the model is made of tensors of the checkpoint.
+
+    Attributes:
+        converter: transformers' own.
+        parts: the checkpoint's names, by the pattern of the converter that they fit, in order.
+    """
+
+    converter: Any
+    parts: dict[str, list[str]]
+
+    def convert(self, name: str, tensors: dict[str, list[torch.Tensor]], model: Any) -> torch.Tensor:
+        """The parameter of this name from the tensors of its parts."""
+        converter, made = self.converter, dict[str, Any](tensors)
+        for operation in converter.operations:
+            made = operation.convert(
+                made,
+                source_patterns=converter.source_patterns,
+                target_patterns=converter.target_patterns,
+                full_layer_name=name,
+                model=model,
+                config=model.config,
+                missing_keys=None,
+            )
+        found = made if len(made) == 1 else {pattern: made[pattern] for pattern in made if pattern in name}
+        tensor = next(iter(found.values()))
+        return tensor[0] if isinstance(tensor, list) else tensor
+
+
 class Names:
     """transformers' own renaming of checkpoints to modules, backwards.
 
-    Experts are separate linears in checkpoints and one fused parameter in transformers 5 (conversion_mapping.py);
-    Mixtral's block_sparse_moe is an mlp there.
+    A checkpoint may have other names than the module's code, with or without the prefix of the base model, and the
+    parameters of the code may be made of several tensors. Experts are separate linears in checkpoints and one fused
+    parameter in transformers 5 (conversion_mapping.py); Mixtral's block_sparse_moe is an mlp there.
+
+    Args:
+        model: transformers', for its renaming.
+        tensors: of the model, by its names.
+        stored: the checkpoint's names.
     """
 
-    def __init__(self, model: Any, stored: Iterable[str]) -> None:
+    def __init__(self, model: Any, tensors: Mapping[str, torch.Tensor], stored: Iterable[str]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
         transforms = get_model_conversion_mapping(model)
         renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
         order = {pattern: i for converter in converters for i, pattern in enumerate(converter.source_patterns)}
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        prefix = model.base_model_prefix
         self._stored: dict[str, str] = {}
+        self._conversions: dict[str, Conversion] = {}
         self._parts: dict[str, dict[int, dict[int, str]]] = {}
-        for name in stored:
-            renamed, pattern = rename_source_key(name, renamings, converters)
+        self._tied = _tied(model)
+        for name in sorted(stored, key=dot_natural_key):  # some renamings begin with the first name that they fit
+            renamed, pattern = rename_source_key(name, renamings, converters, prefix, tensors)
+            if renamed not in tensors and name in tensors:
+                renamed, pattern = rename_source_key(name, [], [], prefix, tensors)
             if pattern is None:
                 self._stored.setdefault(renamed, name)
-            elif (number := re.search(r"\.experts\.(\d+)\.", name)) and name.endswith(".weight"):
+                continue
+            if (number := re.search(r"\.experts\.(\d+)\.", name)) and name.endswith(".weight"):
                 parts = self._parts.setdefault(renamed, {}).setdefault(int(number[1]), {})
                 parts[order[pattern]] = name.removesuffix(".weight")
+                continue
+            converter = by_pattern[pattern]
+            for target in _targets(renamed, converter):
+                made = self._conversions.setdefault(target, Conversion(converter, {}))
+                made.parts.setdefault(pattern, []).append(name)
 
     def stored(self, name: str) -> str:
         """The checkpoint's name of a parameter that it holds as one tensor; `name` itself where nothing is known."""
-        return self._stored.get(name, name)
+        if name in self._stored:
+            return self._stored[name]
+        return next((self._stored[other] for other in self._tied.get(name, ()) if other in self._stored), name)
+
+    def conversion(self, name: str) -> Conversion | None:
+        """How a parameter is made of several tensors, or of one in another form; None where it is one as it is."""
+        if name in self._stored:
+            return None
+        return self._conversions.get(name)
+
+    @cached_property
+    def modules(self) -> dict[str, str]:
+        """The model's names of what is stored as it is, by the checkpoint's names."""
+        return {stored: name for name, stored in self._stored.items()}
 
     def experts(self, name: str, experts: FusedExperts, where: str) -> list[ExpertNames]:
         """The linears of each of these experts, by the whole name of their module.
@@ -72,3 +137,17 @@ class Names:
                 hint="check that config.json belongs to these weights",
             )
         return found
+
+
+def _tied(model: Any) -> dict[str, list[str]]:
+    """The names of the parameters that are the same tensor, by each of them, as transformers ties them."""
+    groups: dict[str, set[str]] = {}
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        groups.setdefault(source, {source}).add(target)
+    return {name: sorted(group - {name}) for group in groups.values() for name in group}
+
+
+def _targets(renamed: str, converter: Any) -> list[str]:
+    """The parameters that a converter makes, where the first is called so."""
+    first, *others = converter.target_patterns
+    return [renamed, *(renamed.replace(first, other) for other in others)]

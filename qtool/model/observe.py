@@ -12,6 +12,7 @@ from torch import nn
 from qtool.errors import QtoolError
 from qtool.model.decoder import DecoderStream
 from qtool.model.experts import Handler, handled
+from qtool.model.state import Batch
 from qtool.quant.statistics import InputStatistics
 
 if TYPE_CHECKING:
@@ -29,21 +30,21 @@ def observe(
     stream: DecoderStream,
     index: int,
     layer: nn.Module,
-    batches: Iterable[torch.Tensor],
+    batches: Iterable[Batch],
     statistics: Mapping[str, InputStatistics] | None = None,
     experts: Handler | None = None,
-) -> Iterator[torch.Tensor]:
-    """Run one decoder layer on batch after batch of hidden states.
+) -> Iterator[Batch]:
+    """Run one decoder layer on batch after batch.
 
     Args:
         index: the layer's number.
         layer: with its weights.
-        batches: [n, length, hidden] each, of a length that `stream.prologue` has seen.
+        batches: what enters the layer.
         statistics: count what enters the linears of these names inside the layer.
         experts: what a call of the layer's routed experts does; None has them called.
 
     Yields:
-        What leaves the layer for each batch, [n, length, hidden].
+        What leaves the layer for each batch.
     """
     routed = stream.routed(index)
     with ExitStack() as stack:
@@ -54,36 +55,53 @@ def observe(
             yield stream.run(index, layer, batch.to(stream.device))
 
 
-def forward(
-    stream: DecoderStream, ids: torch.Tensor, batch_tokens: int, step: str, report: Report
-) -> Iterator[torch.Tensor]:
+def forward(stream: DecoderStream, ids: torch.Tensor, batch_tokens: int, step: str, report: Report) -> Iterator[Batch]:
     """Run all decoder layers over token ids [samples, length], about `batch_tokens` of them at a time.
 
     Args:
         step: what the progress is called.
 
     Yields:
-        What enters the first layer, and then what leaves each: [samples, length, hidden], always the same tensor.
+        What enters the first layer, and then what leaves each; in the same tensors wherever they fit.
 
     Raises:
         QtoolError: hidden states are not finite.
     """
-    hidden = stream.prologue(ids)
-    yield hidden
+    batch = stream.prologue(ids)
+    yield batch
     for index in range(stream.depth):
         report.progress(step, index, stream.depth, "layers")
-        parts = hidden.split(max(1, batch_tokens // ids.shape[1]))
+        parts = [*batch.split(max(1, batch_tokens // ids.shape[1]))]
         with stream.layer(index) as layer:
-            for part, output in zip(parts, observe(stream, index, layer, parts), strict=True):
-                part.copy_(output)
-        if not all(bool(extreme.isfinite()) for extreme in torch.aminmax(hidden)):
+            batch = _gathered(batch, parts, observe(stream, index, layer, parts))
+        if not all(map(_is_finite, batch.state)):
             raise QtoolError(
                 f"the hidden states after {stream.layer_name(index)} are not finite",
                 where=str(stream.checkpoint.path),
                 hint="the checkpoint is damaged, or its scales are wrong",
             )
-        yield hidden
+        yield batch
     report.progress(step, stream.depth, stream.depth, "layers")
+
+
+def _gathered(whole: Batch, parts: list[Batch], outputs: Iterator[Batch]) -> Batch:
+    """All outputs, in the tensors of `whole`, whose parts gave them, where they have the same form."""
+    into: Batch | None = None
+    start = 0
+    for part, output in zip(parts, outputs, strict=True):
+        if into is None:
+            fits = [(t.shape[1:], t.dtype) for t in output.state] == [(t.shape[1:], t.dtype) for t in whole.state]
+            empty = (t.new_empty(len(whole.ids), *t.shape[1:], device="cpu") for t in output.state)
+            into = whole if fits else Batch(whole.ids, tuple(empty))
+        for target, tensor in zip(into.state, output.state, strict=True):
+            target[start : start + len(part.ids)].copy_(tensor)
+        start += len(part.ids)
+    assert into is not None
+    return into
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 @contextmanager

@@ -39,11 +39,12 @@ class Recorder:
 
     Args:
         folder: where the inputs go.
-        like: activations of as many tokens, as wide, of the same type.
+        tokens: how many there will be.
     """
 
-    def __init__(self, folder: Path, like: Activations) -> None:
-        self._inputs = Activations(folder / "experts-input", like.rows, like.width, like.dtype)
+    def __init__(self, folder: Path, tokens: int) -> None:
+        self._path, self._count = folder / "experts-input", tokens
+        self._opened: Activations | None = None
         self._tokens = 0
         self._chosen: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
@@ -54,10 +55,23 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._inputs.remove()
+        if self._opened is not None:
+            self._opened.remove()
+
+    @property
+    def width(self) -> int:
+        """Of an input."""
+        return self._inputs.width
+
+    @property
+    def _inputs(self) -> Activations:
+        assert self._opened is not None, "the layer has not run"
+        return self._opened
 
     def __call__(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        self._inputs.write(self._tokens, hidden)
+        if self._opened is None:
+            self._opened = Activations(self._path, self._count, hidden.shape[-1], hidden.dtype)
+        self._opened.write(self._tokens, hidden)
         self._tokens += len(hidden)
         self._chosen.append(chosen.cpu())
         self._weights.append(weights.cpu())

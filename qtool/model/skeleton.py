@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
+from qtool.checkpoint.auto import auto_class
 from qtool.checkpoint.reader import Checkpoint
-from qtool.errors import InputError, foreign, in_one_line
+from qtool.errors import InputError, foreign
 from qtool.model import architectures
 
 _MOST_BUFFERS = 1 << 30  # bytes
@@ -29,13 +31,14 @@ class Skeleton:
         InputError: transformers doesn't know the architecture, or it is no decoder with a list of layers.
 
     Attributes:
-        model: the whole model; `base` is what is in it besides the output projection.
+        model: the whole model, with towers for pictures and sound where it has any.
+        decoder: the model of text in it, from token ids to what enters the output projection.
+        base: what the whole model's forward calls before its output projection.
         architecture: what is known of the family.
         layers_name, layers: the list of decoder layers.
-        embedding_name, embedding: the token embeddings.
-        norm_name, norm: after the last layer, if any.
-        head_name, head: the output projection.
+        embedding: the token embeddings.
         kept_in_float32: parameters and buffers with one of these in their name are in float32 whatever the rest is in.
+        tensors: of the whole model as transformers built it, parameters and buffers, by their names.
     """
 
     def __init__(
@@ -43,109 +46,87 @@ class Skeleton:
     ) -> None:
         self._where = str(checkpoint.path / "config.json")
         self.model = _build(checkpoint, dtype, trust_remote_code, self._where)
-        self.base: nn.Module = self.model.base_model
-        self.architecture = architectures.of(self._config.model_type)
-        name = self.architecture.layers(self.model)
+        self.tensors: dict[str, torch.Tensor] = self.model.state_dict(keep_vars=True)
+        self.embedding: nn.Module = self.model.get_input_embeddings()
+        self.decoder = self._innermost_model(self.embedding)
+        self.base: nn.Module = self.model.base_model if self.model.base_model is not self.model else self.decoder
+        self.architecture = architectures.of(self.config.model_type)
+        name = self.architecture.layers(self.decoder, self.config)
         if name is None:
             raise InputError(
                 "no list of decoder layers in this model",
                 where=self._where,
                 hint=f"{type(self.model).__name__} is not a decoder-only language model",
             )
-        self.layers_name: str = name
-        self.layers: nn.ModuleList = self.model.get_submodule(name)
-        self.embedding: nn.Module = self.model.get_input_embeddings()
-        self.embedding_name = self._name_of(self.embedding)
-        if getattr(self.embedding, "padding_idx", None) is not None:
-            self.embedding.padding_idx = None  # matters to gradients only, and rows get renumbered
-        self.norm_name = self.architecture.final_norm(self.model, name)
-        self.norm: nn.Module | None = None if self.norm_name is None else self.model.get_submodule(self.norm_name)
-        self.head: nn.Module = self.model.get_output_embeddings()
-        self.head_name = self._name_of(self.head)
+        layers = self.decoder.get_submodule(name)
+        assert isinstance(layers, nn.ModuleList)
+        self.layers = layers
+        self.layers_name = self.name_of(self.layers)
         self.kept_in_float32: tuple[str, ...] = tuple(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
         self._check_buffers()
-        for module in self.base.modules():
+        for module in self.decoder.modules():
             self._initialize_buffers(module, device)
+
+    @property
+    def config(self) -> Any:
+        """transformers' config of the model of text."""
+        return self.decoder.config.get_text_config(decoder=True)
 
     @property
     def heads(self) -> int:
         """Attention heads, whose rows interleave in some fused projections."""
-        return getattr(self._config, self.architecture.heads, None) or 1
+        return getattr(self.config, self.architecture.heads, None) or 1
 
     @property
     def experts_per_token(self) -> int:
         """How many routed experts a token goes to."""
-        return getattr(self._config, self.architecture.experts_per_token, None) or 1
+        return getattr(self.config, self.architecture.experts_per_token, None) or 1
 
-    @property
-    def is_tied(self) -> bool:
-        """The output projection is the embedding table, unless the checkpoint has one of its own."""
-        return bool(self._config.tie_word_embeddings)
-
-    def layer_arguments(self, hidden: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-        """Have the base model call its layers, without running them, for embeddings [batch, length, hidden].
-
-        Returns:
-            (the first layer's hidden states; per layer the other arguments: masks, rotary embeddings, whatever the
-            architecture hands down).
-
-        Raises:
-            InputError: the base model has weights of its own besides embeddings, layers and norm.
-        """
-        first: list[torch.Tensor] = []
-        arguments: list[dict[str, Any]] = []
-        architecture = self.architecture
-
-        class Listener(nn.Module):
-            def __init__(self, original: nn.Module) -> None:
-                super().__init__()
-                for name in architecture.layer_attributes:
-                    if hasattr(original, name):
-                        setattr(self, name, getattr(original, name))
-
-            def forward(self, hidden_states: torch.Tensor, **kw: Any) -> torch.Tensor | tuple[torch.Tensor]:
-                if not first:
-                    first.append(hidden_states)
-                arguments.append(kw)
-                return (hidden_states,) if architecture.layers_return_tuples else hidden_states
-
-        parent_name, _, attribute = self.layers_name.rpartition(".")
-        parent = self.model.get_submodule(parent_name)
-        setattr(parent, attribute, nn.ModuleList(Listener(layer) for layer in self.layers))
-        if self.norm is not None:
-            self.norm.forward = lambda x, *_a, **_k: x  # its weights are not loaded
-        try:
-            self.base(inputs_embeds=hidden, use_cache=False)
-        except RuntimeError as error:  # most likely it came upon a weight that is not loaded
-            raise self.unusual(in_one_line(error)) from error
-        finally:
-            setattr(parent, attribute, self.layers)
-            if self.norm is not None:
-                del self.norm.__dict__["forward"]
-        return first[0], arguments
-
-    def unusual(self, sign: str) -> InputError:
-        """About a model that is more than embeddings, layers and a norm; `sign` is how that showed."""
-        known = [module for module in (self.embedding, self.norm, *self.layers) if module is not None]
-        usual = {id(parameter) for module in known for parameter in module.parameters()}
-        others = [name for name, parameter in self.base.named_parameters() if id(parameter) not in usual]
-        return InputError(
-            f"{type(self.model).__name__} has more around its decoder layers than qtool runs: "
-            + (", ".join(others[:3]) or sign),
+    @cached_property
+    def head(self) -> nn.Module:
+        """The output projection. Raises InputError when the model has none, or several."""
+        for module in (self.model, *self._models_around(self.embedding)):
+            found = module.get_output_embeddings()
+            if isinstance(found, nn.Module) and isinstance(getattr(found, "weight", None), torch.Tensor):
+                return found
+        raise InputError(
+            f"{type(self.model).__name__} has no output projection to a vocabulary",
             where=self._where,
-            hint="learned positions (OPT, GPT-2) and norms on embeddings (BLOOM) aren't supported",
+            hint="its layers can be quantized, but qtool can't compare its tokens",
         )
 
-    @property
-    def _config(self) -> Any:
-        return self.model.config.get_text_config()
+    @cached_property
+    def outer_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of the whole model that aren't in decoder layers, by their names."""
+        prefix = f"{self.layers_name}."
+        return {name: each for name, each in self.model.named_parameters() if not name.startswith(prefix)}
 
-    def _name_of(self, wanted: nn.Module) -> str:
+    def name_of(self, wanted: nn.Module) -> str:
+        """What the whole model calls a module."""
         return next(name for name, module in self.model.named_modules() if module is wanted)
+
+    def unusual(self, sign: str) -> InputError:
+        """About a model whose forward does what qtool can't follow; `sign` is how that showed."""
+        return InputError(
+            f"qtool can't run the layers of {type(self.model).__name__} one by one: {sign}",
+            where=self._where,
+            hint="it runs decoders whose layers follow each other, from token ids to logits",
+        )
+
+    def _models_around(self, module: nn.Module) -> list[Any]:
+        """transformers' models that a module is in, the innermost first."""
+        from transformers import PreTrainedModel
+
+        parts = self.name_of(module).split(".")
+        around = [self.model.get_submodule(".".join(parts[:depth])) for depth in reversed(range(len(parts)))]
+        return [each for each in around if isinstance(each, PreTrainedModel)]
+
+    def _innermost_model(self, module: nn.Module) -> Any:
+        return self._models_around(module)[0]
 
     def _check_buffers(self) -> None:
         """They take memory before any weight does: GPT-2's masks grow with the square of its context."""
-        wanted = sum(buffer.nbytes for buffer in self.base.buffers())
+        wanted = sum(buffer.nbytes for buffer in self.decoder.buffers())
         if wanted > _MOST_BUFFERS:
             what = f"what config.json describes takes {wanted:,} bytes besides its weights"
             raise InputError(what, where=self._where, hint="check max_position_embeddings and head_dim")
@@ -158,7 +139,7 @@ class Skeleton:
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
         with torch.device(device):
-            self.model._init_weights(module)  # parameters are on the meta device, where this does nothing
+            self.decoder._init_weights(module)  # parameters are on the meta device, where this does nothing
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool, where: str) -> Any:
@@ -169,19 +150,9 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool, 
     hint = "check model_type; a newer transformers may know it; custom code needs --trust-remote-code"
     with foreign("transformers can't build this model", where=where, hint=hint):
         config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
-        try:
-            return _from_config(config, dtype, trust_remote_code, "sdpa")
-        except ValueError as error:
-            if "scaled_dot_product_attention" not in str(error):
-                raise
-            return _from_config(config, dtype, trust_remote_code, "eager")  # the family has no other
-
-
-def _from_config(config: Any, dtype: torch.dtype, trust_remote_code: bool, attention: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
-        )
-    return model.eval()
+        config._attn_implementation = None  # sdpa where every part of the model has it, else what it has
+        with torch.device("meta"):
+            model = auto_class(config).from_config(
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
+            )
+        return model.eval()

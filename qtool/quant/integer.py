@@ -16,6 +16,7 @@ from qtool.scheme import QuantizationArgs
 _HAVE_FLOAT64 = ("cpu", "cuda")
 _INPUTS = (
     ("int", "token", True, True),
+    ("int", "token", True, False),
     ("int", "tensor", False, False),
     ("float", "token", True, True),
     ("float", "group", True, True),
@@ -65,7 +66,10 @@ def storage_dtype(args: QuantizationArgs) -> torch.dtype:
 
 
 def fake_quantize_tokens(x: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
-    """Symmetric, each token or group of its channels by itself: over the last dimension (dynamic activations)."""
+    """Each token or group of its channels by itself: over the last dimension (dynamic activations)."""
+    if not args.symmetric:
+        low, high = torch.aminmax(x, dim=-1, keepdim=True)
+        return fake_quantize_tensor(x, *asymmetric_parameters(low, high, args), args)
     if args.group_size is not None:
         width = x.shape[-1]
         padded = torch.nn.functional.pad(x, (0, -width % args.group_size)).unflatten(-1, (-1, args.group_size))
@@ -95,8 +99,8 @@ class InputQuantizer:
     """Fake quantization of what enters a linear. Raises ValueError for ways to share a scale that it doesn't know.
 
     Attributes:
-        args: per token (floating point also per group of its channels), dynamic and symmetric; or integers per tensor,
-            static and asymmetric; None leaves the input as it is.
+        args: per token and dynamic (floating point also per group of its channels, and symmetric); or integers per
+            tensor, static and asymmetric; None leaves the input as it is.
         scale, zero_point: where it is static.
     """
 

@@ -37,24 +37,24 @@ class QuantizedWeight(NamedTuple):
         return cls(integers.to(torch.int8), scale, integers.sum(dim=1))
 
 
-class StaticRange(NamedTuple):
-    """Scale and zero point of a whole tensor, float32 []."""
+class Range(NamedTuple):
+    """Scale and zero point, float32: of a whole tensor [], or of each token [tokens, 1]."""
 
     scale: torch.Tensor
     zero_point: torch.Tensor
 
 
-def per_tensor_product(
-    x: torch.Tensor, input_range: StaticRange, weight: QuantizedWeight, args: QuantizationArgs
+def asymmetric_product(
+    x: torch.Tensor, input_range: Range, weight: QuantizedWeight, args: QuantizationArgs
 ) -> torch.Tensor:
-    """x · Wᵀ with x float32 [tokens, in], which is overwritten, rounded per tensor; float32 [tokens, out]."""
+    """x · Wᵀ with x float32 [tokens, in], which is overwritten, rounded with a zero point; float32 [tokens, out]."""
     scale, zero_point = input_range
     q = x.div_(scale).add_(zero_point).round_().clamp_(args.qmin, args.qmax).to(torch.int8)
     return _integer_product(q, weight.integers).sub_(weight.sums * zero_point).mul_(weight.scale * scale)
 
 
 def per_token_product(x: torch.Tensor, weight: QuantizedWeight, args: QuantizationArgs) -> torch.Tensor:
-    """As `per_tensor_product`, but with one symmetric scale per token."""
+    """As `asymmetric_product`, but with one symmetric scale per token."""
     scale = symmetric_scale(x.abs().amax(dim=1, keepdim=True), args)
     q = x.div_(scale).round_().clamp_(max=args.qmax).to(torch.int8)
     return _integer_product(q, weight.integers).mul_(weight.scale).mul_(scale)

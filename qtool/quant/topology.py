@@ -50,7 +50,27 @@ def signature(layer: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
 
 
 def linear_layers(layer: nn.Module) -> dict[str, nn.Linear]:
-    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    """Modules that multiply by a matrix and do no more, by their names inside the layer."""
+    return {
+        name: module
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and is_product(type(module))
+    }
+
+
+def is_product(kind: type[nn.Linear]) -> bool:
+    """Whether a class computes what nn.Linear does: Falcon's writes it in another way, Phi-3.5-MoE's router doesn't."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    x, weight = torch.linspace(-1, 1, 6).reshape(2, 3), torch.linspace(-2, 1, 6).reshape(2, 3)
+    try:
+        with torch.device("meta"):  # filled at random elsewhere, which would move the generator on
+            linear = kind(3, 2, bias=False)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        output = linear(x)
+        return isinstance(output, torch.Tensor) and torch.allclose(output, nn.functional.linear(x, weight))
+    except (TypeError, ValueError, AttributeError, RuntimeError):  # built in another way, so it is another thing
+        return False
 
 
 @torch.no_grad()
@@ -162,11 +182,12 @@ def _producers(layer: nn.Module, consumer_widths: set[int], heads: int) -> list[
         of up in a fused [gate, up], or of v in a fused [q, k, v] with n channels of q; or n / heads of each head.
     """
     widths: dict[str, int] = {}
+    linears = linear_layers(layer)
     for name, module in layer.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.Tensor) or not name:
+        weight = module._parameters.get("weight")
+        if weight is None or not name:
             continue
-        if isinstance(module, nn.Linear) or weight.dim() == 1:
+        if name in linears or weight.dim() == 1:
             widths[name] = weight.shape[0]
     whole = [(name, torch.arange(width)) for name, width in widths.items()]
     tails = []

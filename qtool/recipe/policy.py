@@ -106,16 +106,21 @@ class Dynamic(Strict):
     group_size: int | None = Field(
         default=None, gt=0, description="channels of a token that share a scale; for floating point"
     )
+    symmetric: bool = Field(default=True, description="false: integers with a zero point per token")
 
     @classmethod
     def disagreements(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if given.get("group_size") is not None and given.get("type", "int") == "int":
             yield "group_size", "is for type: float"
+        if given.get("symmetric") is False and given.get("type", "int") == "float":
+            yield "symmetric", "can't be false with type: float"
 
     @property
     def args(self) -> QuantizationArgs:
         strategy: Strategy = "token" if self.group_size is None else "group"
-        return QuantizationArgs(type=self.type, strategy=strategy, group_size=self.group_size, dynamic=True)
+        return QuantizationArgs(
+            type=self.type, strategy=strategy, group_size=self.group_size, symmetric=self.symmetric, dynamic=True
+        )
 
 
 class Static(Strict):
@@ -221,7 +226,7 @@ class Policy(Strict):
     def disagreements(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if _stores_floats(_with_preset(dict(given))):
             if given.get("smoothing") in ("osl", {"method": "osl"}):
-                yield "smoothing", "osl is for integers, whose steps are of one size; floating point takes none"
+                yield "smoothing", "osl is for integers only; floating point is not smoothed"
             if given.get("clip") is True:
                 yield "clip", "is for integers; floating point keeps its range"
         if "scheme" not in given:
@@ -292,8 +297,9 @@ def _of_inputs(args: QuantizationArgs | None) -> dict[str, Any]:
         return {"mode": "float"}
     if not args.dynamic:
         return {"mode": "static"}
-    floats = {"type": args.type, "group_size": args.group_size} if args.type == "float" else {}
-    return {"mode": "dynamic", **floats}
+    if args.type == "float":
+        return {"mode": "dynamic", "type": args.type, "group_size": args.group_size}
+    return {"mode": "dynamic"} if args.symmetric else {"mode": "dynamic", "symmetric": False}
 
 
 def _stores_floats(data: Mapping[str, Any]) -> bool:

@@ -99,7 +99,7 @@ class Sampling(Strict):
     )
     seed: Seed | None = None
     n: int | None = Field(default=None, gt=0, description="the number of answers per prompt")
-    stop: list[NonEmpty] | None = Field(default=None, description="texts that end an answer and are no part of it")
+    stop: list[NonEmpty] | None = Field(default=None, description="texts that end an answer; they are not part of it")
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = Field(default=None, description="keep the stop text in the answer")
     ignore_eos: bool | None = Field(default=None, description="continue after the token that ends the text")

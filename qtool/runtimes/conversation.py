@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qtool import workers
@@ -20,8 +21,26 @@ class Refused(QtoolError):
     """A question that can't be answered, such as one that the model's context has no room for."""
 
 
+@dataclass(frozen=True)
+class Told:
+    """What is known of an answer once it is complete.
+
+    Attributes:
+        tokens: how many it has.
+        per_second: how fast they came after the first; None for fewer than two.
+        finish_reason: stop, or length where it was cut off, or abort.
+    """
+
+    tokens: int
+    per_second: float | None
+    finish_reason: str
+
+
 class Conversation:
     """Runs `stream` in a thread. `messages` is what has been said, as a chat template wants it.
+
+    Attributes:
+        told: of the last answer.
 
     Args:
         job: what is asked; that its requests are a conversation, one at a time, is said here.
@@ -36,6 +55,7 @@ class Conversation:
         self._asked: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._heard: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._index = -1
+        self.told: Told | None = None
         self.reset()
         self._thread = threading.Thread(target=self._run, args=(job,), daemon=True)
         self._thread.start()
@@ -46,8 +66,20 @@ class Conversation:
         if self._system is not None:
             self.messages.append({"role": "system", "content": self._system})
 
+    def ready(self) -> None:
+        """Wait until the model is loaded. Raises QtoolError: it can't be."""
+        while True:
+            kind, said = self._heard.get()
+            if kind == "failure":
+                raise said
+            if kind == "event":
+                self._on_event(said)
+                if said.get("stage") == "generate":
+                    return
+
     def ask(self, text: str) -> None:
         """Say something; `listen` gives the answer."""
+        self._began: float | None = None
         self._question = {"role": "user", "content": text}
         self._index += 1
         self._asked.put({"index": self._index, "messages": [*self.messages, self._question]})
@@ -62,6 +94,8 @@ class Conversation:
         while True:
             kind, said = self._heard.get()
             if kind == "piece":
+                self._ended = time.monotonic()
+                self._began = self._began or self._ended
                 return str(said)
             if kind == "failure":
                 raise said
@@ -70,8 +104,15 @@ class Conversation:
             elif "error" in said:
                 raise Refused(said["error"], hint="/reset forgets what was said before.")
             else:
-                self.messages += [self._question, {"role": "assistant", "content": said["choices"][0]["text"]}]
+                choice = said["choices"][0]
+                self.told = self._measured(choice)
+                self.messages += [self._question, {"role": "assistant", "content": choice["text"]}]
                 return None
+
+    def _measured(self, choice: dict[str, Any]) -> Told:
+        tokens = choice["completion_tokens"]
+        seconds = self._ended - self._began if self._began is not None else 0.0
+        return Told(tokens, (tokens - 1) / seconds if tokens > 1 and seconds > 0 else None, choice["finish_reason"])
 
     def stop(self) -> None:
         """Have the answer end where it is, if it has not ended yet. A signal's handler may call it."""

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from qtool.scheme.description import QuantizationArgs, Scheme, Strategy
-from qtool.scheme.presets import FP8_BLOCK, FP8_DYNAMIC, PRESETS, W4A8, W4A16, W8A8, W8A8_DYNAMIC, W8A16, name_of, named
+from qtool.scheme.presets import (
+    FP8_BLOCK,
+    FP8_DYNAMIC,
+    PRESETS,
+    W4A8,
+    W4A16,
+    W8A8,
+    W8A8_ASYMMETRIC,
+    W8A8_DYNAMIC,
+    W8A16,
+    name_of,
+    named,
+)
 
 __all__ = [
     "FP8_BLOCK",
@@ -12,6 +24,7 @@ __all__ = [
     "W4A8",
     "W4A16",
     "W8A8",
+    "W8A8_ASYMMETRIC",
     "W8A8_DYNAMIC",
     "W8A16",
     "QuantizationArgs",

@@ -80,7 +80,7 @@ class QuantizationArgs:
         if self.strategy == "group":
             assert self.group_size is not None
             if width % self.group_size:
-                raise ValueError(f"{width} input channels are no whole number of groups of {self.group_size}")
+                raise ValueError(f"{width} input channels are not a whole number of groups of {self.group_size}")
             return (out, width // self.group_size)
         if self.strategy == "block":
             assert self.block_structure is not None
@@ -113,7 +113,10 @@ class Scheme:
     @property
     def label(self) -> str:
         """For people: "W8A8 static", "W4A16 in groups of 128"."""
-        mode = "" if self.activations is None else " dynamic" if self.activations.dynamic else " static"
+        mode = ""
+        if self.activations is not None:
+            mode = " dynamic" if self.activations.dynamic else " static"
+            mode += " asymmetric" if self.activations.dynamic and not self.activations.symmetric else ""
         return " ".join(filter(None, (f"{self.bits}{mode}", self.shared)))
 
     @property

@@ -17,6 +17,9 @@ W8A8 = Scheme(_INT8_PER_CHANNEL, QuantizationArgs(strategy="tensor", symmetric=F
 W8A8_DYNAMIC = Scheme(_INT8_PER_CHANNEL, _INT8_PER_TOKEN)
 """int8 weights per output channel; int8 activations with a scale per token, found at run time."""
 
+W8A8_ASYMMETRIC = Scheme(_INT8_PER_CHANNEL, QuantizationArgs(strategy="token", symmetric=False, dynamic=True))
+"""The same with a zero point per token besides: integers span a token's least number to its largest."""
+
 W8A16 = Scheme(_INT8_PER_CHANNEL, None)
 """int8 weights per output channel; float activations."""
 
@@ -40,6 +43,7 @@ FP8_BLOCK = Scheme(
 PRESETS = {
     "W8A8": W8A8,
     "W8A8-dynamic": W8A8_DYNAMIC,
+    "W8A8-asymmetric": W8A8_ASYMMETRIC,
     "W8A16": W8A16,
     "W4A16": W4A16,
     "W4A8": W4A8,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qtool.model.decoder import DecoderStream
+from qtool.model.state import Batch
 from qtool.tuning.experts import gradients, replaced
 
 if TYPE_CHECKING:
@@ -18,10 +19,13 @@ _ROWS = 4096  # of the output projection, at a time
 _HEAD_TOKENS = 1024  # through the output projection, at a time
 
 
-def backward(stream: DecoderStream, hidden: Sequence[torch.Tensor], batch: int, report: Report) -> list[torch.Tensor]:
+def backward(
+    stream: DecoderStream, ids: torch.Tensor, hidden: Sequence[torch.Tensor], batch: int, report: Report
+) -> list[torch.Tensor]:
     """Gradients by what leaves each layer: [draws, windows, length, hidden] each.
 
     Args:
+        ids: the tokens, int64 [windows, length].
         hidden: what enters each layer, and what leaves the last: [windows, length, hidden] each.
         batch: windows at a time.
         report: hears of the progress.
@@ -33,10 +37,11 @@ def backward(stream: DecoderStream, hidden: Sequence[torch.Tensor], batch: int, 
         with stream.layer(index) as layer:
             pieces = []
             routed = stream.routed(index)
-            for x, g in zip(hidden[index].split(batch), gradient.split(batch, dim=1), strict=True):
+            parts = zip(ids.split(batch), hidden[index].split(batch), gradient.split(batch, dim=1), strict=True)
+            for tokens, x, g in parts:
                 with torch.enable_grad(), replaced(routed) as passages:
                     x = x.detach().requires_grad_()
-                    output = stream.run(index, layer, x)
+                    output = stream.run(index, layer, Batch(tokens, (x,))).hidden
                 found = gradients(routed, passages, output, [x], g)
                 pieces.append(torch.stack([by_draw[0] for by_draw in found.by]))
             gradient = torch.cat(pieces, dim=1)

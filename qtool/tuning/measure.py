@@ -18,6 +18,7 @@ from qtool.engines import plan
 from qtool.engines.native.context import Context
 from qtool.engines.plan import QuantizationPlan
 from qtool.evaluation.text import check_length, windows_of
+from qtool.model import selection
 from qtool.model.decoder import DecoderStream
 from qtool.scheme import W8A8
 from qtool.tuning import sensitivity
@@ -77,8 +78,12 @@ def _prepare(job: SensitivityJob) -> _Prepared:
     plan.refuse_quantized(checkpoint)
     stream = DecoderStream(checkpoint, dtype=torch.float32, trust_remote_code=job.trust_remote_code)
     check_length(job.text, checkpoint)
+    if not stream.is_plain:
+        raise stream.unusual("more than hidden states passes from layer to layer, and gradients can't follow that")
+    kept = selection.kept_float(stream)
     linears = stream.linears()
-    planned = plan.make(checkpoint, job.recipe, job.scheme, job.format, linears)
+    planned = plan.make(checkpoint, job.recipe, job.scheme, job.format, linears, kept)
+    linears = [name for name in linears if name not in kept]
     return _Prepared(job, Context(stream, formats.get(job.format)), planned, linears)
 
 

@@ -23,15 +23,15 @@ import torch
 from torch import nn
 
 from qtool.engines.native.context import Context
-from qtool.model.activations import Activations
 from qtool.model.decoder import DecoderStream
 from qtool.model.loader import input_quantizer
 from qtool.model.observe import forward, observe, sample_stride
 from qtool.model.probe import probe
 from qtool.model.recorder import Recorder
+from qtool.model.state import Batch
 from qtool.quant.layer import quantize_layer
 from qtool.quant.statistics import InputStatistics
-from qtool.quant.topology import Group, bias_of, linear_layers, signature
+from qtool.quant.topology import Group, bias_of, signature
 from qtool.quant.types import QuantizedLinear
 from qtool.recipe.schema import Policy
 from qtool.tuning.backward import backward
@@ -77,32 +77,33 @@ class Measurement:
         """
         torch.manual_seed(0)
         stream, report = self.context.model, self.report
-        hidden = [states.clone() for states in forward(stream, text, _BATCH_TOKENS, "forward", report)]
-        gradients_of = backward(stream, hidden, _windows(text.shape[1]), report)
+        hidden = [batch.hidden.clone() for batch in forward(stream, text, _BATCH_TOKENS, "forward", report)]
+        gradients_of = backward(stream, text, hidden, _windows(text.shape[1]), report)
         states = stream.prologue(calibration)
         found = Measured([], [])
         for index in range(stream.depth):
             report.progress("quantize", index, stream.depth, "layers")
-            layer = self._layer(index, states, _Flow(hidden[index], gradients_of[index]))
+            layer = self._layer(index, states, _Flow(text, hidden[index], gradients_of[index]))
             found.groups.extend(layer.groups)
             found.linears.extend(layer.linears)
         report.progress("quantize", stream.depth, stream.depth, "layers")
         return found
 
-    def _layer(self, index: int, states: torch.Tensor, flow: _Flow) -> Measured:
+    def _layer(self, index: int, states: Batch, flow: _Flow) -> Measured:
         """Of one layer; moves the calibration text's `states` on to its output."""
         stream, found, routed = self.context.model, Measured([], []), self.context.model.routed(index)
         with ExitStack() as stack:
             layer = stack.enter_context(stream.layer(index))
             key = signature(layer)
             if key not in self._groups:
-                self._groups[key] = probe(stream, index, layer)
+                probed = probe(stream, index, layer)
+                if not probed.experts_are_added:
+                    raise stream.unusual("what its experts give goes through something else, which this can't follow")
+                self._groups[key] = probed.groups
             groups = self._groups[key]
-            recorder = stack.enter_context(_recording(states)) if routed is not None else None
+            recorder = stack.enter_context(_recording(states.ids.numel())) if routed is not None else None
             statistics = _observe(stream, index, layer, groups, states, recorder)
-            stored = {
-                name: stream.stored(index, f"{name}.weight").removesuffix(".weight") for name in linear_layers(layer)
-            }
+            stored = stream.layer_linears(index)
             storage = self.context.storage(f"{stored[groups[0].linears[0]]}.weight")
             saved = {name: value.clone() for name, value in layer.state_dict().items()}
             seen: ExpertNoise | None = None
@@ -134,16 +135,18 @@ class _Flow:
     """What flows through a layer on the text that KL is estimated on.
 
     Attributes:
+        ids: its tokens, int64 [windows, length].
         hidden: what enters it, [windows, length, hidden].
         gradient: by what leaves it, [draws, windows, length, hidden].
     """
 
+    ids: torch.Tensor
     hidden: torch.Tensor
     gradient: torch.Tensor
 
-    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         size = _windows(self.hidden.shape[1])
-        return zip(self.hidden.split(size), self.gradient.split(size, dim=1), strict=True)
+        return zip(self.ids.split(size), self.hidden.split(size), self.gradient.split(size, dim=1), strict=True)
 
 
 def _windows(length: int) -> int:
@@ -155,26 +158,25 @@ def _observe(
     index: int,
     layer: nn.Module,
     groups: list[Group],
-    states: torch.Tensor,
+    states: Batch,
     recorder: Recorder | None,
 ) -> dict[str, InputStatistics]:
     """Statistics of every group's input on the calibration text; moves `states` on to the layer's output."""
-    routed, stride = stream.routed(index), sample_stride(states[..., 0].numel())
+    routed, stride = stream.routed(index), sample_stride(states.ids.numel())
     experts = recorder.before(routed.handler) if routed is not None and recorder is not None else None
     statistics = {group.linears[0]: InputStatistics(stride=stride, with_hessian=True) for group in groups}
-    parts = states.split(_windows(states.shape[1]))
+    parts = [*states.split(_windows(states.ids.shape[1]))]
     for part, output in zip(parts, observe(stream, index, layer, parts, statistics, experts), strict=True):
-        part.copy_(output)
+        part.hidden.copy_(output.hidden)
     return statistics
 
 
 @contextmanager
-def _recording(states: torch.Tensor) -> Iterator[Recorder]:
+def _recording(tokens: int) -> Iterator[Recorder]:
     """Takes down what the calibration text sends to a layer's experts, on disk."""
     with (
         tempfile.TemporaryDirectory(prefix="qtool-experts-") as folder,
-        Activations(Path(folder) / "like", states[..., 0].numel(), states.shape[2], states.dtype) as like,
-        Recorder(Path(folder), like) as recorder,
+        Recorder(Path(folder), tokens) as recorder,
     ):
         yield recorder
 
@@ -202,9 +204,9 @@ class _Noise:
             for name in self._linears
         ]
         routed = stream.routed(index)
-        for x, g in flow.batches():
+        for ids, x, g in flow.batches():
             with torch.enable_grad(), replaced(routed) as passages:
-                output = stream.run(index, layer, x.detach().requires_grad_())
+                output = stream.run(index, layer, Batch(ids, (x.detach().requires_grad_(),))).hidden
             outputs = [seen[name][1] for name in self._linears]
             noise = {name: self._noise(layer, name, *seen[name]) for name in self._linears}
             found = gradients(routed, passages, output, outputs, g)

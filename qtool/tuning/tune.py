@@ -360,6 +360,9 @@ def _evaluated(job: TuningJob, recipe: Recipe, scheme: str, on_event: OnEvent) -
             trust_remote_code=job.trust_remote_code,
         )
         quantize.run("native", wanted, on_event)
-        pair = ComparisonJob(base=job.model, quantized=output, text=job.text, trust_remote_code=job.trust_remote_code)
-        figures = evaluation.run(pair, on_event).figures
+        pair = ComparisonJob(
+            base=job.model, quantized=(output,), text=job.text, trust_remote_code=job.trust_remote_code
+        )
+        (found,) = evaluation.run(pair, on_event)
+        figures = found.figures
     return Quality(figures.kl_divergence, figures.top1_agreement, figures.perplexity_ratio)

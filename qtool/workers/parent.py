@@ -170,7 +170,7 @@ def _events(child: processes.Child, pipe: IO[bytes], log: Path, timeout: float |
         except ValueError:
             said = ascii(line[:100].decode(errors="replace")) + (f", {sizes.show(len(line))}" if line[100:] else "")
             hint = f"The worker's log may say why: {log}"
-            raise QtoolError(f"the worker sent something that is no event: {said}", hint=hint) from None
+            raise QtoolError(f"the worker sent something that is not an event: {said}", hint=hint) from None
         if event["event"] != "alive":
             yield event
 
@@ -178,7 +178,7 @@ def _events(child: processes.Child, pipe: IO[bytes], log: Path, timeout: float |
 def _silence(pid: int, seconds: float, log: Path) -> str:
     message = f"no message from the worker (process {pid}) for {seconds:.0f} s"
     if processes.is_stopped(pid):
-        return f"{message}: it has been stopped; kill -CONT {pid} lets it go on"
+        return f"{message}: it has been stopped; kill -CONT {pid} lets it continue"
     return f"{message}; its log: {log}"
 
 

@@ -209,3 +209,16 @@ def test_an_output_that_comes_into_being_meanwhile_costs_nothing(tmp_path: Path,
         writer.finish(None, {}, {})
     assert load_file(tmp_path / "m" / "model.safetensors")["t"].tolist() == [1, 1, 1]
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("marked", [False, True])
+def test_two_at_once_do_not_do_the_work_twice(tmp_path: Path, wanted: bool, marked: bool) -> None:
+    with CheckpointWriter(tmp_path / "m", formats.PLAIN, resume=Resume("a")) as first:
+        if marked:
+            first.mark({})
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(InputError, match="another process is writing this output"):
+            CheckpointWriter(tmp_path / "m", formats.PLAIN, resume=Resume("a", wanted=wanted))
+        assert sorted(tmp_path.rglob("*")) == before
+        CheckpointWriter(tmp_path / "n", formats.PLAIN, resume=Resume("a", wanted=wanted)).__exit__(None, None, None)

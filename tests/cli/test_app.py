@@ -136,6 +136,20 @@ def test_the_unexpected_is_called_a_bug(command: Any, capsys: pytest.CaptureFixt
     assert len(err.splitlines()) == 2
 
 
+def test_a_bug_has_the_address_of_the_project(
+    command: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The one in the metadata of what is installed, which pyproject.toml gives."""
+    (tmp_path / "qtool-9.dist-info").mkdir()
+    (tmp_path / "qtool-9.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.4\nName: qtool\nVersion: 9\n"
+        "Project-URL: Home, https://example.org\nProject-URL: Issues, https://example.org/issues\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert command(failing(RuntimeError("oh"))) == 1
+    assert "report what it shows at https://example.org/issues." in capsys.readouterr().err
+
+
 def test_common_options_reach_the_console(command: Any) -> None:
     seen = []
     command(lambda: seen.append((common.json, common.quiet, common.debug, console().json, console().quiet)))
@@ -233,3 +247,20 @@ def test_an_interruption_inside_exec(tmp_path: Path, qtool_environment: dict[str
     command = [sys.executable, "-m", "qtool", "doctor"]
     done = subprocess.run(command, env={**qtool_environment, "PYTHONPATH": path}, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("no\x1b[2Jsuch",),
+        ("inspect", "--no\x1b[2Jsuch"),
+        ("quantize", "x", "--samples", "a\x1b[2Jb"),
+        ("eval", "a", "b", "--runtime", "a\x1b[2Jb"),
+        ("recipes", "sh\x9bow"),
+        ("inspect", "a\x1b[2Jb"),
+    ],
+)
+def test_what_was_typed_does_not_command_the_terminal(run_qtool: Any, args: tuple[str, ...]) -> None:
+    done = run_qtool(*args)
+    assert done.code == 2
+    assert done.stderr.replace("\n", "").isprintable()

@@ -26,7 +26,7 @@ def test_what_works_here(run_qtool: Any, tmp_path: Path) -> None:
     done = run_qtool("doctor", "--json", env={"QTOOL_ENVIRONMENTS": str(tmp_path / "none")})
     assert done.code == 0
     report = json.loads(done.stdout)
-    assert report["works"] is True
+    assert (report["works"], report["to_do"]) == (True, None)
     assert report["python"] == {"version": platform.python_version(), "executable": sys.executable}
     assert report["machine"]["disk"]["folder"] == str(tmp_path / "none")
     rows = {row["name"]: row for row in report["engines"]}
@@ -48,6 +48,7 @@ def test_the_text_says_what_to_do(run_qtool: Any, tmp_path: Path) -> None:
     assert f"→ {bare} -m pip install torch" in done.stdout
     assert f"→ {bare} -m pip install vllm" in done.stdout
     assert "→ qtool env install golden-stick" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"To do: {bare} -m pip install torch"
     assert not [line for line in done.stdout.splitlines() if line.startswith("  yes")]
 
 

@@ -49,6 +49,26 @@ def test_quiet(tiny_llama: Path, quantized: Path, run_qtool: Callable[..., Any])
     assert json.loads(done.stdout)["kl_divergence"]["value"] > 0
 
 
+def test_several(tiny_llama: Path, quantized: Path, run_qtool: Callable[..., Any], tmp_path: Path) -> None:
+    other = tmp_path / "tiny-dynamic"
+    done = run_qtool(
+        *("quantize", tiny_llama, "--output", other, "--samples", "4", "--seq-len", "64", "--scheme", "w8a8-dynamic")
+    )
+    assert done.code == 0, done.stderr
+    done = run_qtool("eval", tiny_llama, quantized, "-", *SMALL, stdin=f"{other}\n")
+    assert done.code == 0, done.stderr
+    first, second = json.loads(done.stdout)
+    assert (first["quantized"], second["quantized"]) == (str(quantized), str(other))
+    assert first["base_perplexity"] == second["base_perplexity"]
+    assert first["kl_divergence"] != second["kl_divergence"]
+    for folder, found in ((quantized, first), (other, second)):
+        assert json.loads((folder / "qtool.json").read_text())["evaluation"]["kl_divergence"] == found["kl_divergence"]
+        (row,) = [line for line in done.stderr.splitlines() if folder.name in line and " kB " in line]
+        assert f"{found['kl_divergence']['value']:.5f}" in row
+    best = min((first, second), key=lambda found: found["kl_divergence"]["value"])
+    assert f"{Path(best['quantized']).name} is nearest to tiny-llama" in done.stderr
+
+
 def test_folders_that_cant_be_compared_are_refused_at_once(
     tiny_llama: Path, quantized: Path, make_model: Callable[..., Path], run_qtool: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -62,6 +82,7 @@ def test_folders_that_cant_be_compared_are_refused_at_once(
         ((tiny_llama, copy), "the original model itself"),
         ((tiny_llama, tmp_path / "link"), "the original model itself"),
         ((tiny_llama, other), "different models: hidden_size is 64 and 32"),
+        ((tiny_llama, quantized, quantized), "the same model as another one"),
     ):
         (tmp_path / "link").unlink(missing_ok=True)
         (tmp_path / "link").symlink_to(tiny_llama)

@@ -224,7 +224,7 @@ def test_a_terminal_gets_text(qtool_environment: dict[str, str], launcher: Launc
 def test_ctrl_c_leaves_no_process_behind(
     qtool_environment: dict[str, str], launcher: Launcher, tiny_llama: Path
 ) -> None:
-    command = ["generate", str(tiny_llama), "-p", "x", *FAST]
+    command = ["generate", str(tiny_llama), "-p", "x", "--raw", *FAST]
     process = launcher.start(command, env=qtool_environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
     assert process.stderr.readline() == "load the model\n"  # the worker is at work

@@ -80,3 +80,30 @@ def test_leftovers_of_a_dead_run_are_removed(model: Path, run_qtool: Callable[..
     done = run_qtool("quantize", model, "--output", model.parent / "out", *SIZE, "--quiet")
     assert done.code == 0, done.stderr
     assert {path.name for path in model.parent.iterdir()} == {"tiny", "out"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--calibration", "absent.txt"), "no such text file"),
+        (("--calibration", "short.txt", "--samples", "8", "--seq-len", "64"), "too little text"),
+        (("--output", "there"), "exists already"),
+        (("--output", "short.txt/below"), "no output can lie in it"),
+    ],
+)
+def test_a_plan_refuses_what_the_work_would(
+    run_qtool: Callable[..., Any], tiny_llama: Path, tmp_path: Path, options: tuple[str, ...], said: str
+) -> None:
+    (tmp_path / "short.txt").write_text("a few words")
+    (tmp_path / "there").mkdir()
+    options = options if "--output" in options else (*options, "--output", "new")
+    for more in (("--dry-run",), ()):
+        done = run_qtool("quantize", tiny_llama, "--engine", "native", *options, *more, cwd=tmp_path)
+        assert (done.code, said in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_plan_says_where_the_output_goes(run_qtool: Callable[..., Any], tiny_llama: Path, tmp_path: Path) -> None:
+    asked = ("quantize", tiny_llama, "--engine", "native", "--output", "new", "--dry-run")
+    assert f"output: {tmp_path / 'new'}\n" in run_qtool(*asked, cwd=tmp_path).stdout
+    assert json.loads(run_qtool(*asked, "--json", cwd=tmp_path).stdout)["output"] == str(tmp_path / "new")

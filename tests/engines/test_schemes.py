@@ -17,6 +17,7 @@ from qtool.model.decoder import DecoderStream
 from qtool.scheme import name_of, named
 
 LABELS = {
+    "w8a8-asymmetric": "W8A8 dynamic asymmetric",
     "w8a16": "W8A16",
     "w4a16-g32": "W4A16 in groups of 32",
     "w4a16-channel": "W4A16",
@@ -49,11 +50,11 @@ def ours(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     """Logits of `qtool eval`: fake quantization, one layer after the other."""
     stream = DecoderStream(Checkpoint.open(folder), dtype=torch.float32)
     with torch.no_grad():
-        hidden = stream.prologue(ids)
+        batch = stream.prologue(ids)
         for index in range(stream.depth):
             with stream.layer(index) as layer:
-                hidden = stream.run(index, layer, hidden)
-        hidden = stream.head.normalize(hidden)[0]
+                batch = stream.run(index, layer, batch)
+        hidden = stream.head.leaving(batch)[0]
         vocabulary = stream.weights.shape("model.embed_tokens.weight")[0]
         return stream.head.logits(hidden, stream.head.rows(0, vocabulary))
 

@@ -32,9 +32,9 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def job(text_file: Path) -> Callable[..., ComparisonJob]:
-    """job(base, quantized, windows=, length=) -> a job for `comparison.compare`."""
+    """job(base, quantized..., windows=, length=) -> a job for `comparison.compare`."""
 
-    def make(base: Path, quantized: Path, windows: int = WINDOWS, length: int = LENGTH) -> ComparisonJob:
+    def make(base: Path, *quantized: Path, windows: int = WINDOWS, length: int = LENGTH) -> ComparisonJob:
         return ComparisonJob(base=base, quantized=quantized, text=EvaluationText(str(text_file), windows, length))
 
     return make
@@ -91,11 +91,18 @@ class Progress:
             self.stages.append(stage)
 
 
-def run(job: ComparisonJob) -> dict[str, Any]:
+def run_all(job: ComparisonJob, progress: Progress | None = None) -> list[dict[str, Any]]:
     """What is found, through the pipe and back."""
-    found = compare(ComparisonJob.from_json(json.loads(json.dumps(job.to_json()))), Progress())  # type: ignore[arg-type]
-    content: dict[str, Any] = json.loads(json.dumps(found.to_json()))
-    assert Comparison.from_json(content) == found
+    silent: Any = progress or Progress()
+    found = compare(ComparisonJob.from_json(json.loads(json.dumps(job.to_json()))), silent)
+    contents: list[dict[str, Any]] = json.loads(json.dumps([each.to_json() for each in found]))
+    assert [Comparison.from_json(content) for content in contents] == found
+    return contents
+
+
+def run(job: ComparisonJob) -> dict[str, Any]:
+    """The same of a single model."""
+    (content,) = run_all(job)
     return content
 
 
@@ -149,6 +156,38 @@ def test_compressed_tensors(
     expected = figures(tiny_llama, quantized, text_file)
     assert expected["kl_divergence"] > 1e-5  # there is something to see
     assert_agrees(run(job(tiny_llama, quantized)), expected, kl=0.02)
+
+
+def test_several_models_share_their_base(
+    tiny_llama: Path,
+    make_model: Callable[..., Path],
+    dynamic: Path,
+    quantize: Callable[..., Path],
+    job: Callable[..., Any],
+) -> None:
+    """Each as if it were alone, to the last bit; and the base runs once."""
+    others = [dynamic, quantize(tiny_llama, "--scheme", "w8a8"), make_model("llama", name="third", seed=1)]
+    progress = Progress()
+    together = run_all(job(tiny_llama, *others), progress)
+    told = {"date": "", "seconds": 0, "peak_memory_bytes": 0}
+    alone = [run(job(tiny_llama, other)) for other in others]
+    assert [each | told for each in together] == [each | told for each in alone]
+    assert progress.stages.count("base") == 1
+    assert [stage for stage in progress.stages if stage.startswith("quantized")] == [
+        f"quantized {i} of 3" for i in (1, 2, 3)
+    ]
+    for found in together:
+        assert sum(found["kl_by_window"]) / WINDOWS == pytest.approx(found["kl_divergence"]["value"])
+        assert {"python", "torch", "transformers"} <= found["versions"].keys()
+
+
+def test_one_wrong_model_among_several_is_refused_before_any_runs(
+    tiny_llama: Path, dynamic: Path, make_model: Callable[..., Path], job: Callable[..., Any]
+) -> None:
+    progress = Progress()
+    with pytest.raises(InputError, match="2 decoder layers against 3"):
+        run_all(job(tiny_llama, dynamic, make_model("llama", name="deeper", num_hidden_layers=3)), progress)
+    assert progress.stages == []
 
 
 @pytest.mark.parametrize("format_name", ["golden-stick", "modelslim"])

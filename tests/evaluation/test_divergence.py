@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qtool.evaluation.divergence import Divergence
+from qtool.evaluation.divergence import Divergence, add_all
 
 
 @pytest.mark.parametrize("rows", [1, 7, 100, 1000])
@@ -29,6 +29,26 @@ def test_it_equals_the_whole_softmax(rows: int, scale: float) -> None:
     overlap = [len(a & b) / 5 for a, b in zip(*likeliest, strict=True)]
     assert divergence.overlap().tolist() == pytest.approx(overlap)
     assert 0 < sum(overlap) < 30
+
+
+def test_several_beside_one_base_are_each_as_if_alone() -> None:
+    generator = torch.Generator().manual_seed(2)
+    base = torch.randn(9, 50, generator=generator) * 5
+    others = [base + torch.randn(9, 50, generator=generator) * spread for spread in (0.1, 1.0, 4.0)]
+    targets = torch.randint(50, (9,), generator=generator)
+    first = Divergence(targets)
+    together = [first, *(Divergence(targets, beside=first) for _ in others[1:])]
+    alone = [Divergence(targets) for _ in others]
+    for start in range(0, 50, 16):
+        part = slice(start, start + 16)
+        add_all(together, slice(0, 9), start, base[:, part], [other[:, part] for other in others])
+        for divergence, other in zip(alone, others, strict=True):
+            divergence.add(slice(0, 9), start, base[:, part], other[:, part])
+    for one, same in zip(together, alone, strict=True):
+        assert torch.equal(one.kl(), same.kl())
+        assert torch.equal(one.agreement(), same.agreement())
+        assert torch.equal(one.overlap(), same.overlap())
+        assert torch.equal(one.base.surprise(), same.base.surprise())
 
 
 def test_ties_go_to_the_first_token() -> None:

@@ -6,6 +6,8 @@ What they answer follows what huggingface_hub 2.4.0 and openmind_hub 1.3.0 ask f
 from __future__ import annotations
 
 import base64
+import contextlib
+import gzip
 import hashlib
 import json
 import re
@@ -74,7 +76,8 @@ class Fault:
     Kinds: cut (connection reset after `at` bytes), close (ended in good order after them), truncate (a shorter body,
     honestly announced), longer (a length header `at` too large), shorter (one too small), wrong (the byte at `at` is
     another), status, stall (silence after `at` bytes), more (a body longer than the file), whole (ignores ranges), echo
-    (an error that repeats the token), slow.
+    (an error that repeats the token), slow. Of answers that are no file, by NAME/api: status, echo, gzip (a few bytes
+    that unpack to many, which nobody asked for), huge (200 MB), drip (a byte now and then).
     """
 
     kind: str
@@ -104,6 +107,7 @@ class LoopbackServer(ThreadingHTTPServer):
         self.redirect: str | None = None  # where downloads of large files are sent
         self.page_size = 3
         self.next_page_at: str | None = None
+        self.endless = False  # a listing of empty pages, each with a next one
         self.lock = threading.Lock()
 
     @property
@@ -180,6 +184,26 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def misbehave(self, fault: Fault) -> bool:
+        """Answer what is no file in a way that no hub should; whether the fault is of that kind."""
+        if fault.kind == "gzip":
+            self.answer(200, gzip.compress(b" " * (50 << 20)), {"Content-Encoding": "gzip"})
+        elif fault.kind in ("huge", "drip"):
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(200 << 20))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                if fault.kind == "huge":
+                    for _ in range(200):
+                        self.connection.sendall(b" " * (1 << 20))
+                while not self.server.closing.wait(0.2):
+                    self.connection.sendall(b" ")
+            self.close_connection = True
+        else:
+            return False
+        return True
 
     def store(self) -> None:
         """Take in a large file."""
@@ -348,6 +372,8 @@ class HuggingFaceHandler(Handler):
 
     def _api(self, name: str, rest: str, query: dict[str, list[str]]) -> None:
         if fault := self.server.next_fault(f"{name}/api"):
+            if self.misbehave(fault):
+                return None
             if fault.kind == "echo":
                 return self.answer(fault.status, {"error": f"you sent {self.headers.get('Authorization')}"})
             extra = {"Retry-After": fault.retry_after} if fault.retry_after else {}
@@ -372,7 +398,9 @@ class HuggingFaceHandler(Handler):
         first = int(query.get("cursor", ["0"])[0])
         last = first + self.server.page_size
         headers = {}
-        if last < len(entries):
+        if self.server.endless:
+            entries, last = [], 0
+        if last < len(entries) or self.server.endless:
             base = self.server.next_page_at or f"http://{self.headers['Host']}"
             headers["Link"] = f'<{base}{self.path.partition("?")[0]}?recursive=true&cursor={last}>; rel="next"'
         return self.answer(200, entries[first:last], headers)
@@ -514,6 +542,8 @@ class ModelersHandler(Handler):
 
     def _repo(self, name: str, revision: str) -> dict[str, bytes] | None:
         if fault := self.server.next_fault(f"{name}/api"):
+            if self.misbehave(fault):
+                return None
             if fault.kind == "echo":
                 self.answer(fault.status, {"code": f"you sent {self.headers.get('Authorization')}"})
             else:

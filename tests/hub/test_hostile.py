@@ -161,6 +161,44 @@ def test_a_partial_folder_of_another_user(tmp_path: Path, monkeypatch: pytest.Mo
         pass
 
 
+@pytest.mark.parametrize(
+    ("kind", "code", "message"),
+    [
+        ("gzip", 1, "sends 'gzip', where the bytes themselves were asked for"),
+        ("huge", 2, "an answer of more than 64 MB"),
+    ],
+)
+def test_an_answer_without_bounds(hub: Hub, tmp_path: Path, kind: str, code: int, message: str) -> None:
+    hub.server.repos["org/model"] = Repo(model_files(elements=10))
+    hub.server.faults["org/model/api"] = [Fault(kind, times=FOREVER)]
+    done = hub.download("org/model", cwd=tmp_path)
+    if (hub.name, kind) == ("modelers", "huge"):  # its client takes 10 MB
+        code, message = 1, "its answer can't be understood"
+    assert (done.code, done.stdout) == (code, ""), done.stderr
+    assert message in done.stderr
+    assert everything(tmp_path) == set()
+
+
+def test_a_listing_without_end(huggingface: Hub, tmp_path: Path) -> None:
+    huggingface.server.repos["org/model"] = Repo(model_files(elements=10))
+    huggingface.server.endless = True
+    done = huggingface.download("org/model", cwd=tmp_path)
+    assert (done.code, done.stdout) == (2, ""), done.stderr
+    assert "its listing has more than" in done.stderr
+
+
+@pytest.mark.parametrize("path", [None, 7, ["a"], {"a": 1}, True], ids=str)
+@pytest.mark.parametrize("hub", ["huggingface"], indirect=True)
+def test_a_name_that_is_no_text(hub: Hub, tmp_path: Path, path: object) -> None:
+    repo = Repo(model_files(elements=10))
+    entry(path=path)(repo)
+    hub.server.repos["org/model"] = repo
+    done = hub.download("org/model", cwd=tmp_path)
+    assert (done.code in (1, 2), done.stdout) == (True, ""), done.stderr
+    assert "its name is not text" in done.stderr or "can't be understood" in done.stderr
+    assert "bug in qtool" not in done.stderr
+
+
 def test_an_endless_wait_is_not_obeyed(hub: Hub, tmp_path: Path) -> None:
     hub.server.repos["org/model"] = Repo(model_files(elements=10))
     hub.server.faults["org/model/api"] = [Fault("status", status=429, retry_after="100000", times=FOREVER)]

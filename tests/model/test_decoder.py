@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from qtool.checkpoint.reader import Checkpoint
-from qtool.errors import InputError
 from qtool.model.decoder import DecoderStream
+from qtool.model.state import Batch
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {
@@ -52,14 +52,14 @@ def test_hidden_states_of_every_layer(architecture: str, make_model: Callable[..
         expected = model(ids, use_cache=False).logits
     stream = DecoderStream(Checkpoint.open(folder), dtype=torch.float32)
     assert stream.depth == len(inputs) == 2
-    hidden = stream.prologue(ids)
+    batch = stream.prologue(ids)
     for index, wanted in enumerate(inputs):
-        torch.testing.assert_close(hidden, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+        torch.testing.assert_close(batch.hidden, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
         with stream.layer(index) as layer, torch.no_grad():
             # batch by batch, as the engine does
-            hidden = torch.cat([stream.run(index, layer, part) for part in hidden.split(2)])
+            batch = Batch.cat([stream.run(index, layer, part) for part in batch.split(2)])
         assert all(p.is_meta for p in stream.skeleton_layer(index).parameters())
-    normalized = stream.head.normalize(hidden).reshape(-1, hidden.shape[-1])
+    normalized = stream.head.leaving(batch).reshape(-1, stream.hidden_size)
     half = stream.head.vocabulary // 2
     parts = [stream.head.rows(0, half), stream.head.rows(half, stream.head.vocabulary)]
     found = torch.cat([stream.head.logits(normalized, part) for part in parts], dim=1)
@@ -90,16 +90,5 @@ def test_a_tower_for_pictures_is_left_out(tmp_path: Path) -> None:
         for index in range(stream.depth):
             with stream.layer(index) as layer:
                 hidden = stream.run(index, layer, hidden)
-        found = stream.head.logits(stream.head.normalize(hidden)[0], stream.head.rows(0, 512))
+        found = stream.head.logits(stream.head.leaving(hidden)[0], stream.head.rows(0, 512))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-
-
-def test_positions_that_are_added_to_the_embeddings_are_refused(tiny_llama: Path) -> None:
-    stream = DecoderStream(Checkpoint.open(tiny_llama), dtype=torch.float32)
-
-    def add(_model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, kwargs | {"inputs_embeds": kwargs["inputs_embeds"] + torch.linspace(0, 1, 8)[:, None]}
-
-    stream._skeleton.base.register_forward_pre_hook(add, with_kwargs=True)
-    with pytest.raises(InputError, match=r"LlamaForCausalLM has more .*adds something to the embeddings"):
-        stream.prologue(torch.arange(8)[None])

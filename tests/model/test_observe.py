@@ -12,6 +12,7 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import QtoolError
 from qtool.model.decoder import DecoderStream
 from qtool.model.observe import forward, observe, sample_stride
+from qtool.model.state import Batch
 from qtool.quant.statistics import InputStatistics
 from tests import families
 
@@ -49,17 +50,17 @@ def whole(folder: Path, ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Te
 def test_states_and_statistics_are_those_of_transformers(tiny_llama: Path, ids: torch.Tensor) -> None:
     states, inner = whole(tiny_llama, ids)
     stream, steps = DecoderStream(Checkpoint.open(tiny_llama), dtype=torch.float32), Steps()
-    found = [hidden.clone() for hidden in forward(stream, ids, 40, "forward", steps)]  # type: ignore[arg-type]
+    found = [batch.hidden.clone() for batch in forward(stream, ids, 40, "forward", steps)]  # type: ignore[arg-type]
     for hidden, expected in zip(found, states, strict=True):
         torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     assert steps.seen == [("forward", 0, 2), ("forward", 1, 2), ("forward", 2, 2)]
 
     seen = InputStatistics(stride=sample_stride(ids.numel()), with_hessian=False)
     with stream.layer(1) as layer:
-        outputs = list(observe(stream, 1, layer, found[1].split(2), {"mlp.down_proj": seen}))
+        outputs = list(observe(stream, 1, layer, Batch(ids, (found[1],)).split(2), {"mlp.down_proj": seen}))
         assert not any(module._forward_pre_hooks for module in layer.modules())
-    assert [len(output) for output in outputs] == [2, 2, 1]
-    torch.testing.assert_close(torch.cat(outputs), found[2])
+    assert [len(output.ids) for output in outputs] == [2, 2, 1]
+    torch.testing.assert_close(Batch.cat(outputs).hidden, found[2])
     flat = inner.flatten(0, 1)
     for value, expected in ((seen.low, flat.amin(0)), (seen.high, flat.amax(0))):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4 * float(flat.abs().max()))
@@ -80,11 +81,11 @@ def test_a_handler_takes_the_place_of_the_experts_meanwhile(
         return torch.zeros_like(x)
 
     with stream.layer(0) as layer:
-        without = torch.cat(list(observe(stream, 0, layer, hidden.split(3), experts=nothing)))
+        without = Batch.cat(list(observe(stream, 0, layer, hidden.split(3), experts=nothing))).hidden
         first = next(observe(stream, 0, layer, hidden.split(3), experts=nothing))  # abandoned half way
-        usual = torch.cat(list(observe(stream, 0, layer, hidden.split(3))))
+        usual = Batch.cat(list(observe(stream, 0, layer, hidden.split(3)))).hidden
     assert called == [60, 40, 60]
-    torch.testing.assert_close(first, without[:3])
+    torch.testing.assert_close(first.hidden, without[:3])
     assert float((usual - without).abs().max()) > 0.1
 
 
@@ -92,6 +93,6 @@ def test_a_handler_takes_the_place_of_the_experts_meanwhile(
 def test_hidden_states_that_are_not_finite(tiny_llama: Path, ids: torch.Tensor) -> None:
     stream = DecoderStream(Checkpoint.open(tiny_llama), dtype=torch.float32)
     steps = forward(stream, ids, 40, "forward", Steps())  # type: ignore[arg-type]
-    next(steps)[0, 0, 0] = torch.inf
+    next(steps).hidden[0, 0, 0] = torch.inf
     with pytest.raises(QtoolError, match=r"after model\.layers\.0 are not finite"):
         next(steps)

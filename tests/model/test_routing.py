@@ -65,7 +65,7 @@ def test_short_experts_borrow_the_tokens_that_the_router_likes_next(tmp_path: Pa
     chosen, weights = random_routing()
     generator = torch.Generator().manual_seed(2)
     x, router = torch.randn(TOKENS, WIDTH, generator=generator), torch.randn(EXPERTS, WIDTH, generator=generator)
-    with Activations(tmp_path / "like", TOKENS, WIDTH, torch.float32) as like, Recorder(tmp_path, like) as recorder:
+    with Recorder(tmp_path, TOKENS) as recorder:
         for part in (slice(0, 25), slice(25, TOKENS)):
             assert not recorder(x[part], chosen[part], weights[part]).any()
         routing = recorder.routing(EXPERTS)

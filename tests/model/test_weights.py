@@ -137,7 +137,7 @@ def logits(stream: DecoderStream, ids: torch.Tensor) -> torch.Tensor:
         for index in range(stream.depth):
             with stream.layer(index) as layer:
                 hidden = stream.run(index, layer, hidden)
-        normalized = stream.head.normalize(hidden).reshape(-1, WIDTH)
+        normalized = stream.head.leaving(hidden).reshape(-1, WIDTH)
         return stream.head.logits(normalized, stream.head.rows(0, stream.head.vocabulary))
 
 
@@ -150,7 +150,7 @@ def quantized(stream: DecoderStream, ids: torch.Tensor) -> dict[str, QuantizedLi
         with stream.layer(0) as layer:
             hidden = stream.run(0, layer, hidden)
         with stream.layer(1) as layer:
-            groups, names = probe(stream, 1, layer), linear_layers(layer)
+            groups, names = probe(stream, 1, layer).groups, linear_layers(layer)
             statistics = {
                 g.linears[0]: InputStatistics(stride=sample_stride(ids.numel()), with_hessian=False) for g in groups
             }
@@ -180,8 +180,8 @@ def test_a_rotated_residual_stream_gives_the_same_logits(tiny_llama: Path, ids: 
     found = logits(stream, ids)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     assert set(rotated.read) == set(checkpoint.names)  # nothing is read around it
-    hidden = DecoderStream(checkpoint, dtype=torch.float32).prologue(ids)
-    torch.testing.assert_close(stream.prologue(ids), hidden @ rotation(), rtol=1e-4, atol=1e-4)
+    hidden = DecoderStream(checkpoint, dtype=torch.float32).prologue(ids).hidden
+    torch.testing.assert_close(stream.prologue(ids).hidden, hidden @ rotation(), rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_quantized_through_it_is_the_rotated_model(tiny_llama: Path, ids: torch.Tensor, tmp_path: Path) -> None:

@@ -64,16 +64,18 @@ def test_tensor() -> None:
     assert torch.equal(x, given)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("num_bits", range(2, 9))
-def test_tokens_of_few_bits_are_those_of_compressed_tensors(num_bits: int) -> None:
+def test_tokens_of_few_bits_are_those_of_compressed_tensors(num_bits: int, symmetric: bool) -> None:
     from compressed_tensors.quantization import QuantizationArgs as TheirArgs
     from compressed_tensors.quantization.lifecycle import fake_quantize
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    x = values(9, 40)
-    theirs = TheirArgs(num_bits=num_bits, strategy="token", symmetric=True, dynamic=True)
+    x = values(9, 40) + (0 if symmetric else 0.7)
+    theirs = TheirArgs(num_bits=num_bits, strategy="token", symmetric=symmetric, dynamic=True)
     scale, zero = calculate_qparams(x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True), theirs)
-    found = integer.InputQuantizer(QuantizationArgs(num_bits=num_bits, strategy="token", dynamic=True))(x)
+    args = QuantizationArgs(num_bits=num_bits, strategy="token", symmetric=symmetric, dynamic=True)
+    found = integer.InputQuantizer(args)(x)
     torch.testing.assert_close(found, fake_quantize(x, scale, zero, theirs), rtol=1e-5, atol=1e-6)
 
 
@@ -103,7 +105,6 @@ def test_an_input_that_stays_float() -> None:
     "args",
     [
         QuantizationArgs(strategy="tensor"),
-        QuantizationArgs(strategy="token", symmetric=False, dynamic=True),
         QuantizationArgs(strategy="group", group_size=16, dynamic=True),
         QuantizationArgs(strategy="tensor", type="float"),
     ],

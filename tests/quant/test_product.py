@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qtool.quant import integer
-from qtool.quant.product import INT8, QuantizedWeight, StaticRange, per_tensor_product, per_token_product
+from qtool.quant.product import INT8, QuantizedWeight, Range, asymmetric_product, per_token_product
 from qtool.quant.transforms.diagonal import smoothing_scale
 from qtool.scheme import QuantizationArgs
 
@@ -40,12 +40,14 @@ def test_per_token_product() -> None:
     np.testing.assert_allclose(per_token_product(x.clone(), weight, INT8).numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_per_tensor_product() -> None:
+@pytest.mark.parametrize("dim", [None, 1], ids=["tensor", "tokens"])
+def test_asymmetric_product(dim: int | None) -> None:
     weight, represented = quantized_weight(24, 40)
     x = values(18, 40) + 0.3
-    input_range = StaticRange(*integer.asymmetric_parameters(x.amin(), x.amax(), TENSOR))
+    low, high = x.aminmax() if dim is None else x.aminmax(dim=dim, keepdim=True)
+    input_range = Range(*integer.asymmetric_parameters(low, high, TENSOR))
     expected = integer.fake_quantize_tensor(x, *input_range, TENSOR).double().numpy() @ represented.T
-    found = per_tensor_product(x.clone(), input_range, weight, TENSOR)
+    found = asymmetric_product(x.clone(), input_range, weight, TENSOR)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -56,8 +58,8 @@ def test_products_of_what_is_smoothed(static: bool) -> None:
     smooth = (x / s).numpy()
     if static:
         low, high = (x / s).aminmax()
-        input_range = StaticRange(*integer.asymmetric_parameters(low, high, TENSOR))
-        found = per_tensor_product(x / s, input_range, QuantizedWeight.of(weight * s, CHANNEL), TENSOR)
+        input_range = Range(*integer.asymmetric_parameters(low, high, TENSOR))
+        found = asymmetric_product(x / s, input_range, QuantizedWeight.of(weight * s, CHANNEL), TENSOR)
         step = np.float32((float(smooth.max()) - float(smooth.min())) / 255)
         offset = np.round(-128 - float(smooth.min()) / ((float(smooth.max()) - float(smooth.min())) / 255))
         noisy = (np.clip(np.round(smooth / step + np.float32(offset)), -128, 127) - offset) * float(step)

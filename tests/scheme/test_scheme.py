@@ -55,5 +55,5 @@ def test_sizes_of_a_weight(args: QuantizationArgs, scales: tuple[int, ...], nbyt
 
 
 def test_groups_must_divide_the_input_channels() -> None:
-    with pytest.raises(ValueError, match="64 input channels are no whole number of groups of 48"):
+    with pytest.raises(ValueError, match="64 input channels are not a whole number of groups of 48"):
         QuantizationArgs(strategy="group", group_size=48).nbytes((48, 64))

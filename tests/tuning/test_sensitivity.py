@@ -18,6 +18,7 @@ from qtool.engines.native.prepare import prepare
 from qtool.evaluation.comparison import compare
 from qtool.evaluation.job import ComparisonJob, EvaluationText
 from qtool.model.decoder import DecoderStream
+from qtool.model.state import Batch
 from qtool.recipe.load import load
 from qtool.recipe.schema import Policy, Recipe
 from qtool.tuning.experts import gradients, replaced
@@ -75,7 +76,8 @@ def measured(model: Path, output: Path, recipe: Recipe) -> float:
     )
     silent: Any = Silent()
     execute(prepare(job, silent), silent)
-    figures = compare(ComparisonJob(base=model, quantized=output, text=TEXT), silent).figures
+    (found,) = compare(ComparisonJob(base=model, quantized=(output,), text=TEXT), silent)
+    figures = found.figures
     return figures.kl_divergence["value"]
 
 
@@ -132,10 +134,9 @@ def test_gradients_through_experts_are_those_of_transformers(mixture: Callable[[
     model(inputs_embeds=embedded, use_cache=False)
     expected = [torch.autograd.grad(kept["y"], kept["x"], seed, retain_graph=True)[0] for seed in seeds]
 
-    stream.prologue(ids)
     with stream.layer(1) as layer, replaced(stream.routed(1)) as passages:
         x = kept["x"].detach().requires_grad_()
-        found = gradients(stream.routed(1), passages, stream.run(1, layer, x), [x], seeds)
+        found = gradients(stream.routed(1), passages, stream.run(1, layer, Batch(ids, (x,))).hidden, [x], seeds)
     assert found.by_experts is not None
     for (by_x,), wanted in zip(found.by, expected, strict=True):
         torch.testing.assert_close(by_x, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))

@@ -354,7 +354,7 @@ def test_a_worker_that_says_nonsense(run: Any, logs: Path) -> None:
         ('{"event": "result"}', "result"),
         ("x" * 70_000_000, "'" + "x" * 100 + "', 70.0 MB"),
     ):
-        with pytest.raises(QtoolError, match="sent something that is no event: ") as caught:
+        with pytest.raises(QtoolError, match="sent something that is not an event: ") as caught:
             run("babbles", said=said)
         assert shown in caught.value.what
         assert len(caught.value.what) < 200

@@ -41,7 +41,18 @@ from qtool.checkpoint.formats.stored import Stored
 from qtool.checkpoint.formats.targets import targets
 from qtool.errors import InputError
 from qtool.quant.types import QuantizedLinear
-from qtool.scheme import FP8_BLOCK, FP8_DYNAMIC, W4A8, W4A16, W8A8, W8A8_DYNAMIC, W8A16, QuantizationArgs, Scheme
+from qtool.scheme import (
+    FP8_BLOCK,
+    FP8_DYNAMIC,
+    W4A8,
+    W4A16,
+    W8A8,
+    W8A8_ASYMMETRIC,
+    W8A8_DYNAMIC,
+    W8A16,
+    QuantizationArgs,
+    Scheme,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +70,7 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(QuantizationArgs))
 class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
     name = "compressed-tensors"
     title = "integers and float8 of compressed-tensors"
-    schemes = (W8A8, W8A8_DYNAMIC, W8A16, W4A16, W4A8, FP8_DYNAMIC, FP8_BLOCK)
+    schemes = (W8A8, W8A8_DYNAMIC, W8A8_ASYMMETRIC, W8A16, W4A16, W4A8, FP8_DYNAMIC, FP8_BLOCK)
     parts = frozenset(
         ("weight", _PACKED, _SHAPE, "weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "bias")
     )
@@ -75,7 +86,7 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
         weights = scheme.weights
         if weights.type == "float":
             return scheme in (FP8_DYNAMIC, FP8_BLOCK) or (scheme.activations is None and weights in _FLOAT_WEIGHTS)
-        return scheme in (W8A8, W8A8_DYNAMIC) or (
+        return scheme in (W8A8, W8A8_DYNAMIC, W8A8_ASYMMETRIC) or (
             (weights.type, weights.symmetric, weights.dynamic) == ("int", True, False)
             and weights.strategy in ("channel", "group")
             and weights.num_bits in WIDTHS

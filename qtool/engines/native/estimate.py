@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,13 +71,15 @@ def estimate(
     """
     seq_len, tokens = calibration.seq_len, calibration.samples * calibration.seq_len
     layers = [_LayerSizes.of(model, index, policies) for index in range(model.depth)]
+    states = _state_bytes(model, seq_len)
     # Where query and value heads differ in size, as in DeepSeek's, torch computes attention with all scores at once, in
     # float32 and twice.
     scores = model.heads * seq_len * 8
     batch = max(seq_len, min(BATCH_TOKENS, _SCORES_BYTES // scores))
     while True:
         together, item = min(batch, tokens), model.dtype.itemsize
-        needed = _BASE_BYTES + _HEAP_BYTES + _TENSOR_BYTES * len(model.checkpoint.names)
+        further = max(0, states - model.hidden_size * item)  # besides hidden states, of a token
+        needed = 4 * together * further + _BASE_BYTES + _HEAP_BYTES + _TENSOR_BYTES * len(model.checkpoint.names)
         needed += max(
             max(
                 layer.running_bytes(together, item, scores) + (layer.exact_bytes(tokens) if exact else 0),
@@ -98,7 +101,7 @@ def estimate(
     each = max(layer.waiting_bytes for layer in layers)
     ahead = min(processes, len(layers), spare // max(1, each))
     has_experts = any(layer.experts for layer in layers)
-    scratch = tokens * model.hidden_size * ((2 + ahead) * item + has_experts * (item + 4))
+    scratch = tokens * (2 + ahead) * states + tokens * model.hidden_size * has_experts * (item + 4)
     return ResourceEstimate(batch, ahead, needed + ahead * each, scratch)
 
 
@@ -114,6 +117,12 @@ def seconds(model: DecoderStream, policies: Mapping[str, Policy | None], calibra
     products = sum(layer.products(tokens) for layer in layers)
     elements = sum(layer.element_seconds for layer in layers)
     return round(_BASE_SECONDS + _SLOWER * products / rate + elements / torch.get_num_threads(), 1)
+
+
+def _state_bytes(model: DecoderStream, length: int) -> int:
+    """The most that passes from one layer to the next, per token."""
+    layouts = [model.entering(index, length) for index in range(model.depth + 1)]
+    return max(sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout) for layout in layouts) // length
 
 
 @dataclass(frozen=True)

@@ -40,12 +40,10 @@ def execute(prepared: Prepared, report: Report) -> QuantizationResult:
         QtoolError: the disk is full or fails, or processes were lost; what is finished is kept.
     """
     job, model = prepared.job, prepared.model
-    there = resumable_bytes(job.output.path) if job.output.resume else 0
-    check_free_space(job.output.path, prepared.output_bytes + prepared.estimate.scratch_bytes - there)
-    calibration = _calibration(prepared)
+    calibration = checked(prepared)
     writer = _writer(prepared, calibration)
     with writer, executor.make(job.resources, prepared.context, prepared.setup) as units:
-        output, ledger = PieceWriter(writer, model, prepared.plan.policies), Ledger(writer)
+        output, ledger = PieceWriter(writer, model, prepared.context.format), Ledger(writer)
         output.write_outside()  # first, so that damage in it shows at once
         Schedule(prepared, output, ledger, units, report).run(calibration.ids)
         made = _report(prepared, calibration, ledger)
@@ -58,6 +56,18 @@ def execute(prepared: Prepared, report: Report) -> QuantizationResult:
         seconds=round(time.perf_counter() - prepared.started, 2),
         peak_memory_bytes=memory.peak(),
     )
+
+
+def checked(prepared: Prepared) -> Calibration:
+    """The calibration samples, once it is known that the disk has room: what a dry run looks at too.
+
+    Raises:
+        InputError: too little text, or none that can be read. QtoolError: the disk is too full.
+    """
+    output = prepared.job.output
+    there = resumable_bytes(output.path) if output.resume else 0
+    check_free_space(output.path, prepared.output_bytes + prepared.estimate.scratch_bytes - there)
+    return _calibration(prepared)
 
 
 def _calibration(prepared: Prepared) -> Calibration:
@@ -119,6 +129,7 @@ def _report(prepared: Prepared, calibration: Calibration, ledger: Ledger) -> Qua
         ),
         layers=ledger.groups,
         experts=ledger.experts,
+        left_float=prepared.plan.left_float,
     )
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
+from qtool.checkpoint.formats import QuantizedFormat
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.model.decoder import DecoderStream
 from qtool.quant.report import GroupReport
 from qtool.quant.types import QuantizedLinear
-from qtool.recipe.schema import Policy
 
 
 class Linear(NamedTuple):
@@ -63,11 +63,11 @@ class PieceWriter:
     Args:
         writer: of the output.
         model: the float model.
-        policies: per linear, by the checkpoint's name without ".weight"; None leaves it float.
+        format: of the output.
     """
 
-    def __init__(self, writer: CheckpointWriter, model: DecoderStream, policies: Mapping[str, Policy | None]) -> None:
-        self._writer, self._model, self._policies = writer, model, policies
+    def __init__(self, writer: CheckpointWriter, model: DecoderStream, format: QuantizedFormat) -> None:
+        self._writer, self._model, self._format = writer, model, format
 
     def write(self, pieces: Iterable[Piece]) -> Written:
         """Write what a unit gives, one by one: there may be more of it than memory."""
@@ -95,7 +95,11 @@ class PieceWriter:
     def write_rest(self, layer: str) -> None:
         """Write every tensor of a decoder layer that no unit has written."""
         for name in self._model.weights.names:
-            linear, _, part = name.rpartition(".")
-            quantized = part in ("weight", "bias") and self._policies.get(linear) is not None
-            if name.startswith(f"{layer}.") and name not in self._writer and not quantized:
+            if name.startswith(f"{layer}.") and name not in self._writer and not self._belongs_to_quantized(name):
                 self._writer.add(name, self._model.weights.unchanged(name))
+
+    def _belongs_to_quantized(self, name: str) -> bool:
+        """Whether this is the weight or bias of a linear that is written in another form."""
+        linear, _, part = name.rpartition(".")
+        parts = (each for each in self._format.parts if each != "bias")
+        return part in ("weight", "bias") and any(f"{linear}.{each}" in self._writer for each in parts)

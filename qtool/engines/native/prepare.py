@@ -17,6 +17,7 @@ from qtool.engines.native.estimate import ResourceEstimate
 from qtool.engines.plan import QuantizationPlan
 from qtool.engines.report import DryRun, EstimatedResources
 from qtool.errors import InputError
+from qtool.model import selection
 from qtool.model.decoder import DecoderStream
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Prepared:
         seconds = estimate.seconds(self.model, self.plan.policies, self.job.calibration)
         return DryRun(
             layers=plan.summary(self.plan),
+            left_float=self.plan.left_float,
             calibration=self.job.calibration.shown(),
             input_bytes=self.model.checkpoint.nbytes,
             output_bytes=self.output_bytes,
@@ -85,10 +87,11 @@ def prepare(job: QuantizationJob, report: Report) -> Prepared:
     setup = _setup(job, checkpoint)
     executor.check(job.resources)
     context = setup.of(checkpoint)
-    planned = plan.make(checkpoint, job.recipe, job.scheme, job.output.format, context.model.linears())
+    linears, kept = context.model.linears(), selection.kept_float(context.model)
+    planned = plan.make(checkpoint, job.recipe, job.scheme, job.output.format, linears, kept)
     context.model.prologue(torch.tensor([[0, 1]]))  # what can't be run shows before any work, and in a dry run
     if job.recipe.osl == "exact":
-        _refuse_experts(job, context.model)
+        _refuse_unusual(job, context.model)
     for warning in planned.warnings:
         report.warning(warning)
     return Prepared(
@@ -124,7 +127,13 @@ def _setup(job: QuantizationJob, checkpoint: Checkpoint) -> Setup:
     )
 
 
-def _refuse_experts(job: QuantizationJob, model: DecoderStream) -> None:
+def _refuse_unusual(job: QuantizationJob, model: DecoderStream) -> None:
+    if not model.is_plain:
+        raise InputError(
+            "osl: exact compares hidden states, and more than these passes between the layers of this model",
+            where=f"recipe {job.recipe.name}",
+            hint="use osl: fast",
+        )
     if any(model.routed(index) for index in range(model.depth)):
         raise InputError(
             "osl: exact compares the output of whole layers, which needs all experts at once",

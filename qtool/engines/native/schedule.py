@@ -8,8 +8,8 @@ the order in which their units began, since tensors lie in the files in that ord
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,18 +20,19 @@ from torch import nn
 from qtool.engines.native import lots, units
 from qtool.engines.native.exact import quantize_exactly
 from qtool.engines.native.executor import Executor, Pending
-from qtool.engines.native.float_pass import FloatPass
+from qtool.engines.native.float_pass import FloatPass, Replay
 from qtool.engines.native.ledger import DENSE, LayerEnd, Ledger
 from qtool.engines.native.pieces import PieceWriter
 from qtool.engines.native.units import DenseTask, LayerLinears
 from qtool.model.activations import Activations
 from qtool.model.observe import sample_stride
-from qtool.model.probe import probe
+from qtool.model.probe import Probed, probe
 from qtool.model.recorder import Recorder
+from qtool.model.statefile import StateFile
 from qtool.quant.group import needs_hessian, policy_of
 from qtool.quant.report import GroupReport
 from qtool.quant.statistics import InputStatistics
-from qtool.quant.topology import Group, linear_layers, signature
+from qtool.quant.topology import signature
 
 if TYPE_CHECKING:
     from qtool.engines.native.prepare import Prepared
@@ -85,7 +86,7 @@ class Schedule:
         self._executor, self._report = executor, report
         self._model = prepared.model
         self._waiting: deque[_Waiting] = deque()
-        self._groups: dict[Any, list[Group]] = {}
+        self._groups: dict[Any, Probed] = {}
 
     def run(self, ids: torch.Tensor) -> None:
         """Write every layer that isn't finished.
@@ -96,17 +97,18 @@ class Schedule:
         Raises InputError where weights are damaged, and QtoolError.
         """
         model, done = self._model, self._ledger.layers
-        hidden = self._hidden(done, ids.numel())
-        entering = model.prologue(ids)  # it teaches the model the layers' arguments as well
+        hidden = self._states(done, ids)
         if done == 0:
-            hidden.write(0, entering.reshape(-1, entering.shape[-1]))
-        del entering
+            hidden.write(0, model.prologue(ids).state)
         self._report.progress("quantize", done, model.depth, "layers")
         batch_tokens = self._prepared.estimate.batch_tokens
         for index in range(done, model.depth):
-            leaving = self._hidden(index + 1, ids.numel())
-            floats = FloatPass(model, index, ids.shape[1], batch_tokens, hidden, leaving)
-            if self._prepared.job.recipe.osl == "exact":
+            leaving = self._states(index + 1, ids)
+            floats = FloatPass(model, index, ids, batch_tokens, hidden, leaving)
+            if model.is_idle(index):
+                floats.pass_on()
+                self._waiting.append(self._end(floats))
+            elif self._prepared.job.recipe.osl == "exact":
                 self._exact_layer(floats)
             else:
                 self._layer(floats)
@@ -120,32 +122,37 @@ class Schedule:
     def _layers_ahead(self) -> int:
         return self._prepared.estimate.layers_ahead
 
-    def _hidden(self, index: int, tokens: int) -> Activations:
+    def _states(self, index: int, ids: torch.Tensor) -> StateFile:
         """What enters a layer, or leaves the one before it."""
-        path = self._ledger.folder / f"hidden-{index}"
-        return Activations(path, tokens, self._model.hidden_size, self._model.dtype, keep=True)
+        samples, length = ids.shape
+        return StateFile(self._ledger.folder / f"hidden-{index}", samples, self._model.entering(index, length))
 
     # ------------------------------------------------------------------ one layer
 
     def _layer(self, floats: FloatPass) -> None:
         """Run a layer and hand out the units of it that aren't finished."""
-        index, hidden, routed = floats.index, floats.hidden, self._model.routed(floats.index)
+        index, routed = floats.index, self._model.routed(floats.index)
         with ExitStack() as stack:
-            recorder = stack.enter_context(Recorder(self._ledger.folder, hidden)) if routed else None
+            recorder = stack.enter_context(Recorder(self._ledger.folder, floats.tokens)) if routed else None
             with self._model.layer(index) as layer:
-                linears = self._linears(index, layer)
-                statistics = _statistics(linears, sample_stride(hidden.rows))
-                floats.run(layer, statistics, recorder)
+                linears, added = self._linears(index, layer)
+                statistics = _statistics(linears, sample_stride(floats.tokens))
+                floats.run(layer, statistics if added else {}, recorder)
                 router = layer.get_parameter(routed.router).float() if routed and routed.router else None
+            experts: list[ExpertTokens] = []
+            if recorder and not added:
+                found = lots.after_run(self._prepared, index, recorder, router)
+                self._experts_within(floats, found, statistics)
+                experts = [found.tokens(self._model.layer_name(index))]
+                recorder = None
             # The layer's weights are gone: a unit reads what it needs of them.
-            if not self._ledger.is_finished(index, DENSE):
+            if linears.groups and not self._ledger.is_finished(index, DENSE):
                 task = DenseTask(linears, statistics)
                 self._waiting.append(_DenseUnit(self._executor.submit(units.quantize_dense, task)))
                 del task
             del statistics
             if not self._layers_ahead:
                 self._settle(0)
-            experts: list[ExpertTokens] = []
             if recorder:
                 found = lots.after_run(self._prepared, index, recorder, router)
                 self._experts(floats, found)
@@ -155,7 +162,7 @@ class Schedule:
     def _exact_layer(self, floats: FloatPass) -> None:
         """Run a layer and write it, Golden Stick's way."""
         with self._model.layer(floats.index) as layer:
-            linears = self._linears(floats.index, layer)
+            linears, _ = self._linears(floats.index, layer)
             statistics = _statistics(linears, stride=1, with_hessian=False)
             floats.run(layer, statistics)
             storage = self._prepared.context.storage(linears.first_weight)
@@ -168,22 +175,34 @@ class Schedule:
         name = self._model.layer_name(floats.index)
         return LayerEnd(name, floats.hidden.path, floats.leaving.path, reports, experts)
 
-    def _linears(self, index: int, layer: nn.Module) -> LayerLinears:
-        """Of a loaded layer."""
-        stored = {name: self._model.stored(index, name) for name, _ in layer.named_parameters()}
-        policies = {
-            name: self._prepared.plan.policies[stored[f"{name}.weight"].removesuffix(".weight")]
-            for name in linear_layers(layer)
-        }
+    def _linears(self, index: int, layer: nn.Module) -> tuple[LayerLinears, bool]:
+        """Of a loaded layer; and whether what its routed experts give is simply added to what leaves it."""
+        names = ((name, self._model.stored(index, name)) for name, _ in layer.named_parameters())
+        stored = {name: found for name, found in names if found in self._model.weights}
+        policies = {name: self._prepared.plan.policies[full] for name, full in self._model.layer_linears(index).items()}
         key = signature(layer)
         if key not in self._groups:
             self._groups[key] = probe(self._model, index, layer)
-        return LayerLinears(self._groups[key], policies, stored)
+        probed = self._groups[key]
+        return LayerLinears(probed.groups, policies, stored), probed.experts_are_added
 
     def _experts(self, floats: FloatPass, routed: lots.RoutedLayer) -> None:
         """Write a layer's experts but those that are finished, and add what all of them give to what leaves it."""
-        path, leaving = self._ledger.folder / "experts", floats.leaving
-        with Activations(path, leaving.rows, leaving.width, torch.float32) as sums:
+        with self._sums(floats, routed) as sums:
+            floats.add(sums)
+
+    def _experts_within(
+        self, floats: FloatPass, routed: lots.RoutedLayer, statistics: Mapping[str, InputStatistics]
+    ) -> None:
+        """Write a layer's experts, and run the layer once more with what they give, which something else takes up."""
+        with self._sums(floats, routed) as sums, self._model.layer(floats.index) as layer:
+            floats.run(layer, statistics, Replay(sums))
+
+    @contextmanager
+    def _sums(self, floats: FloatPass, routed: lots.RoutedLayer) -> Iterator[Activations]:
+        """Write a layer's experts but those that are finished; what all of them give, [tokens, hidden]."""
+        path = self._ledger.folder / "experts"
+        with Activations(path, floats.tokens, routed.recorder.width, torch.float32) as sums:
             for lot in routed.lots():
                 quantize = not self._ledger.is_finished(routed.index, lot.name)
                 task = routed.task(lot, quantize=quantize)
@@ -192,7 +211,7 @@ class Schedule:
                 del task, pieces
                 self._settle(self._executor.ahead)
             self._settle(0)
-            floats.add(sums)
+            yield sums
 
     # ------------------------------------------------------------------ results
 

@@ -13,9 +13,14 @@ if TYPE_CHECKING:
 def main(message: dict[str, Any], report: Report) -> dict[str, Any]:
     """Do a job: {"job": a `QuantizationJob`, "dry_run": whether only to say what it would do}."""
     hide_media_packages()
+    from qtool.calibration.sources import SELF
     from qtool.engines.job import QuantizationJob
-    from qtool.engines.native.execute import execute
+    from qtool.engines.native.execute import checked, execute
     from qtool.engines.native.prepare import prepare
 
     prepared = prepare(QuantizationJob.from_json(message["job"]), report)
-    return prepared.dry_run().to_json() if message["dry_run"] else execute(prepared, report).to_json()
+    if not message["dry_run"]:
+        return execute(prepared, report).to_json()
+    if prepared.job.calibration.data != SELF:  # the model has not written its own text yet
+        checked(prepared)
+    return prepared.dry_run().to_json()

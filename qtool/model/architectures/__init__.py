@@ -6,12 +6,10 @@ To add a family: a subclass of `Architecture` in a file of its own here, and its
 from __future__ import annotations
 
 from qtool.model.architectures.architecture import Architecture, FusedExperts
-from qtool.model.architectures.gptj import GptJ
-from qtool.model.architectures.lfm2 import Lfm2
 
 __all__ = ["Architecture", "FusedExperts", "of"]
 
-_EXCEPTIONS: tuple[type[Architecture], ...] = (GptJ, Lfm2)
+_EXCEPTIONS: tuple[type[Architecture], ...] = ()
 
 
 def of(model_type: str) -> Architecture:

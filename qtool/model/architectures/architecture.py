@@ -40,42 +40,32 @@ class Architecture:
 
     Attributes:
         model_types: the values of config.json's model_type that a subclass is for.
-        layer_attributes: what a base model looks up on its decoder layers besides calling them.
-        layers_return_tuples: the base model takes the first of what a layer returns.
-        final_norm_names: a regular expression for the norm after the last layer, among the modules beside the layers.
+        float_linears: regular expressions for linears inside a decoder layer that runtimes keep float, and why.
         heads, experts_per_token: settings of config.json.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
-    layer_attributes: ClassVar[tuple[str, ...]] = ("attention_type", "layer_type", "is_sliding")
-    layers_return_tuples: ClassVar[bool] = False
-    final_norm_names: ClassVar[str] = r"(?!.*embed).*norm.*|ln_f"
+    float_linears: ClassVar[dict[str, str]] = {}
     heads: ClassVar[str] = "num_attention_heads"
     experts_per_token: ClassVar[str] = "num_experts_per_tok"
 
-    def layers(self, model: Any) -> str | None:
-        """The name of the list of decoder layers: the first that is as long as config.json says.
+    def layers(self, decoder: nn.Module, config: Any) -> str | None:
+        """The name inside the model of text of its list of decoder layers; None for a model without.
 
-        The text model goes first: towers for pictures and sound, which are outside of it, may be as deep.
+        Args:
+            config: transformers', of the model of text. A list as long as its number of layers says goes first, else
+                the one with the most parameters.
         """
-        depth = model.config.get_text_config().num_hidden_layers
-        found = {
-            module: name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == depth
+        depth = getattr(config, "num_hidden_layers", None)
+        lists = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
+        outermost = {
+            name: module
+            for name, module in lists.items()
+            if not any(name.startswith(f"{other}.") for other in lists) and len(module)
         }
-        inside = [name for module in model.get_decoder().modules() if (name := found.get(module)) is not None]
-        return next(iter([*inside, *found.values()]), None)
-
-    def final_norm(self, model: nn.Module, layers: str) -> str | None:
-        """The name of the norm after the last layer; None for a model without."""
-        parent = layers.rpartition(".")[0]
-        norms = [
-            name
-            for name, child in model.get_submodule(parent).named_children()
-            if re.fullmatch(self.final_norm_names, name.lower()) and not isinstance(child, nn.ModuleList)
-        ]
-        return ".".join(filter(None, (parent, norms[-1]))) if norms else None
+        fitting = {name: module for name, module in outermost.items() if len(module) == depth} or outermost
+        sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in fitting.items()}
+        return max(sizes, key=lambda name: sizes[name], default=None)
 
     def experts(self, layer: nn.Module, layer_name: str, where: str) -> Iterator[FusedExperts]:
         """The routed experts of a decoder layer: gated linears without biases, as DeepSeek's are.
@@ -97,6 +87,10 @@ class Architecture:
                 apply_gate=module._apply_gate,
                 router=self.router(layer, name, count, hidden),
             )
+
+    def kept_float(self, linear: str) -> str | None:
+        """Why runtimes keep a linear float, by its name inside the decoder layer; None where they don't."""
+        return next((why for pattern, why in self.float_linears.items() if re.fullmatch(pattern, linear)), None)
 
     def router(self, layer: nn.Module, experts: str, count: int, hidden: int) -> str | None:
         """The parameter [count, hidden] of a module beside the experts, by its name inside the layer."""

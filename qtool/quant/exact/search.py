@@ -8,7 +8,7 @@ import torch
 
 from qtool.quant.exact.replay import Recording, Replay
 from qtool.quant.integer import asymmetric_parameters
-from qtool.quant.product import INT8, QuantizedWeight, StaticRange, per_tensor_product, per_token_product
+from qtool.quant.product import INT8, QuantizedWeight, Range, asymmetric_product, per_token_product
 from qtool.quant.topology import Group, bias_of, weight_of
 from qtool.quant.transforms.diagonal import Diagonal, smoothing_scale
 from qtool.quant.transforms.osl import ALPHAS
@@ -89,11 +89,11 @@ class _Trial:
         x = x.reshape(-1, x.shape[-1]) / s
         args = self._scheme.activations
         assert args is not None
-        if self._scheme.is_static:
-            low, high = x.aminmax()
-            product = per_tensor_product(x, StaticRange(*asymmetric_parameters(low, high, args)), weight, args)
-        else:
+        if args.symmetric:
             product = per_token_product(x, weight, args)
+        else:
+            low, high = x.aminmax() if self._scheme.is_static else x.aminmax(dim=1, keepdim=True)
+            product = asymmetric_product(x, Range(*asymmetric_parameters(low, high, args)), weight, args)
         parts = product.split(self._widths, dim=1)
         return {
             name: part if bias is None else part + bias

@@ -65,10 +65,15 @@ class NoiseModel:
     """
 
     def __init__(self, inputs: Smoothed, weights: WeightSample, scheme: Scheme, remainder: float) -> None:
-        self._static, self._float = scheme.is_static, scheme.activations is None
-        # A static range is that of one token whose channels are at their extremes, both ways.
-        extremes = (inputs.low.clamp(max=0), inputs.high.clamp(min=0))
-        self._tokens = torch.stack(extremes).abs() if self._static else inputs.sample.abs()
+        self._float = scheme.activations is None
+        # Magnitudes [sides · tokens, in]: with a zero point, of what lies below 0 and then of what lies above it.
+        self._sides = 2 if scheme.activations is not None and not scheme.activations.symmetric else 1
+        if self._sides == 1:
+            self._tokens = inputs.sample.abs()
+        else:
+            # A static range is that of one token whose channels are at their extremes, both ways.
+            low, high = (inputs.low[None], inputs.high[None]) if scheme.is_static else (inputs.sample, inputs.sample)
+            self._tokens = torch.cat((low.clamp(max=0).abs(), high.clamp(min=0)))
         self._rows = weights.rows.abs()
         self._blocks = column_blocks(scheme.weights, self._rows.shape[1])
         self._energy, self._weight_energy = inputs.energy, weights.energy
@@ -98,28 +103,29 @@ class NoiseModel:
         channels = torch.zeros_like(log_s)
         for near, block, peaks, reach in zip(rows, self._blocks, row_peaks, terms.reach, strict=True):
             near.scatter(channels[block], peaks.square() * (2 * self._remainder * reach))
-        if self._static:
-            low, high = token_peaks
-            tokens.scatter(channels, torch.stack((low, high)) * (-0.5 * (low + high) * terms.spread))
-        elif not self._float:
-            tokens.scatter(channels, token_peaks.square() * (-2 * terms.spread / len(token_peaks)))
+        if not self._float:
+            halves = self._half_ranges(token_peaks)
+            factor = -2 * terms.spread / (len(halves) * self._sides)
+            pull = token_peaks.square() * factor if self._sides == 1 else token_peaks * (halves * factor).repeat(2)
+            tokens.scatter(channels, pull)
         channels += 2 * terms.step * self._weight_energy * (2 * log_s).exp()
         for block, slack in zip(self._blocks, terms.slack, strict=True):
             channels[block] -= 2 * slack * self._energy[block] * (-2 * log_s[block]).exp()
         return channels / terms.error
 
     def _terms(self, token_peaks: torch.Tensor, row_peaks: list[torch.Tensor], log_s: torch.Tensor) -> _Terms:
-        # Steps are in units of those of symmetric activations, 2 max / steps; a static range is max - min.
-        if self._float:
-            step = 0.0
-        else:
-            step = float(token_peaks.sum().square() / 4) if self._static else float(token_peaks.square().mean())
+        # Steps are in units of those of symmetric activations, 2 max / steps.
+        step = 0.0 if self._float else float(self._half_ranges(token_peaks).square().mean())
         return _Terms(
             step=step,
             spread=float((self._weight_energy * (2 * log_s).exp()).sum()),
             slack=[self._remainder * float(peaks.square().sum()) for peaks in row_peaks],
             reach=[float((self._energy[block] * (-2 * log_s[block]).exp()).sum()) for block in self._blocks],
         )
+
+    def _half_ranges(self, token_peaks: torch.Tensor) -> torch.Tensor:
+        """Half of each token's range [tokens]; its largest magnitude where it has no zero point."""
+        return token_peaks.view(self._sides, -1).mean(dim=0)
 
 
 def add_at(channels: torch.Tensor, places: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,12 @@ import torch
 from qtool.quant.product import INT8, QuantizedWeight, per_token_product
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.transforms.noise import NoiseModel, WeightSample
-from qtool.scheme import W8A8, W8A8_DYNAMIC, QuantizationArgs, Scheme
+from qtool.scheme import W8A8, W8A8_ASYMMETRIC, W8A8_DYNAMIC, QuantizationArgs, Scheme
 
 INT4_GROUPS = QuantizationArgs(num_bits=4, strategy="group", group_size=4)
 SCHEMES = {
     "W8A8-dynamic": W8A8_DYNAMIC,
+    "W8A8-asymmetric": W8A8_ASYMMETRIC,
     "W8A8": W8A8,
     "W4A8-dynamic": Scheme(QuantizationArgs(num_bits=4), W8A8_DYNAMIC.activations),
     "W4A8 by group": Scheme(INT4_GROUPS, W8A8.activations),
@@ -43,10 +44,11 @@ def expected_error(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor, scheme: Sc
     from_inputs: Any = 0.0
     if scheme.activations is not None:
         levels = 2**scheme.activations.num_bits - 1
-        if scheme.activations.dynamic:
+        if scheme.activations.symmetric:
             steps = 2 * smooth_x.abs().amax(dim=1) / levels
         else:
-            high, low = smooth_x.amax().clamp(min=0), smooth_x.amin().clamp(max=0)
+            sharing = smooth_x if scheme.activations.dynamic else smooth_x.reshape(1, -1)
+            high, low = sharing.amax(dim=1).clamp(min=0), sharing.amin(dim=1).clamp(max=0)
             steps = ((high - low) / levels).expand(len(x))
         from_inputs = (steps**2 / 12).mean() * (smooth_w**2).sum()
     size = scheme.weights.group_size or w.shape[1]

@@ -1,0 +1,105 @@
+"""Which linears of a decoder layer stay float whatever a recipe says, found by structure, and why.
+
+Runtimes build routers and the like as plain matrices: int8 there would not load, or would send tokens to other experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+from qtool.model.architectures import Architecture
+from qtool.model.decoder import DecoderStream
+from qtool.quant.topology import is_product
+
+NARROW = 32  # inputs or outputs; int8 kernels want multiples of 16, and so little weight saves nothing
+ROUTER, SMALL, RECURRENCE = "a router", f"narrower than {NARROW}", "part of a recurrence"
+OTHER_CLASS = "its class computes more than a product"
+
+# Of the modules beside experts.
+_ROUTERS = re.compile(r"router|gate|wg|classifier")
+
+
+def kept_float(stream: DecoderStream) -> dict[str, str]:
+    """Why linears stay float, by the checkpoint's names without ".weight"."""
+    found = {}
+    for index in range(stream.depth):
+        own = stream.own_parameters(index)
+        for name, why in reasons(stream.skeleton_layer(index), stream.architecture).items():
+            if (stored := own.get(f"{name}.weight")) is not None:
+                found[stored.removesuffix(".weight")] = why
+    return found
+
+
+def reasons(layer: nn.Module, architecture: Architecture) -> dict[str, str]:
+    """Why linears of a decoder layer stay float, by their names inside it."""
+    mixtures, recurrent = _mixtures(layer), {*_recurrent(layer)}
+    found: dict[str, str] = {}
+    for name, linear in layer.named_modules():
+        if not isinstance(linear, nn.Linear):
+            continue
+        if any(_is_router(name, linear, mixture, count) for mixture, count in mixtures.items()):
+            found[name] = ROUTER
+        elif not is_product(type(linear)):
+            found[name] = OTHER_CLASS
+        elif min(linear.in_features, linear.out_features) < NARROW:
+            found[name] = SMALL
+        elif name in recurrent:
+            found[name] = RECURRENCE
+        elif (why := architecture.kept_float(name)) is not None:
+            found[name] = why
+    return found
+
+
+def _mixtures(layer: nn.Module) -> dict[str, int]:
+    """How many routed experts there are, by the name of the module that holds them and their router."""
+    found = {}
+    for name, module in layer.named_modules():
+        count = getattr(module, "count", None) if hasattr(module, "apply_gate") else None
+        if count is None:
+            fused = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+            count = fused[0].shape[0] if fused and not isinstance(module, nn.modules.conv._ConvNd) else None
+        if count is not None:
+            found[name.rpartition(".")[0]] = int(count)
+    return found
+
+
+def _is_router(name: str, linear: nn.Linear, mixture: str, count: int) -> bool:
+    if mixture and not name.startswith(f"{mixture}."):
+        return False
+    inside = name.removeprefix(f"{mixture}.").split(".")
+    if linear.out_features == count and len(inside) <= 2:
+        return True
+    return any(_ROUTERS.fullmatch(part) for part in inside)
+
+
+def _recurrent(layer: nn.Module) -> Iterator[str]:
+    """Linears that compute the decay, the step or the states of a recurrence: few numbers per head or channel.
+
+    Such a layer has its decay (A_log) or its step's bias as a parameter beside them.
+    """
+    for name, module in layer.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        decay = own.get("A_log", own.get("dt_bias"))
+        if decay is None:
+            continue
+        linears = {part: child for part, child in module.named_children() if isinstance(child, nn.Linear)}
+        if decay.dim() == 2:  # Mamba: a decay for each channel and state
+            found = _of_channels(linears, *decay.shape)
+        else:
+            heads = decay.numel()
+            found = [part for part, linear in linears.items() if linear.out_features in (heads, 2 * heads)]
+        yield from (f"{name}.{part}" if name else part for part in found)
+
+
+def _of_channels(linears: dict[str, nn.Linear], channels: int, states: int) -> list[str]:
+    """dt_proj, from few numbers to a step for each channel, and x_proj, which makes these and the states' inputs."""
+    steps = {
+        part: linear.in_features
+        for part, linear in linears.items()
+        if linear.out_features == channels and linear.in_features < channels // 2
+    }
+    inputs = {rank + 2 * states for rank in steps.values()}
+    return [*steps, *(part for part, linear in linears.items() if linear.out_features in inputs)]

@@ -1,0 +1,46 @@
+"""What passes from one decoder layer to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+State = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples on their way through the decoder.
+
+    Attributes:
+        ids: their tokens, int64 [samples, length].
+        state: what the last layer left of them, or what enters the first: tensors [samples, ...]. Most decoders have
+            one tensor, the hidden states [samples, length, hidden]. Others have several streams, or hand further
+            tensors from layer to layer; before their first layer there may be none.
+    """
+
+    ids: torch.Tensor
+    state: State
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The hidden states, of a decoder that hands on nothing else."""
+        (hidden,) = self.state
+        return hidden
+
+    def split(self, samples: int) -> Iterator[Batch]:
+        """Batches of so many samples, whose tensors are parts of these."""
+        for start in range(0, len(self.ids), samples):
+            rows = slice(start, start + samples)
+            yield Batch(self.ids[rows], tuple(tensor[rows] for tensor in self.state))
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.ids, tuple(tensor.to(device) for tensor in self.state))
+
+    @classmethod
+    def cat(cls, batches: Sequence[Batch]) -> Batch:
+        """All samples of several batches."""
+        states = zip(*(batch.state for batch in batches), strict=True)
+        return cls(torch.cat([batch.ids for batch in batches]), tuple(torch.cat(parts) for parts in states))

@@ -1,0 +1,52 @@
+"""What passes from one decoder layer to the next, of all calibration samples, on disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from qtool.model.activations import Activations
+from qtool.model.state import State
+
+
+class StateFile:
+    """The states of some samples, one after the other.
+
+    Args:
+        path: of the file.
+        samples: how many.
+        layout: (shape without the samples, type) of each tensor of a state.
+
+    Raises QtoolError, here and later, when the disk is full or fails.
+    """
+
+    def __init__(self, path: Path, samples: int, layout: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> None:
+        self.path, self.samples = path, samples
+        self._layout = list(layout)
+        self._sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in self._layout]
+        self._rows = Activations(path, samples, sum(self._sizes), torch.uint8, keep=True)
+
+    def read(self, start: int, stop: int) -> State:
+        """Of samples start to stop."""
+        rows, first, found = self._rows.read(start, stop), 0, []
+        for (shape, dtype), size in zip(self._layout, self._sizes, strict=True):
+            part = rows[:, first : first + size].contiguous()
+            found.append(part.view(dtype).reshape(stop - start, *shape))
+            first += size
+        return tuple(found)
+
+    def write(self, start: int, state: State) -> None:
+        """Replace the samples from start on."""
+        parts = []
+        for tensor, (shape, dtype) in zip(state, self._layout, strict=True):
+            if tuple(tensor.shape[1:]) != shape:
+                raise ValueError(f"a state of {tuple(tensor.shape[1:])} per sample where {shape} are expected")
+            parts.append(tensor.detach().to(dtype).cpu().reshape(len(tensor), -1).contiguous().view(torch.uint8))
+        if parts:
+            self._rows.write(start, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+
+    def close(self) -> None:
+        self._rows.close()

@@ -1,0 +1,40 @@
+"""The zoo: a sample of it, and all of it where there is time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import pytest
+
+from tests.zoo.judge import ERROR, HOLLOW, RIGHT, Verdict
+from tests.zoo.keeper import run
+from tests.zoo.table import registry
+
+SAMPLE = "llama|qwen2_moe|qwen3_next|mixtral|gemma2|gpt_neox|falcon|phi3|deepseek_v2|cohere2|olmoe|olmo2|starcoder2"
+LIMIT = 240.0
+LEAST_RIGHT = 80
+
+
+def _of(verdicts: Sequence[Verdict], *results: str) -> list[str]:
+    return [f"{v.kind}:{v.model_type}: {v.reason}" for v in verdicts if v.result in results]
+
+
+def test_a_sample_is_right() -> None:
+    verdicts = [*run(re.compile(rf"^text:({SAMPLE})$"), LIMIT)]
+    assert len(verdicts) == SAMPLE.count("|") + 1
+    assert not [f"{v.model_type}: {v.result}: {v.reason}" for v in verdicts if v.result != RIGHT]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_every_type_is_right_or_refused() -> None:
+    verdicts = [*run(re.compile(""), LIMIT)]
+    assert not _of(verdicts, ERROR)
+    assert not _of(verdicts, HOLLOW)
+    assert sum(v.result == RIGHT for v in verdicts if v.kind == "text") >= LEAST_RIGHT
+
+
+def test_vllms_registry_is_read() -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    assert {"LlamaForCausalLM", "Qwen3MoeForCausalLM"} <= registry()
