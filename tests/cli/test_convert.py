@@ -348,6 +348,7 @@ def test_a_killed_conversion_leaves_all_or_nothing(
         ("embedding_length", 10**6, "its metadata make it 1000000 wide"),
         ("feed_forward_length", 2**31, "no tensor has a side longer than"),
         ("attention.head_count", 2**31, "no tensor has a side longer than"),
+        ("context_length", 2**31, "takes no more than"),
         ("general.architecture", "falcon", "its metadata speak of None blocks"),
     ],
 )
