@@ -66,11 +66,22 @@ def of_output(folder: Path) -> dict[str, str]:
 
 def make_jobs(folder: Path, hub: Mapping[str, str]) -> dict[str, Job]:
     tokenizer = families.train_tokenizer(512)
-    dense = families.make(folder / "dense", "mixtral", tokenizer, num_hidden_layers=2)
+    dense = families.make(folder / "dense", "mixtral", tokenizer, num_hidden_layers=1)
     experts = families.make(folder / "experts", "glm4_moe", tokenizer, num_hidden_layers=2)
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"Number {i} is\n" for i in range(24)))
-    generated = ("generate", dense, "--input", prompts, "-o", "out", "--runtime", "transformers", "--max-tokens", "4")
+    generated = (
+        "generate",
+        dense,
+        "--prompt",
+        f"@{prompts}",
+        "-o",
+        "out",
+        "--runtime",
+        "transformers",
+        "--max-tokens",
+        "4",
+    )
 
     def recipe(place: Path) -> None:
         write_recipe(place)
@@ -171,6 +182,9 @@ def main() -> None:
         chosen = [kind for kind in jobs if not options.only or kind in options.only]
         (Path(name) / "killed").mkdir()
         killer = Killer(Path(name) / "killed", launcher, env, rng)
+        warm = Job(("inspect", name), lambda _: {})
+        with killer.start(warm, Path(name), False) as process:  # what they all are forks of takes its time
+            process.communicate()
         normal = {}
         for kind in chosen:
             normal[kind] = killer.undisturbed(jobs[kind])

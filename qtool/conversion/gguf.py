@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint.config import MOST_TOKENS
+from qtool.conversion.gguf_header import check_lengths
 from qtool.conversion.job import GgufJob
 from qtool.errors import ForeignError, InputError, QtoolError, foreign
 from qtool.files import check_free_space, disk_errors
@@ -77,6 +78,7 @@ def _check(source: Path) -> None:
     if magic != b"GGUF":
         raise InputError(f"not a GGUF file: it begins with {magic!r}", where=where)
     with foreign("damaged or truncated GGUF file", where=where, hint="download it again"):  # it checks little itself
+        check_lengths(source)
         reader = gguf.GGUFReader(source)
         split = reader.fields["split.count"].contents() if "split.count" in reader.fields else 1
         known = {name: field.contents() for name, field in reader.fields.items() if len(field.types) == 1}
