@@ -221,3 +221,16 @@ def _say_outcome(out: Console, name: str, before: str, changed: bool, seconds: f
     what = {store.ABSENT: "installed", store.BROKEN: "repaired"}.get(before, "renewed")
     found = store.marker(name)
     out.info(f"{name} {what} in {seconds:.0f} s, {sizes.show(found.bytes) if found else ''}")
+
+
+@app.command("vars")
+def variables(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """List the environment variables that qtool and its libraries read."""
+    from qtool.environments.variables import VARIABLES
+
+    out = console()
+    if json:
+        out.result([dataclasses.asdict(variable) for variable in VARIABLES])
+    else:
+        rows = [(variable.name, variable.read_by, variable.purpose) for variable in VARIABLES]
+        out.table("", ["variable", "read by", "purpose"], rows, result=True)

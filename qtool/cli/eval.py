@@ -107,10 +107,10 @@ def evaluate(
 ) -> None:
     """Compare quantized models with their original: perplexity, KL divergence, agreement of the likeliest tokens.
 
-    Both models run in float32, layer by layer, so neither is whole in memory. The quantized one is rounded as its
-    checkpoint says. With --runtime vllm it runs in vLLM instead. Each figure has a 95 % confidence interval over the
-    windows. On a terminal the result is a table. In a pipe it is JSON (an object, or a list of several models), and the
-    table goes to standard error. The figures are also written to the quantized model's qtool.json, for its model card.
+    All models run in float32, layer by layer, so none is whole in memory. A quantized one is rounded as its checkpoint
+    says. With --runtime vllm it runs in vLLM instead. Each figure has a 95 % confidence interval over the windows. With
+    --json the result is an object, or a list for several models. The figures are also written to the quantized model's
+    qtool.json, for its model card.
 
     With --tasks, one or both models solve tasks such as gsm8k, ceval or mmlu. Their data comes from the folder --data,
     without the network.
@@ -120,6 +120,8 @@ def evaluate(
       qtool eval ./SmolLM2-135M ./SmolLM2-135M-w8a8 --text held-out.txt
 
       qtool eval ./SmolLM2-135M ./SmolLM2-135M-w8a8 --runtime vllm --report smollm2.html
+
+      qtool eval ./SmolLM2-135M ./SmolLM2-135M-w8a8 ./SmolLM2-135M-w8a8-dynamic --report compared.html
 
       qtool eval ./SmolLM2-135M-w8a8 --tasks gsm8k,ceval --data ./datasets
 
@@ -156,9 +158,8 @@ def _solve(models: list[str], names: str, tasks: Tasks, *, trust_remote_code: bo
     ]
     with console("starting") as out:
         solved = [{"model": str(job.model), **asdict(solve(job, out.event))} for job in jobs]
-    piped = out.json or not sys.stdout.isatty()
-    _show_tasks(solved, out, result=not piped)
-    if piped:
+    _show_tasks(solved, out, result=not out.json)
+    if out.json:
         out.result(solved)
 
 
@@ -191,11 +192,10 @@ def _compare(models: list[str], prediction: Prediction, page: Page, *, trust_rem
         for checkpoint, result in zip(opened.quantized, found, strict=True):
             _keep(checkpoint, result, out)
     out.info(f"{found[0]['seconds']:.0f} s, peak memory {found[0]['peak_memory_bytes'] / 1e9:.2f} GB")
-    piped = out.json or not sys.stdout.isatty()
-    _show(found, out, result=not piped)
+    _show(found, out, result=not out.json)
     for sentence in verdict.of_all(found):
         out.info(sentence)
-    if piped:
+    if out.json:
         out.result(found[0] if len(found) == 1 else found)
     if page.report is not None:  # last: a full disk must not cost the figures
         pages.write(page.report, found, command=shlex.join(["qtool", *sys.argv[1:]]))

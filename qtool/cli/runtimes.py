@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from typing import Annotated
 
@@ -24,8 +23,7 @@ def runtimes(
 ) -> None:
     """Show which runtime reads which models, in which format and scheme.
 
-    With MODEL, show what can serve this model: as it is, and in each format and each scheme of its recipe. On a
-    terminal the result is a table. In a pipe or with --json it is one JSON list.
+    With MODEL, show what can serve this model: as it is, and in each format and each scheme of its recipe.
 
     Examples:
 
@@ -38,7 +36,7 @@ def runtimes(
     from qtool.runtimes import table
 
     out = console()
-    as_text = sys.stdout.isatty() and not (json or quiet)
+    as_text = not json
     if model is None:
         known = table.rows()
         if as_text:
@@ -57,6 +55,7 @@ def runtimes(
                     )
                     for row in known
                 ],
+                result=True,
             )
             return
         out.result([asdict(row) for row in known])
@@ -80,6 +79,7 @@ def runtimes(
                 )
                 for way in ways
             ],
+            result=True,
         )
         return
     out.result([asdict(way) for way in ways])

@@ -117,7 +117,7 @@ def test_everything_is_there_and_agrees(finished: Path, run_qtool: Callable[...,
         "seq_len": 16,
     }
     # the same commands by hand say the same
-    size = ("--text", "text.txt", "--windows", "2", "--length", "32")
+    size = ("--text", "text.txt", "--windows", "2", "--length", "32", "--json")
     by_hand = json.loads(run_qtool("eval", "tiny", job / "tiny-w8a8-static", *size, cwd=finished).stdout)
     evaluated = json.loads((job / "eval.json").read_text())
     for figure in ("base_perplexity", "quantized_perplexity", "kl_divergence", "top1_agreement"):

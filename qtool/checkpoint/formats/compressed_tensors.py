@@ -75,6 +75,7 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
         ("weight", _PACKED, _SHAPE, "weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "bias")
     )
     weight_parts = ("weight", _PACKED)
+    packed_parts = parts - {"bias"}
 
     def detect(self, config: Mapping[str, Any], files: Container[str]) -> bool:
         return quantization_method(config) == self.name
@@ -173,6 +174,27 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
             f"{name}: quantized, but in none of the ways that qtool knows ({known})", where=str(checkpoint.path)
         )
 
+    def is_source(self, checkpoint: Checkpoint) -> bool:
+        # Integer activations are what a quantized model is for: that one has been made already.
+        schemes = [self.scheme(checkpoint, name) for name in self.layers(checkpoint)]
+        return all(scheme is None or _is_weight(scheme) for scheme in schemes)
+
+    def is_packed(self, checkpoint: Checkpoint, name: str) -> bool:
+        if not any(f"{name}.{part}" in checkpoint for part in self.weight_parts):
+            return False
+        scheme = self.scheme(checkpoint, name)
+        return scheme is not None and (_is_weight(scheme) or f"{name}.weight" not in checkpoint)
+
+    def packed_shape(self, checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+        scheme = self.scheme(checkpoint, name)
+        assert scheme is not None
+        return self.shape(Stored(checkpoint, name), scheme)
+
+    def packed(self, checkpoint: Checkpoint, name: str) -> QuantizedLinear:
+        scheme = self.scheme(checkpoint, name)
+        assert scheme is not None
+        return self.read(Stored(checkpoint, name), scheme)
+
     def shape(self, stored: Stored, scheme: Scheme) -> tuple[int, int]:
         if scheme.weights.type == "float":
             return stored.shape_of("F8_E4M3")
@@ -218,6 +240,11 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
 def _is_packed(scheme: Scheme) -> bool:
     weights = scheme.weights
     return weights.type == "int" and (scheme.activations is None or weights.num_bits < 8 or weights.strategy == "group")
+
+
+def _is_weight(scheme: Scheme) -> bool:
+    """The scheme says how weights are stored, not that integers are computed with."""
+    return scheme.weights.type == "float" or scheme.activations is None
 
 
 def _layout(scheme: Scheme) -> str:
