@@ -172,7 +172,7 @@ def _compare(models: list[str], prediction: Prediction, page: Page, *, trust_rem
 
     if len(models) < 2:
         Checkpoint.open(expand(models[0]).absolute())
-        raise InputError("compare with what?", where="QUANTIZED", hint="give a quantized model too, or --tasks")
+        raise InputError("the quantized model is missing", where="QUANTIZED", hint="give one after BASE, or --tasks")
     if page.report is not None:
         pages.check(page.report, overwrite=page.overwrite)
     opened = jobs.opened(*models)
