@@ -419,6 +419,7 @@ class Examined:
     machine: dict[str, Any]
     engines: list[TriedEngine]
     works: bool
+    to_do: str | None
 
 
 # name as of `qtool schema`: type of the whole output, or of each line where it has several

@@ -28,7 +28,7 @@ ALL = (CONTRIBUTING, README, CHANGELOG, *PAGES, ROOT / "configs" / "README.md")
 LINES = 150  # that README has at most
 
 _FOLDERS = "qtool|tests|configs|recipes|docs"
-_ELSEWHERE = re.compile(r"/(?:mine|balanced)\.py$|^qtool/_data/")  # files that examples make; in the wheel alone
+_ELSEWHERE = re.compile(r"/(?:mine|balanced)\.py$|^qtool/(?:_data/|config\.toml$)")  # of examples, wheels and users
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -138,6 +138,7 @@ def run(args: Sequence[str] | None = None) -> int:
     begin()
     common.json = "--json" in (sys.argv[1:] if args is None else args)  # errors before an option is read count, too
     common.quiet = common.debug = common.offline = False
+    common.again = None
     if (problem := streams.problem() or _folder_problem()) is not None:
         return _told(problem, common)
     code = 1
@@ -247,6 +248,8 @@ def _interrupted(cause: BaseException | None, settings: Common) -> int:
         _show_traceback(cause)
     _as_json(Interrupted("interrupted"), settings)
     print("interrupted", file=sys.stderr)
+    if settings.again is not None and not settings.quiet:
+        print(f"  → {settings.again}", file=sys.stderr)
     return int(getattr(cause, "exit_code", 130))
 
 

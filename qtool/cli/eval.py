@@ -13,7 +13,7 @@ import typer
 from qtool.calibration.sources import BUILTIN
 from qtool.cli.bundle import expanded
 from qtool.cli.measuring import WindowLength
-from qtool.cli.options import Printed, TrustRemoteCode, console, path_or_stdin
+from qtool.cli.options import Offline, Printed, TrustRemoteCode, console, find_model
 from qtool.errors import InputError
 from qtool.files import expand, is_dir
 
@@ -86,12 +86,14 @@ class Tasks:
 
 @expanded
 def evaluate(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The folder of the original model.")],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="The original model: a folder, ORG/NAME on a hub or a GGUF file.")
+    ],
     quantized: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="QUANTIZED...",
-            help="The folder of its quantized version, or - to read the path from standard input. Give several to "
+            help="Its quantized version, named in the same way, or - to read it from standard input. Give several to "
             "compare them with each other; the original is computed once.",
         ),
     ] = None,
@@ -99,6 +101,7 @@ def evaluate(
     prediction: Prediction,
     page: Page,
     tasks: Tasks,
+    offline: Offline = False,
     trust_remote_code: TrustRemoteCode = False,
     printed: Printed,
 ) -> None:
@@ -124,7 +127,8 @@ def evaluate(
 
       qtool quantize ./SmolLM2-135M | qtool eval ./SmolLM2-135M - --json
     """
-    models = [path_or_stdin(value) for value in (base, *(quantized or ()))]
+    with console("starting") as out:
+        models = [str(find_model(value, out).path) for value in (base, *(quantized or ()))]
     if tasks.tasks is not None:
         _solve(models, tasks.tasks, tasks, trust_remote_code=trust_remote_code)
     else:
@@ -152,7 +156,7 @@ def _solve(models: list[str], names: str, tasks: Tasks, *, trust_remote_code: bo
         )
         for checkpoint in checkpoints
     ]
-    with console() as out:
+    with console("starting") as out:
         solved = [{"model": str(job.model), **asdict(solve(job, out.event))} for job in jobs]
     _show_tasks(solved, out, result=not out.json)
     if out.json:
@@ -183,7 +187,7 @@ def _compare(models: list[str], prediction: Prediction, page: Page, *, trust_rem
         }
         for checkpoint in opened.quantized
     ]
-    with console() as out:
+    with console("starting") as out:
         found = [comparison.to_json() | more for comparison, more in zip(run(job, out.event), details, strict=True)]
         for checkpoint, result in zip(opened.quantized, found, strict=True):
             _keep(checkpoint, result, out)

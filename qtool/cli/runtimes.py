@@ -40,23 +40,10 @@ def runtimes(
     if model is None:
         known = table.rows()
         if as_text:
-            out.table(
-                "",
-                ["runtime", "format", "models", "scheme", "reads it", "why, or how", "checked"],
-                [
-                    (
-                        f"{row.runtime} {row.version}",
-                        row.format,
-                        ", ".join(row.models),
-                        ", ".join(row.schemes),
-                        row.answer,
-                        row.why,
-                        row.checked,
-                    )
-                    for row in known
-                ],
-                result=True,
-            )
+            source = table.COLUMNS.index("source")  # too wide for a terminal
+            every = [table.COLUMNS, *(row.cells for row in known)]
+            columns, *lines = ([*cells[:source], *cells[source + 1 :]] for cells in every)
+            out.table("", columns, lines, result=True)
             return
         out.result([asdict(row) for row in known])
         return

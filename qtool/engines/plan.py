@@ -55,12 +55,14 @@ def make(
     format_name: str,
     linears: list[str],
     kept: Mapping[str, str] | None = None,
+    weights: ModelWeights | None = None,
 ) -> QuantizationPlan:
     """Match a recipe's scheme with a checkpoint's linear layers.
 
     Args:
         linears: of the decoder layers, by their full names without ".weight".
         kept: why some of them stay float whatever the recipe says.
+        weights: of the model, where it has linears that the checkpoint holds in another form.
 
     Raises:
         InputError: nothing could or would be quantized, or the format can't express the plan.
@@ -82,10 +84,10 @@ def make(
             where=where,
             hint="correct the `layers` patterns; they must match the whole name",
         )
-    schemes, weights = _schemes(policies), FloatReader(checkpoint)
+    schemes, read = _schemes(policies), weights or FloatReader(checkpoint)
     for name, how in schemes.items():
         if how is not None:
-            _check_scales(name, how, weights.shape(f"{name}.weight"), where)
+            _check_scales(name, how, read.shape(f"{name}.weight"), where)
             if recipe.osl == "exact" and not _knows_exact(how):
                 what = f"osl: exact is Golden Stick's search, which does not support {how.label}"
                 raise InputError(what, where=where, hint="use osl: fast")
@@ -100,7 +102,7 @@ def make(
     for limitation in limitations:
         if limitation.fatal:
             raise InputError(limitation.text, where=f"{where}, format {format_name}", hint=limitation.hint)
-    left = _left_float(policies, kept, weights)
+    left = _left_float(policies, kept, read)
     warnings = [*_much_float(left), *(str(limitation) for limitation in limitations)]
     source = formats.of(checkpoint)
     if any(source.is_packed(checkpoint, name) for name in linears):
@@ -109,7 +111,7 @@ def make(
 
 
 def _left_float(
-    policies: Mapping[str, Policy | None], kept: Mapping[str, str], weights: FloatReader
+    policies: Mapping[str, Policy | None], kept: Mapping[str, str], weights: ModelWeights
 ) -> list[LeftFloat]:
     """What stays float, linears of one kind together, the largest share first."""
     sizes = {name: math.prod(weights.shape(f"{name}.weight")) for name in policies}

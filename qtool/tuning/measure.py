@@ -88,7 +88,7 @@ def _prepare(job: SensitivityJob) -> _Prepared:
         raise stream.unusual("more than hidden states passes from layer to layer, and gradients can't follow that")
     kept = selection.kept_float(stream)
     linears = stream.linears()
-    planned = plan.make(checkpoint, job.recipe, job.scheme, job.format, linears, kept)
+    planned = plan.make(checkpoint, job.recipe, job.scheme, job.format, linears, kept, stream.weights)
     linears = [name for name in linears if name not in kept]
     return _Prepared(job, Context(stream, formats.get(job.format)), planned, linears)
 

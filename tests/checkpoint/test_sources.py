@@ -81,6 +81,54 @@ def compressed(scheme: str) -> Callable[[torch.Tensor, int], Packed]:
     return pack
 
 
+def fp4(kind: str) -> Callable[[torch.Tensor, int], Packed]:
+    """As compressed-tensors compresses it, and what it makes of that again."""
+
+    def pack(weight: torch.Tensor, seed: int) -> Packed:
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationScheme
+
+        size = FP4[kind]["group_size"]
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)) * 0.05
+        peak = noise.unflatten(1, (-1, size)).abs().amax(dim=2)
+        state = {"weight": noise, "weight_scale": (peak / 6).log2().ceil().exp2()}
+        if kind == "nvfp4":
+            factor = 6 * 448 / float(peak.max())
+            state["weight_scale"] = (peak / 6 * factor).to(torch.float8_e4m3fn).float()
+            state["weight_global_scale"] = torch.tensor([factor])
+        scheme = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": FP4[kind]})
+        compressor = BaseCompressor.get_value_from_registry(f"{kind}-pack-quantized")
+        made = compressor.compress(state, scheme)
+        if kind == "mxfp4":  # theirs is rounded to bfloat16; powers of two lose nothing
+            return made, compressor.decompress(dict(made), scheme)["weight"].float()
+        stands_for = compressor.decompress(dict(made), scheme)["weight"]
+        codes = made["weight_packed"]
+        ours = e2m1(codes).unflatten(1, (-1, size)) * (made["weight_scale"].float() / factor)[..., None]
+        torch.testing.assert_close(ours.flatten(1), stands_for.float(), rtol=2**-7, atol=0)
+        return made, ours.flatten(1)
+
+    return pack
+
+
+def e2m1(codes: torch.Tensor) -> torch.Tensor:
+    """float32 [out, in] of uint8 [out, in / 2], by the definition: sign, two bits of exponent, one of mantissa."""
+    halves = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1).float()
+    sign, rest = 1 - 2 * (halves >= 8).float(), halves % 8
+    exponent, mantissa = (rest / 2).floor(), rest % 2
+    return sign * torch.where(exponent == 0, mantissa / 2, (1 + mantissa / 2) * 2 ** (exponent - 1))
+
+
+FP4: dict[str, dict[str, Any]] = {
+    "nvfp4": {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16},
+    "mxfp4": {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32},
+}
+
+
+def described_fp4(kind: str) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": FP4[kind], "format": f"{kind}-pack-quantized"}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+
+
 def described(scheme: str) -> dict[str, Any]:
     from tests.checkpoint.test_packed import FORM
     from tests.checkpoint.test_packed import scheme as named
@@ -104,6 +152,8 @@ SOURCES: dict[str, tuple[Callable[..., Packed], dict[str, Any]]] = {
     "w4a16": (compressed("w4a16-g32"), described("w4a16-g32")),
     "w8a16": (compressed("w8a16"), described("w8a16")),
     "fp8": (compressed("fp8-dynamic"), described("fp8-dynamic")),
+    "nvfp4": (fp4("nvfp4"), described_fp4("nvfp4")),
+    "mxfp4": (fp4("mxfp4"), described_fp4("mxfp4")),
 }
 
 
@@ -210,3 +260,25 @@ def test_vllm_packs_alike(bits: int) -> None:
     assert torch.equal(gptq_pack(torch.from_numpy(codes), bits, 64, 96), ours)
     if bits == 4:
         assert torch.equal(awq_pack(torch.from_numpy(codes), 4, 64, 96), into_words(codes, 4, (0, 2, 4, 6, 1, 3, 5, 7)))
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor"),
+    [
+        ("weight_scale", torch.zeros(8, 3, dtype=torch.uint8)),
+        ("weight_scale", torch.zeros(8, 4)),
+        ("weight_packed", torch.zeros(8, 32, dtype=torch.int8)),
+        ("weight_packed", torch.zeros(8, 30, dtype=torch.uint8)),
+    ],
+)
+def test_fp4_that_does_not_fit(part: str, tensor: torch.Tensor, tmp_path: Path) -> None:
+    tensors = {
+        "weight_packed": torch.zeros(8, 32, dtype=torch.uint8),
+        "weight_scale": torch.ones(8, 4).to(torch.float8_e4m3fn),
+        "weight_global_scale": torch.ones(1),
+    }
+    tensors |= {part: tensor}
+    save_file({f"a.0.q.{key}": value for key, value in tensors.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": described_fp4("nvfp4")}))
+    with pytest.raises(InputError, match="don't fit FP4"):
+        FloatReader(Checkpoint.open(tmp_path)).tensor("a.0.q.weight")

@@ -35,7 +35,7 @@ def test_every_family_scheme_and_format_has_its_row() -> None:
         for reads in runtime.reads:
             if reads.format != "float":
                 for family in table.FAMILIES:
-                    for scheme in table.SCHEMES:
+                    for scheme in family.schemes:
                         assert row(runtime.title, family.architecture, scheme).format == reads.format
 
 
@@ -43,7 +43,10 @@ def test_every_family_scheme_and_format_has_its_row() -> None:
     ("runtime", "model", "scheme", "answer", "checked"),
     [
         ("vLLM", "LlamaForCausalLM", "w8a8", "yes", "run"),
-        ("transformers", "MixtralForCausalLM", "w8a8", "unknown", "not"),
+        ("transformers", "MixtralForCausalLM", "w8a8", "no", "read"),
+        ("vLLM", "TeleChat2ForCausalLM", "w8a8-static", "no", "read"),
+        ("vLLM", "Glm4vForConditionalGeneration", "w8a8", "unknown", "not"),
+        ("transformers", "Qwen3MoeForCausalLM", "w8a8-static", "no", "read"),
         ("vLLM-MindSpore", "LlamaForCausalLM", "w8a8-static", "yes", "run"),
         ("vLLM-MindSpore", "LlamaForCausalLM", "w8a8", "no", "read"),
         ("vLLM-MindSpore", "Qwen2ForCausalLM", "w8a8-static", "with a setting", "read"),
