@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qtool import sizes
-from qtool.errors import one_line
+from qtool.errors import QtoolError, one_line
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import rich.console
     import rich.live
     import rich.table
-
-    from qtool.errors import QtoolError
 
 
 # What moves a terminal's cursor, changes its settings, or shows text in another order than it has.
@@ -214,8 +212,25 @@ def bounded(text: str) -> str:
     )
 
 
+class _Stdout:
+    """What has become of standard output in this run of the command line."""
+
+    used = False
+
+
+def begin() -> None:
+    """A run of the command line begins."""
+    _Stdout.used = False
+
+
+def printed() -> bool:
+    """Whether anything has been printed to standard output since then."""
+    return _Stdout.used
+
+
 def _print(text: str, end: str = "\n") -> None:
     """To standard output, as it is; on a terminal without what would command that."""
+    _Stdout.used = True
     with _to_stdout():
         text = visible(text) if sys.stdout.isatty() else text
         print(_encodable(text, sys.stdout), end=end, flush=True)
@@ -235,8 +250,6 @@ def _to_stdout() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        from qtool.errors import QtoolError
-
         raise QtoolError(f"can't be written: {error.strerror}", where="standard output") from None
 
 

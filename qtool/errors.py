@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar, Literal
+
+Code = Literal["input", "usage", "foreign", "failed", "worker_died", "interrupted", "bug"]
+"""The kinds of errors, for programs."""
 
 
 class QtoolError(Exception):
@@ -20,12 +24,17 @@ class QtoolError(Exception):
     """
 
     exit_code = 1
+    code: ClassVar[Code] = "failed"
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
         super().__init__(what)
         self.what = what
         self.where = where
         self.hint = hint
+
+    def to_json(self) -> dict[str, str | None]:
+        """For programs: `qtool.printed.ErrorObject`."""
+        return {"code": self.code, "message": self.what, "where": self.where, "hint": self.hint}
 
     def __str__(self) -> str:
         return self.what if self.where is None else f"{self.where}: {self.what}"
@@ -35,14 +44,38 @@ class InputError(QtoolError):
     """Wrong usage or bad input: the user has to change something before trying again (exit code 2)."""
 
     exit_code = 2
+    code: ClassVar[Code] = "input"
 
 
 class ForeignError(InputError):
     """Another library fails on the user's input; the log of a worker where that happens tells more."""
 
+    code = "foreign"
+
 
 class WorkerDied(QtoolError):
     """A worker process was killed or ended without a word: what it did may work the next time."""
+
+    code = "worker_died"
+
+
+class UsageProblem(InputError):
+    """The command line itself is wrong: an unknown option, or a value of the wrong kind."""
+
+    code = "usage"
+
+
+class Interrupted(QtoolError):
+    """Ctrl-C, or a signal that asks for the end."""
+
+    exit_code = 130
+    code = "interrupted"
+
+
+class Bug(QtoolError):
+    """What nobody expected."""
+
+    code = "bug"
 
 
 @contextmanager

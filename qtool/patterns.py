@@ -9,20 +9,16 @@ Standard library only: any interpreter that has an engine runs this.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import os
 import re
-import subprocess
 import sys
-import threading
 import time
 import warnings
 from functools import lru_cache
 
 from qtool.errors import InputError
 from qtool.workers import processes
+from qtool.workers.limited import Ended, Helper, Refused
 
 SECONDS = 2.0  # of processor time that one pattern may take in all
 _LONGEST = 20_000  # characters of a pattern
@@ -99,7 +95,10 @@ class _Limited:
         """Whether it matches, and the seconds that took; None when it would be too many."""
         starts = len(text) + 1 if how == "search" else 1
         if starts * self._ways.on(len(text)) > _MOST_TRIES:
-            return _matcher.ask(self._pattern, how, text)
+            try:
+                return _matcher.ask([self._pattern, how, text])
+            except (Ended, Refused):
+                return None
         began = time.thread_time()
         found = getattr(self._compiled, how)(text) is not None
         return found, time.thread_time() - began
@@ -129,58 +128,19 @@ def _ways(pattern: str) -> _Ways:
     return _Ways(sum(map(plain.count, "*+{")), 2.0 ** min(exponent, 100))
 
 
-# What the process runs: a line of JSON in, a line out. It ends when its input does, or when its time or memory has.
 _PROGRAM = """
-import json, re, resource, sys, time, warnings
-warnings.simplefilter("ignore")
-limit, memory = float(sys.argv[1]), 1 << 29
-hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-for line in sys.stdin.buffer:
-    pattern, how, text = json.loads(line)
-    began = time.process_time()
-    resource.setrlimit(resource.RLIMIT_CPU, (int(began + limit + 1), hard))
-    found = getattr(re.compile(pattern), how)(text) is not None
-    print(json.dumps([found, time.process_time() - began]), flush=True)
+import re
+
+def found(request):
+    pattern, how, text = request
+    return getattr(re.compile(pattern), how)(text) is not None
+
+serve(found)
 """
 
 
-class _Matcher:
-    """The process that matches what may take long. It is started when it is needed, and again after it had to end."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._child: processes.Child | None = None
-        self._owner = 0
-
-    def ask(self, pattern: str, how: str, text: str) -> tuple[bool, float] | None:
-        """Whether it was found, and the seconds that took; None when it took more than a pattern may."""
-        with self._lock:
-            child = self._running()
-            assert child.stdin is not None
-            assert child.stdout is not None
-            try:
-                child.stdin.write(json.dumps([pattern, how, text]).encode() + b"\n")
-                child.stdin.flush()
-                found, seconds = json.loads(child.stdout.readline())
-                return bool(found), float(seconds)
-            except (OSError, ValueError):  # it ended: too much time or memory
-                processes.end(child)
-                self._child = None
-                return None
-            except BaseException:  # Ctrl-C: its answer would be taken for the next one's
-                processes.end(child)
-                self._child = None
-                raise
-
-    def _running(self) -> processes.Child:
-        if self._child is None or self._owner != os.getpid():  # a fork of this process must not share it
-            command = processes.isolated_python(sys.executable, "-S", "-c", _PROGRAM, str(SECONDS))
-            self._child = processes.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={})
-            self._owner = os.getpid()
-        return self._child
+def _interpreter(*arguments: str) -> tuple[list[str], dict[str, str]]:
+    return processes.isolated_python(sys.executable, "-S", *arguments), {}
 
 
-_matcher = _Matcher()
-with contextlib.suppress(AttributeError):  # a fork while another thread asks would find the lock taken for ever
-    os.register_at_fork(after_in_child=lambda: setattr(_matcher, "_lock", threading.Lock()))
+_matcher = Helper(_PROGRAM, SECONDS, memory=1 << 29, interpreter=_interpreter)

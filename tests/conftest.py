@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests import outputs
 from tests.launcher import Launcher
 from tests.managed import managed_python
 
@@ -76,7 +77,10 @@ def launcher(qtool_environment: dict[str, str]) -> Iterator[Launcher]:
 
 @pytest.fixture(scope="session")
 def run_qtool(qtool_environment: dict[str, str], launcher: Launcher) -> Callable[..., Finished]:
-    """run_qtool(*args, stdin="", env={}, cwd=None, timeout=300) -> Finished: `qtool ARGS`, its output piped."""
+    """run_qtool(*args, stdin="", env={}, cwd=None, timeout=300) -> Finished: `qtool ARGS`, its output piped.
+
+    What it prints with --json is held against its schema.
+    """
 
     def run(
         *args: str | Path,
@@ -89,6 +93,7 @@ def run_qtool(qtool_environment: dict[str, str], launcher: Launcher) -> Callable
         done = launcher.run(
             args, input=stdin, env=environment, cwd=cwd, timeout=timeout, capture_output=True, encoding="utf-8"
         )
+        outputs.check(args, done.stdout)
         return Finished(done.returncode, done.stdout, done.stderr)
 
     return run

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,7 +40,8 @@ _LOADED = (
     "safetensors.torch",
     "jinja2",
     "yaml",
-    "rich.progress",
+    "rich.live",
+    "rich.progress_bar",
     "rich.table",
     "qtool.cli.app",
     "qtool.jobs.quantize",
@@ -73,6 +75,7 @@ _READ_ON_IMPORT = (
 _MOST = 1 << 20  # bytes of a request
 _READY = "-ready"
 _POPEN = subprocess.Popen
+_LIVES: weakref.WeakSet[Any] = weakref.WeakSet()  # what draws in this process, in threads of their own
 
 
 class Launcher:
@@ -295,6 +298,7 @@ def _command(connection: socket.socket, others: Sequence[int]) -> NoReturn:
         with connection:  # the launcher has its own
             connection.send(f"{os.getpid()}\n".encode())
         subprocess.Popen = _Fork  # type: ignore[misc]
+        _note_what_draws()
         from qtool.__main__ import main
 
         main()
@@ -323,6 +327,18 @@ def _become(descriptors: Sequence[int], env: Mapping[str, str], arguments: list[
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
 
 
+def _note_what_draws() -> None:
+    from rich.live import Live
+
+    start = Live.start
+
+    def noted(self: Any, *arguments: Any, **options: Any) -> None:
+        _LIVES.add(self)
+        start(self, *arguments, **options)
+
+    Live.start = noted  # type: ignore[method-assign]
+
+
 def _leave(code: int) -> NoReturn:
     with contextlib.suppress(Exception):
         sys.stdout.flush()
@@ -343,9 +359,12 @@ class _Fork(subprocess.Popen[Any]):
         with contextlib.suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()
-        self.pid = os.fork()
-        if not self.pid:
-            _worker(started, arguments)
+        with contextlib.ExitStack() as held:
+            for live in _LIVES:  # its thread may hold a lock that nobody gives back in the fork
+                held.enter_context(live._lock)
+            self.pid = os.fork()
+            if not self.pid:
+                _worker(started, arguments)
         self._child_created = True
         self._close_pipe_fds(*started.pipes)  # type: ignore[attr-defined]
 

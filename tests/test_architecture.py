@@ -19,6 +19,7 @@ FILES = {
 LAYERS = (
     ("qtool.__main__",),
     ("qtool.cli", "qtool.api"),
+    ("qtool.printed",),
     ("qtool.tuning",),
     ("qtool.jobs",),
     ("qtool.evaluation", "qtool.conversion"),

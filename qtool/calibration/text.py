@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.calibration.sources import BUILTIN, check
-from qtool.errors import InputError, in_one_line
+from qtool.calibration.template import render
+from qtool.errors import InputError
 from qtool.files import expand
 
 if TYPE_CHECKING:
@@ -249,11 +250,7 @@ def _document(record: dict[str, Any], tokenizer: Any, where: str) -> list[int]:
         raise InputError(
             "`messages` needs a chat template, and this model's tokenizer has none", where=where, hint=hint
         )
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # a template is a program of the model's author: it may raise anything
-        what = in_one_line(error)
-        raise InputError(f"the model's chat template refuses these messages: {what}", where=where) from None
+    text = render(tokenizer, messages, "these messages", where)
     return _ids(text, tokenizer, where, add_special_tokens=False)
 
 

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from qtool.checkpoint import dtypes, formats, fp8
-from qtool.checkpoint.formats.stored import Stored
+from qtool.checkpoint.summary import float_dtype
 from qtool.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
+    from qtool.checkpoint.formats.packed import PackedWeight
     from qtool.checkpoint.reader import Checkpoint
     from qtool.quant.types import QuantizedLinear
 
 
 class FloatReader:
-    """Reads float tensors, whole or row by row, in float32, float16, bfloat16 or block-scaled FP8.
+    """Reads float tensors, whole or row by row, in float32, float16, bfloat16, block-scaled FP8 or packed integers.
 
     Every number that it hands out is finite, but for those of `linear`.
 
     Args:
         checkpoint: of a format whose `is_float` is set; of another, `linear` tells which tensors can't be read here.
         device: where `tensor` and `rows` put what they read, and compute; all else is in main memory.
+        as_float: read as the float model that is to be quantized: `linear` knows of no quantization.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu", *, as_float: bool = False) -> None:
+        self._as_float = as_float
         self.checkpoint = checkpoint
         self._device = device
         self._on_cpu = str(device) == "cpu"
@@ -40,15 +44,19 @@ class FloatReader:
             else None
         )
         self._held: dict[str, torch.Tensor] = {}
+        self._held_packed: dict[str, PackedWeight] = {}
+        self._last: tuple[str, PackedWeight] | None = None
 
     @contextmanager
     def holding(self, names: Iterable[str]) -> Iterator[None]:
         """Within the block these tensors are kept on the device as they are stored, so that no file is read twice."""
-        self._held = {name: self._stored(name) for name in names}
+        layers = {name: self._packed(name) for name in names}
+        self._held = {name: self._stored(name) for name, layer in layers.items() if layer is None}
+        self._held_packed = {layer: self._format.packed(self.checkpoint, layer) for layer in layers.values() if layer}
         try:
             yield
         finally:
-            self._held = {}
+            self._held, self._held_packed = {}, {}
 
     @property
     def where(self) -> str:
@@ -66,7 +74,8 @@ class FloatReader:
         return [
             name
             for name in named
-            if not name.endswith(fp8.SCALE_SUFFIX) or name.removesuffix(fp8.SCALE_SUFFIX) not in self.checkpoint
+            if name is not None
+            and not (name.endswith(fp8.SCALE_SUFFIX) and name.removesuffix(fp8.SCALE_SUFFIX) in self.checkpoint)
         ]
 
     def __contains__(self, name: str) -> bool:
@@ -74,13 +83,9 @@ class FloatReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises InputError when there is no such tensor."""
-        layer = self._packed(name)
-        if layer is None:
-            return tuple(self.checkpoint.info(name).shape)
-        scheme = self._format.scheme(self.checkpoint, layer)
-        assert scheme is not None
-        assert isinstance(self._format, formats.QuantizedFormat)
-        return self._format.shape(Stored(self.checkpoint, layer), scheme)
+        if layer := self._packed(name):
+            return self._format.packed_shape(self.checkpoint, layer)
+        return tuple(self.checkpoint.info(name).shape)
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a tensor in the float model: as stored, or bfloat16 where it is FP8.
@@ -89,6 +94,8 @@ class FloatReader:
         """
         import torch
 
+        if self._packed(name):
+            return self._packed_dtype
         info = self.checkpoint.info(name)
         if info.dtype == "F8_E4M3" and self._block is not None:
             return torch.bfloat16
@@ -103,6 +110,8 @@ class FloatReader:
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor in the float model."""
+        if layer := self._packed(name):
+            return math.prod(self._format.packed_shape(self.checkpoint, layer)) * self._packed_dtype.itemsize
         info = self.checkpoint.info(name)
         is_fp8 = info.dtype == "F8_E4M3" and self._block is not None
         return info.nbytes * (2 if is_fp8 else 1)  # a byte becomes a bfloat16
@@ -120,18 +129,19 @@ class FloatReader:
 
         own = self.dtype(name)
         dtype = dtype or own
-        info = self.checkpoint.info(name)
-        if info.dtype != "F8_E4M3":
+        if not self._is_coded(name):
             return self.finite(name, self._held[name] if name in self._held else self._stored(name)).to(dtype)
-        whole = torch.empty(info.shape, dtype=dtype, device=self._device)
-        step = self.row_step(name)
-        for start in range(0, info.shape[0], step):
-            whole[start : start + step] = self.rows(name, start, min(start + step, info.shape[0]))
+        shape, step = self.shape(name), self.row_step(name)
+        whole = torch.empty(shape, dtype=dtype, device=self._device)
+        for start in range(0, shape[0], step):
+            whole[start : start + step] = self.rows(name, start, min(start + step, shape[0]))
         return whole
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [stop - start, in] of a matrix in float32. Raises InputError as `tensor`."""
         self.dtype(name)
+        if layer := self._packed(name):
+            return self.finite(name, self._unpacked(layer).dequantize(start, stop).to(self._device))
         info = self.checkpoint.info(name)
         if info.dtype != "F8_E4M3":
             return self.finite(name, self._range(name, start, stop)).float()
@@ -154,7 +164,7 @@ class FloatReader:
         if not self._on_cpu:
             return FloatReader(self.checkpoint).gather(name, ids)
         own = self.dtype(name)
-        if self.checkpoint.info(name).dtype != "F8_E4M3":
+        if not self._is_coded(name):
             return self.finite(name, self.checkpoint.rows(name, ids))
         return torch.cat([self.rows(name, row, row + 1) for row in ids.tolist()]).to(own)
 
@@ -165,6 +175,8 @@ class FloatReader:
         """
         if not self._on_cpu:
             return FloatReader(self.checkpoint).unchanged(name)
+        if self._packed(name):
+            return self.tensor(name)
         info = self.checkpoint.info(name)
         # a single number may be a limit, and infinite
         is_number = (info.dtype in dtypes.FLOATS and bool(info.shape)) or name.endswith(".weight")
@@ -175,12 +187,18 @@ class FloatReader:
 
         Raises InputError for a quantization that qtool doesn't read, or tensors that don't fit together.
         """
+        if self._as_float and name in self._layers:
+            return None
         return self._format.read_linear(self.checkpoint, name)
 
     def row_step(self, name: str, elements: int = 1 << 22) -> int:
         """How many rows to read at a time for about so many elements, in whole blocks."""
         height = self._block[0] if self._block else 1
-        return max(height, elements // max(1, self.checkpoint.info(name).shape[-1]) // height * height)
+        return max(height, elements // max(1, self.shape(name)[-1]) // height * height)
+
+    def _is_coded(self, name: str) -> bool:
+        """The numbers are to be worked out, some rows at a time."""
+        return self._packed(name) is not None or self.checkpoint.info(name).dtype == "F8_E4M3"
 
     def finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` itself. Raises InputError when it holds NaN or infinite values."""
@@ -190,22 +208,48 @@ class FloatReader:
         if tensor.numel() and not all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor)):
             raise InputError(
                 f"tensor {name} holds NaN or infinite values",
-                where=str(self.checkpoint.info(name).file),
+                where=str(self.checkpoint.info(name).file if name in self.checkpoint else self.checkpoint.path),
                 hint="download the model again or repair the tensor; quantizing it would spread the damage",
             )
         return tensor
 
-    def _float_name(self, name: str) -> str:
-        """What a float model calls a tensor of this one."""
+    @cached_property
+    def _layers(self) -> frozenset[str]:
+        """Those whose weights are packed, by their names without ".weight"."""
+        format, checkpoint = self._format, self.checkpoint
+        if not format.packed_parts:
+            return frozenset()
+        owners = {
+            name.rpartition(".")[0] for name in checkpoint.names if name.rpartition(".")[2] in format.weight_parts
+        }
+        return frozenset(owner for owner in owners if format.is_packed(checkpoint, owner))
+
+    def _float_name(self, name: str) -> str | None:
+        """What a float model calls a tensor of this one; None where it has no such tensor."""
         owner, _, part = name.rpartition(".")
-        return f"{owner}.weight" if part in self._format.weight_parts else name
+        if owner not in self._layers or part not in self._format.packed_parts:
+            return name
+        return f"{owner}.weight" if part in self._format.weight_parts else None
 
     def _packed(self, name: str) -> str | None:
-        """The layer whose weight a float model would have by this name, if it lies here by another one."""
+        """The layer whose packed weight a float model has by this name; None for other tensors."""
         owner, _, part = name.rpartition(".")
-        if part != "weight" or name in self.checkpoint:
-            return None
-        return owner if any(f"{owner}.{each}" in self.checkpoint for each in self._format.weight_parts) else None
+        return owner if part == "weight" and owner in self._layers else None
+
+    @cached_property
+    def _packed_dtype(self) -> torch.dtype:
+        """What packed weights are in the float model: as most of the rest."""
+        import torch
+
+        code = float_dtype(self.checkpoint, self._layers)
+        return (dtypes.to_torch(code) if code else None) or torch.bfloat16
+
+    def _unpacked(self, layer: str) -> PackedWeight:
+        if layer in self._held_packed:
+            return self._held_packed[layer]
+        if self._last is None or self._last[0] != layer:  # it is read in several pieces
+            self._last = (layer, self._format.packed(self.checkpoint, layer))
+        return self._last[1]
 
     def _range(self, name: str, start: int, stop: int) -> torch.Tensor:
         held = self._held.get(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,7 +69,7 @@ def analyze(
         found = run(job, out.event)
     out.info(f"{found.seconds:.0f} s, peak memory {found.peak_memory_bytes / 1e9:.2f} GB")
     result = _result(job, found)
-    if printed.json or not sys.stdout.isatty():
+    if printed.json:
         out.result(result)
     else:
         _show(result, top, out)

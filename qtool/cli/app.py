@@ -22,7 +22,8 @@ import typer.main
 from qtool.cli import streams
 from qtool.cli.helptexts import Commands
 from qtool.cli.options import common
-from qtool.errors import InputError, QtoolError, in_one_line
+from qtool.console import begin, printed
+from qtool.errors import Bug, InputError, Interrupted, QtoolError, UsageProblem, in_one_line
 from qtool.files import NO_SPACE
 from qtool.version import __version__
 
@@ -45,6 +46,7 @@ COMMANDS = {
     "run": ("qtool.cli.run:run", "Do a whole recipe, from download to text, as one job."),
     "upload": ("qtool.cli.upload:upload", "Upload a model to a hub, with a model card."),
     "recipes": ("qtool.cli.recipes:app", "List, show and validate recipes."),
+    "schema": ("qtool.cli.schema:schema", "Print the JSON Schema of recipes, or of what a command prints."),
     "env": ("qtool.cli.env:app", "List, install and remove environments for engines and runtimes."),
     "doctor": ("qtool.cli.doctor:doctor", "Show what works on this machine, and what is missing."),
 }
@@ -133,7 +135,10 @@ def run(args: Sequence[str] | None = None) -> int:
         for name in ("SIGTERM", "SIGHUP"):
             if signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
                 signal.signal(getattr(signal, name), _terminate)
-    common.json = common.quiet = common.debug = common.offline = False
+    begin()
+    common.json = "--json" in (sys.argv[1:] if args is None else args)  # errors before an option is read count, too
+    common.quiet = common.debug = common.offline = False
+    common.again = None
     if (problem := streams.problem() or _folder_problem()) is not None:
         return _told(problem, common)
     code = 1
@@ -159,6 +164,8 @@ def _invoke(command: Callable[[], Any], settings: Common) -> int:
         code = exit_.code
         if code == 130:
             return _interrupted(_interruption(exit_), settings)
+        if (usage := getattr(exit_.__context__, "format_message", None)) is not None:  # Typer has told the person
+            _as_json(UsageProblem(usage()), settings)
         return code if isinstance(code, int) else int(bool(code))
     except BrokenPipeError:
         raise
@@ -174,7 +181,7 @@ def _invoke(command: Callable[[], Any], settings: Common) -> int:
             return 1
         what = f"this is a bug in qtool: {type(error).__name__}: {in_one_line(error)}"
         hint = f"Run the same command with --debug and report what it shows{_where_to_report()}."
-        return _told(QtoolError(what, hint=hint), settings)
+        return _told(Bug(what, hint=hint), settings)
 
 
 def _where_to_report() -> str:
@@ -190,12 +197,23 @@ def _where_to_report() -> str:
 
 
 def _told(error: QtoolError, settings: Common) -> int:
+    """Tell the person, and with --json the program."""
     if settings.debug:
         _show_traceback(error)
     from qtool.cli.options import console
 
+    _as_json(error, settings)
     console().error(error)
     return error.exit_code
+
+
+def _as_json(error: QtoolError, settings: Common) -> None:
+    """The error as an object on standard output, where that is asked for and nothing has been printed there yet."""
+    if settings.json and not printed():
+        from qtool.cli.options import console
+
+        with contextlib.suppress(OSError, QtoolError):  # it can't be written: the person is told all the same
+            console().result({"error": error.to_json()})
 
 
 def _show_traceback(error: BaseException) -> None:
@@ -228,7 +246,10 @@ def _interruption(error: BaseException) -> BaseException | None:
 def _interrupted(cause: BaseException | None, settings: Common) -> int:
     if settings.debug and cause is not None:
         _show_traceback(cause)
+    _as_json(Interrupted("interrupted"), settings)
     print("interrupted", file=sys.stderr)
+    if settings.again is not None and not settings.quiet:
+        print(f"  → {settings.again}", file=sys.stderr)
     return int(getattr(cause, "exit_code", 130))
 
 

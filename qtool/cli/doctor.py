@@ -52,6 +52,8 @@ def _engine(row: dict[str, Any]) -> list[str]:
     lines = [f"  {'yes' if row['works'] else 'no ':3}  {row['name']:15} {row['problem'] or _versions(row)}"]
     if row["missing"]:
         lines.append(f"{'':23}→ {row['missing']}")
+    if row["note"] and row["python"]:  # of no interest where it isn't installed
+        lines.append(f"{'':23}{row['note']}")
     return lines
 
 

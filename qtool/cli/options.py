@@ -6,6 +6,7 @@ with `console()`; the values are also kept in `common`, so that an error is prin
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -31,12 +32,17 @@ def size(text: str, option: str) -> int:
 
 @dataclass
 class Common:
-    """What --json, --quiet, --debug and --offline said in this process."""
+    """What --json, --quiet, --debug and --offline said in this process; and what it says after Ctrl-C.
+
+    Attributes:
+        again: how the work goes on where it stopped; None where it begins anew.
+    """
 
     json: bool = False
     quiet: bool = False
     debug: bool = False
     offline: bool = False
+    again: str | None = None
 
 
 common = Common()
@@ -95,6 +101,15 @@ def console(doing: str | None = None) -> Console:
     from qtool.console import Console
 
     return Console(quiet=common.quiet, json=common.json, doing=doing)
+
+
+def resumable(*, by: str | None = "--resume") -> None:
+    """From now on, an interruption tells the command that goes on: this one, with the option `by`."""
+    words = ["qtool", *sys.argv[1:]]
+    if by is not None and by not in words:
+        words.append(by)
+    if "-" not in words:  # what came from another command is gone
+        common.again = f"To go on where it stopped: {shlex.join(words)}"
 
 
 def path_or_stdin(value: str) -> str:

@@ -11,7 +11,7 @@ import typer
 from qtool.checkpoint import formats
 from qtool.cli import completion
 from qtool.cli.bundle import expanded
-from qtool.cli.options import MODEL, Offline, Printed, TrustRemoteCode, console, find_model, size
+from qtool.cli.options import MODEL, Offline, Printed, TrustRemoteCode, console, find_model, resumable, size
 
 if TYPE_CHECKING:
     from qtool.console import Console
@@ -188,6 +188,8 @@ def quantize(
 def _quantize(decided: Decided, out: Console) -> None:
     from qtool.jobs import quantize as jobs
 
+    if decided.engine == "native":
+        resumable()
     result = jobs.run(decided.engine, decided.job, out.event)
     out.info(
         f"{len(result.report.layers)} layer groups in {result.seconds:.0f} s, "

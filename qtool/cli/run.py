@@ -10,7 +10,18 @@ import typer
 
 from qtool.checkpoint.snapshot import title
 from qtool.cli import completion
-from qtool.cli.options import MODEL, Debug, Json, Offline, Quiet, TrustRemoteCode, console, find_model, path_or_stdin
+from qtool.cli.options import (
+    MODEL,
+    Debug,
+    Json,
+    Offline,
+    Quiet,
+    TrustRemoteCode,
+    console,
+    find_model,
+    path_or_stdin,
+    resumable,
+)
 from qtool.errors import InputError
 from qtool.files import exists, expand, is_dir
 from qtool.runtimes.facts import NAMES
@@ -80,6 +91,7 @@ def run(
         folder = expand(work or Path(_default(chosen, given))).absolute()
         _check(chosen, given, folder)
         settings = service.Settings(engine, device, runtime, trust_remote_code)
+        resumable(by=None)
         with stages.opened(
             folder, out.info, lambda stage, done, total: out.progress(stage, done, total, "bytes")
         ) as job:

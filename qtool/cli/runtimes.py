@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from typing import Annotated
 
@@ -24,8 +23,7 @@ def runtimes(
 ) -> None:
     """Show which runtime reads which models, in which format and scheme.
 
-    With MODEL, show what can serve this model: as it is, and in each format and each scheme of its recipe. On a
-    terminal the result is a table. In a pipe or with --json it is one JSON list.
+    With MODEL, show what can serve this model: as it is, and in each format and each scheme of its recipe.
 
     Examples:
 
@@ -38,26 +36,14 @@ def runtimes(
     from qtool.runtimes import table
 
     out = console()
-    as_text = sys.stdout.isatty() and not (json or quiet)
+    as_text = not json
     if model is None:
         known = table.rows()
         if as_text:
-            out.table(
-                "",
-                ["runtime", "format", "models", "scheme", "reads it", "why, or how", "checked"],
-                [
-                    (
-                        f"{row.runtime} {row.version}",
-                        row.format,
-                        ", ".join(row.models),
-                        ", ".join(row.schemes),
-                        row.answer,
-                        row.why,
-                        row.checked,
-                    )
-                    for row in known
-                ],
-            )
+            source = table.COLUMNS.index("source")  # too wide for a terminal
+            every = [table.COLUMNS, *(row.cells for row in known)]
+            columns, *lines = ([*cells[:source], *cells[source + 1 :]] for cells in every)
+            out.table("", columns, lines, result=True)
             return
         out.result([asdict(row) for row in known])
         return
@@ -80,6 +66,7 @@ def runtimes(
                 )
                 for way in ways
             ],
+            result=True,
         )
         return
     out.result([asdict(way) for way in ways])

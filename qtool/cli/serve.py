@@ -17,6 +17,7 @@ from qtool.cli.generation import Server, Set
 from qtool.cli.options import MODEL, Offline, Shown, TrustRemoteCode, console, find_model
 
 if TYPE_CHECKING:
+    from qtool.checkpoint.reader import Checkpoint
     from qtool.console import Console
     from qtool.runtimes.serving import Address
 
@@ -48,6 +49,9 @@ def serve(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the command and its environment variables, and stop.")
     ] = False,
+    nodes: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Serve on several hosts; the file names one in each line.")
+    ] = None,
     offline: Offline = False,
     trust_remote_code: TrustRemoteCode = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the server's own log.")] = False,
@@ -63,6 +67,8 @@ def serve(
       qtool serve ./SmolLM2-W8A8 --port 8000
 
       qtool serve ./Qwen3-W8A8 --set max_model_len=8192 --set reasoning_parser=qwen3
+
+      qtool serve ./DeepSeek-R1-W8A8 --nodes hosts.txt --set tensor_parallel_size=4 --dry-run
     """
     from qtool.checkpoint.reader import Checkpoint
     from qtool.runtimes import server, serving
@@ -75,6 +81,9 @@ def serve(
         name = listening.served_model_name or found.name
         own = asdict(listening) | {"served_model_name": name, "trust_remote_code": trust_remote_code or None}
         given = parse(set_ or ())
+        if nodes is not None:
+            _serve_on(nodes, checkpoint, runtime, given, own, out, dry_run=dry_run)
+            return
         command, env = server.command(checkpoint, runtime, given, own)
         if dry_run:
             told = {**env, server.KEY_VARIABLE: "…"} if server.KEY_VARIABLE in env else env
@@ -140,6 +149,28 @@ def _say_ready(name: str, address: Address, out: Console, *, chat: bool, locked:
     out.info(f"ready: {name} answers; Ctrl-C stops the server. Try it:")
     out.info(f"  curl {address.url}/v1/{path} {key}-H 'Content-Type: application/json' -d {data}")
     out.result(f"{address.url}/v1")
+
+
+def _serve_on(
+    file: str,
+    checkpoint: Checkpoint,
+    runtime: str,
+    arguments: dict[str, Any],
+    own: dict[str, Any],
+    out: Console,
+    *,
+    dry_run: bool,
+) -> None:
+    """On the hosts of a file: print what runs on each, or run it."""
+    from qtool.runtimes import nodes, remote
+
+    steps = nodes.plan(checkpoint, runtime, arguments, own, nodes.read(file))
+    if dry_run:
+        told = [{"host": step.node.address, "runs": step.kind, "command": remote.shown(step)} for step in steps]
+        lines = [f"# {each['host']}: {each['runs']}\n{each['command']}" for each in told]
+        out.result(told if out.json else "\n".join(lines))
+        return
+    raise typer.Exit(remote.run(steps, out.info))
 
 
 def _is_loopback(host: str) -> bool:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from qtool.console import Console
     from qtool.tuning.tune import Tuned, TuningJob
 
+_SHOWN = 10  # groups that changed
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -161,3 +163,9 @@ def _summary(result: Tuned, out: Console) -> None:
         rows.append([name, f"{kl['value']:.5f}", interval, f"{each.bytes / 1e6:,.1f} MB"])
     title = f"{result.evaluations} evaluations, {len(result.changed)} groups of linears changed"
     out.table(title, ["", "KL divergence", "95 % interval", "size"], rows)
+    changes = sorted(result.changed, key=lambda change: -change.kl)
+    shown = [[", ".join(change.linears), change.before, change.after] for change in changes[:_SHOWN]]
+    if shown:
+        out.table("Changed, the costliest first", ["linears", "from", "to"], shown)
+    if len(changes) > _SHOWN:
+        out.info(f"{len(changes) - _SHOWN} more: the recipe and --json have all of them")

@@ -29,6 +29,18 @@ def upload(
     token_file: Annotated[
         Path | None, typer.Option("--token-file", metavar="FILE", help="A file that holds the access token.")
     ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORG/NAME", help="The original model, for the card. qtool knows it where it downloaded it."
+        ),
+    ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The license, for the card, such as apache-2.0.", show_default="the original's"
+        ),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Upload without asking.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded and stop.")] = False,
     json: Json = False,
@@ -47,21 +59,25 @@ def upload(
       qtool quantize ./SmolLM2-135M | qtool upload - me/SmolLM2-135M-w8a8 --to modelers --token-file ~/.modelers-token
     """
     from qtool.hub import tokens
+    from qtool.hub.card import front_matter
     from qtool.hub.download import ask
     from qtool.hub.listing import HUBS
-    from qtool.hub.upload import README, pack
+    from qtool.hub.upload import README, Given, pack
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
         raise InputError("not a repository's name", where=repo[:100], hint="It is given as ORG/NAME.")
     path = expand(path_or_stdin(folder)).absolute()
     token = tokens.read(to, token_file)
-    parcel = pack(path, repo)
+    parcel = pack(path, repo, Given(base_model, license))
     texts = {README: parcel.card} if parcel.card else {}
     names = sorted([*parcel.files, *texts])
     with console() as out:
         out.info(f"{path} to {repo} on {HUBS[to]}: {len(names)} files, {sizes.show(parcel.nbytes)}")
         if parcel.card:
             out.info(f"\n{parcel.card}")
+            for key, option in (("base_model", "--base-model ORG/NAME"), ("license", "--license NAME")):
+                if key not in front_matter(parcel.card):
+                    out.warning(f"the card names no {key}: hubs show it on the model's page. Give {option}")
         if dry_run:
             plan = {"repo": repo, "hub": to, "files": names, "bytes": parcel.nbytes, "card": parcel.card}
             out.result(plan if json else "\n".join(names))

@@ -17,11 +17,21 @@ if TYPE_CHECKING:
 _ASCEND = Path("/dev/davinci_manager")
 
 
-def choose() -> tuple[str, str]:
-    """The engine for this machine, and why."""
-    if _ASCEND.exists():
-        return "golden-stick", "this machine has Ascend NPUs"
-    return "native", "no Ascend NPU here"
+def choose(job: QuantizationJob) -> tuple[str, str]:
+    """The engine for a job on this machine, and why: Golden Stick on Ascend, where it is installed and can do the job.
+
+    Raises InputError for a damaged checkpoint.
+    """
+    if not _ASCEND.exists():
+        return "native", "no Ascend NPU here"
+    from qtool.engines.golden_stick import engine as golden_stick
+    from qtool.environments.lookup import locate
+
+    if locate("golden-stick") is None:
+        return "native", "this machine has Ascend NPUs, but no mindspore-gs"
+    if (reason := golden_stick.beyond(job)) is not None:
+        return "native", f"this machine has Ascend NPUs, but {reason}"
+    return "golden-stick", "this machine has Ascend NPUs"
 
 
 def quantize(engine: str, job: QuantizationJob, on_event: OnEvent) -> QuantizationResult:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from qtool import runtimes
 from qtool.checkpoint import formats
+from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.summary import float_dtype
 from qtool.engines.report import LayersSummary, LeftFloat
@@ -54,12 +55,14 @@ def make(
     format_name: str,
     linears: list[str],
     kept: Mapping[str, str] | None = None,
+    weights: ModelWeights | None = None,
 ) -> QuantizationPlan:
     """Match a recipe's scheme with a checkpoint's linear layers.
 
     Args:
         linears: of the decoder layers, by their full names without ".weight".
         kept: why some of them stay float whatever the recipe says.
+        weights: of the model, where it has linears that the checkpoint holds in another form.
 
     Raises:
         InputError: nothing could or would be quantized, or the format can't express the plan.
@@ -81,10 +84,10 @@ def make(
             where=where,
             hint="correct the `layers` patterns; they must match the whole name",
         )
-    schemes = _schemes(policies)
+    schemes, read = _schemes(policies), weights or FloatReader(checkpoint)
     for name, how in schemes.items():
         if how is not None:
-            _check_scales(name, how, checkpoint, where)
+            _check_scales(name, how, read.shape(f"{name}.weight"), where)
             if recipe.osl == "exact" and not _knows_exact(how):
                 what = f"osl: exact is Golden Stick's search, which does not support {how.label}"
                 raise InputError(what, where=where, hint="use osl: fast")
@@ -99,16 +102,19 @@ def make(
     for limitation in limitations:
         if limitation.fatal:
             raise InputError(limitation.text, where=f"{where}, format {format_name}", hint=limitation.hint)
-    left = _left_float(policies, kept, checkpoint)
+    left = _left_float(policies, kept, read)
     warnings = [*_much_float(left), *(str(limitation) for limitation in limitations)]
+    source = formats.of(checkpoint)
+    if any(source.is_packed(checkpoint, name) for name in linears):
+        warnings.append(f"the source is quantized already ({source.name}); what that lost stays lost")
     return QuantizationPlan(policies, kept, left, warnings)
 
 
 def _left_float(
-    policies: Mapping[str, Policy | None], kept: Mapping[str, str], checkpoint: Checkpoint
+    policies: Mapping[str, Policy | None], kept: Mapping[str, str], weights: ModelWeights
 ) -> list[LeftFloat]:
     """What stays float, linears of one kind together, the largest share first."""
-    sizes = {name: math.prod(checkpoint.info(f"{name}.weight").shape) for name in policies}
+    sizes = {name: math.prod(weights.shape(f"{name}.weight")) for name in policies}
     total, counts = sum(sizes.values()), Counter[tuple[str, str]]()
     shares: Counter[tuple[str, str]] = Counter()
     for name, policy in policies.items():
@@ -132,9 +138,8 @@ def _pattern(name: str) -> str:
     return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
-def _check_scales(name: str, scheme: Scheme, checkpoint: Checkpoint, where: str) -> None:
+def _check_scales(name: str, scheme: Scheme, shape: tuple[int, ...], where: str) -> None:
     """Raises InputError when the weight can't be divided into groups or blocks of that size."""
-    shape = checkpoint.info(f"{name}.weight").shape
     if (blocks := scheme.weights.block_structure) and any(
         size % each for size, each in zip(shape, blocks, strict=True)
     ):
@@ -168,7 +173,7 @@ def _schemes(policies: Mapping[str, Policy | None]) -> dict[str, Scheme | None]:
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raises InputError unless the checkpoint is a float model."""
     format = formats.of(checkpoint)
-    if not format.is_float:
+    if not format.is_source(checkpoint):
         raise InputError(
             f"this checkpoint is already quantized ({format.name})",
             where=str(checkpoint.path),

@@ -68,10 +68,11 @@ def try_engine(engine: Engine, timeout: float) -> dict[str, Any]:
 
     Returns:
         name, kind, works; python and source: its interpreter and who says so, or None; versions of its packages;
-        problem: why it doesn't work, or None; missing: the command or the thing to get for it, or None.
+        problem: why it doesn't work, or None; missing: the command or the thing to get for it, or None; note: what
+        else there is to know, or None.
     """
     row: dict[str, Any] = {"name": engine.name, "kind": engine.kind, "works": False, "python": None, "source": None}
-    row |= {"versions": {}, "problem": None, "missing": None}
+    row |= {"versions": {}, "problem": None, "missing": None, "note": engine.note}
     try:
         found = lookup.locate(engine.name)
         if found is not None:

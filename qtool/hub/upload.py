@@ -32,7 +32,20 @@ class Parcel:
         return sum(file.stat().st_size for file in self.files.values()) + len((self.card or "").encode())
 
 
-def pack(folder: Path, repo: str) -> Parcel:
+@dataclass(frozen=True)
+class Given:
+    """What the uploader knows of a model that qtool.json and README.md may not know.
+
+    Attributes:
+        base_model: the original's ORG/NAME.
+        license: as hubs call it, such as apache-2.0.
+    """
+
+    base_model: str | None = None
+    license: str | None = None
+
+
+def pack(folder: Path, repo: str, given: Given) -> Parcel:
     """Look at a model folder: everything in it goes, except hidden files and the lock of a download.
 
     Raises:
@@ -54,4 +67,7 @@ def pack(folder: Path, repo: str) -> Parcel:
         return Parcel(files, None)
     readme = files.pop(README).read_text(encoding="utf-8", errors="replace") if README in files else ""
     found = filter(None, schemes(checkpoint).values())
-    return Parcel(files, card(repo.rpartition("/")[2], read_json(folder / REPORT), readme, found))
+    report = read_json(folder / REPORT)
+    if given.base_model is not None:
+        report |= {"origin": {"repo": given.base_model}}
+    return Parcel(files, card(repo, report, readme, found, license=given.license))

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from qtool.workers import Report
 
 
+_UNREACHED = {
+    "huggingface": "Is there a network? Behind a proxy, set HTTPS_PROXY; for a mirror, set HF_ENDPOINT. "
+    "Models on modelers.cn: --from modelers, or modelers:ORG/NAME.",
+    "modelers": "Is there a network? Behind a proxy, set HTTPS_PROXY.",
+}
+
+
 def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     """Do one job: `list` or `fetch` or `publish`.
 
@@ -61,7 +68,7 @@ def connect(name: str, token: str | None) -> Hub:
 
 def _list(hub: Hub, job: dict[str, Any], report: Report) -> dict[str, Any]:
     try:
-        listing = Patience(base=0.25, say=report.warning).persist(  # somebody waits for this
+        listing = Patience(base=0.25, say=report.warning, hint=_UNREACHED[hub.name]).persist(  # somebody waits for this
             lambda: attempt(hub, lambda: _listing(hub, job["repo"], job["revision"])), where=hub.endpoint
         )
     except Absent as error:

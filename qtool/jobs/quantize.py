@@ -90,7 +90,6 @@ def decide(model: Path, wanted: Wanted) -> Decided:
     config = checkpoint.config
     recipe, reason = match(config) if wanted.recipe is None else (load(wanted.recipe), _ASKED)
     recipe, scheme = with_scheme(recipe, wanted.scheme)
-    engine, why = engines.choose() if wanted.engine == "auto" else (wanted.engine, _ASKED)
     beside = wanted.beside or folder
     output = expand(wanted.output or beside.with_name(f"{beside.name}-{scheme}")).absolute()
     job = QuantizationJob(
@@ -111,6 +110,7 @@ def decide(model: Path, wanted: Wanted) -> Decided:
         trust_remote_code=wanted.trust_remote_code,
         resources=wanted.resources,
     )
+    engine, why = engines.choose(job) if wanted.engine == "auto" else (wanted.engine, _ASKED)
     return Decided(engine, job, f"recipe {recipe.name} ({reason}), scheme {scheme}, engine {engine} ({why})")
 
 

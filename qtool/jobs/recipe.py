@@ -14,6 +14,7 @@ from qtool.calibration.sources import BUILTIN, SELF, absolute
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.snapshot import title
+from qtool.checkpoint.summary import float_dtype
 from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
 from qtool.errors import InputError
 from qtool.evaluation import job as evaluation
@@ -71,6 +72,27 @@ def run(job: Job, recipe: Recipe, model: Path | None, settings: Settings, on_eve
     return _Run(job, recipe, settings, on_event).all(model)
 
 
+def _check_also(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Raises InputError where a further format can't be right, before hours go into the first."""
+    recipe, scheme = quantize.with_scheme(recipe, None)
+    linears = [name for name in formats.of(checkpoint).layers(checkpoint) if any(map(str.isdigit, name.split(".")))]
+    policies = {name: recipe.policy(scheme, name) for name in linears}
+    schemes = {name: None if policy is None else policy.scheme for name, policy in policies.items()}
+    for target in recipe.export.also:
+        if target == formats.DEQUANTIZED:
+            continue
+        refused: list[tuple[str, str | None]] = [
+            (each.text, each.hint) for each in formats.get(target).problems(schemes)
+        ]
+        refused += [
+            (each.text, each.hint)
+            for each in runtimes.problems(target, checkpoint.config, schemes, float_dtype(checkpoint, ()))
+            if each.refuses
+        ]
+        for text, hint in refused:
+            raise InputError(text, where=f"recipe {recipe.name}, export.also: {target}", hint=hint)
+
+
 @dataclass(frozen=True)
 class _Made:
     """A checkpoint, and the digest of what it holds."""
@@ -89,6 +111,7 @@ class _Run:
         quantized = model
         found = formats.of(Checkpoint.open(model.path))
         if found.is_float:
+            _check_also(Checkpoint.open(model.path), self.recipe)
             quantized = self._quantize(model)
             if self.recipe.eval.windows:
                 evaluation = self._eval(model, quantized)
@@ -144,7 +167,20 @@ class _Run:
     def _quantize(self, model: _Made) -> _Made:
         settings = self.settings
         recipe, scheme = quantize.with_scheme(self.recipe, None)
-        engine = engines.choose()[0] if settings.engine == "auto" else settings.engine
+
+        def job(target: Path) -> QuantizationJob:
+            return QuantizationJob(
+                model=model.path,
+                # With restart: this folder is the job's own, whatever has changed in or around the recipe.
+                output=OutputFolder(target, recipe.export.format, resume=True, restart=True),
+                recipe=recipe,
+                scheme=scheme,
+                calibration=CalibrationText.of(recipe),
+                device=settings.device,
+                trust_remote_code=settings.trust_remote_code,
+            )
+
+        engine = engines.choose(job(self.job.folder))[0] if settings.engine == "auto" else settings.engine
         inputs = {
             "model": model.digest,
             "scheme": [policy.model_dump(mode="json") for policy in recipe.schemes[scheme]],
@@ -158,17 +194,7 @@ class _Run:
         }
 
         def make(target: Path) -> None:
-            job = QuantizationJob(
-                model=model.path,
-                # With restart: this folder is the job's own, whatever has changed in or around the recipe.
-                output=OutputFolder(target, recipe.export.format, resume=True, restart=True),
-                recipe=recipe,
-                scheme=scheme,
-                calibration=CalibrationText.of(recipe),
-                device=settings.device,
-                trust_remote_code=settings.trust_remote_code,
-            )
-            quantize.run(engine, job, self.on_event)
+            quantize.run(engine, job(target), self.on_event)
 
         done = self.job.stage("quantize", f"{title(model.path)}-{scheme}", inputs, make)
         return _Made(done.output, done.digest)

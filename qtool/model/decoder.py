@@ -70,6 +70,7 @@ class DecoderStream:
         self._loader = Loader(self._skeleton, self.weights, dtype, self.device)
         self._loop = DecoderLoop(self._skeleton, self._loader)
         self.head = Head(self._skeleton, self._loader, self._loop)
+        self.weights = self._loader.weights = experts.split(self._skeleton, self._loader)
         experts.take_out(self._skeleton, self._loader)
         self._calling = dtype  # the type of what the layers are called with
 

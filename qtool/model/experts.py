@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -13,6 +13,8 @@ from qtool.model.architectures import FusedExperts
 from qtool.model.loader import Loader, Quantizer
 from qtool.model.names import ExpertNames
 from qtool.model.skeleton import Skeleton
+from qtool.model.unfused import Slice, Unfused, expert_names, slices, stem_of
+from qtool.model.weights import ModelWeights
 
 # (hidden states [tokens, hidden], expert numbers [tokens, k], their weights [tokens, k]) -> output [tokens, hidden]
 Handler = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -44,20 +46,45 @@ class RoutedExperts(nn.Module):
         self.handler: Handler = self._run
         self._loader = loader
         self._outer, self._inner = (fused.intermediate, fused.hidden), (fused.hidden, fused.intermediate)
+        self._has_bias, self._has_identities = fused.has_bias, fused.has_identities
         for expert in names:
-            for name, shape in zip(expert, (self._outer, self._outer, self._inner), strict=True):
+            for part, name in expert.parts.items():
+                shape = self._inner if part == "down_proj" else self._outer
                 loader.check(f"{name}.weight", shape)
+                if fused.has_bias:
+                    loader.check(f"{name}.bias", shape[:1])
 
-    def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return self.handler(hidden, chosen, weights)
+    def forward(
+        self, hidden: torch.Tensor, chosen: torch.Tensor | None = None, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if chosen is None or weights is None:
+            return self._sorted(hidden)
+        given = self.handler(hidden, chosen, weights)
+        if not self._has_identities:
+            return given
+        own = weights.float() * (chosen >= len(self.names))
+        return given + (hidden.float() * own.sum(dim=-1, keepdim=True)).to(given.dtype)
+
+    def _sorted(self, hidden: torch.Tensor) -> torch.Tensor:
+        """For [experts * tokens, hidden], one expert's tokens after the other's, zeros where a token isn't its own."""
+        count, given = len(self.names), torch.zeros_like(hidden)
+        rows = hidden.abs().amax(dim=-1).nonzero()[:, 0]
+        experts = rows // (len(hidden) // count)
+        given[rows] = self.handler(hidden[rows], experts[:, None], torch.ones_like(hidden[rows, :1]))
+        return given
 
     def expert(self, number: int) -> Expert:
         """An expert with its weights loaded. Raises InputError when a tensor holds NaN."""
         names = self.names[number]
-        gate, quantize = self._loader.linear(names.gate, self._outer)
-        up, _ = self._loader.linear(names.up, self._outer)
+        gate = None if names.gate is None else self._loader.linear(names.gate, self._outer)[0]
+        up, quantize = self._loader.linear(names.up, self._outer)
         down, quantize_inner = self._loader.linear(names.down, self._inner)
-        return Expert(gate, up, down, self.apply_gate, quantize, quantize_inner)
+        biases = {part: self._bias(name, part) for part, name in names.parts.items()} if self._has_bias else {}
+        return Expert(gate, up, down, self.apply_gate, quantize, quantize_inner, biases)
+
+    def _bias(self, name: str, part: str) -> torch.Tensor:
+        shape = self._inner if part == "down_proj" else self._outer
+        return self._loader.tensor(f"{name}.bias", shape[:1])
 
     def _run(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         count = len(self.names)
@@ -66,17 +93,41 @@ class RoutedExperts(nn.Module):
         return run_all(((number, self.expert(number)) for number in busy), routing, hidden)
 
 
+def split(skeleton: Skeleton, loader: Loader) -> ModelWeights:
+    """The model's weights with a matrix for each expert that the checkpoint stores together with others."""
+    weights, found = loader.weights, dict[str, Slice]()
+    for fused, module in _fused(skeleton, weights.where):
+        found |= slices(fused, module, loader.names, weights) or {}
+    return Unfused(weights, found) if found else weights
+
+
 def take_out(skeleton: Skeleton, loader: Loader) -> None:
     """Put a RoutedExperts in place of every fused module, so that a layer's parameters are those of the rest.
 
     Raises InputError for experts of a kind that isn't known, or that the checkpoint lacks.
     """
-    where = loader.weights.where
+    for fused, module in [*_fused(skeleton, loader.weights.where)]:
+        names = _own_names(fused, module, loader)
+        skeleton.model.set_submodule(module, RoutedExperts(fused, names, loader))
+
+
+def _own_names(fused: FusedExperts, module: str, loader: Loader) -> list[ExpertNames]:
+    """Of experts under names that `split` gave them, or a quantized checkpoint has from there; else transformers'."""
+    down = f"{module}.{fused.down}"
+    if not loader.names.splits(down):
+        for tensor in (loader.stored(down), down):
+            named = expert_names(stem_of(tensor), fused)
+            if f"{named[0].down}.weight" in loader.weights:
+                return named
+    return loader.names.experts(module, fused, loader.weights.where)
+
+
+def _fused(skeleton: Skeleton, where: str) -> Iterator[tuple[FusedExperts, str]]:
+    """Every module of experts, and its whole name in the model."""
     for index, layer in enumerate(skeleton.layers):
         layer_name = f"{skeleton.layers_name}.{index}"
         for fused in [*skeleton.architecture.experts(layer, layer_name, where)]:
-            names = loader.names.experts(f"{layer_name}.{fused.name}", fused, where)
-            layer.set_submodule(fused.name, RoutedExperts(fused, names, loader))
+            yield fused, f"{layer_name}.{fused.name}"
 
 
 @contextmanager
@@ -94,28 +145,34 @@ class Expert:
     """One expert's weights in the compute type.
 
     Attributes:
-        gate, up: [intermediate, hidden].
+        gate, up: [intermediate, hidden]; gate is None where the expert has none.
         down: [hidden, intermediate].
         apply_gate: of the architecture.
         quantize, quantize_inner: what the inputs of gate and up, and of down, go through in a quantized checkpoint.
+        biases: by gate_proj, up_proj, down_proj; empty where there are none.
     """
 
-    gate: torch.Tensor
+    gate: torch.Tensor | None
     up: torch.Tensor
     down: torch.Tensor
     apply_gate: Callable[[torch.Tensor], torch.Tensor]
     quantize: Quantizer | None = None
     quantize_inner: Quantizer | None = None
+    biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def inner(self, x: torch.Tensor) -> torch.Tensor:
         """What enters down, [tokens, intermediate], of x [tokens, hidden]."""
         x = x if self.quantize is None else self.quantize(x)
         linear = nn.functional.linear
-        return self.apply_gate(torch.cat((linear(x, self.gate), linear(x, self.up)), dim=-1))
+        up = linear(x, self.up, self.biases.get("up_proj"))
+        if self.gate is None:
+            return self.apply_gate(up)
+        return self.apply_gate(torch.cat((linear(x, self.gate, self.biases.get("gate_proj")), up), dim=-1))
 
     def output(self, inner: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden]."""
-        return nn.functional.linear(inner if self.quantize_inner is None else self.quantize_inner(inner), self.down)
+        inner = inner if self.quantize_inner is None else self.quantize_inner(inner)
+        return nn.functional.linear(inner, self.down, self.biases.get("down_proj"))
 
 
 class Routing:

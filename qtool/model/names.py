@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -14,12 +14,22 @@ from qtool.errors import InputError
 from qtool.model.architectures import FusedExperts
 
 
-class ExpertNames(NamedTuple):
-    """The linears of one expert, as the checkpoint names them, without ".weight"."""
+@dataclass(frozen=True)
+class ExpertNames:
+    """The linears of one expert, as the checkpoint names them, without ".weight"; gate is None where it has none."""
 
-    gate: str
+    gate: str | None
     up: str
     down: str
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """By gate_proj, up_proj, down_proj."""
+        gate = {} if self.gate is None else {"gate_proj": self.gate}
+        return {**gate, "up_proj": self.up, "down_proj": self.down}
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,10 @@ class Names:
         """The model's names of what is stored as it is, by the checkpoint's names."""
         return {stored: name for name, stored in self._stored.items()}
 
+    def splits(self, name: str) -> bool:
+        """Whether the checkpoint has linears of separate experts in place of this parameter, as transformers knows."""
+        return name in self._parts
+
     def experts(self, name: str, experts: FusedExperts, where: str) -> list[ExpertNames]:
         """The linears of each of these experts, by the whole name of their module.
 
@@ -125,16 +139,16 @@ class Names:
         count, found = experts.count, []
         for number in range(count):
             gate_up, last = fused.get(number, {}), down.get(number, {})
-            if len(gate_up) != 2 or len(last) != 1:
+            if len(gate_up) != (2 if experts.has_gate else 1) or len(last) != 1:
                 present = sorted([*gate_up.values(), *last.values()])
                 raise InputError(
                     f"expert {number} of {name} is {f'incomplete: only {present} exist' if present else 'missing'}",
                     where=where,
-                    hint=f"config.json says that there are {count} experts of three linears each; is a shard missing?",
+                    hint=f"config.json says that there are {count} experts; is a shard missing?",
                 )
-            found.append(ExpertNames(gate_up[0], gate_up[1], last[0]))
+            found.append(ExpertNames(gate_up[0] if experts.has_gate else None, max(gate_up.items())[1], last[0]))
         extra = max([*fused, *down], default=-1)
-        if extra >= count:
+        if extra >= count and not experts.has_identities:
             raise InputError(
                 f"{name} has an expert {extra}, config.json makes them {count}",
                 where=where,

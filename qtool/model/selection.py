@@ -17,8 +17,10 @@ from qtool.quant.topology import is_product
 NARROW = 32  # inputs or outputs; int8 kernels want multiples of 16, and so little weight saves nothing
 ROUTER, SMALL, RECURRENCE = "a router", f"narrower than {NARROW}", "part of a recurrence"
 UNUSED, SHARED = "text doesn't go through it", "several layers share it, and runtimes look for scales in each"
+CROSS = "attends to an encoder, which text alone doesn't run"
 OTHER_CLASS = "its class computes more than a product"
 
+_CROSS = re.compile(r"(^|\.)(encoder_attn|encoder_attention|cross_?attention|EncDecAttention)\.")
 # Of the modules beside experts.
 _ROUTERS = re.compile(r"router|gate|wg|classifier")
 
@@ -46,7 +48,9 @@ def reasons(layer: nn.Module, architecture: Architecture) -> dict[str, str]:
     for name, linear in layer.named_modules():
         if not isinstance(linear, nn.Linear):
             continue
-        if any(_is_router(name, linear, mixture, count) for mixture, count in mixtures.items()):
+        if _CROSS.search(name):
+            found[name] = CROSS
+        elif any(_is_router(name, linear, mixture, count) for mixture, count in mixtures.items()):
             found[name] = ROUTER
         elif not is_product(type(linear)):
             found[name] = OTHER_CLASS

@@ -98,6 +98,8 @@ def find_groups(layer: nn.Module, run: Probe, heads: int = 1) -> list[Group]:
             shared.append([name])
 
     found = {tuple(names): Group(tuple(names)) for names in shared}
+    if not torch.isfinite(reference).all():
+        return list(found.values())  # made-up hidden states are too much for this layer: nothing is known of its scales
     for producer, channels in _producers(layer, {x.shape[-1] for x in base.values()}, heads):
         count = len(channels)
         open_groups = [

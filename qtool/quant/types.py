@@ -36,6 +36,12 @@ class QuantizedLinear:
     input_zero_point: int | None = None
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        out, width = self.weight.shape
+        return out, width
+
+    @property
     def is_static(self) -> bool:
         return self.scheme.is_static
 

@@ -17,20 +17,23 @@ _SCHEME = {
 }
 
 
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
 def json_schema() -> dict[str, Any]:
     """What a recipe's file may say, in the spellings of today; `qtool recipes validate` knows the older ones too."""
-    schema = _untitled(Recipe.model_json_schema())
+    schema = untitled(Recipe.model_json_schema())
     schema["properties"] = {"extends": _EXTENDS, **schema["properties"]}
     schema["required"].remove("schemes")
     schema["anyOf"] = [{"required": ["extends"]}, {"required": ["schemes"]}]
     schema["$defs"]["Policy"]["properties"]["scheme"] = _SCHEME
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "qtool recipe", **schema}
+    return {"$schema": DIALECT, "title": "qtool recipe", **schema}
 
 
-def _untitled(schema: Any) -> Any:
+def untitled(schema: Any) -> Any:
     """Without titles, which only repeat the keys."""
     if isinstance(schema, list):
-        return [_untitled(each) for each in schema]
+        return [untitled(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    return {key: _untitled(value) for key, value in schema.items() if key != "title" or not isinstance(value, str)}
+    return {key: untitled(value) for key, value in schema.items() if key != "title" or not isinstance(value, str)}

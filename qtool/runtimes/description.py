@@ -70,6 +70,11 @@ class Limitation:
     unread: bool = False
     hint: str | None = None
 
+    @property
+    def refuses(self) -> bool:
+        """Whether the runtime, as it is known, can't run such a checkpoint."""
+        return self.fatal or self.unread
+
     def __str__(self) -> str:
         return self.text
 
@@ -134,6 +139,7 @@ class Runtime:
         plugin_of: the runtime that this one is a part of, and whose name stands for it too.
         worker: module that runs in its interpreter.
         server: module of its OpenAI server and the words before the model's path; None where it has none.
+        servers: the same for one that is spread over several hosts, of which all but one may be without a server.
         first: modules that its worker imports before anything else.
         sampling: what of vLLM's SamplingParams it can do; None is all.
         vllm: it takes vLLM's EngineArgs and variables.
@@ -151,6 +157,7 @@ class Runtime:
     plugin_of: str | None = None
     worker: str
     server: tuple[str, ...] | None = None
+    servers: tuple[str, ...] | None = None
     first: tuple[str, ...] = ()
     sampling: frozenset[str] | None = None
     vllm: bool = True

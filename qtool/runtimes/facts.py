@@ -49,10 +49,14 @@ def problems(
 ) -> list[Limitation]:
     """What the readers of a format don't read of a model; empty when all is well.
 
+    What one of several readers can't load is no problem as long as another one can.
+
     Args:
         config: the model's config.json.
         schemes: every linear layer's scheme by its name without ".weight"; None where it stays float.
         dtype: safetensors code of the float tensors, such as BF16.
     """
     model = Quantized(config, schemes, dtype)
-    return [limitation for runtime in readers(format) for limitation in runtime.limitations(format, model)]
+    found = [runtime.limitations(format, model) for runtime in readers(format)]
+    read = any(not any(limitation.refuses for limitation in limitations) for limitations in found)
+    return [each for limitations in found for each in limitations if each.fatal or not (each.unread and read)]

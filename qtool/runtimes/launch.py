@@ -12,10 +12,11 @@ from qtool.environments.settings import variable
 from qtool.environments.table import ENGINES
 from qtool.errors import InputError
 from qtool.runtimes import facts, settings
-from qtool.runtimes.description import Hardware, Reads, Runtime
+from qtool.runtimes.description import Hardware, Quantized, Reads, Runtime
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
+    from qtool.recipe.schema import Generate
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,36 @@ def adapted(launch: Launch, checkpoint: Checkpoint) -> Launch:
     Raises:
         InputError: the runtime doesn't run this model.
     """
+    _check(launch.runtime, checkpoint)
     engine = {**launch.engine, **_cards(launch, checkpoint)}
     return launch.runtime.adapt(dataclasses.replace(launch, engine=engine), checkpoint)
+
+
+def _check(runtime: Runtime, checkpoint: Checkpoint) -> None:
+    """Raises InputError where the runtime is known not to load this checkpoint, or to load noise."""
+    from qtool.checkpoint import formats
+    from qtool.checkpoint.summary import float_dtype, schemes
+
+    found = schemes(checkpoint)
+    quantized = {name for name, scheme in found.items() if scheme is not None}
+    if not quantized:
+        return
+    model = Quantized(checkpoint.config, found, float_dtype(checkpoint, quantized))
+    for limitation in runtime.limitations(formats.of(checkpoint).name, model):
+        if limitation.refuses:
+            raise InputError(limitation.text, where=str(checkpoint.path), hint=limitation.hint)
+
+
+def recipe_of(checkpoint: Checkpoint) -> Generate:
+    """How a checkpoint's recipe has it run: the recipe in its qtool.json, else the one that fits it."""
+    from qtool.checkpoint.reader import REPORT
+    from qtool.files import read_json
+    from qtool.recipe.schema import Generate
+    from qtool.runtimes.sampling import of_recipe
+
+    report = checkpoint.path / REPORT
+    recipe = read_json(report).get("recipe") if report.exists() else None
+    return Generate.model_validate(recipe.get("generate") or {}) if recipe else of_recipe(checkpoint)
 
 
 def _auto(format: str) -> Runtime:
@@ -127,14 +156,7 @@ def _cards(launch: Launch, checkpoint: Checkpoint) -> dict[str, Any]:
     kind = kind_of(launch.name)
     if not launch.runtime.vllm or kind == "cpu":
         return {}
-    from qtool.checkpoint.reader import REPORT
-    from qtool.files import read_json
-    from qtool.recipe.schema import Generate
-    from qtool.runtimes.sampling import of_recipe
-
-    report = checkpoint.path / REPORT
-    recipe = read_json(report).get("recipe") if report.exists() else None
-    wanted = Generate.model_validate(recipe.get("generate") or {}) if recipe else of_recipe(checkpoint)
+    wanted = recipe_of(checkpoint)
     cards, executor = wanted.tensor_parallel_size, wanted.distributed_executor
     if kind == "cuda" and executor == "mp":
         there = _visible()

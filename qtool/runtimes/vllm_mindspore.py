@@ -100,9 +100,6 @@ def adapt(launch: Launch, checkpoint: Checkpoint) -> Launch:
     chosen = os.environ.get(_VARIABLE, "").lower()
     if not _any(model):
         return dataclasses.replace(launch, env={**launch.env, _VARIABLE: chosen or backend(checkpoint.config)})
-    for limitation in RUNTIME.limitations(_FORMAT, model):
-        if limitation.fatal or limitation.unread:
-            raise InputError(limitation.text, where=str(checkpoint.path), hint=limitation.hint)
     kinds = reading(model.architecture, dynamic=bool(model.dynamic))
     if chosen and chosen not in kinds:
         raise InputError(
@@ -267,6 +264,7 @@ RUNTIME = Runtime(
     worker=VLLM.worker,
     # The plugin's own command line patches vLLM before it runs it.
     server=("vllm_mindspore.scripts", "serve"),
+    servers=("vllm_mindspore.scripts", "serve"),
     first=("vllm_mindspore",),
     adapt=adapt,
     explain=explain,

@@ -17,7 +17,6 @@ from qtool.engines.native.context import Context
 from qtool.engines.native.experts import (
     DOWN,
     GATE,
-    PARTS,
     UP,
     ExpertLinears,
     ExpertSamples,
@@ -189,7 +188,7 @@ class ExpertNoise:
         samples = tokens.samples()
         tallies = {way: Tally() for way, wanted in ways.items() if any(wanted[n] for e in module.names for n in e)}
         for number, expert_names in enumerate(module.names):
-            names = dict(zip(PARTS, expert_names, strict=True))
+            names = expert_names.parts
             seen = samples(number)
             with weights.holding(f"{name}.weight" for name in names.values()):
                 inner = module.expert(number).inner(seen) if len(seen) else None
@@ -197,7 +196,7 @@ class ExpertNoise:
                     policies = {part: ways[way][name] for part, name in names.items()}
                     if not any(policies.values()):
                         continue
-                    linears = ExpertLinears(names, policies, expert_groups(module.apply_gate))
+                    linears = ExpertLinears(names, policies, expert_groups(module.apply_gate, has_gate=GATE in names))
                     expert = SmoothedExpert(linears, ExpertSamples(seen, inner), weights, context.format)
                     self._add(tally, number, module, names, expert)
         found = Measured([], [])
@@ -212,20 +211,24 @@ class ExpertNoise:
         self, tally: Tally, number: int, module: RoutedExperts, names: Mapping[str, str], expert: SmoothedExpert
     ) -> None:
         linears = {part: linear for made, _ in expert.quantize() for part, linear in made.items()}
-        weights = {part: expert.folded.rows(part, 0, expert.folded.shape(part)[0]) for part in PARTS}
+        weights = {part: expert.folded.rows(part, 0, expert.folded.shape(part)[0]) for part in names}
+        biases = {part: expert.folded.vector(f"{part}.bias") for part in names}
         for passage, by_output in self.runs:
             tokens, _, routing_weights = passage.of(number)
             x = passage.hidden.detach()[tokens]
             with torch.enable_grad():
-                outputs = {part: nn.functional.linear(x, weights[part]).requires_grad_() for part in (GATE, UP)}
-                inner = module.apply_gate(torch.cat([outputs[GATE], outputs[UP]], dim=-1))
-                outputs[DOWN] = nn.functional.linear(inner, weights[DOWN])
+                first = [part for part in names if part != DOWN]
+                outputs = {
+                    part: nn.functional.linear(x, weights[part], biases[part]).requires_grad_() for part in first
+                }
+                inner = module.apply_gate(torch.cat([outputs[part] for part in first], dim=-1))
+                outputs[DOWN] = nn.functional.linear(inner, weights[DOWN], biases[DOWN])
             noise = {}
             for part, linear in linears.items():
                 entering = inner.detach() if part == DOWN else x
                 output = outputs[part].detach()
                 rounded = input_quantizer(linear)(entering) if len(entering) else entering
-                noise[part] = nn.functional.linear(rounded, linear.dequantize()).sub_(output)
+                noise[part] = nn.functional.linear(rounded, linear.dequantize(), biases[part]).sub_(output)
                 tally.count(names[part], noise[part], output)
             for draw, all_tokens in enumerate(by_output):
                 g = all_tokens[tokens] * routing_weights

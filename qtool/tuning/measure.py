@@ -13,6 +13,7 @@ from qtool import memory
 from qtool.calibration.text import Calibration, load
 from qtool.calibration.tokenizer import load_tokenizer
 from qtool.checkpoint import formats
+from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
 from qtool.engines import plan
 from qtool.engines.native.context import Context
@@ -76,13 +77,18 @@ def measure(job: SensitivityJob, report: Report) -> Sensitivities:
 def _prepare(job: SensitivityJob) -> _Prepared:
     checkpoint = Checkpoint.open(job.model)
     plan.refuse_quantized(checkpoint)
-    stream = DecoderStream(checkpoint, dtype=torch.float32, trust_remote_code=job.trust_remote_code)
+    stream = DecoderStream(
+        checkpoint,
+        dtype=torch.float32,
+        trust_remote_code=job.trust_remote_code,
+        weights=FloatReader(checkpoint, as_float=True),
+    )
     check_length(job.text, checkpoint)
     if not stream.is_plain:
         raise stream.unusual("more than hidden states passes from layer to layer, and gradients can't follow that")
     kept = selection.kept_float(stream)
     linears = stream.linears()
-    planned = plan.make(checkpoint, job.recipe, job.scheme, job.format, linears, kept)
+    planned = plan.make(checkpoint, job.recipe, job.scheme, job.format, linears, kept, stream.weights)
     linears = [name for name in linears if name not in kept]
     return _Prepared(job, Context(stream, formats.get(job.format)), planned, linears)
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from qtool import sizes, workers
+from qtool.checkpoint.reader import Checkpoint
 from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
 from qtool.errors import InputError
 from qtool.evaluation import job as evaluation
@@ -172,7 +174,7 @@ def tune(job: TuningJob, on_event: OnEvent) -> Tuned:
         QtoolError: a worker failed.
     """
     if job.goal.max_size is not None:
-        job.goal.bytes(1)  # a wrong one shows before anything is measured
+        _refuse_impossible(job)
     modes = sorted({policy.activations.mode for policy in job.recipe.schemes[job.scheme] if policy.quantize})
     found = sensitivities(job, modes, on_event)
     space = _Space(job, found, modes)
@@ -189,6 +191,32 @@ def tune(job: TuningJob, on_event: OnEvent) -> Tuned:
         evaluations=1 + len(tried),
         changed=space.changes(best.chosen),
         sensitivity=found,
+    )
+
+
+def _refuse_impossible(job: TuningJob) -> None:
+    """Before anything is measured: a size that is none, or fewer bytes than the tensors have in any recipe of these.
+
+    Exact bytes are known once the linears are (`_Space.check_size`). A share of them is looked at then.
+    """
+    most = job.goal.bytes(0)
+    if "%" in str(job.goal.max_size):
+        return
+    checkpoint, least = Checkpoint.open(job.model), 0
+    for info in map(checkpoint.info, checkpoint.names):
+        name = info.name.removesuffix(".weight")
+        policy = job.recipe.policy(job.scheme, name) if len(info.shape) == 2 and name != info.name else None
+        bits = policy.scheme.weights.num_bits if policy is not None else None
+        least += info.nbytes if bits is None else min(info.nbytes, math.prod(info.shape) * bits // 8)
+    if most < least:
+        _refuse(least, most)
+
+
+def _refuse(least: int, most: int) -> NoReturn:
+    raise InputError(
+        f"this scheme makes {sizes.show(least)} at least, and {sizes.show(most)} are allowed",
+        where="--max-size",
+        hint="Allow more: no recipe of this scheme is smaller.",
     )
 
 
@@ -240,11 +268,7 @@ class _Space:
         least = self._fixed + sum(unit.smallest.bytes for unit in self._units)
         most = self._job.goal.bytes(self._total)
         if most < least:
-            raise InputError(
-                f"this scheme makes {least:,} bytes at least, but only {most:,} are allowed",
-                where="--max-size",
-                hint="W8A8 can't be smaller: allow more",
-            )
+            _refuse(least, most)
 
     def choose(self, surprise: float) -> Choice:
         """What should meet the goal when divergences are so many times what is estimated."""

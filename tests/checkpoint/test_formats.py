@@ -537,18 +537,18 @@ def scheme(**changes: Any) -> dict[str, Any]:
         (scheme(targets=[7]), "can't be understood"),
         (scheme(targets=None), "can't be understood"),
         ({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": [1]}}, "can't be understood"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantized with gptq"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantized with hqq"),
         ({"quantization_config": {"bits": 4}}, "quantized with unknown"),
-        ({"quantization_config": "compressed-tensors"}, "quantized with unknown"),
+        ({"quantization_config": "compressed-tensors"}, "must be an object"),
     ],
 )
 def test_schemes_that_are_not_read(make_folder: Callable[..., Path], config: dict[str, Any], message: str) -> None:
     from safetensors.torch import save
 
     files = {"config.json": config, "model.safetensors": save(damaged())}
-    checkpoint = Checkpoint.open(make_folder(files))
+    folder = make_folder(files)
     with pytest.raises(InputError, match=message):
-        linear(checkpoint, "q")
+        linear(Checkpoint.open(folder), "q")
 
 
 def test_a_checkpoint_by_llm_compressor(make_folder: Callable[..., Path]) -> None:
@@ -616,6 +616,8 @@ def test_a_scheme_that_a_format_has_no_tensors_for_is_refused(name: str) -> None
         ({"quantization_config": {"quant_method": "fp8"}}, (), "fp8"),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, (), "compressed-tensors"),
         ({"quantization_config": {"quant_method": "gptq"}}, (), "gptq"),
+        ({"quantization_config": {"quant_method": "awq"}}, (), "awq"),
+        ({"quantization_config": {"quant_method": "hqq"}}, (), "hqq"),
         ({"quantization_config": {"bits": 4}}, (), "unknown"),
         ({}, ("quantization_description.json",), "golden-stick"),
         ({}, ("quant_model_description.json",), "modelslim"),
@@ -632,14 +634,14 @@ def test_a_folder_shows_its_format(
     checkpoint = Checkpoint.open(make_folder(content))
     found = formats.of(checkpoint)
     assert found.name == name
-    assert found.is_float == (name in ("float", "fp8"))
+    assert found.is_float == (name in ("float", "fp8", "gptq", "awq"))
     assert not {str(file) for file in companions(checkpoint)} & set(files)
 
 
 def test_every_format_is_known_by_its_name_and_says_what_it_is() -> None:
     names = [each.name for each in formats.FORMATS]
     assert len(set(names)) == len(names)
-    assert set(formats.NAMES) == {name for name in names if name not in ("float", "fp8")}
+    assert set(formats.NAMES) == {name for name in names if name not in ("float", "fp8", "gptq", "awq")}
     assert all(each.title for each in formats.FORMATS)
     for name in formats.NAMES:
         assert formats.get(name).name == name

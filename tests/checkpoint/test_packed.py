@@ -20,7 +20,7 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.summary import summarize
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.errors import InputError
-from qtool.quant.integer import symmetric_scale
+from qtool.quant.integer import storage_dtype, symmetric_scale, to_grid
 from qtool.quant.types import QuantizedLinear
 from qtool.scheme import Scheme, named
 
@@ -42,10 +42,13 @@ def random_linear(name: str, out: int = 12, width: int = 96, bias: bool = False,
     groups = weight.unflatten(1, (-1, kind.weights.group_size or width))
     scale = symmetric_scale(groups.abs().amax(dim=2), kind.weights)
     scale = FORM.storable_weight_scale(scale, kind, torch.bfloat16)
-    integers = (groups / scale[..., None]).round().clamp(kind.weights.qmin, kind.weights.qmax).flatten(1)
+    numbers = to_grid(groups / scale[..., None], kind.weights).flatten(1)
     made = scale if kind.weights.group_size else scale[:, 0]
     return QuantizedLinear(
-        kind, integers.to(torch.int8), made, torch.randn(out, generator=generator).bfloat16() if bias else None
+        kind,
+        numbers.to(storage_dtype(kind.weights)),
+        made,
+        torch.randn(out, generator=generator).bfloat16() if bias else None,
     )
 
 

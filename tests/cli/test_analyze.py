@@ -18,7 +18,7 @@ SMALL = ("--windows", "2", "--length", "32", "--samples", "4", "--seq-len", "64"
 
 
 def test_every_linear_ranked(tiny_llama: Path, run_qtool: Callable[..., Any]) -> None:
-    done = run_qtool("analyze", "-", *SMALL, stdin=f"{tiny_llama}\n")
+    done = run_qtool("analyze", "-", *SMALL, "--json", stdin=f"{tiny_llama}\n")
     assert done.code == 0, done.stderr
     result = json.loads(done.stdout)
     linears = result["linears"]

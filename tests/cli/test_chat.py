@@ -112,6 +112,24 @@ def test_ctrl_d_ends_it(terminal: Terminal) -> None:
     assert terminal.close() == 0
 
 
+def test_the_model_is_loaded_first_and_each_answer_is_measured(
+    qtool_environment: dict[str, str], tiny_llama: Path
+) -> None:
+    options = ["--runtime", "transformers", "--max-tokens", "4", "--temperature", "0"]
+    opened = Terminal([sys.executable, "-m", "qtool", "chat", str(tiny_llama), *options], qtool_environment)
+    try:
+        opened.until("/exit ends(.|\n)*> ")
+        opened.type("hi\n")
+        answer = opened.until(r"\n\[[^\n]+\]\n> $")
+        assert re.search(r"\n\[\d+ tokens", answer)
+        if "[4 tokens" in answer:
+            assert "cut off" in answer
+        opened.type("/exit\n")
+        assert opened.close(again="/exit\n") == 0
+    finally:
+        opened.process.kill()
+
+
 def test_it_needs_a_terminal(run_qtool: Callable[..., Any], tiny_llama: Path) -> None:
     done = run_qtool("chat", tiny_llama, stdin="hi\n")
     assert done.code == 2

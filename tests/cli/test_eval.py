@@ -27,8 +27,8 @@ def quantized(tiny_llama: Path, run_qtool: Callable[..., Any], tmp_path_factory:
     return folder
 
 
-def test_json_when_piped(tiny_llama: Path, quantized: Path, run_qtool: Callable[..., Any]) -> None:
-    done = run_qtool("eval", tiny_llama, "-", *SMALL, stdin=f"{quantized}\n")
+def test_json(tiny_llama: Path, quantized: Path, run_qtool: Callable[..., Any]) -> None:
+    done = run_qtool("eval", tiny_llama, "-", *SMALL, "--json", stdin=f"{quantized}\n")
     assert done.code == 0, done.stderr
     result = json.loads(done.stdout)
     assert 0 < result["kl_divergence"]["value"] < 0.01
@@ -55,7 +55,7 @@ def test_several(tiny_llama: Path, quantized: Path, run_qtool: Callable[..., Any
         *("quantize", tiny_llama, "--output", other, "--samples", "4", "--seq-len", "64", "--scheme", "w8a8-dynamic")
     )
     assert done.code == 0, done.stderr
-    done = run_qtool("eval", tiny_llama, quantized, "-", *SMALL, stdin=f"{other}\n")
+    done = run_qtool("eval", tiny_llama, quantized, "-", *SMALL, "--json", stdin=f"{other}\n")
     assert done.code == 0, done.stderr
     first, second = json.loads(done.stdout)
     assert (first["quantized"], second["quantized"]) == (str(quantized), str(other))

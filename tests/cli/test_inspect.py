@@ -38,7 +38,7 @@ def quantize(source: Path, output: Path, name: str) -> Path:
 
 
 def test_a_float_model(tiny_llama: Path, run_qtool: Callable[..., Any]) -> None:
-    done = run_qtool("inspect", tiny_llama)
+    done = run_qtool("inspect", tiny_llama, "--json")
     assert done.code == 0
     assert done.stderr == ""
     summary = json.loads(done.stdout)
@@ -53,6 +53,16 @@ def test_a_float_model(tiny_llama: Path, run_qtool: Callable[..., Any]) -> None:
     assert {"layers": "model.layers.*.mlp.up_proj", "count": 2, "scheme": "BF16", "shape": [160, 64]} in summary[
         "layers"
     ]
+
+
+def test_a_pipe_gets_text_for_people(tiny_llama: Path, run_qtool: Callable[..., Any]) -> None:
+    done = run_qtool("inspect", tiny_llama)
+    assert (done.code, done.stderr) == (0, "")
+    assert "LlamaForCausalLM" in done.stdout
+    assert "model.layers.*.mlp.up_proj" in done.stdout
+    assert not done.stdout.startswith("{")
+    listed = run_qtool("inspect", tiny_llama, "--tensors", "--filter", "lm_head")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["name", "lm_head.weight"]
 
 
 @pytest.mark.parametrize("name", formats.NAMES)
@@ -81,15 +91,15 @@ def test_a_terminal_gets_tables(tiny_llama: Path, capsys: pytest.CaptureFixture[
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     inspect(str(tiny_llama))
     printed = capsys.readouterr()
-    assert printed.out == ""
+    assert printed.err == ""
     for text in ("LlamaForCausalLM", "model.layers.*.self_attn.q_proj", "160 x 64", "100% of it"):
-        assert text in printed.err
+        assert text in printed.out
 
 
 def test_weights_packed_by_another_method(tmp_path: Path, run_qtool: Callable[..., Any]) -> None:
     save_file({"a.qweight": torch.ones(4, 4, dtype=torch.int32)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
-    summary = json.loads(run_qtool("inspect", tmp_path).stdout)
+    summary = json.loads(run_qtool("inspect", tmp_path, "--json").stdout)
     assert summary["format"] == "gptq"
     assert summary["parameters"] is None
     assert summary["architecture"] is None
@@ -120,7 +130,7 @@ def rows(done: Any) -> dict[str, dict[str, Any]]:
 
 
 def test_every_tensor_with_its_range(tiny_llama: Path, run_qtool: Callable[..., Any]) -> None:
-    found = rows(run_qtool("inspect", tiny_llama, "--tensors"))
+    found = rows(run_qtool("inspect", tiny_llama, "--tensors", "--json"))
     tensors = load_file(tiny_llama / "model.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -178,7 +188,7 @@ def test_numbers_of_every_kind(tmp_path: Path, run_qtool: Callable[..., Any], mo
     }
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    found = rows(run_qtool("inspect", tmp_path, "--tensors"))
+    found = rows(run_qtool("inspect", tmp_path, "--tensors", "--json"))
     ranges = {name: (row["min"], row["max"], row["nonfinite"]) for name, row in found.items()}
     assert ranges == {
         "nan": (-2.0, 1.0, 3),

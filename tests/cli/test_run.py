@@ -117,7 +117,7 @@ def test_everything_is_there_and_agrees(finished: Path, run_qtool: Callable[...,
         "seq_len": 16,
     }
     # the same commands by hand say the same
-    size = ("--text", "text.txt", "--windows", "2", "--length", "32")
+    size = ("--text", "text.txt", "--windows", "2", "--length", "32", "--json")
     by_hand = json.loads(run_qtool("eval", "tiny", job / "tiny-w8a8-static", *size, cwd=finished).stdout)
     evaluated = json.loads((job / "eval.json").read_text())
     for figure in ("base_perplexity", "quantized_perplexity", "kl_divergence", "top1_agreement"):
@@ -345,3 +345,15 @@ def test_bad_input(finished: Path, tiny_llama: Path, run_qtool: Callable[..., An
         assert message in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) <= 3
     assert not (tiny_llama / "job").exists()
+
+
+def test_a_further_format_that_can_not_be_right_is_refused_first(
+    run_qtool: Callable[..., Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Dynamic layers of a Llama are nothing that vLLM-MindSpore reads: said before anything is quantized."""
+    recipe = write_recipe(tmp_path, also="[golden-stick]")
+    recipe.write_text(recipe.read_text().replace("default_scheme: w8a8-static", "default_scheme: w8a8-dynamic"))
+    done = run_qtool("run", recipe, tiny_llama, "--work", tmp_path / "job")
+    assert (done.code, done.stdout) == (2, "")
+    assert "export.also: golden-stick" in done.stderr
+    assert [path.name for path in (tmp_path / "job").iterdir() if path.is_dir()] == []

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from tests.cli.test_run import write_recipe
+from tests.hub.fixtures import Hub, model_files
+from tests.hub.loopback import Repo
 from tests.launcher import Launcher
 from tests.terminal import Terminal
 
@@ -99,7 +101,16 @@ def test_tune(seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
     short = ("--windows", "2", "--length", "16", "--samples", "2", "--seq-len", "16", "--budget", "2")
     terminal = seen("tune", tiny_llama, "--max-size", "110%", "--output", "tuned.yaml", *short)
     assert [line for line in terminal.lines if line][-1] == str(tmp_path / "tuned.yaml")
-    assert [line.split()[1] for line in tables(terminal)[0][3:-1]] == ["reference", "tuned"]
+    figures, *changed = tables(terminal)
+    assert [line.split()[1] for line in figures[3:-1]] == ["reference", "tuned"]
+    count = int(re.search(r"(\d+) groups of linears changed", terminal.text)[1])  # type: ignore[index]
+    assert len(changed) == min(count, 1)
+
+
+def test_an_impossible_size_is_refused_before_anything_is_measured(seen: Seen, tiny_llama: Path) -> None:
+    terminal = seen("tune", tiny_llama, "--max-size", "10KB", code=2)
+    assert "this scheme makes" in terminal.text
+    assert "backward" not in terminal.drawn
 
 
 def test_generate(seen: Seen, tiny_llama: Path) -> None:
@@ -116,6 +127,13 @@ def test_convert(seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
     seen("quantize", tiny_llama, "--engine", "native", "--output", "made", *short)
     terminal = seen("convert", "made", "--to", "golden-stick", "--output", "other")
     assert [line for line in terminal.lines if line][-1] == str(tmp_path / "other")
+
+
+def test_download(seen: Seen, huggingface: Hub, tmp_path: Path) -> None:
+    huggingface.server.repos["org/model"] = Repo(model_files())
+    terminal = seen("download", "org/model", env=huggingface.env)
+    assert [line for line in terminal.lines if line][-1] == str(tmp_path / "model")
+    assert "asking Hugging Face" in terminal.drawn
 
 
 def test_a_failure_says_how_far_it_came(seen: Seen, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.processor import runtime_dtype
+from tests.terminal import Terminal
 
 Run = Callable[..., Any]
 
@@ -146,3 +148,54 @@ def test_what_cannot_serve(run_qtool: Run, tiny_llama: Path, tmp_path: Path) -> 
     assert done.code == 2
     assert "no server" in done.stderr
     assert run_qtool("serve", tmp_path).code == 2
+
+
+SERVER = """#!{python}
+import sys, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+words = sys.argv
+print("INFO Starting to load model x", flush=True)
+if {slow}:
+    time.sleep(600)
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+HTTPServer(("127.0.0.1", int(words[words.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["up", "starting"])
+def test_a_terminal_sees_when_it_answers_and_one_line_at_the_end(
+    qtool_environment: dict[str, str], tiny_llama: Path, tmp_path: Path, slow: bool
+) -> None:
+    """The server is one of the test's own, so that it is up in no time."""
+    python = tmp_path / "python"
+    python.write_text(SERVER.format(python=sys.executable, slow=slow))
+    python.chmod(0o755)
+    port = str(free_port())
+    command = [sys.executable, "-m", "qtool", "serve", str(tiny_llama), "--runtime", "vllm", "--port", port]
+    env = {**qtool_environment, "QTOOL_VLLM_PYTHON": str(python)}
+    with Terminal(subprocess.Popen, command, env=env, size=(80, 24)) as terminal:
+        terminal.until("loading the model" if slow else f"\nhttp://127.0.0.1:{port}/v1$")
+        if not slow:
+            assert terminal.text.startswith(f"ready: {tiny_llama.name} answers")
+            assert f"curl http://127.0.0.1:{port}/v1/" in terminal.text
+            assert request(int(port), "/health") == b""
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.end() == (130 if slow else 0)
+        lines = [line for line in terminal.lines if line]
+        assert lines[-1] == ("interrupted" if slow else "the server has stopped")
+        assert len(lines) == 1 or not slow
+    with socket.socket() as probe:  # nothing listens there any more
+        assert probe.connect_ex(("127.0.0.1", int(port)))
+
+
+def test_a_port_that_is_taken(run_qtool: Run, tiny_llama: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run_qtool("serve", tiny_llama, "--runtime", "vllm", "--port", port)
+    assert (done.code, f"127.0.0.1:{port}" in done.stderr) == (2, True)
+    assert "Choose another --port" in done.stderr

@@ -361,9 +361,9 @@ REFUSALS: dict[str, tuple[str, str, Callable[[Path], object], str, str]] = {
     "another method": (
         "compressed-tensors",
         "static",
-        lambda m: config(m, quantization_config={"quant_method": "gptq"}),
+        lambda m: config(m, quantization_config={"quant_method": "hqq"}),
         "modelslim",
-        "quantized with gptq",
+        "quantized with hqq",
     ),
     "a quantized cache": (
         "compressed-tensors",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +13,10 @@ from typing import Any
 import pytest
 
 from qtool import engines
+from qtool.engines.golden_stick import engine as golden_stick
+from qtool.environments import lookup
+from qtool.errors import InputError
+from qtool.jobs import quantize
 
 
 def test_here_the_native_engine(tiny_llama: Path, run_qtool: Callable[..., Any]) -> None:
@@ -18,11 +24,56 @@ def test_here_the_native_engine(tiny_llama: Path, run_qtool: Callable[..., Any])
     assert "engine native (no Ascend NPU here)" in done.stderr
 
 
-def test_golden_stick_on_ascend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "_ASCEND", tmp_path / "davinci_manager")
-    assert engines.choose()[0] == "native"
+@pytest.mark.parametrize(
+    ("model_type", "scheme", "format", "installed", "engine", "words"),
+    [
+        ("qwen3", "w8a8", "golden-stick", True, "golden-stick", "has Ascend NPUs"),
+        ("qwen3", "w8a8", "golden-stick", False, "native", "but no mindspore-gs"),
+        ("qwen3", "w4a16", "compressed-tensors", True, "native", "mindspore-gs quantizes to W8A8, not"),
+        ("gpt_neox", "w8a8", "golden-stick", True, "native", "can't quantize model_type 'gpt_neox'"),
+        ("qwen3_moe", "w8a8", "compressed-tensors", True, "native", "can't be written as compressed-tensors"),
+    ],
+)
+def test_on_ascend(
+    model_type: str,
+    scheme: str,
+    format: str,
+    installed: bool,
+    engine: str,
+    words: str,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Golden Stick where it is there and can do the job; else the native engine, which says why."""
     (tmp_path / "davinci_manager").touch()
-    assert engines.choose() == ("golden-stick", "this machine has Ascend NPUs")
+    monkeypatch.setattr(engines, "_ASCEND", tmp_path / "davinci_manager")
+    monkeypatch.setattr(lookup, "locate", lambda _: object() if installed else None)
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+    decided = quantize.decide(model, quantize.Wanted(recipe="default", scheme=scheme, format=format))
+    assert decided.engine == engine
+    assert words in decided.why
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_accelerate_beside_golden_stick(there: bool, tmp_path: Path) -> None:
+    """What fails after an hour of calibration is refused before."""
+    program = tmp_path / "python"
+    site = tmp_path / "site"
+    (site / "accelerate").mkdir(parents=True)
+    if there:
+        (site / "accelerate" / "__init__.py").touch()
+    else:
+        shutil.rmtree(site / "accelerate")
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} -S "$@"\n')
+    program.chmod(0o755)
+    if not there:
+        golden_stick._refuse_accelerate(str(program))
+        return
+    with pytest.raises(InputError, match="accelerate is installed beside mindspore-gs"):
+        golden_stick._refuse_accelerate(str(program))
 
 
 def test_a_workers_interpreter_needs_only_its_engine() -> None:

@@ -181,7 +181,18 @@ def test_a_page_that_cant_be_written_costs_no_figures(
     made: tuple[Path, dict[str, Any]], tiny_llama: Path, qtool_environment: dict[str, str], tmp_path: Path
 ) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000))"
-    arguments = ["eval", tiny_llama, made[1]["quantized"], "--windows", 1, "--length", 16, "--report", "r.html"]
+    arguments = [
+        "eval",
+        tiny_llama,
+        made[1]["quantized"],
+        "--windows",
+        1,
+        "--length",
+        16,
+        "--report",
+        "r.html",
+        "--json",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", f"{limit}\nfrom qtool.__main__ import main\nmain()", *map(str, arguments)],
         env=qtool_environment, cwd=tmp_path, capture_output=True, text=True,

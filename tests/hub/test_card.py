@@ -50,3 +50,15 @@ def test_no_value_breaks_the_table() -> None:
     report = {"scheme": "a|b\nc", "source": "x\n\n| y |", "calibration": {"source": "t\n|", "samples": 1, "seq_len": 2}}
     rows = [line for line in card("n", report, "").splitlines() if line.startswith("|")]
     assert all(line.replace("\\|", "").count("|") == 3 for line in rows)
+
+
+def test_the_title_and_the_usage_say_what_it_is() -> None:
+    report = {"source": "SmolLM2-135M", "scheme": "w8a8", "format": "compressed-tensors"}
+    text = card("me/test", report, "", [W8A8], license="apache-2.0")
+    assert "\n# SmolLM2-135M, 8-bit integer weights and activations\n" in text
+    assert 'qtool generate me/test --prompt "I am"\nvllm serve me/test\n' in text
+    assert front_matter(text)["license"] == "apache-2.0"
+    assert "base_model" not in front_matter(text)
+    known = card("me/test", report | {"origin": {"repo": "org/base"}}, "---\nlicense: mit\n---\n", [W8A8])
+    assert "\n# base, 8-bit" in known
+    assert (front_matter(known)["license"], front_matter(known)["base_model"]) == ("mit", "org/base")

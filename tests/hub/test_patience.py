@@ -35,6 +35,23 @@ def test_a_failure_that_passes() -> None:
     assert flaky.calls == 4
 
 
+def test_waits_that_somebody_may_wonder_about_are_told() -> None:
+    said: list[str] = []
+
+    def broken() -> None:
+        raise Again("broken", after=1.0)
+
+    class Never(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            return False
+
+    with pytest.raises(QtoolError) as caught:
+        Patience(tries=3, say=said.append, hint="look").persist(broken, where="hub", stop=Never())
+    assert caught.value.hint == "look"
+    assert [line.partition(";")[0] for line in said] == ["hub: broken"] * 2
+    assert "(2 of 3 failed)" in said[1]
+
+
 def test_given_up_after_so_many_tries() -> None:
     flaky = Flaky(100)
     with pytest.raises(QtoolError, match="broken; given up after 4 tries") as caught:

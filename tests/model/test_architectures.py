@@ -28,7 +28,7 @@ def test_experts_and_their_router_are_found(mixtral: Path) -> None:
     assert routed is not None
     assert routed.router == "mlp.gate.weight"
     assert stream.stored(1, routed.router) == "model.layers.1.block_sparse_moe.gate.weight"
-    assert routed.names[2] == tuple(f"model.layers.1.block_sparse_moe.experts.2.{part}" for part in ("w1", "w3", "w2"))
+    assert [*routed.names[2]] == [f"model.layers.1.block_sparse_moe.experts.2.{part}" for part in ("w1", "w3", "w2")]
     assert stream.experts_per_token == 2
 
 
@@ -59,6 +59,6 @@ def test_experts_of_another_kind_are_refused() -> None:
 
     layer = nn.Module()
     layer.add_module("experts", Experts())
-    with pytest.raises(InputError, match=r"the experts of layers\.3\.experts .*has_bias") as caught:
+    with pytest.raises(InputError, match=r"the experts of layers\.3\.experts are of a kind") as caught:
         list(Architecture().experts(layer, "layers.3", "folder"))
     assert caught.value.where == "folder"

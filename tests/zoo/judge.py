@@ -19,6 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from tests.zoo import configs, models
+from tests.zoo.fused import together
 
 RIGHT, REFUSED, ERROR, HOLLOW, ABSENT = "right", "refused", "raw error", "hollow", "not made"
 LEAST_SHARE = 0.9  # of the decoder's linear weights
@@ -69,7 +70,7 @@ def judge(kind: str, model_type: str, folder: Path) -> Verdict:
     verdict = Verdict(kind, model_type)
     try:
         source = models.make(kind, model_type, folder / "float")
-        model = _load(kind, source, verdict)
+        model, verdict.reason = load(kind, source), ""
         calibration, ids = models.text(model, 8, 48, seed=1), models.text(model, 4, 48, seed=2)
         logits = _logits(model, ids)
     except Exception as error:
@@ -121,34 +122,34 @@ def _faults(
     faults = []
     before, after = _tensors(source), _tensors(folder / "int8")
     quantized = {name for name, tensor in after.items() if tensor.dtype == torch.int8 and f"{name}_scale" in after}
-    extra = {f"{name}_scale" for name in quantized} | quantized
-    lost = before.keys() - after.keys()
-    strange = after.keys() - before.keys() - extra
-    unknown = quantized - before.keys()
-    if lost and not unknown:
-        faults.append(f"tensors are lost: {_some(lost)}")
-    if strange:
-        faults.append(f"strange tensors: {_some(strange)}")
     routers = [name for name in quantized if _ROUTER.search(name.removesuffix(".weight"))]
     if routers:
         faults.append(f"routers are int8: {_some(routers)}")
-    plain, restored = dict(before), {name: after[name] for name in before.keys() & after.keys()}
-    for name in quantized:
-        integers, scale = after[name], after[f"{name}_scale"]
-        restored[name] = integers.float() * scale.float()
-        if name in before:
-            plain[name] = _nearest(before[name].float())
     verdict.share = sum(after[name].numel() for name in quantized) / max(1, decoder_weights(model))
     named = json.loads((folder / "int8" / "qtool.json").read_text()).get("left_float", [])
     if verdict.share + (sum(each["share"] for each in named) if verdict.warnings else 0) < LEAST_SHARE:
         faults.append(f"only {verdict.share:.0%} of the decoder's linear weights are int8")
-    if unknown:
-        return [*faults, f"new names, which nobody here reads yet: {_some(unknown)}"]
+    restored = {name: tensor for name, tensor in after.items() if name.removesuffix("_scale") not in quantized}
+    restored |= {name: after[name].float() * after[f"{name}_scale"].float() for name in quantized}
+    missing = {name: before[name] for name in before.keys() - restored.keys()}
+    apart = {name: restored[name] for name in restored.keys() - before.keys()}
+    again = together(missing, apart, interleaved=model.config.model_type == "gpt_oss")
+    restored = {name: tensor for name, tensor in restored.items() if name not in again.used} | again.tensors
+    if lost := before.keys() - restored.keys():
+        faults.append(f"tensors are lost: {_some(lost)}")
+    if strange := restored.keys() - before.keys():
+        faults.append(f"strange tensors: {_some(strange)}")
+    if lost or strange:
+        return faults
+    rounded = {name for name in quantized if name in before}
+    plain = before | {name: _nearest(before[name].float()) for name in rounded} | again.plain
+    quantized = rounded | again.plain.keys()
     errors = []
     for name, tensors in (("restored", restored), ("plain", plain)):
         _write(source, folder / name, tensors)
-        own = _load(verdict.kind, folder / name, verdict)
-        storages = _quantized_parameters(own, quantized, before)
+        own = load(verdict.kind, folder / name)
+        verdict.reason = own.missing
+        storages = _quantized_parameters(own, quantized)
         with _per_token(storages):
             errors.append(float((_logits(own, ids) - logits).square().mean().sqrt()))
     if verdict.reason:
@@ -201,12 +202,12 @@ def _write(source: Path, target: Path, tensors: Mapping[str, torch.Tensor]) -> N
     save_file({n: t.contiguous() for n, t in as_float.items()}, target / "model.safetensors", metadata={"format": "pt"})
 
 
-def _load(kind: str, folder: Path, verdict: Verdict) -> Any:
-    """In float32; what transformers misses or doesn't expect becomes the verdict's reason."""
+def load(kind: str, folder: Path) -> Any:
+    """In float32; its attribute `missing` says what transformers misses or doesn't expect."""
     model, about = models.auto_class(kind).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     wrong = {key: sorted(map(str, about[key])) for key in ("missing_keys", "mismatched_keys", "unexpected_keys")}
     faults = [f"transformers: {key.replace('_', ' ')}: {_some(names)}" for key, names in wrong.items() if names]
-    verdict.reason = "; ".join(faults)
+    model.missing = "; ".join(faults)
     return model.eval().requires_grad_(False)
 
 
@@ -224,7 +225,7 @@ def _nearest(weight: torch.Tensor) -> torch.Tensor:
     return (weight / scale).round().clamp(-128, 127) * scale
 
 
-def _quantized_parameters(model: Any, quantized: set[str], before: Mapping[str, torch.Tensor]) -> set[int]:
+def _quantized_parameters(model: Any, quantized: set[str]) -> set[int]:
     """Addresses of the parameters that quantized tensors went into, found by transformers' own way back."""
     from transformers.core_model_loading import revert_weight_conversion
 

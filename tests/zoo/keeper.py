@@ -10,16 +10,17 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.zoo import configs
-from tests.zoo.judge import ABSENT, ERROR, Verdict
+from tests.zoo.judge import ABSENT, ERROR, Verdict, judge
 
 
 def run(only: re.Pattern[str], limit: float) -> Iterator[Verdict]:
     """A verdict on every type whose "kind:type" has a match, each within so many seconds."""
-    _import()
+    import_all()
     for kind, model_type in configs.kinds():
         if not only.search(f"{kind}:{model_type}"):
             continue
@@ -27,12 +28,12 @@ def run(only: re.Pattern[str], limit: float) -> Iterator[Verdict]:
         if model_type in configs.LEFT_OUT and not (kind == "text" and model_type in configs.TEXT_ALONE):
             yield Verdict(kind, model_type, ABSENT, configs.LEFT_OUT[model_type])
             continue
-        verdict = _in_fork(kind, model_type, limit)
+        verdict = _verdict(kind, model_type, limit)
         verdict.seconds = round(time.monotonic() - started, 1)
         yield verdict
 
 
-def _import() -> None:
+def import_all() -> None:
     """What every type needs; no product is computed, so that no threads are running when it forks."""
     import torch
     import transformers
@@ -46,12 +47,13 @@ def _import() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _in_fork(kind: str, model_type: str, limit: float) -> Verdict:
+def in_fork(work: Callable[[Path], bytes], limit: float) -> bytes | None:
+    """What some work in a folder of its own gives, in a fork; None when it takes longer, nothing when it dies."""
     folder = Path(tempfile.mkdtemp(prefix="zoo-"))
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        _work(kind, model_type, folder, writing)
+        _work(work, folder, writing)
     os.close(writing)
     try:
         content = _read(reading, limit)
@@ -61,22 +63,26 @@ def _in_fork(kind: str, model_type: str, limit: float) -> Verdict:
     finally:
         os.close(reading)
         shutil.rmtree(folder, ignore_errors=True)
+    return content
+
+
+def _verdict(kind: str, model_type: str, limit: float) -> Verdict:
+    def work(folder: Path) -> bytes:
+        return json.dumps(judge(kind, model_type, folder).to_json()).encode()
+
+    content = in_fork(work, limit)
     if content is None:
         return Verdict(kind, model_type, ERROR, f"took more than {limit:.0f} s")
     return Verdict(**json.loads(content)) if content else Verdict(kind, model_type, ERROR, "the process died")
 
 
-def _work(kind: str, model_type: str, folder: Path, writing: int) -> None:
+def _work(work: Callable[[Path], bytes], folder: Path, writing: int) -> None:
     """In the child, which ends here."""
-    import warnings
-
-    from tests.zoo.judge import judge
-
     warnings.simplefilter("ignore")
     for number in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     try:
-        os.write(writing, json.dumps(judge(kind, model_type, folder).to_json()).encode())
+        os.write(writing, work(folder))
     finally:
         os._exit(0)
 

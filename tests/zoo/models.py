@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,18 @@ def auto_class(kind: str) -> Any:
     return AutoModelForCausalLM if kind == "text" else AutoModelForImageTextToText
 
 
-def make(kind: str, model_type: str, folder: Path) -> Path:
-    """A model of a type in bfloat16, without a tokenizer."""
+def make(kind: str, model_type: str, folder: Path, sizes: Mapping[str, Any] | None = None) -> Path:
+    """A model of a type in bfloat16, without a tokenizer.
+
+    Args:
+        sizes: in place of the small ones, of fields that the type's configuration has.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]
-    config = config_class(**configs.settings(config_class()))
+    settings = configs.settings(config_class())
+    settings |= {name: size for name, size in (sizes or {}).items() if name in settings}
+    config = config_class(**settings)
     config.dtype = torch.bfloat16
     torch.manual_seed(0)
     model = auto_class(kind).from_config(config, dtype=torch.float32).eval()

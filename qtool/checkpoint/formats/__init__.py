@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from qtool.checkpoint.formats.awq import Awq
 from qtool.checkpoint.formats.base import (
     Description,
     Format,
@@ -16,6 +17,7 @@ from qtool.checkpoint.formats.base import (
 from qtool.checkpoint.formats.compressed_tensors import CompressedTensors
 from qtool.checkpoint.formats.fp8 import Fp8
 from qtool.checkpoint.formats.golden_stick import GoldenStick
+from qtool.checkpoint.formats.gptq import Gptq
 from qtool.checkpoint.formats.modelslim import ModelSlim
 from qtool.checkpoint.formats.plain import Plain
 from qtool.checkpoint.formats.unknown import Unknown
@@ -32,6 +34,8 @@ FORMATS: tuple[Format, ...] = (
     ModelSlim(),
     PLAIN,
     Fp8(),
+    Gptq(),
+    Awq(),
 )
 
 _QUANTIZED = {each.name: each for each in FORMATS if isinstance(each, QuantizedFormat)}

@@ -20,6 +20,7 @@ from qtool.scheme import Scheme
 if TYPE_CHECKING:
     import torch
 
+    from qtool.checkpoint.formats.packed import PackedWeight
     from qtool.checkpoint.header import TensorInfo
     from qtool.checkpoint.reader import Checkpoint
     from qtool.quant.types import QuantizedLinear
@@ -64,6 +65,7 @@ class Format(ABC):
         config_keys: of config.json that belong to the format and not to the model.
         weight_parts: last parts of the names of tensors that hold a weight; each linear layer has one of them.
         is_float: `FloatReader` reads it, and it can be quantized.
+        packed_parts: last parts of the names of tensors that hold a packed weight or say how to read it.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Format(ABC):
     config_keys: ClassVar[tuple[str, ...]] = ("quantization_config",)
     weight_parts: ClassVar[tuple[str, ...]] = ("weight",)
     is_float: ClassVar[bool] = False
+    packed_parts: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def detect(self, config: Mapping[str, Any], files: Container[str]) -> bool:
@@ -92,6 +95,22 @@ class Format(ABC):
         self.weight(checkpoint, name)
         self.scheme(checkpoint, name)
         return None
+
+    def is_source(self, checkpoint: Checkpoint) -> bool:
+        """Whether this model can be quantized."""
+        return self.is_float
+
+    def is_packed(self, checkpoint: Checkpoint, name: str) -> bool:
+        """Whether a layer's weight lies in the files as something else, but can be read as the floats it stands for."""
+        return False
+
+    def packed_shape(self, checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+        """(out, in) of a packed layer. Raises InputError as `packed`."""
+        raise NotImplementedError
+
+    def packed(self, checkpoint: Checkpoint, name: str) -> PackedWeight:
+        """A packed layer's weight. Raises InputError for tensors that don't fit together."""
+        raise NotImplementedError
 
     def weight(self, checkpoint: Checkpoint, name: str) -> TensorInfo:
         """Where a layer's weight lies. Raises InputError when there is no such layer."""

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool import patterns
 from qtool.checkpoint.dtypes import FLOATS
+from qtool.checkpoint.formats import fp4
 from qtool.checkpoint.formats.base import (
     Description,
     HuggingFaceFiles,
@@ -57,6 +58,7 @@ from qtool.scheme import (
 if TYPE_CHECKING:
     import torch
 
+    from qtool.checkpoint.formats.packed import PackedWeight
     from qtool.checkpoint.reader import Checkpoint
 
 _INT, _PACK, _FLOAT = "int-quantized", "pack-quantized", "float-quantized"
@@ -75,6 +77,7 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
         ("weight", _PACKED, _SHAPE, "weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "bias")
     )
     weight_parts = ("weight", _PACKED)
+    packed_parts = (parts - {"bias"}) | fp4.PARTS
 
     def detect(self, config: Mapping[str, Any], files: Container[str]) -> bool:
         return quantization_method(config) == self.name
@@ -173,6 +176,33 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
             f"{name}: quantized, but in none of the ways that qtool knows ({known})", where=str(checkpoint.path)
         )
 
+    def is_source(self, checkpoint: Checkpoint) -> bool:
+        # Integer activations are what a quantized model is for: that one has been made already.
+        names = [name for name in self.layers(checkpoint) if not fp4.is_fp4(_group(checkpoint, name))]
+        return all(scheme is None or _is_weight(scheme) for scheme in (self.scheme(checkpoint, name) for name in names))
+
+    def is_packed(self, checkpoint: Checkpoint, name: str) -> bool:
+        if not any(f"{name}.{part}" in checkpoint for part in self.weight_parts):
+            return False
+        if f"{name}.{_PACKED}" in checkpoint and fp4.is_fp4(_group(checkpoint, name)):
+            return True
+        scheme = self.scheme(checkpoint, name)
+        return scheme is not None and (_is_weight(scheme) or f"{name}.weight" not in checkpoint)
+
+    def packed_shape(self, checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+        if fp4.is_fp4(_group(checkpoint, name)):
+            return fp4.shape(checkpoint, name)
+        scheme = self.scheme(checkpoint, name)
+        assert scheme is not None
+        return self.shape(Stored(checkpoint, name), scheme)
+
+    def packed(self, checkpoint: Checkpoint, name: str) -> PackedWeight:
+        if fp4.is_fp4(_group(checkpoint, name)):
+            return fp4.read(checkpoint, name)
+        scheme = self.scheme(checkpoint, name)
+        assert scheme is not None
+        return self.read(Stored(checkpoint, name), scheme)
+
     def shape(self, stored: Stored, scheme: Scheme) -> tuple[int, int]:
         if scheme.weights.type == "float":
             return stored.shape_of("F8_E4M3")
@@ -218,6 +248,11 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
 def _is_packed(scheme: Scheme) -> bool:
     weights = scheme.weights
     return weights.type == "int" and (scheme.activations is None or weights.num_bits < 8 or weights.strategy == "group")
+
+
+def _is_weight(scheme: Scheme) -> bool:
+    """The scheme says how weights are stored, not that integers are computed with."""
+    return scheme.weights.type == "float" or scheme.activations is None
 
 
 def _layout(scheme: Scheme) -> str:

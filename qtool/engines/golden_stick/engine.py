@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,6 +36,7 @@ from qtool.environments.lookup import interpreter
 from qtool.errors import InputError
 from qtool.files import check_free_space
 from qtool.scheme import W8A8, W8A8_DYNAMIC, name_of
+from qtool.workers import processes
 
 _LINEAR = re.compile(r"((?:.*\.)?(?:layers|h)\.(\d+)\..+)\.weight")
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -67,6 +69,35 @@ def dry_run(job: QuantizationJob, on_event: OnEvent) -> DryRun:
         output_bytes=prepared.output_bytes,
         launch=launch,
     )
+
+
+def beyond(job: QuantizationJob) -> str | None:
+    """Why Golden Stick can't do a job, in words; None where it can, as far as config.json and the recipe tell.
+
+    Raises InputError for a damaged checkpoint.
+    """
+    checkpoint = Checkpoint.open(job.model)
+    for policy in job.recipe.schemes[job.scheme]:
+        if policy.quantize and policy.scheme not in (W8A8, W8A8_DYNAMIC):
+            return f"mindspore-gs quantizes to W8A8, not {policy.scheme.label}"
+    try:
+        _through_mindone(checkpoint, job.devices or job.recipe.launch.devices, job.output.format)
+    except InputError as error:
+        return error.what
+    return None
+
+
+def _refuse_accelerate(python: str) -> None:
+    """Raises InputError where accelerate is beside mindspore-gs: calibrating fails then (vLLM-MindSpore's documentation
+    of 2026, "Quantization Methods")."""
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('accelerate') is not None)"
+    command, env = processes.python(python, "-c", code)
+    if subprocess.run(command, env={**os.environ, **env}, stdin=subprocess.DEVNULL).returncode == 1:
+        raise InputError(
+            "accelerate is installed beside mindspore-gs, which fails while calibrating then",
+            where=python,
+            hint=f"Remove it, {python} -m pip uninstall accelerate, or take --engine native.",
+        )
 
 
 @dataclass(frozen=True)
@@ -117,6 +148,7 @@ def _refuse_schemes(planned: QuantizationPlan, where: str) -> None:
 def _execute(prepared: _Prepared, on_event: OnEvent) -> QuantizationResult:
     job = prepared.job
     python, torch_python = interpreter("golden-stick"), interpreter("native")
+    _refuse_accelerate(python)
     check_free_space(job.output.path, 2 * prepared.output_bytes + _float_bytes(prepared))
     text = _text(job, torch_python, on_event)
     with _between(job.output.path) as folder:

@@ -66,7 +66,7 @@ class Setup:
             dtype=self.dtype,
             device=self.device,
             trust_remote_code=self.trust_remote_code,
-            weights=FloatReader(checkpoint, self.device),
+            weights=FloatReader(checkpoint, self.device, as_float=True),
         )
         return Context(model, formats.get(self.format))
 

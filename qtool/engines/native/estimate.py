@@ -28,6 +28,7 @@ _AHEAD_BYTES = 2 * 10**9  # of statistics that wait for other processes, when me
 # Estimated and measured, on 2 cores: SmolLM2-135M at 32 x 512 tokens 32 and 35 s, at 128 x 512 90 and 94 s; a dense and
 # an expert layer of DeepSeek-R1 at 16 x 512 195 and 193 s; small mixtures 8 and 7, 14 and 17 s.
 _BASE_SECONDS = 5.0
+_TIMED_SECONDS, _MOST_ROWS = 0.5, 4096  # of each timing; of the matrix that it takes
 _SLOWER = 2.3  # than a plain product of the same number of operations: attention, norms, reads and writes come besides
 _CHUNK_BYTES = 5 * 16 * 2**20  # float32 copies of the weights that are quantized at a time
 _GPTQ_CHUNK_BYTES = 4 * 64 * 2**20
@@ -112,11 +113,16 @@ def seconds(model: DecoderStream, policies: Mapping[str, Policy | None], calibra
     much again), GPTQ, and work on every element of the weights.
     """
     tokens = calibration.samples * calibration.seq_len
-    rate = _flops(model.dtype, model.device)
     layers = [_LayerSizes.of(model, index, policies) for index in range(model.depth)]
-    products = sum(layer.products(tokens) for layer in layers)
+    matrices = [each for layer in layers for each in layer.all]
+    widest = max(matrices, key=lambda each: each.elements, default=_Matrix(1024, 1024, None))
+    # The forward pass computes in the model's dtype, GPTQ and its Hessians in float32. On processors with instructions
+    # for 16-bit floats the one is many times as fast as the other, on those without several times as slow.
+    running = sum(each.running_products(tokens) for each in matrices) / _flops(model.dtype, model.device, widest)
+    compensating = sum(each.compensating_products(tokens) for each in matrices)
+    compensating /= _flops(torch.float32, model.device, widest)
     elements = sum(layer.element_seconds for layer in layers)
-    return round(_BASE_SECONDS + _SLOWER * products / rate + elements / torch.get_num_threads(), 1)
+    return round(_BASE_SECONDS + _SLOWER * (running + compensating) + elements / torch.get_num_threads(), 1)
 
 
 def _state_bytes(model: DecoderStream, length: int) -> int:
@@ -146,15 +152,16 @@ class _Matrix:
     def is_compensated(self) -> bool:
         return self.policy is not None and needs_hessian(self.policy)
 
-    def products(self, tokens: int) -> float:
-        """Multiplications and additions of matrix products."""
-        total = 2 * self.elements * tokens * self.share
-        if self.is_compensated:
-            # the Hessian (of about every third linear: the others share an input), and GPTQ, in float32 and in
-            # small steps
-            total += (2 * self.width**2 * min(tokens, 4 * 512) + 4 * self.width**3) / 3
-            total += 4 * 2 * self.out * self.width**2
-        return total
+    def running_products(self, tokens: int) -> float:
+        """Multiplications and additions of the matrix product that it is."""
+        return 2 * self.elements * tokens * self.share
+
+    def compensating_products(self, tokens: int) -> float:
+        """Those of GPTQ, in small steps, and of the Hessian: of about every third linear, the others share an input."""
+        if not self.is_compensated:
+            return 0.0
+        hessian = (2 * self.width**2 * min(tokens, 4 * 512) + 4 * self.width**3) / 3
+        return hessian + 4 * 2 * self.out * self.width**2
 
     @property
     def element_seconds(self) -> float:
@@ -194,7 +201,7 @@ class _LayerSizes:
         return cls(linears, experts, sum(p.numel() for p in layer.parameters()))
 
     @property
-    def _all(self) -> list[_Matrix]:
+    def all(self) -> list[_Matrix]:
         return [*self.linears, *self.experts]
 
     @property
@@ -205,8 +212,8 @@ class _LayerSizes:
 
     @property
     def _statistics_bytes(self) -> int:
-        by_gptq = {each.width for each in self._all if each.is_compensated}
-        widest = max((each.width for each in self._all), default=0)
+        by_gptq = {each.width for each in self.all if each.is_compensated}
+        widest = max((each.width for each in self.all), default=0)
         return 4 * sum(width**2 for width in by_gptq) + 4 * 512 * widest * 6
 
     def running_bytes(self, batch: int, item: int, scores: int) -> int:
@@ -217,8 +224,8 @@ class _LayerSizes:
             item: bytes of a number.
             scores: bytes that attention takes for a token.
         """
-        longest = max((each.out for each in self._all), default=0)
-        widest = max((each.width for each in self._all), default=0)
+        longest = max((each.out for each in self.all), default=0)
+        widest = max((each.width for each in self.all), default=0)
         activations = batch * (item * (3 * longest + 4 * widest) + scores)
         return self.parameters * item + activations + self._statistics_bytes
 
@@ -233,27 +240,26 @@ class _LayerSizes:
 
     def quantizing_bytes(self, item: int) -> int:
         """While its linears, or one of its experts, are quantized."""
-        by_gptq = [each.width for each in self._all if each.is_compensated]
-        largest = max((each.elements for each in self._all), default=0)
+        by_gptq = [each.width for each in self.all if each.is_compensated]
+        largest = max((each.elements for each in self.all), default=0)
         chunk = min(_GPTQ_CHUNK_BYTES if by_gptq else _CHUNK_BYTES, 5 * 4 * 3 * largest)
         needed = self._statistics_bytes + chunk + 4 * 4 * max(by_gptq, default=0) ** 2 + 2 * largest
         needed += 2 * 4 * min(largest, 1 << 24)  # rows that the search for a smoothing scale looks at
         return needed + 3 * (1 + item) * max((each.elements for each in self.experts), default=0)
 
-    def products(self, tokens: int) -> float:
-        return sum(each.products(tokens) for each in self._all)
-
     @property
     def element_seconds(self) -> float:
-        return sum(each.element_seconds for each in self._all)
+        return sum(each.element_seconds for each in self.all)
 
 
-def _flops(dtype: torch.dtype, device: torch.device) -> float:
-    a = torch.randn(512, 1024, device=device).to(dtype)
-    b = torch.randn(1024, 1024, device=device).to(dtype)
+def _flops(dtype: torch.dtype, device: torch.device, like: _Matrix) -> float:
+    """Multiplications and additions a second that this machine does now, in products with a matrix of this size."""
+    out, width = min(like.out, _MOST_ROWS), min(like.width, _MOST_ROWS)
+    a = torch.randn(512, width, device=device).to(dtype)
+    b = torch.randn(width, out, device=device).to(dtype)
     a @ b
     count, begin = 0, time.perf_counter()
-    while time.perf_counter() - begin < 0.2:
+    while time.perf_counter() - begin < _TIMED_SECONDS:
         float((a @ b)[0, 0])
         count += 1
-    return count * 2 * 512 * 1024 * 1024 / (time.perf_counter() - begin)
+    return count * 2 * 512 * width * out / (time.perf_counter() - begin)

@@ -41,6 +41,11 @@ class ExpertLinears:
     policies: dict[str, Policy | None]
     groups: Sequence[Group]
 
+    def stored(self, weights: ModelWeights) -> dict[str, str]:
+        """The checkpoint's names of weights and biases."""
+        names = {f"{part}.{kind}": f"{name}.{kind}" for part, name in self.names.items() for kind in ("weight", "bias")}
+        return {name: stored for name, stored in names.items() if stored in weights}
+
 
 @dataclass(frozen=True)
 class ExpertSamples:
@@ -68,13 +73,13 @@ class SmoothedExpert:
         self, linears: ExpertLinears, samples: ExpertSamples, weights: ModelWeights, output_format: QuantizedFormat
     ) -> None:
         policies = linears.policies
+        first = [part for part in linears.names if part != DOWN]
         statistics = {
-            GATE: _statistics((policies[GATE], policies[UP]), samples.seen),
+            first[0]: _statistics([policies[part] for part in first], samples.seen),
             DOWN: _statistics((policies[DOWN],), samples.inner),
         }
-        stored = {f"{part}.weight": f"{name}.weight" for part, name in linears.names.items()}
-        own = StoredWeights(weights, stored)
-        self._storage = storage(output_format, weights.dtype(stored[f"{GATE}.weight"]))
+        own = StoredWeights(weights, linears.stored(weights))
+        self._storage = storage(output_format, weights.dtype(f"{linears.names[DOWN]}.weight"))
         self._policies, self._device = policies, samples.seen.device
         width = own.shape(DOWN)[1]
         self._groups = [
@@ -116,23 +121,25 @@ def _statistics(policies: Sequence[Policy | None], x: torch.Tensor | None) -> In
 class _Small(nn.Module):
     """An expert of a few channels, to probe what its scales can be folded into."""
 
-    def __init__(self, apply_gate: Gate) -> None:
+    def __init__(self, apply_gate: Gate, *, has_gate: bool) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(_FEW, _FEW, bias=False) for _ in range(3))
+        self.gate_proj = nn.Linear(_FEW, _FEW, bias=False) if has_gate else None
+        self.up_proj, self.down_proj = (nn.Linear(_FEW, _FEW, bias=False) for _ in range(2))
         self._apply_gate = apply_gate
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self._apply_gate(torch.cat((self.gate_proj(x), self.up_proj(x)), dim=-1)))
+        first = (self.up_proj(x),) if self.gate_proj is None else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(self._apply_gate(torch.cat(first, dim=-1)))
 
 
 @lru_cache(maxsize=1)
-def expert_groups(apply_gate: Gate) -> list[Group]:
+def expert_groups(apply_gate: Gate, *, has_gate: bool = True) -> list[Group]:
     """The groups of an expert: gate and up, and down, whose scale folds into up unless the gate clamps it.
 
     The channel map is left at a few channels: channel i of down is channel i of up.
     """
     generator = torch.Generator().manual_seed(0)
-    small = _Small(apply_gate)
+    small = _Small(apply_gate, has_gate=has_gate)
     for parameter in small.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator))
     x = torch.randn(1, 4, _FEW, generator=generator)

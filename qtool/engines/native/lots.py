@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qtool.engines.native.experts import PARTS
 from qtool.engines.native.units import ExpertTask
 from qtool.engines.report import ExpertTokens
 from qtool.model.experts import Routing
@@ -81,15 +80,13 @@ def after_run(prepared: Prepared, index: int, recorder: Recorder, router: torch.
     """
     module = prepared.model.routed(index)
     assert module is not None
-    policies = [
-        {part: prepared.plan.policies[name] for part, name in zip(PARTS, names, strict=True)} for names in module.names
-    ]
+    policies = [{part: prepared.plan.policies[name] for part, name in names.parts.items()} for names in module.names]
     routing = recorder.routing(len(policies))
     counts = routing.counts(len(policies))
     enough = prepared.job.recipe.calibration.expert_tokens
     needy = [any(policy and needs_tokens(policy) for policy in own.values()) for own in policies]
     short = [expert for expert, own in enumerate(counts) if needy[expert] and own < enough]
-    rows, columns = prepared.model.weights.shape(f"{module.names[0].gate}.weight")
+    rows, columns = prepared.model.weights.shape(f"{module.names[0].up}.weight")
     return RoutedLayer(
         index=index,
         policies=policies,

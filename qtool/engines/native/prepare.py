@@ -88,7 +88,7 @@ def prepare(job: QuantizationJob, report: Report) -> Prepared:
     executor.check(job.resources)
     context = setup.of(checkpoint)
     linears, kept = context.model.linears(), selection.kept_float(context.model)
-    planned = plan.make(checkpoint, job.recipe, job.scheme, job.output.format, linears, kept)
+    planned = plan.make(checkpoint, job.recipe, job.scheme, job.output.format, linears, kept, context.model.weights)
     context.model.prologue(torch.tensor([[0, 1]]))  # what can't be run shows before any work, and in a dry run
     if job.recipe.osl == "exact":
         _refuse_unusual(job, context.model)

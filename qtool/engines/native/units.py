@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from qtool.engines.native.context import Context
-from qtool.engines.native.experts import PARTS, ExpertLinears, ExpertSamples, SmoothedExpert, expert_groups
+from qtool.engines.native.experts import GATE, ExpertLinears, ExpertSamples, SmoothedExpert, expert_groups
 from qtool.engines.native.pieces import Float, Linear, Output, Piece, Row
 from qtool.model.recorder import ExpertInputs
 from qtool.model.weights import StoredWeights
@@ -113,7 +113,7 @@ def quantize_experts(context: Context, task: ExpertTask) -> Iterator[Piece]:
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     per_expert = zip(task.experts, task.policies, inputs.tokens, inputs.weights, inputs.extra, strict=True)
     for number, policies, tokens, weights, extra in per_expert:
-        names = dict(zip(PARTS, module.names[number], strict=True))
+        names = module.names[number].parts
         with model.weights.holding([f"{name}.weight" for name in names.values()]):
             tokens, weights = tokens.to(x.device), weights.to(x.device)
             seen = x[torch.cat((tokens, extra.to(x.device)))] if len(extra) else x[tokens]
@@ -126,7 +126,7 @@ def quantize_experts(context: Context, task: ExpertTask) -> Iterator[Piece]:
                     output.index_add_(0, tokens, routed)
                 del expert
             if task.quantize:
-                linears = ExpertLinears(names, policies, expert_groups(module.apply_gate))
+                linears = ExpertLinears(names, policies, expert_groups(module.apply_gate, has_gate=GATE in names))
                 yield from _quantize_expert(context, linears, ExpertSamples(seen, inner))
     yield Output(output.cpu())
 
@@ -142,6 +142,10 @@ def _quantize_expert(context: Context, linears: ExpertLinears, samples: ExpertSa
     for part in folded.linears:
         if linears.policies[part] is None:
             yield _folded_weight(context, folded, part, f"{linears.names[part]}.weight")
+    for name, tensor in folded.changed.items():
+        part = name.removesuffix(".bias")
+        if linears.policies[part] is None:
+            yield Float(f"{linears.names[part]}.bias", tensor.cpu())
 
 
 def _folded_weight(context: Context, folded: Folded, name: str, stored: str) -> Float:

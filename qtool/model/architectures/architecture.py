@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from qtool.errors import InputError
 
@@ -21,8 +23,12 @@ class FusedExperts:
         gate_up, down: its parameters; a checkpoint's tensors are found by these names.
         count: how many experts.
         hidden, intermediate: their widths.
-        apply_gate: [tokens, gate and up] -> [tokens, intermediate].
+        apply_gate: [tokens, gate and up] -> [tokens, intermediate]; without a gate the activation, of up alone.
         router: the parameter [count, hidden] that scores the experts, by its name inside the decoder layer, if any.
+        has_gate, has_bias: whether each has a gate beside up, and its linears biases.
+        transposed: the parameters are [experts, in, out].
+        interleaved: rows of gate and up take turns.
+        has_identities: experts with numbers from `count` on give what they get.
     """
 
     name: str
@@ -33,6 +39,23 @@ class FusedExperts:
     intermediate: int
     apply_gate: Callable[..., Any]
     router: str | None
+    has_gate: bool = True
+    has_bias: bool = False
+    transposed: bool = False
+    interleaved: bool = False
+    has_identities: bool = False
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """Hands gate and up, one after the other, to a function that takes them in turn."""
+
+    apply_gate: Callable[..., Any]
+
+    def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        result: torch.Tensor = self.apply_gate(torch.stack((gate, up), dim=-1).flatten(-2))
+        return result
 
 
 class Architecture:
@@ -68,25 +91,42 @@ class Architecture:
         return max(sizes, key=lambda name: sizes[name], default=None)
 
     def experts(self, layer: nn.Module, layer_name: str, where: str) -> Iterator[FusedExperts]:
-        """The routed experts of a decoder layer: gated linears without biases, as DeepSeek's are.
+        """The routed experts of a decoder layer: those that transformers runs through its experts' interface.
 
         Raises InputError, about the model at `where`, for experts of another kind.
         """
         for name, module in layer.named_modules():
-            if {part: p.dim() for part, p in module.named_parameters(recurse=False)}.get("down_proj") != 3:
+            parts = {part: p for part, p in module.named_parameters(recurse=False) if p.dim() == 3}
+            if not {"gate_up_proj", "up_proj"} & parts.keys() or "down_proj" not in parts:
+                if parts and not isinstance(module, _ConvNd) and "expert" in f"{name}{type(module).__name__}".lower():
+                    raise _unusual(f"{layer_name}.{name}", where)
                 continue
-            _refuse_unusual(module, f"{layer_name}.{name}", where)
-            count, hidden, intermediate = module.get_parameter("down_proj").shape
-            yield FusedExperts(
-                name=name,
-                gate_up="gate_up_proj",
-                down="down_proj",
-                count=count,
-                hidden=hidden,
-                intermediate=intermediate,
-                apply_gate=module._apply_gate,
-                router=self.router(layer, name, count, hidden),
-            )
+            yield self.fused(layer, name, module, f"{layer_name}.{name}", where)
+
+    def fused(self, layer: nn.Module, name: str, module: Any, full_name: str, where: str) -> FusedExperts:
+        """One module of experts. Raises InputError as `experts`."""
+        has_gate = getattr(module, "has_gate", True if hasattr(module, "_apply_gate") else None)
+        transposed = getattr(module, "is_transposed", False)
+        if has_gate is None or (has_gate and not hasattr(module, "_apply_gate")):
+            raise _unusual(full_name, where)
+        interleaved = not getattr(module, "is_concatenated", True)
+        shape = module.get_parameter("down_proj").shape
+        count, hidden, intermediate = (shape[0], shape[2], shape[1]) if transposed else shape
+        apply_gate = module._apply_gate if has_gate else module.act_fn
+        return FusedExperts(
+            name=name,
+            gate_up="gate_up_proj" if has_gate else "up_proj",
+            down="down_proj",
+            count=count,
+            hidden=hidden,
+            intermediate=intermediate,
+            apply_gate=Interleaved(apply_gate) if interleaved else apply_gate,
+            router=self.router(layer, name, count, hidden),
+            has_gate=has_gate,
+            has_bias=getattr(module, "has_bias", False),
+            transposed=transposed,
+            interleaved=interleaved,
+        )
 
     def kept_float(self, linear: str) -> str | None:
         """Why runtimes keep a linear float, by its name inside the decoder layer; None where they don't."""
@@ -101,12 +141,9 @@ class Architecture:
         return None
 
 
-def _refuse_unusual(module: Any, name: str, where: str) -> None:
-    usual = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-    unusual = [key for key, value in usual.items() if getattr(module, key, value) != value]
-    if unusual or not hasattr(module, "_apply_gate"):
-        raise InputError(
-            f"the experts of {name} are of a kind that qtool doesn't read ({', '.join(unusual) or 'no gate'})",
-            where=where,
-            hint="it reads experts of three linears: gate, up, down",
-        )
+def _unusual(name: str, where: str) -> InputError:
+    return InputError(
+        f"the experts of {name} are of a kind that qtool doesn't read",
+        where=where,
+        hint="it reads experts that are a gate, up and down, or up and down, of one module",
+    )

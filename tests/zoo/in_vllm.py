@@ -1,0 +1,114 @@
+"""Whether vLLM on a CPU reads what qtool made of tiny models, and generates with it.
+
+python -m tests.zoo.in_vllm [--only REGEX]
+
+One process imports vLLM, and forks for each type: about 5 s each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# The most used types of text models that its CPU build could run.
+TYPES = (
+    *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "phi", "olmo2", "granite", "glm4"),
+    *("starcoder2", "gpt_neox", "falcon", "stablelm", "cohere", "exaone4", "smollm3", "mixtral", "qwen2_moe"),
+    *("qwen3_moe", "olmoe", "gpt_oss", "minimax_m2", "granitemoe", "qwen3_next", "qwen3_5_text", "lfm2", "nemotron_h"),
+)
+# vLLM's attention on CPUs wants heads of 32 channels or more.
+_WIDER = {
+    "hidden_size": 128,
+    "head_dim": 32,
+    "intermediate_size": 192,
+    "moe_intermediate_size": 96,
+    "shared_expert_intermediate_size": 96,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "mamba_head_dim": 32,
+    "moe_shared_expert_intermediate_size": 96,
+}
+
+
+def outcomes(only: re.Pattern[str], limit: float) -> Iterator[tuple[str, str]]:
+    """(type, "N int8 tensors, generates" or what went wrong)."""
+    _import()
+    from tests.zoo.keeper import in_fork
+
+    for model_type in TYPES:
+        if only.search(model_type):
+            content = in_fork(partial(_work, model_type), limit)
+            yield model_type, "took too long or died" if not content else content.decode()
+
+
+def _import() -> None:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from qtool.workers import hide_media_packages
+
+    hide_media_packages()
+    from tests.zoo import keeper
+
+    keeper.import_all()
+    import vllm  # noqa: F401
+
+    from qtool.runtimes import int8_kernel
+
+    int8_kernel.register()
+
+
+def _work(model_type: str, folder: Path) -> bytes:
+    import torch
+    from vllm import LLM, SamplingParams
+
+    from tests.zoo import judge, models
+
+    try:
+        source = models.make("text", model_type, folder / "float", _WIDER)
+        model = judge.load("text", source)
+        judge.quantize(source, folder / "int8", models.text(model, 8, 48, seed=1))
+        ids = models.text(model, 2, 16, seed=2).tolist()
+        del model
+        llm: Any = LLM(
+            str(folder / "int8"),
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            dtype="bfloat16",
+            max_model_len=64,
+            max_num_seqs=2,
+        )
+        (count,) = llm.apply_model(_int8)
+        sampling = SamplingParams(max_tokens=4, temperature=0, detokenize=False, ignore_eos=True)
+        answers = llm.generate([{"prompt_token_ids": each} for each in ids], sampling, use_tqdm=False)
+        made = [len(answer.outputs[0].token_ids) for answer in answers]
+        torch.set_num_threads(1)
+        return f"{count} int8 tensors, generates {made}".encode()
+    except Exception as error:
+        while error.__cause__ is not None:
+            error = error.__cause__  # type: ignore[assignment]
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".encode()
+
+
+def _int8(model: Any) -> int:
+    import torch
+
+    return sum(parameter.dtype == torch.int8 for parameter in model.parameters())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.zoo.in_vllm")
+    parser.add_argument("--only", default="", metavar="REGEX")
+    options = parser.parse_args()
+    for model_type, outcome in outcomes(re.compile(options.only), 120):
+        print(model_type, outcome, flush=True)
+
+
+if __name__ == "__main__":
+    main()
