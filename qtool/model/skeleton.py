@@ -64,10 +64,7 @@ class Skeleton:
         self.layers_name = self.name_of(self.layers)
         self.kept_in_float32: tuple[str, ...] = tuple(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
         self._check_buffers()
-        for module in self.decoder.modules():
-            self._initialize_buffers(module, device)
-        with torch.device(device):
-            self.decoder._init_weights(self.decoder)  # some fill the buffers of their layers (Falcon H1)
+        self._initialize_buffers(device)
 
     @property
     def config(self) -> Any:
