@@ -53,6 +53,19 @@ def _experts(model: Quantized) -> Limitation | None:
     )
 
 
+def _other_names(model: Quantized) -> Limitation | None:
+    if model.architecture != _RENAMED:
+        return None
+    return Limitation(
+        f"vllm-ascend doesn't load {_RENAMED} in modelslim format: it asks for the layers by other names",
+        unread=True,
+        hint="vLLM-MindSpore reads it: --scheme w8a8-static --format golden-stick.",
+    )
+
+
+_RENAMED = "TeleChat2ForCausalLM"
+_ALL = ("w8a8", "w8a8-dynamic", "w8a8-static")
+
 RUNTIME = Runtime(
     name="vllm-ascend",
     title="vllm-ascend",
@@ -74,6 +87,11 @@ RUNTIME = Runtime(
                     "vllm-ascend 0.18.0: quantization/modelslim_config.py (get_linear_quant_type)",
                     _experts,
                 ),
+                Limit(
+                    "KeyError: the description has the layers' own names, and the model asks for vLLM's",
+                    "vllm-ascend 0.18.0: quantization/modelslim_config.py (get_linear_quant_type); vllm: telechat2.py",
+                    _other_names,
+                ),
             ),
             "vllm-ascend 0.18.0: quantization/modelslim_config.py, quantization/methods/w8a8_{static,dynamic}.py",
             frozenset(
@@ -87,7 +105,15 @@ RUNTIME = Runtime(
                     "Qwen3MoeForCausalLM",
                 }
             ),
-            {"LlamaForCausalLM": ("w8a8",), "Qwen2ForCausalLM": ("w8a8-static",)},
+            {
+                "Glm4MoeForCausalLM": ("w8a8-static",),
+                "LlamaForCausalLM": _ALL,
+                "MistralForCausalLM": _ALL,
+                "MixtralForCausalLM": ("w8a8-static",),
+                "Qwen2ForCausalLM": _ALL,
+                "Qwen3ForCausalLM": _ALL,
+                "Qwen3MoeForCausalLM": ("w8a8-static",),
+            },
         ),
     ),
     hardware=("ascend",),

@@ -127,10 +127,15 @@ read_description = modelslim.AscendModelSlimConfig.maybe_update_config
 modelslim.AscendModelSlimConfig.maybe_update_config = lambda self, model, **_: read_description(self, model)
 type(current_platform).supported_quantization = ["ascend"]
 
-from qtool.evaluation.vllm_logits import VllmLogits  # noqa: E402
 
-model, ids, output = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-with open(f"{model}/config.json") as file:
-    config = json.load(file)
-engine = {"quantization": "ascend", "dtype": "bfloat16", "enforce_eager": True}
-torch.save(VllmLogits(model, config, len(ids), engine, trust_remote_code=False)(ids), output)
+def main(model: str, ids: list[int], output: str) -> None:
+    from qtool.evaluation.vllm_logits import VllmLogits
+
+    with open(f"{model}/config.json") as file:
+        config = json.load(file)
+    engine = {"quantization": "ascend", "dtype": "bfloat16", "enforce_eager": True}
+    torch.save(VllmLogits(model, config, len(ids), engine, trust_remote_code=False)(ids), output)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3])

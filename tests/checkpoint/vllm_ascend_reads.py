@@ -1,0 +1,13 @@
+"""What vllm-ascend 0.18 takes of checkpoints: python vllm_ascend_reads.py FOLDER..., lines of JSON as of vllm_reads.
+
+All that reads linear layers is the plugin's own, as in vllm_ascend_on_cpu; its method for experts is not among it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import vllm_ascend_on_cpu  # noqa: F401 (makes the plugin importable here)
+import vllm_reads
+
+vllm_reads.main(sys.argv[1:], "ascend")
