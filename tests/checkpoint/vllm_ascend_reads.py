@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-import vllm_ascend_on_cpu  # noqa: F401 (makes the plugin importable here)
-import vllm_reads
+import vllm_ascend_on_cpu  # type: ignore[import-not-found]  # noqa: F401 (makes the plugin importable here)
+import vllm_reads  # type: ignore[import-not-found]
 
 vllm_reads.main(sys.argv[1:], "ascend")
