@@ -177,7 +177,9 @@ class FloatReader:
             return FloatReader(self.checkpoint).unchanged(name)
         if self._packed(name):
             return self.tensor(name)
-        is_number = self.checkpoint.info(name).dtype in dtypes.FLOATS or name.endswith(".weight")
+        info = self.checkpoint.info(name)
+        # a single number may be a limit, and infinite
+        is_number = (info.dtype in dtypes.FLOATS and bool(info.shape)) or name.endswith(".weight")
         return self.tensor(name) if is_number else self.checkpoint.tensor(name)
 
     def linear(self, name: str) -> QuantizedLinear | None:

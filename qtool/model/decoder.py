@@ -17,7 +17,7 @@ from torch import nn
 
 from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
-from qtool.errors import InputError
+from qtool.errors import InputError, foreign
 from qtool.model import experts
 from qtool.model.architectures import Architecture
 from qtool.model.experts import RoutedExperts
@@ -101,8 +101,7 @@ class DecoderStream:
 
     def layer_name(self, index: int) -> str:
         """What the checkpoint calls a layer: its tensors' names begin with this and a dot."""
-        for name, _ in self.skeleton_layer(index).named_parameters():
-            stored = self.stored(index, name)
+        for name, stored in self.own_parameters(index).items():
             if stored.endswith(f".{name}"):  # else the checkpoint renames this one inside the layer, too
                 return stored.removesuffix(f".{name}")
         return f"{self._skeleton.layers_name}.{index}"
@@ -161,6 +160,12 @@ class DecoderStream:
                 found[name] = stored
         return found
 
+    def shared_parameters(self, index: int) -> set[str]:
+        """The parameters of a layer that other layers have as well, by their names inside the layer."""
+        prefix = f"{self._skeleton.layers_name}.{index}."
+        names = (name for name, _ in self.skeleton_layer(index).named_parameters())
+        return {name for name in names if self._loader.names.is_tied(prefix + name)}
+
     # ------------------------------------------------------------------ running it
 
     @contextmanager
@@ -200,7 +205,10 @@ class DecoderStream:
         if self._loop.is_idle(index):
             return batch
         call = self._loop.call(index, batch, self._calling)
-        return Batch(batch.ids, self._loop.left(index, call, layer(*call.args, **call.kwargs)))
+        hint = "its code does what qtool can't follow, and this model can't be quantized layer by layer"
+        with foreign(f"{self.layer_name(index)} can't be run", where=str(self.checkpoint.path), hint=hint):
+            left = layer(*call.args, **call.kwargs)
+        return Batch(batch.ids, self._loop.left(index, call, left))
 
     @property
     def is_plain(self) -> bool:
@@ -214,6 +222,10 @@ class DecoderStream:
     def is_idle(self, index: int) -> bool:
         """Whether text doesn't go through this layer (as with cross-attention to pictures)."""
         return self._loop.is_idle(index)
+
+    def is_called(self, index: int, linear: str) -> bool:
+        """Whether text goes through a linear of a layer, by its name inside it."""
+        return self._loop.is_called(index, linear)
 
     def entering(self, index: int, length: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """(shape without the samples, type) of each tensor that enters layer `index`, for samples of this length.

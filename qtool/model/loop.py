@@ -11,7 +11,7 @@ a container that is handed from layer to layer (the shared keys and values of Ge
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -27,6 +27,7 @@ from qtool.model.outside import Outside
 from qtool.model.skeleton import Skeleton
 from qtool.model.state import Batch, State
 from qtool.model.structure import alike, mapped, tensors_in
+from qtool.quant.topology import linear_layers, signature
 
 _SAMPLES, _TOKENS = (2, 3), (8, 12)  # of the texts that the loop is learned on
 
@@ -126,12 +127,14 @@ class _Learned:
         hidden: the place of the hidden states in every call, where these alone pass from layer to layer and all other
             arguments depend on the text's length only; None for any other model.
         idle: layers that a text doesn't go through (cross-attention to pictures).
+        called: per layer the linears that it goes through, by their names inside the layer.
     """
 
     left: list[_Left]
     calls: list[Call | None]
     hidden: Any
     idle: frozenset[int]
+    called: dict[int, set[str]]
 
 
 class _Reached(Exception):
@@ -154,6 +157,7 @@ class DecoderLoop:
     def __init__(self, skeleton: Skeleton, loader: Loader) -> None:
         self._skeleton, self._loader = skeleton, loader
         self._outside: dict[torch.dtype, Outside] = {}
+        self._called: dict[int, set[str]] = {}
         self._templates: dict[tuple[torch.dtype, int], list[Call | None]] = {}
 
     # ------------------------------------------------------------------ what it is
@@ -166,6 +170,10 @@ class DecoderLoop:
     def is_idle(self, index: int) -> bool:
         """Whether text doesn't go through this layer."""
         return index in self._learned.idle
+
+    def is_called(self, index: int, linear: str) -> bool:
+        """Whether text goes through a linear of a layer, by its name inside it."""
+        return linear in self._learned.called.get(index, ())
 
     def sample_shapes(self, index: int, length: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """(shape without the samples, type) of each tensor that enters layer `index`."""
@@ -193,7 +201,7 @@ class DecoderLoop:
         if self.is_plain:
             template = self._template(index, dtype, batch.ids.shape[1])
             assert template is not None
-            return template.with_tensors(lambda tensor: batch.hidden if tensor is _HIDDEN else tensor)
+            return _exchanged(template, _HIDDEN, batch.hidden)
         return self._reach(index, batch.ids, batch.state, dtype)
 
     def left(self, index: int, call: Call, result: Any) -> State:
@@ -273,10 +281,10 @@ class DecoderLoop:
 
             def note(index: int, call: Call) -> Any:
                 hidden = call.values[place]
-                calls[index] = call.with_tensors(lambda tensor: _HIDDEN if tensor is hidden else tensor)
+                calls[index] = _exchanged(call, hidden, _HIDDEN)
                 return mapped(self._learned.left[index].result, lambda _: hidden)
 
-            self._run(torch.zeros(1, length, dtype=torch.int64), note, dtype)
+            self._run(self._text(1, length, 0), note, dtype)
             self._templates[key] = calls
         return self._templates[key][index]
 
@@ -296,6 +304,14 @@ class DecoderLoop:
     def _learned(self) -> _Learned:
         try:
             with torch.no_grad():
+                try:
+                    return self._learn()
+                except RuntimeError:
+                    if not self._skeleton.kept_in_float32:
+                        raise
+                # DeepSeek-V4's code can't run with norms in float32 between matrices in bfloat16.
+                self._skeleton.kept_in_float32 = ()
+                self._outside.clear()
                 return self._learn()
         except QtoolError:
             raise
@@ -320,7 +336,7 @@ class DecoderLoop:
             left[index] = _Left(result, shared, [_Slot.of(a, b) for a, b in zip(tensors, twins, strict=True)])
             calls[index] = call
         idle = frozenset(range(depth)) - set(order)
-        learned = self._without_unused(_Learned(left, calls, None, idle))
+        learned = self._without_unused(_Learned(left, calls, None, idle, self._called))
         place = self._plain_place(learned, order) if not changed and not idle else None
         self._check_order(learned, order)
         return replace(learned, hidden=place)
@@ -333,7 +349,7 @@ class DecoderLoop:
         def run(index: int, call: Call) -> Any:
             layer = self._skeleton.layers[index]
             before = {place: _content(value) for place, value in call.containers.items()}
-            with _zeros(layer, self._loader.device):
+            with self._zeros(layer), _noting(layer, self._called.setdefault(index, set())):
                 result = type(layer).forward(layer, *call.args, **call.kwargs)
             after = {place: _content(value) for place, value in call.containers.items()}
             changed = {place for place in after if not _is_same(before[place], after[place])}
@@ -350,6 +366,26 @@ class DecoderLoop:
 
         self._run(self._text(samples, tokens, 0), run, self._loader.dtype)
         return found
+
+    @contextmanager
+    def _zeros(self, layer: nn.Module) -> Iterator[None]:
+        """Within the block the layer has weights, all zero (pages that nobody wrote take no memory), and no experts."""
+        saved = [
+            (module, name, part, parameter)
+            for name, module in layer.named_modules()
+            for part, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        with _handled([module for module in layer.modules() if isinstance(module, RoutedExperts)]):
+            for module, name, part, parameter in saved:
+                dtype = torch.float32 if self._loader.is_kept_in_float32(f"{name}.{part}") else parameter.dtype
+                zeros = torch.zeros(parameter.shape, dtype=dtype, device=self._loader.device)
+                module._parameters[part] = nn.Parameter(zeros, requires_grad=False)
+            try:
+                yield
+            finally:
+                for module, _, part, parameter in saved:
+                    module._parameters[part] = parameter
 
     def _text(self, samples: int, tokens: int, seed: int) -> torch.Tensor:
         """Token ids [samples, tokens], any."""
@@ -406,12 +442,16 @@ class DecoderLoop:
         """Raises InputError when a layer depends on what others left than the one before it."""
         ids = self._text(_SAMPLES[0], _TOKENS[0], 0)
         shared = {place for index in order for place in learned.left[index].shared}
-        kept = self._again(learned, ids, lambda _, tensor: tensor)
+        outputs: list[Any] = []
+        kept = self._again(learned, ids, lambda _, tensor: tensor, outputs)
+        self._again(learned, ids, lambda index, tensor: _other(tensor) if index != order[-1] else tensor, outputs)
+        if not alike(*outputs):
+            raise self._skeleton.unusual("what comes after the layers needs more than the last one leaves")
         for parity in (0, 1):
             changed = {index for position, index in enumerate(order) if position % 2 == parity}
 
             def change(index: int, tensor: torch.Tensor, changed: set[int] = changed) -> torch.Tensor:
-                return tensor + 1 if index in changed and tensor.is_floating_point() else tensor
+                return _other(tensor) if index in changed else tensor
 
             calls = self._again(learned, ids, change)
             for before, index in pairwise(order):
@@ -450,10 +490,36 @@ class DecoderLoop:
             ours, theirs, alone = (_without(each[index].values, {place}) for each in (kept, others, single))
             if not alike(ours, theirs) or not _broadcasts(alone, ours):
                 return None
-        return place
+        grown = not alike([call.values for call in kept.values()], [call.values for call in single.values()])
+        return place if not grown or self._takes_several(single, left, place) else None
+
+    def _takes_several(self, single: dict[int, Call], left: dict[int, torch.Tensor], place: Any) -> bool:
+        """Whether layers run on several samples with masks that were made for one."""
+        done = set()
+        for index, call in single.items():
+            layer = self._skeleton.layers[index]
+            if (kind := signature(layer)) in done:
+                continue
+            done.add(kind)
+            wanted = _exchanged(call, call.values[place], left[index])
+            try:
+                with self._zeros(layer):
+                    type(layer).forward(layer, *wanted.args, **wanted.kwargs)
+            except (RuntimeError, ValueError, IndexError):
+                return False
+        return True
 
     def _single(self, learned: _Learned, ids: torch.Tensor) -> dict[int, Call]:
         return self._again(learned, ids[:1], lambda _, tensor: tensor[:1])
+
+
+def _exchanged(call: Call, old: torch.Tensor, new: torch.Tensor) -> Call:
+    return call.with_tensors(lambda tensor: new if tensor is old else tensor)
+
+
+def _other(tensor: torch.Tensor) -> torch.Tensor:
+    """Other numbers; whole ones may be places in something, and stay."""
+    return tensor + 1 if tensor.is_floating_point() else tensor
 
 
 # Stands for hidden states in a call.
@@ -471,11 +537,13 @@ def _without(values: dict[Any, Any], places: set[Any]) -> list[Any]:
 def _broadcasts(one: Any, two: Any) -> bool:
     """Whether tensors for one sample serve for several."""
     pairs = zip(tensors_in(one), tensors_in(two), strict=True)
-    return all(_expands(a, b) and alike(a.expand_as(b), b) for a, b in pairs)
+    return all(a.shape == b.shape or (_expands(a, b) and alike(a.expand_as(b), b)) for a, b in pairs)
 
 
 def _expands(one: torch.Tensor, two: torch.Tensor) -> bool:
-    return one.dim() == two.dim() and all(a in (1, b) for a, b in zip(one.shape, two.shape, strict=True))
+    """A vector with a number for each sample doesn't: a layer may choose samples by it."""
+    same = one.dim() == two.dim() >= 2
+    return same and all(a in (1, b) for a, b in zip(one.shape, two.shape, strict=True))
 
 
 def _content(container: Any) -> Any:
@@ -508,24 +576,13 @@ def replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
 
 
 @contextmanager
-def _zeros(layer: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within the block the layer has weights, all zero (pages that nobody wrote cost no memory), and no experts."""
-    saved = [
-        (module, name, parameter)
-        for module in layer.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-    routed = [module for module in layer.modules() if isinstance(module, RoutedExperts)]
-    with _handled(routed):
-        for module, name, parameter in saved:
-            zeros = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
-            module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
-        try:
-            yield
-        finally:
-            for module, name, parameter in saved:
-                module._parameters[name] = parameter
+def _noting(layer: nn.Module, called: set[str]) -> Iterator[None]:
+    """Within the block the linears that are called are noted."""
+    with ExitStack() as stack:
+        for name, linear in linear_layers(layer).items():
+            hook = linear.register_forward_pre_hook(lambda _m, _args, name=name: called.add(name))
+            stack.callback(hook.remove)
+        yield
 
 
 @contextmanager

@@ -111,6 +111,10 @@ class Names:
             return self._stored[name]
         return next((self._stored[other] for other in self._tied.get(name, ()) if other in self._stored), name)
 
+    def is_tied(self, name: str) -> bool:
+        """Whether the model uses this parameter under another name as well."""
+        return name in self._tied
+
     def conversion(self, name: str) -> Conversion | None:
         """How a parameter is made of several tensors, or of one in another form; None where it is one as it is."""
         if name in self._stored:

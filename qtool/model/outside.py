@@ -33,7 +33,7 @@ class Outside(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
         if name == "__get__":
-            if id(args[0]) in self._names and function is torch.Tensor.device.__get__:
+            if id(args[0]) in self._names and function == torch.Tensor.device.__get__:
                 return self._loader.device
             return function(*args, **kwargs)
         if function is torch.embedding and id(args[0]) in self._names:

@@ -53,17 +53,23 @@ def probe(stream: DecoderStream, index: int, layer: nn.Module) -> Probed:
     for name, tensor in layer.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and not stream.is_kept_in_float32(name):
             tensor.data = tensor.data.to(stream.dtype)
-    return Probed(_usable(groups, stream.own_parameters(index)), added)
+    own = stream.own_parameters(index).keys()
+    return Probed(_usable(groups, own, own - stream.shared_parameters(index)), added)
 
 
-def _usable(groups: list[Group], parameters: Container[str]) -> list[Group]:
-    """The groups of linears with these weights. What others have is scaled nowhere."""
+def _usable(groups: list[Group], own: Container[str], alone: Container[str]) -> list[Group]:
+    """The groups of the layer's own linears.
+
+    Args:
+        own: parameters of the layer that no layer before has.
+        alone: those that none behind has either; others are scaled nowhere.
+    """
     found = []
     for group in groups:
-        own = tuple(name for name in group.linears if f"{name}.weight" in parameters)
-        alone = group.fold is None or own != group.linears or f"{group.fold.producer}.weight" not in parameters
-        if own:
-            found.append(Group(own, None if alone else group.fold))
+        linears = tuple(name for name in group.linears if f"{name}.weight" in own)
+        scaled = [*group.linears, *([group.fold.producer] if group.fold else [])]
+        if linears:
+            found.append(Group(linears, group.fold if all(f"{name}.weight" in alone for name in scaled) else None))
     return found
 
 

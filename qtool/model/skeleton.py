@@ -48,7 +48,7 @@ class Skeleton:
         self.model = _build(checkpoint, dtype, trust_remote_code, self._where)
         self.tensors: dict[str, torch.Tensor] = self.model.state_dict(keep_vars=True)
         self.embedding: nn.Module = self.model.get_input_embeddings()
-        self.decoder = self._innermost_model(self.embedding)
+        self.decoder: Any = self._innermost_model(self.embedding)
         self.base: nn.Module = self.model.base_model if self.model.base_model is not self.model else self.decoder
         self.architecture = architectures.of(self.config.model_type)
         name = self.architecture.layers(self.decoder, self.config)

@@ -33,8 +33,10 @@ class StateFile:
         """Of samples start to stop."""
         rows, first, found = self._rows.read(start, stop), 0, []
         for (shape, dtype), size in zip(self._layout, self._sizes, strict=True):
-            part = rows[:, first : first + size].contiguous()
-            found.append(part.view(dtype).reshape(stop - start, *shape))
+            part = rows[:, first : first + size]
+            if len(self._sizes) > 1:  # a copy: numbers must begin at a multiple of their size
+                part = part.clone(memory_format=torch.contiguous_format)
+            found.append(part.reshape(-1).view(dtype).reshape(stop - start, *shape))
             first += size
         return tuple(found)
 

@@ -180,7 +180,7 @@ class Schedule:
         names = ((name, self._model.stored(index, name)) for name, _ in layer.named_parameters())
         stored = {name: found for name, found in names if found in self._model.weights}
         policies = {name: self._prepared.plan.policies[full] for name, full in self._model.layer_linears(index).items()}
-        key = signature(layer)
+        key = signature(layer), tuple(policies)  # not every layer has its own of all of them
         if key not in self._groups:
             self._groups[key] = probe(self._model, index, layer)
         probed = self._groups[key]

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from qtool.checkpoint.auto import auto_class
 from qtool.errors import ForeignError, InputError, QtoolError, foreign
 from qtool.runtimes.job import WorkerJob
 from qtool.runtimes.transformers import RUNTIME
@@ -34,7 +35,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     torch.set_grad_enabled(False)
     front = Front(WorkerJob.from_json(job), report)
     meter.lap("import")
-    model = _load(front.job)
+    model = _load(front.job, report)
     meter.lap("load")
     meter.begin()
     while not report.inputs.ended:
@@ -45,25 +46,51 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     return meter.end("transformers")
 
 
-def _load(job: WorkerJob) -> Any:
+def _load(job: WorkerJob, report: Report) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    allowed = {"trust_remote_code": job.trust_remote_code, "local_files_only": True}
     try:
         with foreign("transformers can't load this model", where=job.model):
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = auto_class(AutoConfig.from_pretrained(job.model, **allowed)).from_pretrained(
                 job.model,
                 dtype=getattr(torch, job.dtype),
                 device_map="cuda" if torch.cuda.is_available() else "cpu",
-                trust_remote_code=job.trust_remote_code,
-                local_files_only=True,
+                output_loading_info=True,
+                **allowed,
             )
     except ForeignError as error:
         if "trust_remote_code" in str(error.__cause__):
             hint = "If you trust its author, add --trust-remote-code."
             raise InputError("the model needs Python code that comes with it", where=job.model, hint=hint) from error
         raise
+    _check_found(found, model, job.model, report)
     return model.eval()
+
+
+def _check_found(found: Mapping[str, Any], model: Any, where: str, report: Report) -> None:
+    """Raises InputError when transformers has filled parameters with random numbers, or left a part of one aside.
+
+    What belongs to no module of the model, like a layer that predicts further tokens, is only told.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    unexpected = sorted(found["unexpected_keys"])
+    parts = [name for name in unexpected if name.rpartition(".")[0] in modules]
+    for what, names in (
+        ("lacks tensors that transformers needs", sorted(found["missing_keys"])),
+        ("has tensors of another shape than config.json says", [str(each[0]) for each in found["mismatched_keys"]]),
+        ("has tensors that transformers doesn't read", parts),
+    ):
+        if names:
+            hint = "what transformers would run is another model; use another runtime, or download the model again"
+            raise InputError(f"the checkpoint {what}: {_some(names)}", where=where, hint=hint)
+    if unexpected:
+        report.warning(f"transformers leaves tensors aside: {_some(unexpected)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + ("" if len(names) <= 3 else f" and {len(names) - 3} more")
 
 
 def _take(front: Front, report: Report) -> Iterator[Prepared]:
