@@ -17,7 +17,7 @@ from qtool.quant.topology import is_product
 
 NARROW = 32  # inputs or outputs; int8 kernels want multiples of 16, and so little weight saves nothing
 ROUTER, SMALL, RECURRENCE = "a router", f"narrower than {NARROW}", "part of a recurrence"
-UNUSED = "text doesn't go through it"
+UNUSED, SHARED = "text doesn't go through it", "several layers share it, and runtimes look for scales in each"
 OTHER_CLASS = "its class computes more than a product"
 
 # Of the modules beside experts.
@@ -28,10 +28,12 @@ def kept_float(stream: DecoderStream) -> dict[str, str]:
     """Why linears stay float, by the checkpoint's names without ".weight"."""
     found: dict[str, str] = {}
     for index in range(stream.depth):
-        own = stream.own_parameters(index)
+        own, shared = stream.own_parameters(index), stream.shared_parameters(index)
         for name, stored in stream.layer_linears(index).items():
             if not stream.is_called(index, name):
                 found[stored] = UNUSED
+            elif f"{name}.weight" in shared:
+                found[stored] = SHARED
         for name, why in reasons(stream.skeleton_layer(index), stream.architecture).items():
             if (weight := own.get(f"{name}.weight")) is not None:
                 found[weight.removesuffix(".weight")] = why

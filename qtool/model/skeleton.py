@@ -64,10 +64,7 @@ class Skeleton:
         self.layers_name = self.name_of(self.layers)
         self.kept_in_float32: tuple[str, ...] = tuple(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
         self._check_buffers()
-        for module in self.decoder.modules():
-            self._initialize_buffers(module, device)
-        with torch.device(device):
-            self.decoder._init_weights(self.decoder)  # some fill the buffers of their layers (Falcon H1)
+        self._initialize_buffers(device)
 
     @property
     def config(self) -> Any:
@@ -133,15 +130,21 @@ class Skeleton:
             what = f"what config.json describes takes {wanted:,} bytes besides its weights"
             raise InputError(what, where=self._where, hint="check max_position_embeddings and head_dim")
 
-    def _initialize_buffers(self, module: nn.Module, device: torch.device) -> None:
-        """Fill buffers that no checkpoint holds (rotary frequencies) the way transformers itself does."""
-        if not any(b is not None and b.is_meta for b in module._buffers.values()):
-            return
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.empty_like(buffer, device=device)
+    def _initialize_buffers(self, device: torch.device) -> None:
+        """Fill buffers that no checkpoint holds (rotary frequencies) the way transformers itself does.
+
+        A module fills its own, or one around it does: Falcon-H1's model fills those of its layers.
+        """
+        empty: set[nn.Module] = set()
+        for module in self.decoder.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    module._buffers[name] = torch.empty_like(buffer, device=device)
+                    empty.add(module)
         with torch.device(device):
-            self.decoder._init_weights(module)  # parameters are on the meta device, where this does nothing
+            for module in self.decoder.modules():
+                if not empty.isdisjoint(module.modules()):
+                    self.decoder._init_weights(module)  # parameters are on the meta device, where this does nothing
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool, where: str) -> Any:

@@ -239,7 +239,7 @@ def test_static_attention(name: str, models: Callable[[str], Path], tmp_path: Pa
     ("model_type", "config", "said"),
     [
         ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4}, "hold no torch.nn.Linear"),
-        ("opt", {"ffn_dim": 160, "word_embed_proj_dim": 64}, "OPTForCausalLM has more .*embed_positions.weight"),
+        ("xlm", {"emb_dim": 64, "n_layers": 2, "n_heads": 4}, "XLMWithLMHeadModel one by one"),
     ],
 )
 @pytest.mark.parametrize("dry_run", [False, True])
@@ -256,7 +256,6 @@ def test_an_architecture_that_is_not_supported_is_bad_input(
     done = run_qtool("quantize", model, "-o", tmp_path / "out", *["--dry-run"] * dry_run)
     assert (done.code, done.stdout) == (2, "")
     assert re.search(said, done.stderr.replace("\n", " "))
-    assert "supported" in done.stderr
     assert not any(tmp_path.iterdir())
 
 

@@ -34,16 +34,35 @@ def _by_layer(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
         head, layer, rest = match.groups() if match else (name, "", "")
         shapes.setdefault((head, re.sub(r"\.\d+\.", ".*.", rest)), {}).setdefault(layer, []).append(name)
     chosen, found = set(wanted), []
+    towers = _towers(chosen, [name for name in names if name not in chosen])
     for (head, rest), layers in shapes.items():
         whole = [layer for layer, members in layers.items() if layer and chosen.issuperset(members)]
         covered = {name for layer in whole for name in layers[layer]}
         if len(covered) > 1:
             pattern = re.escape(rest).replace(r"\*", "[0-9]+")
-            found.append(f"re:{re.escape(head)}\\.({'|'.join(whole)})\\.{pattern}$")
+            found.append(f"re:{_head(head, towers)}\\.({'|'.join(whole)})\\.{pattern}$")
         else:
             covered = set()
         found += [name for members in layers.values() for name in members if name in chosen and name not in covered]
     return found
+
+
+def _towers(wanted: set[str], others: Sequence[str]) -> list[str]:
+    """What names of other lists of layers have in them, and no wanted one: vision_tower, visual, audio_tower."""
+    usual = {part for name in wanted for part in name.split(".")}
+    lists = {name.split(".layers.")[0].split(".blocks.")[0] for name in wanted}
+    apart = [name for name in others if not any(name.startswith(f"{each}.") for each in lists)]
+    marks = (
+        next((part for part in name.split(".") if part not in usual and not part.isdigit()), None) for name in apart
+    )
+    return sorted({mark for mark in marks if mark is not None})
+
+
+def _head(head: str, towers: Sequence[str]) -> str:
+    """A pattern for the list of layers. In a model with towers, runtimes call it otherwise than the checkpoint does."""
+    if not towers:
+        return re.escape(head)
+    return f"(?!.*\\b({'|'.join(map(re.escape, towers))})\\b).*\\b{re.escape(head.rpartition('.')[2])}"
 
 
 def _ending(name: str) -> str:

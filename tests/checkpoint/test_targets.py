@@ -1,0 +1,40 @@
+"""Targets of compressed-tensors name the text layers of a model with towers, whatever a runtime calls them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from qtool.checkpoint.formats.targets import targets
+from qtool.scheme import W8A8_DYNAMIC, Scheme
+
+
+@pytest.mark.parametrize(
+    ("text", "tower"),
+    [
+        ("language_model.model.layers", "vision_tower.vision_model.encoder.layers"),  # Gemma 3
+        ("model.layers", "visual.blocks"),  # Qwen2.5-VL
+        ("model.language_model.layers", "model.audio_tower.layers"),
+    ],
+)
+def test_layers_are_named_for_every_runtime(text: str, tower: str) -> None:
+    parts = ("self_attn.q_proj", "mlp.up_proj")
+    schemes: dict[str, Scheme | None] = {f"{text}.{i}.{part}": W8A8_DYNAMIC for i in range(12) for part in parts}
+    schemes |= {f"{tower}.{i}.{part}": None for i in range(12) for part in parts}
+    found = targets(schemes, W8A8_DYNAMIC)
+    assert len(found) == 2
+    patterns = [re.compile(each.removeprefix("re:")) for each in found]
+
+    def are_named(heads: list[str]) -> set[bool]:
+        names = (f"{head}.{i}.{part}" for head in heads for i in range(12) for part in parts)
+        return {any(pattern.match(name) for pattern in patterns) for name in names}
+
+    assert are_named([text, "model.language_model.layers", "language_model.model.layers"]) == {True}
+    assert are_named([tower, f"model.{tower}"]) == {False}
+    assert not any(pattern.match(f"{text}.12.mlp.up_proj") for pattern in patterns)
+
+
+def test_a_model_without_towers_is_named_as_before() -> None:
+    schemes: dict[str, Scheme | None] = {f"model.layers.{i}.mlp.up_proj": W8A8_DYNAMIC if i else None for i in range(3)}
+    assert targets(schemes, W8A8_DYNAMIC) == [r"re:model\.layers\.(1|2)\.mlp\.up_proj$"]
