@@ -62,7 +62,7 @@ def _row(verdict: Verdict, known: frozenset[str]) -> str:
     )
     share = "" if verdict.result == ABSENT or not verdict.share else f"{min(1, verdict.share):.0%}"
     ratio = "" if verdict.ratio is None else f"{verdict.ratio:.2f}"
-    why = _FOLDER.sub("", verdict.reason)
+    why = _FOLDER.sub("", verdict.reason).replace("qtool can't run", "can't run").replace("qtool doesn't", "it doesn't")
     if verdict.result == RIGHT:
         why = next((said for said in verdict.warnings if "stay float" in said), "") if verdict.share < 0.9 else ""
     why = why.replace("|", "\\|").replace("*", "\\*")[:240]
