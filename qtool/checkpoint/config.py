@@ -37,7 +37,7 @@ _SIZES = re.compile(
     r"|(num|n)_(\w+_)?experts"
 )
 _MOST_BLOCKS = 10_000  # of anything that layers are made of, or that stands beside them
-_MOST_TOKENS = 1 << 24  # of context: runtimes make tables of that length
+MOST_TOKENS = 1 << 24  # of context: runtimes make tables of that length
 _PACKED = 8  # numbers that formats put into one
 
 
@@ -72,7 +72,7 @@ def context(config: Mapping[str, Any]) -> int | None:
         return None
     scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
     kind, factor = scaling.get("rope_type") or scaling.get("type"), scaling.get("factor")
-    if kind not in ("linear", "dynamic") or not _is_number(factor) or not 1 <= factor < _MOST_TOKENS:
+    if kind not in ("linear", "dynamic") or not _is_number(factor) or not 1 <= factor < MOST_TOKENS:
         return most
     return int(most * factor)
 
@@ -92,8 +92,8 @@ def check_claims(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], w
             if _is_number(value) and value > layers:
                 raise _refused(key, value, f"the tensors are of {layers} at most", where)
     for key, value in _numbers(config):
-        if key == "max_position_embeddings" and value > _MOST_TOKENS:
-            raise _refused(key, value, f"qtool takes no more than {_MOST_TOKENS:,}", where)
+        if key == "max_position_embeddings" and value > MOST_TOKENS:
+            raise _refused(key, value, f"qtool takes no more than {MOST_TOKENS:,}", where)
         if _SIZES.fullmatch(key) and value > _PACKED * largest:
             raise _refused(key, value, f"no tensor has a side longer than {largest:,}", where)
         if re.fullmatch(r"\w*(layers?|blocks|depth)", key) and value > max(_MOST_BLOCKS, layers):

@@ -7,7 +7,6 @@ import errno
 import glob
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,29 +142,24 @@ class PartialFolder:
         os.close(handle)
         return None
 
-    @classmethod
-    @contextlib.contextmanager
-    def alone(cls, output: Path) -> Iterator[None]:
-        """Nobody else begins to write this output meanwhile, or has begun to.
+    @staticmethod
+    def check_alone(output: Path, own: PartialFolder | None = None) -> None:
+        """That no other process writes this output; `own` is this one's folder, once there is one.
+
+        To be asked before and after that is made: of two that begin at once, one at least finds the other.
 
         Raises:
-            InputError: another process is writing it.
+            InputError: one does.
         """
-        with disk_errors(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            parent = locks.open_folder(output.parent)
-        try:
-            locks.wait(parent, lambda: None)
-            for path in output.parent.glob(f".{glob.escape(output.name)}.partial-*"):
-                with contextlib.suppress(OSError):
-                    handle = locks.open_folder(path)
-                    taken = locks.attempt(handle) is locks.Lock.TAKEN
-                    os.close(handle)
-                    if taken:
-                        raise _being_written(output)
-            yield
-        finally:
-            os.close(parent)
+        for path in output.parent.glob(f".{glob.escape(output.name)}.partial-*"):
+            if own is not None and path == own.path:
+                continue
+            with contextlib.suppress(OSError):
+                handle = locks.open_folder(path)
+                taken = locks.attempt(handle) is locks.Lock.TAKEN
+                os.close(handle)
+                if taken:
+                    raise _being_written(output)
 
     @classmethod
     def resume(

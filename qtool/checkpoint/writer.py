@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -80,13 +79,20 @@ class CheckpointWriter:
         self._overwrite = overwrite
         self._complete = False
         # What can be resumed takes long: two at once would do all of it twice.
-        with nullcontext() if resume is None else PartialFolder.alone(self.output):
-            tidy(self.output, keep_resumable=resume is not None and resume.wanted)
-            check_output(self.output, overwrite=overwrite)
-            found = None
-            if resume is not None and resume.wanted:
-                found = PartialFolder.resume(self.output, resume.key, restart=resume.restart)
-            folder, entries = found or (PartialFolder.make(self.output), [])
+        if resume is not None:
+            PartialFolder.check_alone(self.output)
+        tidy(self.output, keep_resumable=resume is not None and resume.wanted)
+        check_output(self.output, overwrite=overwrite)
+        found = None
+        if resume is not None and resume.wanted:
+            found = PartialFolder.resume(self.output, resume.key, restart=resume.restart)
+        folder, entries = found or (PartialFolder.make(self.output), [])
+        if resume is not None:
+            try:
+                PartialFolder.check_alone(self.output, folder)
+            except InputError:
+                folder.leave() if found else folder.discard()
+                raise
         self._folder: PartialFolder | None = folder
         self._linears = Linears()
         self._shards = Shards(folder.path, sharding or Sharding())

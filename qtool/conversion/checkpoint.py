@@ -14,6 +14,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import dtypes, formats
+from qtool.checkpoint.companions import companions
 from qtool.checkpoint.formats import DEQUANTIZED
 from qtool.checkpoint.formats.stored import Stored
 from qtool.checkpoint.reader import REPORT, Checkpoint
@@ -48,6 +49,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
 
     started, wanted = time.perf_counter(), FormatJob(**job)
     source = Checkpoint.open(wanted.source)
+    companions(source)  # what can't be carried over is better said now than at the end
     conversion = plan(source, wanted.to)
     for warning in conversion.warnings:
         report.warning(warning)

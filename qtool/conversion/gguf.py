@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtool.checkpoint.config import MOST_TOKENS
+from qtool.conversion.gguf_header import check_lengths
 from qtool.conversion.job import GgufJob
 from qtool.errors import ForeignError, InputError, QtoolError, foreign
 from qtool.files import check_free_space, disk_errors
@@ -76,6 +78,7 @@ def _check(source: Path) -> None:
     if magic != b"GGUF":
         raise InputError(f"not a GGUF file: it begins with {magic!r}", where=where)
     with foreign("damaged or truncated GGUF file", where=where, hint="download it again"):  # it checks little itself
+        check_lengths(source)
         reader = gguf.GGUFReader(source)
         split = reader.fields["split.count"].contents() if "split.count" in reader.fields else 1
         known = {name: field.contents() for name, field in reader.fields.items() if len(field.types) == 1}
@@ -109,6 +112,10 @@ def _check_claims(known: Mapping[str, Any], shapes: Mapping[str, list[int]], whe
         what = f"its metadata make it {width!r} wide ({architecture}.embedding_length), but its embeddings are not"
         raise InputError(what, where=where, hint=hint)
     largest = max(size for shape in shapes.values() for size in [1, *shape])
+    tokens = known.get(f"{architecture}.context_length", 0)
+    if not isinstance(tokens, int) or not 0 <= tokens <= MOST_TOKENS:
+        what = f"{architecture}.context_length is {tokens!r}, but qtool takes no more than {MOST_TOKENS:,}"
+        raise InputError(what, where=where, hint=hint)
     for name, value in known.items():
         counts = name.startswith(f"{architecture}.") and name.endswith(_COUNTS) and not name.endswith(_NO_SIDES)
         if counts and (not isinstance(value, int) or not 0 <= value <= largest):

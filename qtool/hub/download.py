@@ -47,12 +47,21 @@ class Plan:
 
 
 def ask(
-    task: str, hub: str, token: str | None, on_event: OnEvent, *, timeout: float | None = None, **job: Any
+    task: str,
+    hub: str,
+    token: str | None,
+    on_event: OnEvent,
+    *,
+    timeout: float | None = None,
+    doing: str = "starting",
+    **job: Any,
 ) -> dict[str, Any]:
     """Have a worker with the hub's client do a task (see `hub.worker`). Raises as `workers.run`."""
     with _client(hub) as (python, env):
         job = {"task": task, "hub": hub, "token": token, **job}
-        return workers.run("qtool.hub.worker", job, python=python, on_event=on_event, env=env, timeout=timeout)
+        return workers.run(
+            "qtool.hub.worker", job, python=python, on_event=on_event, env=env, timeout=timeout, doing=doing
+        )
 
 
 @contextlib.contextmanager
@@ -93,9 +102,15 @@ def find(repo: str, hub: str, revision: str | None, token: Callable[[str], str |
         if candidate == "modelers" and hub == "auto" and not _has_openmind():
             hints.append("modelers.cn was not asked: that needs openmind-hub")
             continue
-        on_event({"event": "status", "what": f"asking {HUBS[candidate]}"})
         answer = ask(
-            "list", candidate, token(candidate), on_event, timeout=LISTING_SECONDS, repo=repo, revision=revision
+            "list",
+            candidate,
+            token(candidate),
+            on_event,
+            timeout=LISTING_SECONDS,
+            doing=f"asking {HUBS[candidate]}",
+            repo=repo,
+            revision=revision,
         )
         if "listing" in answer:
             return Listing.from_json(answer["listing"])

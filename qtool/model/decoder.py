@@ -17,7 +17,7 @@ from torch import nn
 
 from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
-from qtool.errors import InputError
+from qtool.errors import InputError, foreign
 from qtool.model import experts
 from qtool.model.architectures import Architecture
 from qtool.model.experts import RoutedExperts
@@ -205,7 +205,10 @@ class DecoderStream:
         if self._loop.is_idle(index):
             return batch
         call = self._loop.call(index, batch, self._calling)
-        return Batch(batch.ids, self._loop.left(index, call, layer(*call.args, **call.kwargs)))
+        hint = "its code does what qtool can't follow, and this model can't be quantized layer by layer"
+        with foreign(f"{self.layer_name(index)} can't be run", where=str(self.checkpoint.path), hint=hint):
+            left = layer(*call.args, **call.kwargs)
+        return Batch(batch.ids, self._loop.left(index, call, left))
 
     @property
     def is_plain(self) -> bool:

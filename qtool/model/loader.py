@@ -50,9 +50,10 @@ class Loader:
         Raises InputError as `tensor`.
         """
         made = self.names.conversion(name)
-        if not self._skeleton.tensors[name].is_floating_point():  # a table of expert numbers, say
-            self.check(self.stored(name), shape)
-            return self.weights.unchanged(self.stored(name)).to(self.device)
+        if not self._skeleton.tensors[name].is_floating_point():
+            stored = self.stored(name)
+            self.check(stored, shape)
+            return self.weights.unchanged(stored).to(self.device)
         if made is None:
             return self.tensor(self.stored(name), shape, dtype)
         dtype = torch.float32 if self.is_kept_in_float32(name) else dtype or self.dtype

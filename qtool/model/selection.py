@@ -12,15 +12,14 @@ from torch import nn
 
 from qtool.model.architectures import Architecture
 from qtool.model.decoder import DecoderStream
+from qtool.model.experts import RoutedExperts
 from qtool.quant.topology import is_product
 
 NARROW = 32  # inputs or outputs; int8 kernels want multiples of 16, and so little weight saves nothing
 ROUTER, SMALL, RECURRENCE = "a router", f"narrower than {NARROW}", "part of a recurrence"
 UNUSED, SHARED = "text doesn't go through it", "several layers share it, and runtimes look for scales in each"
-CROSS = "attends to an encoder, which text alone doesn't run"
 OTHER_CLASS = "its class computes more than a product"
 
-_CROSS = re.compile(r"(^|\.)(encoder_attn|encoder_attention|cross_?attention|EncDecAttention)\.")
 # Of the modules beside experts.
 _ROUTERS = re.compile(r"router|gate|wg|classifier")
 
@@ -48,9 +47,7 @@ def reasons(layer: nn.Module, architecture: Architecture) -> dict[str, str]:
     for name, linear in layer.named_modules():
         if not isinstance(linear, nn.Linear):
             continue
-        if _CROSS.search(name):
-            found[name] = CROSS
-        elif any(_is_router(name, linear, mixture, count) for mixture, count in mixtures.items()):
+        if any(_is_router(name, linear, mixture, count) for mixture, count in mixtures.items()):
             found[name] = ROUTER
         elif not is_product(type(linear)):
             found[name] = OTHER_CLASS
@@ -67,12 +64,11 @@ def _mixtures(layer: nn.Module) -> dict[str, int]:
     """How many routed experts there are, by the name of the module that holds them and their router."""
     found = {}
     for name, module in layer.named_modules():
-        count = getattr(module, "count", None) if hasattr(module, "apply_gate") else None
-        if count is None:
-            fused = [p for p in module.parameters(recurse=False) if p.dim() == 3]
-            count = fused[0].shape[0] if fused and not isinstance(module, nn.modules.conv._ConvNd) else None
-        if count is not None:
-            found[name.rpartition(".")[0]] = int(count)
+        fused = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+        if isinstance(module, RoutedExperts):
+            found[name.rpartition(".")[0]] = len(module.names)
+        elif fused and not isinstance(module, nn.modules.conv._ConvNd):
+            found[name.rpartition(".")[0]] = fused[0].shape[0]
     return found
 
 

@@ -107,7 +107,32 @@ def adapt(launch: Launch, checkpoint: Checkpoint) -> Launch:
             where=str(checkpoint.path),
             hint=f"Unset {_VARIABLE}.",
         )
-    return dataclasses.replace(launch, env={**launch.env, _VARIABLE: chosen or kinds[0]})
+    kind = chosen or kinds[0]
+    if kind == "mindformers" and model.architecture == "DeepseekV3ForCausalLM":
+        _check_final_norm(checkpoint)
+    return dataclasses.replace(launch, env={**launch.env, _VARIABLE: kind})
+
+
+def _check_final_norm(checkpoint: Checkpoint) -> None:
+    """Raises InputError where MindFormers would take another layer's norm for the model's last.
+
+    MindFormers 1.7.0 (models/deepseek3/utils.py, weight_mapping) loads shared_head.norm of layer 61, which predicts one
+    token further, into the same parameter as model.norm: what comes last stays. Files come as os.listdir has them
+    (get_weights_files), and a file's tensors in the order of their names (safetensors, keys).
+    """
+    further, last = "model.layers.61.shared_head.norm.weight", "model.norm.weight"
+    if further not in checkpoint or last not in checkpoint:
+        return
+    order = [name for name in os.listdir(checkpoint.path) if name.endswith(".safetensors")]
+    first, second = (order.index(checkpoint.info(name).file.name) for name in (further, last))
+    if first > second:
+        raise InputError(
+            f"MindFormers would load {further} in place of {last}: of the files with them, this folder lists "
+            f"{order[second]} first",
+            where=str(checkpoint.path),
+            hint="Copy the folder, which changes the order of its files, or serve it with vllm-ascend: qtool convert "
+            "--to modelslim.",
+        )
 
 
 def backend(config: Mapping[str, Any]) -> str:

@@ -32,6 +32,7 @@ def run(
     inputs: Iterable[dict[str, Any]] | None = None,
     env: dict[str, str] | None = None,
     timeout: float | None = None,
+    doing: str = "starting",
 ) -> dict[str, Any]:
     """Run `module.main(job, report)` in a process of its own and return its result.
 
@@ -45,6 +46,7 @@ def run(
         inputs: what `report.inputs` gives the worker, one by one. A thread here asks for the next as soon as the worker
             has room for it, and may still be waiting for one when this returns.
         env: variables to set in the worker, on top of this process's own.
+        doing: what the status event says.
         timeout: after so many seconds without a result the worker is stopped; None waits for ever.
 
     Raises:
@@ -54,7 +56,7 @@ def run(
         KeyboardInterrupt: the worker has been stopped. So it has for whatever `on_event` raises.
         Exception: whatever `inputs` raises, once the worker is done with those before.
     """
-    on_event({"event": "status", "what": "starting"})
+    on_event({"event": "status", "what": doing})
     log_path = new_log(module.rpartition(".")[2])
     read_end, write_end = os.pipe()
     with (

@@ -164,6 +164,9 @@ def pair(request: pytest.FixtureRequest, make_model: Callable[..., Path], tmp_pa
     packed, plain = tmp_path / "packed", tmp_path / "plain"
     for folder in (packed, plain):
         shutil.copytree(make_model("llama"), folder)
+    if request.param.startswith(("gptq", "awq")):
+        name = "quantize_config.json" if request.param.startswith("gptq") else "quant_config.json"
+        (packed / name).write_text(json.dumps(config))
     tensors = {name: tensor.float() for name, tensor in load_file(plain / "model.safetensors").items()}
     stored: dict[str, torch.Tensor] = {}
     for seed, (name, tensor) in enumerate(list(tensors.items())):
@@ -215,6 +218,7 @@ def test_it_is_quantized_like_the_float_model(pair: tuple[Path, Path], run_qtool
             assert (found[name] != tensor).float().mean() < 1e-3
         else:
             torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+    assert not [*made[0].glob("quant*_config.json")]  # it would say that these are the old integers
     assert json.loads((made[0] / "config.json").read_text())["quantization_config"]["format"] == "int-quantized"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -348,6 +349,7 @@ def test_a_killed_conversion_leaves_all_or_nothing(
         ("embedding_length", 10**6, "its metadata make it 1000000 wide"),
         ("feed_forward_length", 2**31, "no tensor has a side longer than"),
         ("attention.head_count", 2**31, "no tensor has a side longer than"),
+        ("context_length", 2**31, "takes no more than"),
         ("general.architecture", "falcon", "its metadata speak of None blocks"),
     ],
 )
@@ -369,3 +371,20 @@ def test_metadata_of_other_tensors_are_refused_before_anything_is_built(
     assert (done.code, done.stdout) == (2, ""), done.stderr
     assert message in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_lengths_that_lead_out_of_a_gguf_file_are_no_reading_for_ever(
+    tiny_llama: Path, tmp_path: Path, run_qtool: Any
+) -> None:
+    import gguf
+
+    source = tmp_path / "m.gguf"
+    write_gguf(tiny_llama, source)
+    data = bytearray(source.read_bytes())
+    field = gguf.GGUFReader(source).fields["llama.context_length"]
+    kind = field.offset + 8 + len(field.name)
+    data[kind : kind + 16] = struct.pack("<IIQ", 9, 4, 1 << 62)  # an array of so many numbers
+    source.write_bytes(data)
+    done = run_qtool("convert", source, "--to", "safetensors", "--output", tmp_path / "out")
+    assert (done.code, done.stdout) == (2, ""), done.stderr
+    assert "leads out of the file" in done.stderr

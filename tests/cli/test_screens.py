@@ -92,7 +92,9 @@ def test_a_plan(seen: Seen, tiny_llama: Path) -> None:
 
 
 def test_eval(seen: Seen, tiny_llama: Path) -> None:
-    terminal = seen("eval", tiny_llama, tiny_llama, "--windows", "2", "--length", "16")
+    short = ("--samples", "2", "--seq-len", "16", "--scheme", "w8a8-dynamic")
+    seen("quantize", tiny_llama, "--engine", "native", "--output", "made", *short)
+    terminal = seen("eval", tiny_llama, "made", "--windows", "2", "--length", "16")
     (figures,) = tables(terminal)
     assert any("KL divergence" in line for line in figures)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from qtool.checkpoint.reader import Checkpoint
 from qtool.model import selection
 from qtool.model.architectures import Architecture
+from qtool.model.decoder import DecoderStream
+from tests.zoo import models
 
 
 class Experts(nn.Module):
@@ -57,6 +61,13 @@ def test_routers_are_found_beside_experts_of_any_name() -> None:
         "mlp.wg.router.first": selection.ROUTER,
         "mlp.shared_expert_gate": selection.SMALL,
     }
+
+
+def test_routers_of_many_experts_stay_float(tmp_path: Path) -> None:
+    model = models.make("text", "hunyuan_v1_moe", tmp_path / "model", {"num_experts": 40})
+    stream = DecoderStream(Checkpoint.open(model), dtype=torch.float32)
+    found = selection.kept_float(stream)
+    assert found == {f"model.layers.{index}.mlp.gate.wg": selection.ROUTER for index in range(2)}
 
 
 def test_what_decays_and_steps_stays_float() -> None:

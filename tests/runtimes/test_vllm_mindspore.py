@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from qtool import runtimes
 from qtool.checkpoint.reader import Checkpoint
@@ -205,3 +207,26 @@ def test_a_wrong_kind_is_refused(checkpoints: dict[str, Path], monkeypatch: pyte
     monkeypatch.setenv(VARIABLE, "native")
     with pytest.raises(InputError, match=f"{VARIABLE} is native"):
         vllm_mindspore.adapt(base(), Checkpoint.open(checkpoints["DeepseekV3ForCausalLM dynamic"]))
+
+
+@pytest.mark.parametrize("listed", [["b", "a"], ["a", "b"]])
+def test_the_norm_of_the_layer_that_predicts_one_further(
+    listed: list[str], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MindFormers loads it into the same parameter as the model's last norm: the file that is listed last counts."""
+    folder = tmp_path / "deepseek"
+    folder.mkdir()
+    save_file({"model.layers.61.shared_head.norm.weight": torch.ones(4)}, folder / "a.safetensors")
+    save_file({"model.norm.weight": torch.ones(4)}, folder / "b.safetensors")
+    where = {"model.layers.61.shared_head.norm.weight": "a.safetensors", "model.norm.weight": "b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (folder / "config.json").write_text("{}")
+    checkpoint = Checkpoint.open(folder)
+    names = [f"{name}.safetensors" for name in listed]
+    monkeypatch.setattr(os, "listdir", lambda _: ["config.json", *names])
+    last = {"a": "shared_head.norm", "b": "model.norm"}[listed[-1]]  # what MindFormers would end with
+    if last == "model.norm":
+        vllm_mindspore._check_final_norm(checkpoint)
+        return
+    with pytest.raises(InputError, match=r"in place of model\.norm\.weight"):
+        vllm_mindspore._check_final_norm(checkpoint)

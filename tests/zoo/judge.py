@@ -181,8 +181,10 @@ def _layer_lists(model: Any) -> list[nn.ModuleList]:
         decoder = model.get_decoder()
     except Exception:
         decoder = model
+    if not any(isinstance(m, nn.ModuleList) for m in decoder.modules()):
+        decoder = model
     lists = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    tower = re.compile(r"vision|visual|audio|image|vq|tower|encoder\.layer(?!.*decoder)")
+    tower = re.compile(r"altup|vision|visual|audio|image|vq|tower|encoder\.layer(?!.*decoder)")
     lists = [(n, m) for n, m in lists if not tower.search(n) or "text" in n or model.config.model_type in _ENCODERS]
     return [m for n, m in lists if not any(n != other and n.startswith(f"{other}.") for other, _ in lists)]
 

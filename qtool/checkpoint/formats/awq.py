@@ -23,6 +23,7 @@ _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # in a word, of output channels 0 to 7
 class Awq(ColumnFormat):
     name = "awq"
     title = "integers of AWQ"
+    files = ("quant_config.json",)
     widths = (4,)
 
     def packed_shape(self, checkpoint: Checkpoint, name: str) -> tuple[int, int]:

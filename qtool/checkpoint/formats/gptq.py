@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class Gptq(ColumnFormat):
     name = "gptq"
     title = "integers of GPTQ"
+    files = ("quantize_config.json",)
     widths = (2, 4, 8)
 
     def packed_shape(self, checkpoint: Checkpoint, name: str) -> tuple[int, int]:
