@@ -80,7 +80,9 @@ def test_several_are_measured_by_the_best_of_them() -> None:
 
 def test_sizes_that_differ_by_next_to_nothing() -> None:
     def told(nbytes: int) -> str:
-        return verdict.of_several([result("/m/a", nbytes=1_000_000), result("/m/b", kl=[0.1, 0.2, 0.3], nbytes=nbytes)])[1]
+        return verdict.of_several(
+            [result("/m/a", nbytes=1_000_000), result("/m/b", kl=[0.1, 0.2, 0.3], nbytes=nbytes)]
+        )[1]
 
     assert told(1_000_100).endswith("both take 1.0 MB.")
     assert told(1_060_000).endswith("it takes 6% more bytes.")
