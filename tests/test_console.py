@@ -163,3 +163,12 @@ def test_a_line_has_a_bound(capsys: pytest.CaptureFixture[str]) -> None:
     with Console() as console:
         console.result("x" * 10_000)
     assert capsys.readouterr().out == "x" * 10_000 + "\n"
+
+
+def test_a_log_has_whole_cells(capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [f"{name}-{'x' * 40}" for name in "abcdef"]
+    Console().table("", list("ABCDEF"), [cells])
+    Console().table("", list("ABCDEF"), [cells], result=True)
+    printed = capsys.readouterr()
+    for text in (printed.out, printed.err):
+        assert all(cell in text for cell in cells)

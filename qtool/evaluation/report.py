@@ -43,11 +43,11 @@ def rows(result: Result) -> list[tuple[str, str, str]]:
 
 def overview(results: Sequence[Result]) -> list[list[str]]:
     """Several models in a table: the heads of the columns, then a row for each model."""
-    found = [["model", "size", "KL divergence", "95 % interval", "perplexity ratio", "95 % interval", "top-1"]]
+    found = [["model", "size", "KL divergence", "95 % interval", "perplexity ratio", "top-1"]]
     for name, result in zip(verdict.names(results), results, strict=True):
         texts = {key: (value, interval) for key, (_, value, interval) in zip(FIGURES, rows(result), strict=True)}
         size = sizes.show(verdict.nbytes(result))
-        found.append([name, size, *texts["kl_divergence"], *texts["perplexity_ratio"], texts["top1_agreement"][0]])
+        found.append([name, size, *texts["kl_divergence"], texts["perplexity_ratio"][0], texts["top1_agreement"][0]])
     return found
 
 

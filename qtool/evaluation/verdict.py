@@ -115,6 +115,8 @@ def _size(result: Result) -> str:
 
 def _less(one: Result, other: Result) -> str:
     mine, its = nbytes(one), nbytes(other)
-    if mine == its:
+    if sizes.show(mine) == sizes.show(its):
         return f"both take {sizes.show(mine)}"
+    if abs(1 - mine / its) < 0.005:
+        return f"both take about {sizes.show(mine)}"
     return f"it takes {abs(1 - mine / its):.0%} {'fewer' if mine < its else 'more'} bytes"

@@ -27,7 +27,6 @@ from qtool.jobs.contents import Files
 from qtool.version import __version__
 
 STATE = "qtool-run.json"
-_LOCK = ".qtool-run.lock"
 
 
 @dataclass(frozen=True)
@@ -159,8 +158,7 @@ def opened(folder: Path, say: Callable[[str], None], progress: Callable[[str, in
                 "is not empty and not the folder of a job", where=str(folder), hint="Choose another --work."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        # Not the folder itself: a stage's worker locks that while it begins an output in it.
-        handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = locks.open_folder(folder)
     try:
         if not locks.lock(handle):
             raise QtoolError("another qtool run is working in this folder", where=str(folder))
@@ -177,4 +175,4 @@ def opened(folder: Path, say: Callable[[str], None], progress: Callable[[str, in
 
 def _is_empty(folder: Path) -> bool:
     """A run that was killed before its first record was in place has left that record's draft at most."""
-    return folder.is_dir() and all(path in (draft(folder / STATE), folder / _LOCK) for path in folder.iterdir())
+    return folder.is_dir() and all(path == draft(folder / STATE) for path in folder.iterdir())

@@ -40,8 +40,8 @@ def validated(given: Mapping[str, Any], option: bool = False) -> dict[str, Any]:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0]) if first["loc"] else str(first.get("ctx", {}).get("key", ""))
         what = worded(first)
-        if option:
-            raise InputError(what, where=f"--{name.replace('_', '-')}" if name else None) from None
+        if option and name:
+            raise InputError(f"--{name.replace('_', '-')} {what}") from None
         raise InputError(f"{name}: {what}" if name else what) from None
 
 

@@ -202,7 +202,7 @@ def test_too_little_text_says_how_much_is_missing(tmp_path: Path, tiny_tokenizer
         ("a.jsonl", b'{"messages": [{"content": "a"}]}', ":1: `messages` must be a list"),
         ("a.jsonl", b'{"messages": []}', ":1: `messages` is empty"),
         ("a.jsonl", b'{"text": "\xff"}', ":1: not UTF-8"),
-        ("a.jsonl", b'{"text": "good"}\n{"text": "cut \\ud83d off"}', r":2: the text has unpaired surrogate: U\+D83D"),
+        ("a.jsonl", b'{"text": "good"}\n{"text": "cut \\ud83d off"}', r":2: .* an unpaired surrogate: U\+D83D"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": "\\udc00"}]}', r":1: .*unpaired surrogate: U\+DC00"),
         ("a.jsonl", b"\x1f\x8b\x08\0\0\0", ":1: this is a binary file"),
         ("a.parquet", b"", "not a valid parquet file"),

@@ -530,7 +530,7 @@ def scheme(**changes: Any) -> dict[str, Any]:
             "in none of the ways",
         ),
         (
-            scheme(input_activations={"num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": False}),
+            scheme(input_activations={"num_bits": 4, "strategy": "token", "dynamic": True, "symmetric": False}),
             "in none of the ways",
         ),
         (scheme(targets=["re:("]), "can't be understood"),

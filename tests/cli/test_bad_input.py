@@ -328,7 +328,7 @@ def _(scene: Scene) -> list[str]:
     return scene.command("--recipe", scene.file("mine.yaml", "name: mine\n\tdescription: tabs\n"))
 
 
-@case("YAML that runs code", 2, "mine.yaml:2", "python/object")
+@case("YAML that runs code", 2, "line 2: description", "python/object")
 def _(scene: Scene) -> list[str]:
     call = f"!!python/object/apply:os.system ['touch {scene.folder / 'executed'}']"
     return scene.command("--recipe", scene.file("mine.yaml", f"name: mine\ndescription: {call}\n"))

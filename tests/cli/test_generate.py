@@ -63,7 +63,7 @@ def test_sampling_follows_its_options(run_qtool: Run, tiny_llama: Path) -> None:
         (["--temperature", "3", "-p", "x"], "--temperature"),
         (["--repetition-penalty", "0", "-p", "x"], "--repetition-penalty"),
         (["--seed", str(1 << 63), "-p", "x"], "--seed"),
-        (["--min-tokens", "9", "--max-tokens", "4", "-p", "x"], "min_tokens (9) is more than max_tokens (4)"),
+        (["--min-tokens", "9", "--max-tokens", "4", "-p", "x"], "--min-tokens is 9, which is more than max_tokens (4)"),
         (["--logit-bias", "x=1", "-p", "x"], "not ID=BIAS"),
         (["--regex", "a", "--choice", "b", "-p", "x"], "one structure"),
         (["--resume", "-p", "x"], "--output"),

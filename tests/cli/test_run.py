@@ -103,7 +103,6 @@ def test_everything_is_there_and_agrees(finished: Path, run_qtool: Callable[...,
         "answers.jsonl",
         "summary.md",
         "qtool-run.json",
-        ".qtool-run.lock",
     }
     name = "model.layers.0.self_attn.q_proj.weight"
     direct = load_file(job / "tiny-w8a8-static" / "model.safetensors")[name]

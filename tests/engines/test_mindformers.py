@@ -125,7 +125,7 @@ def test_every_model_has_a_section(model_type: str, deepseek: Path, tmp_path: Pa
     assert made["trainer"]["model_name"] == {"telechat": "telechat2"}.get(model_type, model_type)
     assert made["model"]["model_config"]["compute_dtype"] == "bfloat16"
     assert yaml.safe_load(mindformers.as_yaml(made)) == made
-    with pytest.raises(InputError, match="16 attention heads can't be shared by 3 cards"):
+    with pytest.raises(InputError, match="16 attention heads can't be divided among 3 cards"):
         mindformers.settings(checkpoint, devices=3, folder=tmp_path, seed=0, seq_len=512)
 
 
@@ -133,7 +133,7 @@ def test_every_model_has_a_section(model_type: str, deepseek: Path, tmp_path: Pa
     ("arguments", "message"),
     [
         (("--format", "compressed-tensors"), "can't be written as compressed-tensors"),
-        (("--devices", 3), "can't be shared by 3 cards"),
+        (("--devices", 3), "can't be divided among 3 cards"),
         (("--seq-len", 65536), "don't fit the cache"),
     ],
 )

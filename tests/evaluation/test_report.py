@@ -180,7 +180,7 @@ def test_a_model_of_an_engine_that_measures_less(
 def test_a_page_that_cant_be_written_costs_no_figures(
     made: tuple[Path, dict[str, Any]], tiny_llama: Path, qtool_environment: dict[str, str], tmp_path: Path
 ) -> None:
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000))"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))"
     arguments = [
         "eval",
         tiny_llama,

@@ -78,6 +78,16 @@ def test_several_are_measured_by_the_best_of_them() -> None:
     assert "both take 500 bytes" in " ".join(others)
 
 
+def test_sizes_that_differ_by_next_to_nothing() -> None:
+    def told(nbytes: int) -> str:
+        return verdict.of_several(
+            [result("/m/a", nbytes=1_000_000), result("/m/b", kl=[0.1, 0.2, 0.3], nbytes=nbytes)]
+        )[1]
+
+    assert told(1_000_100).endswith("both take 1.0 MB.")
+    assert told(1_060_000).endswith("it takes 6% more bytes.")
+
+
 def test_the_interval_of_a_paired_difference_holds_what_it_promises() -> None:
     """On simulated windows 95 of 100 intervals hold the true gap."""
     generator, held, runs, gap = random.Random(0), 0, 400, 0.002

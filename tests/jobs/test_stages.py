@@ -123,7 +123,7 @@ def test_an_output_with_another_name_replaces_the_old_one(tmp_path: Path) -> Non
     for name in ("old", "new"):
         with opened(tmp_path, lambda _: None, lambda *_: None) as job:
             job.stage("stage", name, {}, lambda path: path.write_text("x"))
-    assert {path.name for path in tmp_path.iterdir()} == {"new", STATE, ".qtool-run.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"new", STATE}
 
 
 def test_a_failure_keeps_what_was_done_before_it(chain: Chain) -> None:

@@ -76,7 +76,7 @@ def test_every_request_is_answered_once_and_in_order(work: Callable[..., Any], d
     events: list[dict[str, Any]] = []
     window.run(work(die), requests(2000), answers.append, events.append)
     assert [(a["index"], a["text"]) for a in answers] == [(i, f"p{i}p{i}") for i in range(2000)]
-    assert [e["event"] for e in events] == ["warning"] * len(die)
+    assert sum(e["event"] == "warning" for e in events) == len(die)
 
 
 def test_a_request_that_always_kills_is_the_end_but_keeps_what_came_before(work: Callable[..., Any]) -> None:

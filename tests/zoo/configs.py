@@ -279,6 +279,7 @@ LEFT_OUT: dict[str, str] = {
     ),
     **dict.fromkeys(("florence2", "t5gemma2", "udop"), "an encoder-decoder"),
     **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), "its pictures' tower needs the package timm"),
+    "emu3": "its tokenizer of pictures has 240 million weights whatever the configuration says here",
     "inkling_mm_model": "its audio tower needs the package scipy",
     "evolla": "transformers' own class for this task refuses its configuration",
     "musicgen": "made of three models, of which none is built from a configuration alone",

@@ -167,7 +167,11 @@ def decoder_weights(model: Any) -> int:
         for name, module in layers.named_modules():
             for part, parameter in module.named_parameters(recurse=False):
                 linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-                fused = parameter.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd) and "conv" not in part
+                fused = (
+                    parameter.dim() == 3
+                    and not re.search(r"conv|x_proj|dt_proj", part)
+                    and not isinstance(module, nn.modules.conv._ConvNd)
+                )
                 matrix = (parameter.dim() == 2 and linear) or (fused and min(parameter.shape[1:]) >= 16)
                 if matrix and id(parameter) not in seen and not _ROUTER.search(f"{name}"):
                     seen.add(id(parameter))

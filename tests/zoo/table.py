@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import platform
+import re
 from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -11,17 +13,18 @@ from pathlib import Path
 
 from tests.zoo.judge import ABSENT, RIGHT, Verdict
 
+_FOLDER = re.compile(r"^/\S*/float(/\S*)?: ")
 _TITLES = {"text": "Text models", "image": "Models of pictures and text"}
 _HEAD = """# Models
 
 Every decoder that transformers {transformers} has, as a tiny random model, quantized with scheme w8a8-dynamic and
-judged without qtool. "right" means: at least {least} of the weights of the decoder's linears are int8, no router is,
-every tensor of the original is accounted for, transformers loads the numbers with nothing missing, and the error of the
-logits is at most {most} times that of plain rounding of the same tensors. "vLLM" says whether the registry of vLLM
-{vllm} has the architecture. A tiny random model shows that arithmetic and names are right, not how well a trained one
-does.
+judged without qtool. "right" means: at least {least} of the weights of the decoder's linears are int8, or a warning
+names what isn't and why; no router is; every tensor of the original is accounted for; transformers loads the numbers
+with nothing missing; and the error of the logits is at most {most} times that of plain rounding of the same tensors.
+"vLLM" says whether the registry of vLLM {vllm} has the architecture. A tiny random model shows that arithmetic and
+names are right, not how well a trained one does.
 
-Regenerate with `python -m tests.zoo --docs`.
+Measured with torch {torch} and Python {python} on a CPU. Regenerate with `python -m tests.zoo --docs`.
 """
 
 
@@ -30,7 +33,12 @@ def markdown(verdicts: Sequence[Verdict]) -> str:
     from tests.zoo.judge import LEAST_SHARE, MOST_ERROR
 
     head = _HEAD.format(
-        transformers=version("transformers"), vllm=_vllm_version(), least=f"{LEAST_SHARE:.0%}", most=MOST_ERROR
+        transformers=version("transformers"),
+        vllm=_vllm_version(),
+        torch=version("torch"),
+        python=platform.python_version(),
+        least=f"{LEAST_SHARE:.0%}",
+        most=MOST_ERROR,
     )
     known, parts = registry(), [head]
     for kind, title in _TITLES.items():
@@ -52,9 +60,12 @@ def _row(verdict: Verdict, known: frozenset[str]) -> str:
         if verdict.kind == "text"
         else auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     )
-    share = "" if verdict.result == ABSENT or not verdict.share else f"{verdict.share:.0%}"
+    share = "" if verdict.result == ABSENT or not verdict.share else f"{min(1, verdict.share):.0%}"
     ratio = "" if verdict.ratio is None else f"{verdict.ratio:.2f}"
-    why = "" if verdict.result == RIGHT else verdict.reason.replace("|", "\\|")[:200]
+    why = _FOLDER.sub("", verdict.reason).replace("qtool can't run", "can't run").replace("qtool doesn't", "it doesn't")
+    if verdict.result == RIGHT:
+        why = next((said for said in verdict.warnings if "stay float" in said), "") if verdict.share < 0.9 else ""
+    why = why.replace("|", "\\|").replace("*", "\\*")[:240]
     vllm = "yes" if names[verdict.model_type] in known else "no"
     return f"| {verdict.model_type} | {verdict.result} | {share} | {ratio} | {vllm} | {why} |"
 

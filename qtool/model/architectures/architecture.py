@@ -77,7 +77,7 @@ class Architecture:
 
         Args:
             config: transformers', of the model of text. A list as long as its number of layers says goes first, else
-                the one with the most parameters.
+                the one with the most parameters; those of models inside it (a tower for pictures) come last.
         """
         depth = getattr(config, "num_hidden_layers", None)
         lists = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
@@ -86,7 +86,9 @@ class Architecture:
             for name, module in lists.items()
             if not any(name.startswith(f"{other}.") for other in lists) and len(module)
         }
-        fitting = {name: module for name, module in outermost.items() if len(module) == depth} or outermost
+        towers = tuple(f"{name}." for name, module in decoder.named_modules() if name and hasattr(module, "base_model"))
+        own = {name: module for name, module in outermost.items() if not name.startswith(towers)} or outermost
+        fitting = {name: module for name, module in own.items() if len(module) == depth} or own
         sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in fitting.items()}
         return max(sizes, key=lambda name: sizes[name], default=None)
 
