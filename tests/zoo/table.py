@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.zoo.judge import ABSENT, RIGHT, Verdict
 
-_FOLDER = re.compile(r"^/\S*/float(/\S*)?: ")
+_FOLDER = re.compile(r"^/\S*/(float|int8)(/\S*)?: ")
 _TITLES = {"text": "Text models", "image": "Models of pictures and text"}
 _HEAD = """# Models
 
