@@ -130,7 +130,7 @@ class Killer:
 
     def strike(self, job: Job, normal: Mapping[str, str], seconds: float) -> tuple[int, str]:
         """Kill and do again, until it ends; how many kills there were, and how it came out."""
-        place, kills = self.room(job), 0
+        place, kills, said = self.room(job), 0, ""
         for attempt in range(self._rng.randint(1, MOST)):
             process = self.start(job, place, attempt > 0)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -142,8 +142,9 @@ class Killer:
                 process.kill()
             process.communicate()
             kills += 1
-        with self.start(job, place, True) as process:
-            said = process.communicate()[1]
+        if process.returncode:  # else it came to its end before it could be killed
+            with self.start(job, place, True) as process:
+                said = process.communicate()[1]
         if process.returncode:
             return kills, f"exit code {process.returncode}: {' '.join(said.split())[:300]}"
         found = job.made(place)
