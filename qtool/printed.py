@@ -406,6 +406,7 @@ class TriedEngine:
     versions: dict[str, str]
     problem: str | None
     missing: str | None
+    note: str | None
     python_version: str | None = None
     cuda: Any = None
 

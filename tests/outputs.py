@@ -28,7 +28,9 @@ def check(args: Sequence[Any], stdout: str) -> str | None:
     name = _name(words)
     if name in WITHOUT or _is_batch(stdout):
         return None
-    documents = [json.loads(line) for line in stdout.splitlines()] if name in LINES else [json.loads(stdout)]
+    documents = (
+        [json.loads(line) for line in stdout.rstrip("\n").split("\n")] if name in LINES else [json.loads(stdout)]
+    )
     for document in documents:
         failed = isinstance(document, dict) and isinstance(document.get("error"), dict)
         validator("error" if failed else name).validate(document)

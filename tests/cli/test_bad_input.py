@@ -165,9 +165,9 @@ def _(scene: Scene) -> list[str]:
     return scene.command()
 
 
-@case("already quantized", 2, "already quantized", "compressed-tensors")
+@case("already quantized", 2, "already quantized", "hqq")
 def _(scene: Scene) -> list[str]:
-    scene.config(quantization_config={"quant_method": "compressed-tensors", "format": "int-quantized"})
+    scene.config(quantization_config={"quant_method": "hqq"})
     return scene.command()
 
 

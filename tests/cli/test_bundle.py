@@ -80,6 +80,5 @@ def test_what_is_asked_is_validated() -> None:
         make({"regex": "a", "choice": ["b"]})
     with pytest.raises(InputError, match="not ID=BIAS"):
         make({"logit_bias": ["x"]})
-    with pytest.raises(InputError, match="greater than 0") as caught:
+    with pytest.raises(InputError, match=r"^--top-p must be greater than 0"):
         make({"top_p": 0.0})
-    assert caught.value.where == "--top-p"

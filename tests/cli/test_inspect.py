@@ -216,7 +216,7 @@ def test_a_terminal_gets_a_line_for_each(
     from qtool.cli.inspect import inspect
 
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    inspect(str(tiny_llama), tensors=True, filter="lm_head|final|model.norm")
+    inspect(str(tiny_llama), tensors=True, filter="lm_head|final|model.norm", json=False)
     title, *lines = capsys.readouterr().out.splitlines()
     assert title.split() == ["name", "dtype", "shape", "bytes", "min", "max", "scheme", "scales"]
     assert [line.split()[:2] for line in lines] == [["lm_head.weight", "BF16"], ["model.norm.weight", "BF16"]]

@@ -36,7 +36,11 @@ def test_a_change_of_the_whole_model_reaches_all_that_is_written(
     """Rotating the residual stream of a model as it is read comes to the same as quantizing the rotated model."""
     monkeypatch.setattr(device, "compute_dtype", lambda _device, exact: torch.float32)
     quantize(rotated_on_disk(tiny_llama, tmp_path / "rotated"), tmp_path / "expected", scheme="w8a8")
-    monkeypatch.setattr(context, "FloatReader", lambda checkpoint, device: Rotated(FloatReader(checkpoint, device)))
+    monkeypatch.setattr(
+        context,
+        "FloatReader",
+        lambda checkpoint, device, **options: Rotated(FloatReader(checkpoint, device, **options)),
+    )
     quantize(tiny_llama, tmp_path / "found", scheme="w8a8")
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("expected", "found"))
     assert list(found) == list(expected)

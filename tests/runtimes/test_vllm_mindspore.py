@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from qtool import runtimes
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
-from qtool.runtimes import vllm_mindspore
+from qtool.runtimes import launch, vllm_mindspore
 from tests.managed import unpacked
 
 PLUGIN = "vllm-mindspore==0.5.1"
@@ -191,7 +191,7 @@ def test_what_would_be_noise_is_refused(
 ) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     with pytest.raises(InputError, match=says) as caught:
-        vllm_mindspore.adapt(base(), Checkpoint.open(checkpoints[name]))
+        launch.adapted(base(), Checkpoint.open(checkpoints[name]))
     assert ("w8a8-static" in str(caught.value.hint)) == ("Moe" not in name)
 
 

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,7 +41,18 @@ def main(job, report):
 """
 SERVER = """
 import json, os, sys
-print(json.dumps([json.__file__, __file__, sys.flags.safe_path, os.environ.get("PYTHONPATH"), sys.path]))
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+found = [json.__file__, __file__, sys.flags.safe_path, os.environ.get("PYTHONPATH"), sys.path]
+with open(os.path.join(os.environ["XDG_STATE_HOME"], "server.json"), "w") as file:
+    json.dump(found, file)
+
+class Health(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Health).handle_request()
 """
 MSRUN = """
 import json, sys
@@ -123,14 +135,25 @@ def test_what_an_environment_is_made_with(run: Any, tmp_path: Path) -> None:
     assert run(code) == 0
 
 
-def test_a_server(run: Any) -> None:
-    code = "from qtool.cli.app import run; sys.exit(run(sys.argv[1:]))"
-    file, server, safe, path, folders = run(code, "serve", ".", "--runtime", "vllm", "--quiet")
+def test_a_server(run: Any, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    # What `serve` prints is no JSON.
+    code = "from qtool.cli.app import run; code = run(sys.argv[1:]); print('\\nnull'); sys.exit(code)"
+    run(code, "serve", ".", "--runtime", "vllm", "--quiet", "--port", port)
+    file, server, safe, path, folders = json.loads((tmp_path / "server.json").read_text())
     assert is_real(file)
     assert "modules/vllm" in server
     assert safe
     assert "" not in path.split(":")
     assert "" not in folders
+
+
+def test_a_helper_with_limits(run: Any) -> None:
+    """It has `json` for itself, and nobody else's."""
+    code = "from qtool import patterns; print(str(patterns.search('(a+)+b', 'a' * 40 + 'b', 'here')).lower())"
+    assert run(code) is True
 
 
 def test_several_cards(run: Any, tmp_path: Path) -> None:
@@ -164,12 +187,16 @@ def test_a_ray_cluster(run: Any, tmp_path: Path) -> None:
 
 STARTS = {"subprocess", "multiprocessing", "pty", "ray"}
 MAY = {
-    "qtool/cli/serve.py": "becomes the server, which runtimes/server.py says how to start",
+    "qtool/engines/golden_stick/engine.py": "asks an interpreter of golden-stick, which is isolated, what it has",
     "qtool/engines/golden_stick/launch.py": "test_several_cards",
     "qtool/engines/native/executor.py": "test_a_worker_and_what_it_starts",
     "qtool/environments/install.py": "test_what_an_environment_is_made_with",
+    "qtool/runtimes/remote.py": "starts what runtimes/nodes.py says, on hosts of the user's: ssh, ray, the server",
+    "qtool/runtimes/serving.py": "test_a_server",
     "qtool/workers/commands.py": "test_a_command_and_its_guard",
     "qtool/workers/guard.py": "test_a_command_and_its_guard",
+    "qtool/workers/leash.py": "test_a_server",
+    "qtool/workers/limited.py": "test_a_helper_with_limits",
     "qtool/workers/processes.py": "test_a_worker_and_what_it_starts",
 }
 
