@@ -130,7 +130,7 @@ def test_what_cannot_be_has_its_own_error(bodies: dict[str, Any]) -> None:
     ("setting", "message"),
     [
         ("max_nu_seqs=4", "max_num_seqs"),
-        ("max_num_seqs=many", "valid integer"),
+        ("max_num_seqs=many", "must be a whole number"),
         ("OMP_NUM_THREAD=4", "OMP_NUM_THREADS"),
     ],
 )
@@ -208,5 +208,5 @@ def test_what_nobody_has_set_is_not_to_blame(tiny_llama: Path, tmp_path: Path) -
             runtimes.stream(job, iter([{"index": 0, "prompt": "x"}]), print)
         return caught.value
 
-    assert load().where is None
+    assert load().where == str(model)
     assert load(enforce_eager=True).where == "--set"

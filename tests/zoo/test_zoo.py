@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ def test_a_sample_is_right(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("QTOOL_TEST_ZOO" not in os.environ, reason="it takes about half an hour: set QTOOL_TEST_ZOO=1")
 @pytest.mark.timeout(3000)
 def test_every_type_is_right_or_refused(tmp_path: Path) -> None:
     verdicts = run("", tmp_path)
