@@ -27,6 +27,16 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def no_options_left() -> Iterator[None]:
+    """A command that a test ran in this process leaves its --json and the like to the next."""
+    from qtool.cli.options import Common, common
+
+    vars(common).update(vars(Common()))
+    yield
+    vars(common).update(vars(Common()))
+
+
 # Fixtures that install other projects' packages.
 _PEERS = {"golden_stick", "openmind_python", "modelers", "plugin", "quantization"}
 
