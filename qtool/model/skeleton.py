@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from qtool.checkpoint.auto import auto_class
 from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.transposed import has_transposed, is_transposed
 from qtool.errors import InputError, foreign
 from qtool.model import architectures
 
@@ -46,6 +48,8 @@ class Skeleton:
     ) -> None:
         self._where = str(checkpoint.path / "config.json")
         self.model = _build(checkpoint, dtype, trust_remote_code, self._where)
+        if has_transposed(checkpoint.config):
+            _as_linears(self.model, checkpoint.config)
         self.tensors: dict[str, torch.Tensor] = self.model.state_dict(keep_vars=True)
         self.embedding: nn.Module = self.model.get_input_embeddings()
         self.decoder: Any = self._innermost_model(self.embedding)
@@ -145,6 +149,15 @@ class Skeleton:
             for module in self.decoder.modules():
                 if not empty.isdisjoint(module.modules()):
                     self.decoder._init_weights(module)  # parameters are on the meta device, where this does nothing
+
+
+def _as_linears(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Put the linear that it is in place of every Conv1D, whose weight is [in, out]."""
+    for name, module in [*model.named_modules()]:
+        weight = module._parameters.get("weight")
+        if is_transposed(config, name) and weight is not None:
+            linear = nn.Linear(*weight.shape, device=weight.device, dtype=weight.dtype)
+            model.set_submodule(name, linear.train(module.training))
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool, where: str) -> Any:

@@ -130,7 +130,10 @@ def _faults(
     if verdict.share + (sum(each["share"] for each in named) if verdict.warnings else 0) < LEAST_SHARE:
         faults.append(f"only {verdict.share:.0%} of the decoder's linear weights are int8")
     restored = {name: tensor for name, tensor in after.items() if name.removesuffix("_scale") not in quantized}
-    restored |= {name: after[name].float() * after[f"{name}_scale"].float() for name in quantized}
+    conv1d = _conv1d(model)
+    for name in quantized:
+        number, scale = after[name].float(), after[f"{name}_scale"].float()
+        restored[name] = number * (scale.t() if name in conv1d else scale)
     missing = {name: before[name] for name in before.keys() - restored.keys()}
     apart = {name: restored[name] for name in restored.keys() - before.keys()}
     again = together(missing, apart, interleaved=model.config.model_type == "gpt_oss")
@@ -142,7 +145,9 @@ def _faults(
     if lost or strange:
         return faults
     rounded = {name for name in quantized if name in before}
-    plain = before | {name: _nearest(before[name].float()) for name in rounded} | again.plain
+    nearest = {name: _nearest(before[name].float()) for name in rounded - conv1d}
+    nearest |= {name: _nearest(before[name].float().t()).t() for name in rounded & conv1d}
+    plain = before | nearest | again.plain
     quantized = rounded | again.plain.keys()
     errors = []
     for name, tensors in (("restored", restored), ("plain", plain)):
@@ -177,6 +182,11 @@ def decoder_weights(model: Any) -> int:
                     seen.add(id(parameter))
                     total += parameter.numel()
     return total
+
+
+def _conv1d(model: Any) -> set[str]:
+    """The weights that are [in, out]."""
+    return {f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
 
 
 def _layer_lists(model: Any) -> list[nn.ModuleList]:
