@@ -66,6 +66,7 @@ class Skeleton:
         assert isinstance(layers, nn.ModuleList)
         self.layers = layers
         self.layers_name = self.name_of(self.layers)
+        self._check_single()
         self.kept_in_float32: tuple[str, ...] = tuple(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
         self._check_buffers()
         self._initialize_buffers(device)
@@ -126,6 +127,14 @@ class Skeleton:
 
     def _innermost_model(self, module: nn.Module) -> Any:
         return self._models_around(module)[0]
+
+    def _check_single(self) -> None:
+        """Layers that are used a second time, elsewhere, get inputs there that no run of the first ones shows."""
+        prefix = f"{self.layers_name}."
+        for target, source in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+            for own, other in ((target, source), (source, target)):
+                if own.startswith(prefix) and not other.startswith(prefix):
+                    raise self.unusual(f"{own} works a second time, as {other}, on other inputs")
 
     def _check_buffers(self) -> None:
         """They take memory before any weight does: GPT-2's masks grow with the square of its context."""
