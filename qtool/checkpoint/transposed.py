@@ -1,7 +1,7 @@
 """Layers whose matrix lies in the files as [in, out]: Conv1D of GPT-2 and its kin, linears in all but this.
 
-vLLM 0.32 transposes every `weight` of such a layer as it loads it (models/gpt2.py, `_transpose_conv1d`), so quantized ones
-lie in the files in the same way. Everywhere else in qtool they are [out, in], as all others.
+vLLM 0.32 transposes every `weight` of such a layer as it loads it (models/gpt2.py, `_transpose_conv1d`), so quantized
+ones lie in the files in the same way. Everywhere else in qtool they are [out, in], as all others.
 """
 
 from __future__ import annotations

@@ -314,7 +314,9 @@ class DecoderLoop:
         except QtoolError:
             raise
         except Exception as error:  # the model's own code, in surroundings that it may not expect
-            raise self._skeleton.unusual(f"its own code fails on a text of any tokens ({in_one_line(error)})") from error
+            raise self._skeleton.unusual(
+                f"its own code fails on a text of any tokens ({in_one_line(error)})"
+            ) from error
 
     def _learn(self) -> _Learned:
         small, large = (self._observed(*size) for size in zip(_SAMPLES, _TOKENS, strict=True))

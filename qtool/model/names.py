@@ -108,9 +108,9 @@ class Names:
             # Ernie-VL's file numbers the experts for text and those for pictures one after the other.
             targets = _targets(renamed, by_pattern[pattern])
             each = -(-len(experts) // len(targets))
-            for position, number in enumerate(sorted(experts)):
+            for position, expert in enumerate(sorted(experts)):
                 target, first = targets[position // each], (position // each) * each if len(targets) > 1 else 0
-                self._parts.setdefault(target, {}).setdefault(number - first, {})[order[pattern]] = experts[number]
+                self._parts.setdefault(target, {}).setdefault(expert - first, {})[order[pattern]] = experts[expert]
 
     def stored(self, name: str) -> str:
         """The checkpoint's name of a parameter that it holds as one tensor; `name` itself where nothing is known."""

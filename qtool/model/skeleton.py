@@ -165,7 +165,7 @@ def _as_linears(model: nn.Module, config: Mapping[str, Any]) -> None:
     for name, module in [*model.named_modules()]:
         weight = module._parameters.get("weight")
         if is_transposed(config, name) and weight is not None:
-            linear = nn.Linear(*weight.shape, device=weight.device, dtype=weight.dtype)
+            linear = nn.Linear(weight.shape[0], weight.shape[1], device=weight.device, dtype=weight.dtype)
             model.set_submodule(name, linear.train(module.training))
 
 

@@ -146,7 +146,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "diffusion_gemma": {"vision_config": {"model_type": "gemma4_vision", "hidden_size": 64, "num_hidden_layers": 2}},
     "diffusion_gemma_text": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 48},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), {"image_token_index": 400, "video_token_index": 400}),
+    "blip-2": {"image_token_index": 400},
+    "instructblip": {"image_token_index": 400},
+    "instructblipvideo": {"video_token_index": 400},
     "emu3": {
         "vocabulary_map": {"<image>": 400, "<|extra_200|>": 401},
         "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "attn_resolutions": []},
@@ -163,7 +165,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_unified": {"vision_config": {}},
     "glm4v_moe_text": _mrope([1, 1, 2], partial_rotary_factor=0.5),
     "glm5_next_text": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "index_topk": 64},
-    "granite4_vision": {"text_config": {"model_type": "granite"}, "deepstack_layer_map": [[0, 0]], "downsample_rate": "2/4"},
+    "granite4_vision": {
+        "text_config": {"model_type": "granite"},
+        "deepstack_layer_map": [[0, 0]],
+        "downsample_rate": "2/4",
+    },
     "hunyuan_vl_text": _mrope([2, 2, 2, 2]),
     "gpt_bigcode": {"multi_query": True},
     "gpt_oss": {"intermediate_size": 48},
@@ -287,7 +293,8 @@ _PIXELS = ("samples", 3, 32, 32)
 PREFIXED = ("shieldgemma2",)
 # What a model wants besides text: shapes of random numbers; a mask is zeros where no picture is.
 INPUTS: dict[str, dict[str, tuple[str | int, ...]]] = {
-    **dict.fromkeys(("blip", "blip-2"), {"pixel_values": _PIXELS}),
+    "blip": {"pixel_values": _PIXELS},
+    "blip-2": {"pixel_values": _PIXELS},
     "idefics": {"pixel_values": ("samples", 1, 3, 32, 32), "image_attention_mask": ("samples", "length", 1)},
     "instructblip": {"pixel_values": _PIXELS, "qformer_input_ids": ("samples", 8)},
     "instructblipvideo": {"pixel_values": ("samples", 4, 3, 32, 32), "qformer_input_ids": ("samples", 8)},
