@@ -1,8 +1,8 @@
 """MXFP4 of gpt-oss, as OpenAI publishes it: experts in FP4 (e2m1), all else in bfloat16; read as a float model.
 
-`NAME_blocks` uint8 [experts, out, groups, 16] has two neighbouring input channels in a byte, the first in its lower half;
-`NAME_scales` uint8 [experts, out, groups] is the exponent of a power of two plus 127, for 32 input channels. Together they
-are the float model's NAME [experts, in, out] (transformers 5.19, integrations/mxfp4.py).
+`NAME_blocks` uint8 [experts, out, groups, 16] has two neighbouring input channels in a byte, the first in its lower
+half; `NAME_scales` uint8 [experts, out, groups] is the exponent of a power of two plus 127, for 32 input channels.
+Together they are the float model's NAME [experts, in, out] (transformers 5.19, integrations/mxfp4.py).
 """
 
 from __future__ import annotations
