@@ -93,9 +93,10 @@ def size_and_kl(models: Sequence[tuple[str, int, Mapping[str, Any]]]) -> Plot:
         from matplotlib.ticker import MaxNLocator
         from matplotlib.transforms import ScaledTranslation
 
-        scale = axes.get_figure(root=True).dpi_scale_trans
+        figure = axes.get_figure(root=True)
+        assert figure is not None
         for i, ((_, _, kl), (x, y), points) in enumerate(zip(models, places, aside, strict=True)):
-            color, moved = SERIES[i % 6], axes.transData + ScaledTranslation(points / 72, 0, scale)
+            color, moved = SERIES[i % 6], axes.transData + ScaledTranslation(points / 72, 0, figure.dpi_scale_trans)
             if kl["low"] is not None:
                 low = max(least / 2 if logarithmic else 0.0, kl["low"])
                 axes.plot([x, x], [low, kl["high"]], color=color, linewidth=2, alpha=0.5, transform=moved)
