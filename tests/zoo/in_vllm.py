@@ -45,7 +45,21 @@ _WIDER = {
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 32,
     "mamba_head_dim": 32,
+    "n_embd": 128,
+    "ffn_hidden_size": 512,
     "moe_shared_expert_intermediate_size": 96,
+}
+
+_LATENT = {"kv_lora_rank": 64, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64, "head_dim": 64}
+# What vLLM reads of config.json, and published ones have; and sizes that its kernels for CPUs take.
+_MORE: dict[str, dict[str, int]] = {
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "glm4_moe": {"head_dim": 32},
+    "lfm2": {"conv_dim": 128, "conv_dim_out": 128, "block_dim": 128, "block_ff_dim": 192},
+    "minimax_m2": {"head_dim": 32, "rotary_dim": 16},
+    "qwen3_next": {"linear_key_head_dim": 128, "linear_value_head_dim": 128},
+    "bamba": {"mamba_d_head": 32},
 }
 
 
@@ -85,7 +99,7 @@ def _work(model_type: str, folder: Path) -> bytes:
     from tests.zoo import judge, models
 
     try:
-        source = models.make("text", model_type, folder / "float", _WIDER)
+        source = models.make("text", model_type, folder / "float", _WIDER, _MORE.get(model_type))
         model = judge.load("text", source)
         judge.quantize(source, folder / "int8", models.text(model, 8, 48, seed=1))
         ids = models.text(model, 2, 16, seed=2).tolist()
