@@ -160,11 +160,11 @@ def test_what_the_documents_say_of_commands_is_what_there_is() -> None:
 
 def options_of(words: list[str]) -> set[str] | None:
     """The options of the command that a line begins with; None where there is no such command."""
-    from qtool.cli.app import COMMANDS, _load
+    from qtool.cli.app import COMMANDS, load
 
     if words[0] not in COMMANDS:
         return None
-    command: Any = _load(words[0])
+    command: Any = load(words[0])
     if below := getattr(command, "commands", None):
         if len(words) < 2 or words[1] not in below:
             return None
