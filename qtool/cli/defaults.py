@@ -17,7 +17,7 @@ from qtool.environments.table import ENGINES
 from qtool.errors import InputError
 
 PREFIX = "QTOOL"
-_KINDS = {
+_KINDS: dict[str, tuple[str, Any]] = {
     "integer": ("a whole number", int),
     "number": ("a number", (int, float)),
     "boolean": ("true or false", bool),
@@ -64,8 +64,7 @@ def check_tables(commands: Mapping[str, object]) -> None:
             raise InputError(
                 f"there is no command {name!r}",
                 where=configuration.place(name),
-                hint=_nearest(name, [*commands, settings.TABLE])
-                + " Options stand in a table: [quantize], samples = 64",
+                hint=f"{_nearest(name, [*commands, settings.TABLE])} Options stand in a command's table, as [quantize].",
             )
 
 
@@ -112,9 +111,8 @@ def _path(_: object) -> dict[str, Any]:
 def _value(param: Any) -> dict[str, Any]:
     """The JSON Schema of an option's value."""
     kind = param.type_descriptor
-    bare = {"int": "integer", "float": "number"}.get(
-        param.bare_type().removeprefix("list[").removesuffix("]"), "string"
-    )
+    name = param.bare_type().removeprefix("list[").removesuffix("]")
+    bare = {"int": "integer", "float": "number"}.get(name, "string")
     schema: dict[str, Any] = {"type": "boolean" if param.is_flag else bare}
     if kind.is_choice and not param.is_flag:
         schema["enum"] = list(kind.choices)

@@ -61,8 +61,8 @@ def schema(
     """Print the JSON Schema of recipes, of the configuration file, or of what a command prints with --json.
 
     Editors use the schema of recipes to check and complete them. Write it to a file, and put this line at the top of a
-    recipe: `# yaml-language-server: $schema=FILE`. For the configuration file, the line is `#:schema FILE`. With --json, all commands print an error as `qtool schema error`
-    says.
+    recipe: `# yaml-language-server: $schema=FILE`. For the configuration file, the line is `#:schema FILE`. With
+    --json, all commands print an error as `qtool schema error` says.
 
     Examples:
 

@@ -120,9 +120,8 @@ def _from_hub(text: str, place: Place, access: Access) -> Model:
         if path is None:
             raise
         what = f"there is no folder {text} here, and its hub can't be asked: {error.what}"
-        raise QtoolError(
-            what, where=error.where, hint=f"If you mean a folder, check the path. {error.hint or ''}"
-        ) from None
+        hint = f"If you mean a folder, check the path. {error.hint or ''}"
+        raise QtoolError(what, where=error.where, hint=hint) from None
     target = _cache(place, listing.hub)
     nbytes = sum(file.size for file in listing.files)
     access.say(f"{text}: {HUBS[listing.hub]} has it, up to {sizes.show(nbytes)}; it goes to {target}")

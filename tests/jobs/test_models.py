@@ -193,7 +193,7 @@ def test_a_wrong_path_is_not_asked_for_on_a_hub(
 
 
 def test_a_name_that_is_also_a_folders(hub_with_model: Hub, tmp_path: Path) -> None:
-    """Where a folder of the organisation's name is here, a prefix says that the hub is meant; what was fetched stays."""
+    """Where a folder has the organisation's name, a prefix says that the hub is meant; what was fetched is found."""
     env = {**hub_with_model.env, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     (tmp_path / "org").mkdir()
     done = hub_with_model.run("inspect", REPO, cwd=tmp_path, env=env)
