@@ -117,6 +117,7 @@ class Quantized:
     output: str
     output_bytes: int
     input_bytes: int
+    pushed: Uploaded | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,7 @@ def check_tables(commands: Mapping[str, object]) -> None:
             raise InputError(
                 f"there is no command {name!r}",
                 where=configuration.place(name),
-                hint=f"{_nearest(name, [*commands, settings.TABLE])} Options stand in a command's table, as [quantize].",
+                hint=f"{_nearest(name, [*commands, settings.TABLE])} Options stand in a table: [quantize].",
             )
 
 
