@@ -46,7 +46,7 @@ COMMANDS = {
     "run": ("qtool.cli.run:run", "Do a whole recipe, from download to text, as one job."),
     "upload": ("qtool.cli.upload:upload", "Upload a model to a hub, with a model card."),
     "recipes": ("qtool.cli.recipes:app", "List, show and validate recipes."),
-    "schema": ("qtool.cli.schema:schema", "Print JSON Schemas: of recipes, of the configuration, of outputs."),
+    "schema": ("qtool.cli.schema:schema", "Print the JSON Schema of recipes, of settings, or of outputs."),
     "config": ("qtool.cli.config:config", "Show the defaults that you have set, and where."),
     "env": ("qtool.cli.env:app", "List, install and remove environments for engines and runtimes."),
     "doctor": ("qtool.cli.doctor:doctor", "Show what works on this machine, and what is missing."),
