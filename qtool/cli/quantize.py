@@ -219,7 +219,7 @@ def quantize(
             trust_remote_code=run.trust_remote_code,
         )
         decided = jobs.decide(found.path, wanted)
-        out.info(decided.why)
+        out.info(decided.why, prose=True)
         if run.dry_run:
             _plan(decided, out)
         else:
