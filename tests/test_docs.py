@@ -177,9 +177,9 @@ def options_of(words: list[str]) -> set[str] | None:
 
 def problem_of(words: list[str]) -> str | None:
     """What the command line would say of these words before it does anything, as click says it; None if nothing."""
-    from qtool.cli.app import COMMANDS, _load
+    from qtool.cli.app import COMMANDS, load
 
-    command: Any = _load(words[0]) if words[0] in COMMANDS else None
+    command: Any = load(words[0]) if words[0] in COMMANDS else None
     rest = words[1:]
     if command is not None and rest and (below := getattr(command, "commands", None)):
         command, rest = below.get(rest[0]), rest[1:]
