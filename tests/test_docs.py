@@ -164,11 +164,11 @@ def test_what_the_documents_say_of_commands_is_what_there_is() -> None:
 
 def options_of(words: list[str]) -> set[str] | None:
     """The options of the command that a line begins with; None where there is no such command."""
-    from qtool.cli.app import COMMANDS, _load
+    from qtool.cli.app import COMMANDS, load
 
     if words[0] not in COMMANDS:
         return None
-    command: Any = _load(words[0])
+    command: Any = load(words[0])
     if below := getattr(command, "commands", None):
         if len(words) < 2 or words[1] not in below:
             return None
@@ -178,9 +178,9 @@ def options_of(words: list[str]) -> set[str] | None:
 
 def problem_of(words: list[str]) -> str | None:
     """What the command line would say of these words before it does anything, as click says it; None if nothing."""
-    from qtool.cli.app import COMMANDS, _load
+    from qtool.cli.app import COMMANDS, load
 
-    command: Any = _load(words[0]) if words[0] in COMMANDS else None
+    command: Any = load(words[0]) if words[0] in COMMANDS else None
     rest = words[1:]
     if command is not None and rest and (below := getattr(command, "commands", None)):
         command, rest = below.get(rest[0]), rest[1:]
