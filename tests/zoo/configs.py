@@ -285,6 +285,16 @@ LEFT_OUT: dict[str, str] = {
     "gemma4_unified_assistant": "drafts for another model, and doesn't run without that",
     "pi0": "moves a robot: it makes actions, not tokens",
 }
+# Why a type is refused, in more words than the message has.
+ARGUED: dict[str, str] = {
+    "blt": "groups of bytes, which another model finds, come between its three stacks of layers, which run in turn",
+    "diffusion_gemma": "its layers run twice with the same weights, as encoder and as decoder, on different inputs",
+    "hrm_text": "its two stacks of layers run several times in turn: what a layer gets depends on layers behind it",
+    "idefics": "transformers runs it only with a picture in every forward",
+    "jetmoe": "its attention is a mixture of experts too, each with one matrix before it and one behind; no runtime "
+    "that qtool knows reads such experts as integers",
+    "xlm": "attention, norms and feed-forward are in a list each: there is no list of layers to run one by one",
+}
 # As what transformers saves them isn't a causal LM: the type is among the models of pictures and text, whole.
 TEXT_OF_PICTURES = ("emu3", "mllama")
 _PIXELS = ("samples", 3, 32, 32)

@@ -18,7 +18,6 @@ from pathlib import Path
 from tests.zoo import configs
 from tests.zoo.judge import ABSENT, ERROR, Verdict, judge
 
-
 _towers = ExitStack()
 
 
