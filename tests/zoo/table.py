@@ -39,7 +39,8 @@ for each of its rows, but rows have a scale of their own. nanochat, whose norms 
 So smoothing gains little there. Error of these models with the recipe's smoothing and with none: OLMo 2 0.93 and 0.92,
 OLMo 3 0.89 and 0.80, EXAONE 4 0.87 and 0.90, nanochat 0.86 and 0.95; Llama 0.40 and 0.96.
 
-Measured with torch {torch} and Python {python} on {machine}. Regenerate with `python -m tests.zoo --docs`.
+Measured with torch {torch} and Python {python} on {machine}.
+Regenerate with `python -m tests.zoo --docs`, which takes half an hour.
 """
 _VLLM = "## vLLM on a CPU"
 _VLLM_HEAD = """{title}
