@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import html
 import importlib.util
 import itertools
+import json
 import re
 import shlex
 import subprocess
@@ -17,7 +19,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests import flowchart, reference
+from tests import browser, flowchart, reference
 from tests.test_architecture import FILES, GRAPH, LAYERS, place
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -322,17 +324,51 @@ def test_pictures_are_small_and_exist() -> None:
             assert 200 < file.stat().st_size < 200_000, target
 
 
-@pytest.mark.slow
-def test_the_site_builds_and_its_links_lead_somewhere(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built."""
+    folder = tmp_path_factory.mktemp("site") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    pages = {path.parent.name for path in (tmp_path / "site").glob("*/index.html")}
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_its_links_lead_somewhere(site: Path) -> None:
+    pages = {path.parent.name for path in site.glob("*/index.html")}
     assert {page.stem for page in PAGES} - {"index"} <= pages
-    for page in (tmp_path / "site").rglob("*.html"):  # nothing is loaded from elsewhere
+    for page in site.rglob("*.html"):  # nothing is loaded from elsewhere
         loaded = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', page.read_text(encoding="utf-8"))
         assert not loaded, page
         assert 'class="mermaid"' not in page.read_text(encoding="utf-8"), page  # the theme would load a program for it
+
+
+@pytest.mark.slow
+def test_no_page_is_wider_than_a_phone_or_a_screen(site: Path) -> None:
+    """A real browser shows every page in a frame of each width, and says how wide it is and what it could not draw."""
+    if (program := browser.find()) is None:
+        assert all("width=device-width" in page.read_text(encoding="utf-8") for page in site.glob("**/index.html"))
+        return
+    pages = sorted(str(page.relative_to(site)) for page in site.glob("**/index.html"))
+    assert len(pages) > 20
+    frames = "".join(
+        f'<iframe src="{page}" width="{width}" height="800" title="{page} {width}"></iframe>'
+        for page in pages
+        for width in (390, 1280)
+    )
+    script = (
+        "onload = () => { document.title = JSON.stringify([...document.querySelectorAll('iframe')].map(f => ["
+        "f.title, f.contentDocument.documentElement.scrollWidth - f.width,"
+        "[...f.contentDocument.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)])); }"
+    )
+    (site / "frames.html").write_text(f"{frames}<script>{script}</script>", encoding="utf-8")
+    shown = browser.dom(program, site / "frames.html", site.parent / "profile")
+    title = re.search("<title>(.*?)</title>", shown, re.DOTALL)
+    assert title is not None, shown[:1000]
+    found = json.loads(html.unescape(title[1]))
+    assert len(found) == 2 * len(pages)
+    assert [each for each in found if each[1] > 0 or each[2]] == []
 
 
 def test_every_variable_that_qtool_reads_is_described() -> None:
