@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qtool.errors import InputError
-from qtool.runtimes import transformers, vllm, vllm_ascend, vllm_mindspore
+from qtool.runtimes import llama_cpp, transformers, vllm, vllm_ascend, vllm_mindspore
 from qtool.runtimes.description import Limitation, Quantized, Runtime
 from qtool.scheme import Scheme
 
@@ -14,6 +14,7 @@ from qtool.scheme import Scheme
 RUNTIMES = (
     vllm.RUNTIME,
     transformers.RUNTIME,
+    llama_cpp.RUNTIME,
     vllm_mindspore.RUNTIME,
     vllm_ascend.RUNTIME,
 )
