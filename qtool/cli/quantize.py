@@ -181,7 +181,7 @@ def quantize(
             trust_remote_code=run.trust_remote_code,
         )
         decided = jobs.decide(found.path, wanted)
-        out.info(decided.why)
+        out.info(decided.why, prose=True)
         (_plan if run.dry_run else _quantize)(decided, out)
 
 

@@ -136,7 +136,8 @@ def _of_all(results: Sequence[Result], called: Sequence[str]) -> list[Picture]:
     return [
         Picture(
             "Size and KL divergence",
-            "Lower is nearer to the original, and left is smaller. Lines are 95 % confidence intervals.",
+            "Lower is nearer to the original, and left is smaller. Lines are 95 % confidence intervals. "
+            "Models that would cover each other stand side by side.",
             plots.size_and_kl(models),
         )
     ]

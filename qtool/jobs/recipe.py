@@ -77,10 +77,11 @@ def _check_also(checkpoint: Checkpoint, recipe: Recipe) -> None:
     recipe, scheme = quantize.with_scheme(recipe, None)
     linears = [name for name in formats.of(checkpoint).layers(checkpoint) if any(map(str.isdigit, name.split(".")))]
     policies = {name: recipe.policy(scheme, name) for name in linears}
-    schemes = {name: None if policy is None else policy.scheme for name, policy in policies.items()}
     for target in recipe.export.also:
         if target == formats.DEQUANTIZED:
             continue
+        settled = {name: policy and policy.settled(formats.get(target).expresses) for name, policy in policies.items()}
+        schemes = {name: None if policy is None else policy.scheme for name, policy in settled.items()}
         refused: list[tuple[str, str | None]] = [
             (each.text, each.hint) for each in formats.get(target).problems(schemes)
         ]
