@@ -35,8 +35,9 @@ def get(name: str) -> Runtime:
 
 def readers(format: str) -> tuple[Runtime, ...]:
     """Who reads this format (as `formats.of` names it), the one that `auto` prefers first."""
-    named = tuple(runtime for runtime in RUNTIMES if runtime.reading(format) is not None)
-    return named or tuple(runtime for runtime in RUNTIMES if runtime.others)
+    direct = [runtime for runtime in RUNTIMES if not runtime.by_conversion]
+    named = tuple(runtime for runtime in direct if runtime.reading(format) is not None)
+    return named or tuple(runtime for runtime in direct if runtime.others)
 
 
 def read_by(format: str) -> str:

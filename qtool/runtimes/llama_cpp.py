@@ -31,6 +31,7 @@ RUNTIME = Runtime(
     version="2026.10.11549 (xllamacpp)",
     summary="llama.cpp: fast for one prompt at a time on a CPU; makes a GGUF file of the model first",
     reads=(Reads("float"), Reads("compressed-tensors"), Reads("golden-stick"), Reads("modelslim")),
+    by_conversion=True,
     hardware=("cpu",),
     worker="qtool.runtimes.worker.llama_cpp",
     sampling=frozenset(

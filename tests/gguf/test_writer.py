@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from qtool.cli.convert import GGUF
 from qtool.conversion import to_gguf
 from qtool.errors import InputError
 from qtool.quant.types import QuantizedLinear
+from qtool.workers import Event
+from tests.checkpoint import conftest
 from tests.managed import managed_python
 
 pytestmark = pytest.mark.peers
@@ -118,7 +119,7 @@ def test_stacked_experts_keep_their_integers(
 
 
 def test_what_llama_cpp_takes_apart_is_said(
-    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     with_pieces: Callable[..., Path],
     quantize_folder: Quantize,
 ) -> None:
@@ -127,11 +128,14 @@ def test_what_llama_cpp_takes_apart_is_said(
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 64}
     groups = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
     model = with_pieces("deepseek_v3", head_dim=64, **heads, **experts, **groups)
+    monkeypatch.setattr(conftest, "LINEARS", (*conftest.LINEARS, "kv_b_proj", "q_a_proj", "q_b_proj"))
     made = quantize_folder(model, tmp_path / "source", "compressed-tensors", "dynamic")
-    warnings = []
-    result = to_gguf(tmp_path / "source", tmp_path / "model.gguf", overwrite=False, on_event=warnings.append)
-    assert sorted(result["rounded"]) == [] or all(re.search("attn_[kv]_b", name) for name in result["rounded"])
-    assert result["integers"] <= sum(layer.weight.numel() for layer in made.values())
+    heard: list[Event] = []
+    result = to_gguf(tmp_path / "source", tmp_path / "model.gguf", overwrite=False, on_event=heard.append)
+    assert {name.partition(".attn_")[2] for name in result["rounded"]} == {"k_b.weight", "v_b.weight"}
+    assert [event["message"] for event in heard if event["event"] == "warning"][0].startswith("blk.0.attn_k_b.weight, ")
+    lost = sum(layer.weight.numel() for name, layer in made.items() if name.endswith("kv_b_proj"))
+    assert result["integers"] == sum(layer.weight.numel() for layer in made.values()) - lost
 
 
 def test_llama_cpp_answers_as_transformers_does(
