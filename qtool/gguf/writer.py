@@ -3,8 +3,8 @@
 Names, the order of rows inside rotary heads, stacked experts, metadata and the tokenizer are the converter's work. It
 knows float tensors only, so it is led through the model three times in step: over the values that the integers stand
 for, over the integers, and over their scales. Where the three come out alike, integers and scales are written as they
-are, as blocks of 32 numbers: Q8_0 for 5 to 8 bits, Q4_0 for fewer. What it takes apart in another way (DeepSeek's
-kv_b_proj becomes two matrices, one of them transposed) is rounded to Q8_0 anew, and the result says for how many.
+are, as blocks of 32 numbers: Q8_0 for 5 to 8 bits, Q4_0 for fewer. What it takes apart in another way (of DeepSeek's
+kv_b_proj it makes two matrices, the one transposed) is rounded to Q8_0 anew, and the result names it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""llama.cpp, by its Python binding xllamacpp: one prompt at a time on a CPU is what it is best at."""
+"""llama.cpp, by its Python binding xllamacpp."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RUNTIME = Runtime(
     name="llama-cpp",
     title="llama.cpp",
     version="2026.10.11549 (xllamacpp)",
-    summary="llama.cpp: fast for one prompt at a time on a CPU; makes a GGUF file of the model first",
+    summary="llama.cpp on CPUs; a GGUF file of the model is made first, in qtool's cache",
     reads=(Reads("float"), Reads("compressed-tensors"), Reads("golden-stick"), Reads("modelslim")),
     by_conversion=True,
     hardware=("cpu",),

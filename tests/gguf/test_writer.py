@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from safetensors.torch import load_file
 
 from qtool import runtimes
 from qtool.cli.convert import GGUF
@@ -34,7 +35,6 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-EXPERTS = {f"{name}_exps": ours.rpartition(".")[2] for name, ours in NAMES.items() if "mlp" in ours}
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def with_pieces(make_model: Callable[..., Path]) -> Callable[..., Path]:
         trained = io.BytesIO()
         words = (" ".join(f"{word}{number}" for number in range(40)) for word in ("today", "am", "llama", "is"))
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=words, model_writer=trained, vocab_size=120, minloglevel=2
+            sentence_iterator=words, model_writer=trained, vocab_size=120, hard_vocab_limit=False, minloglevel=2
         )
         (folder / "tokenizer.model").write_bytes(trained.getvalue())
         return folder
@@ -102,40 +102,43 @@ def test_a_llama_keeps_its_integers(
     assert written["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType.BF16
 
 
+MIXTRAL = {"num_local_experts": 3, "num_experts_per_tok": 2}
+EXPERTS = {"ffn_gate_exps": "w1", "ffn_down_exps": "w2", "ffn_up_exps": "w3"}
+
+
 def test_stacked_experts_keep_their_integers(
-    tmp_path: Path,
-    with_pieces: Callable[..., Path],
-    quantize_folder: Quantize,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, with_pieces: Callable[..., Path], quantize_folder: Quantize
 ) -> None:
-    model = with_pieces("qwen3_moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=96)
-    made = quantize_folder(model, tmp_path / "source", "compressed-tensors", "dynamic")
+    monkeypatch.setattr(conftest, "LINEARS", (*conftest.LINEARS, *EXPERTS.values()))
+    made = quantize_folder(with_pieces("mixtral", **MIXTRAL), tmp_path / "source", "compressed-tensors", "dynamic")
     result = to_gguf(tmp_path / "source", tmp_path / "model.gguf", overwrite=False, on_event=lambda event: None)
     assert result["integers"] == sum(layer.weight.numel() for layer in made.values())
     written = tensors(tmp_path / "model.gguf")
     for name, ours in EXPERTS.items():
-        stacked = torch.cat([made[f"model.layers.1.mlp.experts.{i}.{ours}"].weight for i in range(3)])
+        stacked = torch.cat([made[f"model.layers.1.block_sparse_moe.experts.{i}.{ours}"].weight for i in range(3)])
         integers, _ = blocks(written[f"blk.1.{name}.weight"])
         assert np.array_equal(integers, stacked.numpy()), name
 
 
-def test_what_llama_cpp_takes_apart_is_said(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-    with_pieces: Callable[..., Path],
-    quantize_folder: Quantize,
+def test_what_is_rounded_anew_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, with_pieces: Callable[..., Path], quantize_folder: Quantize
 ) -> None:
-    """Of DeepSeek's kv_b_proj it makes two matrices, the one transposed."""
-    heads = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 64}
-    groups = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
-    model = with_pieces("deepseek_v3", head_dim=64, **heads, **experts, **groups)
-    monkeypatch.setattr(conftest, "LINEARS", (*conftest.LINEARS, "kv_b_proj", "q_a_proj", "q_b_proj"))
-    made = quantize_folder(model, tmp_path / "source", "compressed-tensors", "dynamic")
+    """Here one expert is float, and llama.cpp has all of a layer in one tensor."""
+    some = [f"experts.{i}.{ours}" for i in range(3) for ours in EXPERTS.values() if (i, ours) != (0, "w1")]
+    monkeypatch.setattr(conftest, "LINEARS", tuple(some))
+    model = with_pieces("mixtral", **MIXTRAL)
+    quantize_folder(model, tmp_path / "source", "compressed-tensors", "dynamic")
     heard: list[Event] = []
     result = to_gguf(tmp_path / "source", tmp_path / "model.gguf", overwrite=False, on_event=heard.append)
-    assert {name.partition(".attn_")[2] for name in result["rounded"]} == {"k_b.weight", "v_b.weight"}
-    assert [event["message"] for event in heard if event["event"] == "warning"][0].startswith("blk.0.attn_k_b.weight, ")
-    lost = sum(layer.weight.numel() for name, layer in made.items() if name.endswith("kv_b_proj"))
-    assert result["integers"] == sum(layer.weight.numel() for layer in made.values()) - lost
+    rounded = [f"blk.{layer}.{name}.weight" for layer in range(2) for name in EXPERTS]
+    assert sorted(result["rounded"]) == sorted(rounded)
+    assert result["integers"] == 0
+    (warning,) = [event["message"] for event in heard if event["event"] == "warning"]
+    assert "and 3 more: rounded anew" in warning
+    stored = tensors(tmp_path / "model.gguf")[rounded[0]]
+    values = load_file(model / "model.safetensors")["model.layers.0.block_sparse_moe.experts.0.w1.weight"].float()
+    read = gguf.quants.dequantize(np.asarray(stored.data[0]), gguf.GGMLQuantizationType.Q8_0)
+    assert np.abs(read - values.numpy()).max() <= float(values.abs().max()) / 127
 
 
 def test_llama_cpp_answers_as_transformers_does(
@@ -144,7 +147,7 @@ def test_llama_cpp_answers_as_transformers_does(
     quantize_folder: Quantize,
 ) -> None:
     """Where the reference is decided: llama.cpp rounds activations in another way, and random models are near ties."""
-    model = with_pieces("llama", name="answers")
+    model = with_pieces("llama", seed=3)
     quantize_folder(model, tmp_path / "source", "compressed-tensors", "dynamic")
     prompts = [[int(i) for i in np.random.default_rng(seed).integers(3, 120, 12)] for seed in range(12)]
     reference = runtimes.generate(tmp_path / "source", prompts, runtime="transformers", max_tokens=1, gaps=True)
