@@ -277,6 +277,11 @@ def test_the_page_of_commands_has_every_option() -> None:
     assert example in page.splitlines()
 
 
+def test_every_command_is_in_a_guide() -> None:
+    guides = "".join(page.read_text(encoding="utf-8") for page in (README, *PAGES))
+    assert [name for name, _ in reference.commands() if f"qtool {name}" not in guides] == []
+
+
 def test_flowcharts_are_drawn_with_every_name_and_arrow() -> None:
     text = 'flowchart TD\n    a["one <1>"] --> b & c --> d\n    a --> d\n'
     assert flowchart.parse(text) == (
