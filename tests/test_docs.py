@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import html
 import importlib.util
+import inspect
 import itertools
 import json
 import re
@@ -19,6 +20,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+import qtool
 from tests import browser, flowchart, reference
 from tests.test_architecture import FILES, GRAPH, LAYERS, place
 
@@ -277,6 +279,22 @@ def test_the_page_of_commands_has_every_option() -> None:
         assert {option for param in command.params for option in param.opts if option.startswith("-")} <= shown, name
     example = "$ qtool quantize ./DeepSeek-R1 --recipe deepseek-r1-osl --memory 8GB --workers 8 --resume"
     assert example in page.splitlines()
+
+
+@pytest.mark.parametrize("name", reference.FUNCTIONS)
+def test_the_page_of_python_has_every_argument(name: str) -> None:
+    section = reference.function(name, getattr(qtool, name))
+    code = section.partition("```python\n")[2].partition("```")[0]
+    tree = ast.parse(f"def {code.removeprefix('qtool.').rstrip()}: ...")  # it is Python
+    assert isinstance(tree.body[0], ast.FunctionDef)
+    arguments = tree.body[0].args
+    names = [each.arg for each in (*arguments.args, *arguments.kwonlyargs, *filter(None, [arguments.kwarg]))]
+    assert names == list(inspect.signature(getattr(qtool, name)).parameters)
+    assert section.count("\n- `") > 1
+
+
+def test_the_page_of_python_has_every_function() -> None:
+    assert {*reference.FUNCTIONS} == {name for name in qtool._API if name[0].islower()}
 
 
 def test_every_command_is_in_a_guide() -> None:
