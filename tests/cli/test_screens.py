@@ -109,9 +109,13 @@ def test_tune(seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
     assert len(changed) == min(count, 1)
 
 
-def test_an_impossible_size_is_refused_before_anything_is_measured(seen: Seen, tiny_llama: Path) -> None:
-    terminal = seen("tune", tiny_llama, "--max-size", "10KB", code=2)
-    assert "this scheme makes" in terminal.text
+@pytest.mark.parametrize(("size", "told"), [("10KB", "the limit is 10.0 kB"), ("95%", "the limit is 95% of that")])
+def test_an_impossible_size_is_refused_before_anything_is_measured(
+    seen: Seen, tiny_llama: Path, size: str, told: str
+) -> None:
+    terminal = seen("tune", tiny_llama, "--max-size", size, code=2)
+    said = " ".join(terminal.text.split())
+    assert re.search(rf"this scheme makes at least \d+\.\d kB, and {told}", said), said
     assert "backward" not in terminal.drawn
 
 
