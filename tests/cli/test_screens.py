@@ -47,7 +47,7 @@ def assert_tidy(terminal: Terminal) -> None:
     """No bar and no escape is left, and the cursor is back."""
     assert not re.search("━{4,}[^┓┩┃]*$|╸|╺", terminal.text, re.MULTILINE), terminal.text
     assert "\x1b" not in terminal.text
-    assert not re.search(r"\[\d*[A-Z]|\[\?25", terminal.text), terminal.text
+    assert not re.search(r"\[\d+[A-Z]|\[[A-Z]\b|\[\?25", terminal.text), terminal.text
     assert terminal.cursor_is_shown
 
 
