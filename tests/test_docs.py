@@ -81,9 +81,10 @@ def test_modules_that_are_named_exist(document: Path) -> None:
 
 
 def test_names_beside_a_file_are_in_it() -> None:
-    """`name` in `file.py`, and `name` (`file.py`): what a reader will search for."""
+    """`name` in `file.py`, `name` (`file.py`), and `name`, as `file.py` does: what a reader will search for."""
     text = re.sub(r"\s+", " ", ARCHITECTURE.read_text(encoding="utf-8"))
     pairs = re.findall(r"`(\w+)`(?: in | \()`((?:qtool|tests)/[\w/]+\.py)`", text)
+    pairs += re.findall(r"`([a-z_]+)`, as `((?:qtool|tests)/[\w/]+\.py)` does", text)  # a class can stand for another
     assert pairs
     missing = {(name, file) for name, file in pairs if not re.search(rf"\b{name}\b", (ROOT / file).read_text("utf-8"))}
     assert missing == set()
@@ -274,6 +275,11 @@ def test_the_page_of_commands_has_every_option() -> None:
         assert {option for param in command.params for option in param.opts if option.startswith("-")} <= shown, name
     example = "$ qtool quantize ./DeepSeek-R1 --recipe deepseek-r1-osl --memory 8GB --workers 8 --resume"
     assert example in page.splitlines()
+
+
+def test_every_command_is_in_a_guide() -> None:
+    guides = "".join(page.read_text(encoding="utf-8") for page in (README, *PAGES))
+    assert [name for name, _ in reference.commands() if f"qtool {name}" not in guides] == []
 
 
 def test_flowcharts_are_drawn_with_every_name_and_arrow() -> None:

@@ -23,7 +23,7 @@ from qtool.cli import streams
 from qtool.cli.helptexts import Commands
 from qtool.cli.options import common
 from qtool.console import begin, printed
-from qtool.errors import Bug, InputError, Interrupted, QtoolError, UsageProblem, in_one_line
+from qtool.errors import Bug, InputError, Interrupted, QtoolError, UsageProblem, in_one_line, of_system
 from qtool.files import NO_SPACE
 from qtool.version import __version__
 
@@ -185,6 +185,8 @@ def _invoke(command: Callable[[], Any], settings: Common) -> int:
             return _interrupted(interruption, settings)
         if isinstance(error, OSError) and error.errno in NO_SPACE:  # whoever wrote, it is no bug
             return _told(_unwritable(error, error.filename), settings)
+        if isinstance(error, OSError) and (told := of_system(error)) is not None:
+            return _told(told, settings)
         if settings.debug:
             _show_traceback(error)
             return 1

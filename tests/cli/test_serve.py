@@ -113,6 +113,12 @@ def test_a_key_is_not_in_the_command(run_qtool: Run, tiny_llama: Path) -> None:
         assert done.code == 0, done.stderr
         assert "0x1F" not in done.stdout + done.stderr
         assert "VLLM_API_KEY=…" in shlex.split(done.stdout)
+    for setting in ("hf_token=0x1F", "HF_TOKEN=0x1F", "AWS_SECRET_ACCESS_KEY=0x1F"):
+        done = run_qtool("serve", tiny_llama, "--dry-run", "--set", setting)
+        assert done.code == 0, done.stderr
+        assert "0x1F" not in done.stdout + done.stderr
+        assert f"every user of this machine can read --set {setting.partition('=')[0]}; " in done.stderr
+        assert "_token" not in done.stdout
     done = run_qtool("serve", tiny_llama, "--dry-run", "--set", "api_key=")
     assert (done.code, "is empty" in done.stderr) == (2, True)
 
