@@ -72,6 +72,12 @@ def run(job: Job, recipe: Recipe, model: Path | None, settings: Settings, on_eve
     return _Run(job, recipe, settings, on_event).all(model)
 
 
+def check(model: Path) -> None:
+    """Raises InputError for a folder that is no model, before anything is made."""
+    if _gguf(model) is None:
+        Checkpoint.open(model)
+
+
 def _check_also(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """Raises InputError where a further format can't be right, before hours go into the first."""
     recipe, scheme = quantize.with_scheme(recipe, None)
