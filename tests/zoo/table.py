@@ -33,11 +33,11 @@ for scales in each of them. Towers of the package timm, which isn't installed, a
 PerceptionLM.
 
 Where norms come after attention and MLP (OLMo 2 and 3, EXAONE 4), only two of a layer's four groups can be smoothed:
-the input of `o_proj`, whose factors go into `v_proj`, and that of `down_proj`, into `up_proj`. What enters q, k, v, gate
-and up is the residual stream itself, which no weight of a layer scales alone. A norm behind `o_proj` could take a factor
-for each of its rows, but rows have a scale of their own. nanochat, whose norms have no gain, keeps the first of the two.
-So smoothing gains little there. Error of these models with the recipe's smoothing and with none: OLMo 2 0.93 and 0.92,
-OLMo 3 0.89 and 0.80, EXAONE 4 0.87 and 0.90, nanochat 0.86 and 0.95; Llama 0.40 and 0.96.
+the input of `o_proj`, whose factors go into `v_proj`, and that of `down_proj`, into `up_proj`. What enters q, k, v,
+gate and up is the residual stream itself, which no weight of a layer scales alone. A norm behind `o_proj` could take a
+factor for each of its rows, but rows have a scale of their own. nanochat, whose norms have no gain, keeps the first of
+the two. So smoothing gains little there. Error of these models with the recipe's smoothing and with none: OLMo 2 0.93
+and 0.92, OLMo 3 0.89 and 0.80, EXAONE 4 0.87 and 0.90, nanochat 0.86 and 0.95; Llama 0.40 and 0.96.
 
 Measured with torch {torch} and Python {python} on {machine}.
 Regenerate with `python -m tests.zoo --docs`, which takes half an hour.
