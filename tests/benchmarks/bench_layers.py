@@ -54,7 +54,7 @@ def make(model_type: str, folder: Path) -> Path:
     if model_type == "gpt_oss":
         content["quantization_config"] = {"quant_method": "mxfp4"}
     (folder / "config.json").write_text(json.dumps(content))
-    generator, places, small = torch.Generator().manual_seed(0), {}, {}
+    generator, places, small = torch.Generator().manual_seed(0), dict[str, str](), dict[str, torch.Tensor]()
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     for name, parameter in model.state_dict().items():
         if name in tied:
