@@ -17,7 +17,7 @@ from typing import Any
 from qtool import locks
 from qtool.errors import InputError, QtoolError
 
-_MAX_JSON_BYTES = 500_000_000
+_MAX_JSON_BYTES = 100_000_000  # as safetensors bounds its headers; indexes of the largest models take 30 MB
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

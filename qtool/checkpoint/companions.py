@@ -17,6 +17,11 @@ _NAMES = re.compile(
 _OWN = {"config.json", REPORT, LOCK} | DESCRIPTION_FILES
 
 
+def is_companion(name: str) -> bool:
+    """Whether a file of this name belongs with weights."""
+    return _NAMES.fullmatch(name) is not None
+
+
 def companions(checkpoint: Checkpoint, *, code: bool = False) -> list[Path]:
     """Such files, relative to the checkpoint's folder.
 
@@ -38,7 +43,7 @@ def companions(checkpoint: Checkpoint, *, code: bool = False) -> list[Path]:
         and file.name not in _OWN
         and not file.name.startswith(".")
         and not file.name.endswith(".index.json")
-        and (_NAMES.fullmatch(file.name) or (code and file.suffix == ".py"))
+        and (is_companion(file.name) or (code and file.suffix == ".py"))
     )
     for file in files:
         if not _is_own(folder.resolve(), file):
