@@ -212,6 +212,11 @@ def expand(path: str | Path) -> Path:
         ) from None
 
 
+def real(path: Path) -> Path:
+    """The path without links, as far as it goes: `Path.resolve` raises RuntimeError for links that go in a circle."""
+    return Path(os.path.realpath(path))
+
+
 def exists(path: Path) -> bool:
     """Whether something is there, links followed.
 
