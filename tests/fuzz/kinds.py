@@ -346,6 +346,11 @@ def files(scene: Scene) -> tuple[st.SearchStrategy[Any], Callable[[Any], list[st
         *("qtool.json", "qtool.lock.json", "quant_model_description.json", "README.md", "LICENSE"),
         *("additional_chat_templates", "additional_chat_templates/x.jinja", "preprocessor_config.json"),
     ]
+
+    def large(file: Path) -> None:
+        file.touch()
+        os.truncate(file, 2 << 30)  # all of it a hole
+
     kinds: dict[str, Callable[[Path], object]] = {
         "pipe": os.mkfifo,
         "loop": lambda file: file.symlink_to(file.name),
@@ -354,7 +359,7 @@ def files(scene: Scene) -> tuple[st.SearchStrategy[Any], Callable[[Any], list[st
         "endless": lambda file: file.symlink_to("/dev/zero"),
         "folder": Path.mkdir,
         "empty": Path.touch,
-        "large": lambda file: (file.touch(), os.truncate(file, 2 << 30)),
+        "large": large,
     }
     commands = ["inspect", "quantize", "generate", "chat", "verify", "upload", "calibrate"]
 
