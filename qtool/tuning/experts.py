@@ -210,7 +210,7 @@ class ExpertNoise:
     def _add(
         self, tally: Tally, number: int, module: RoutedExperts, names: Mapping[str, str], expert: SmoothedExpert
     ) -> None:
-        linears = {part: linear for made, _ in expert.quantize() for part, linear in made.items()}
+        linears = {part: linear for made, _ in expert.quantize() for part, linear in made.result()[0].items()}
         weights = {part: expert.folded.rows(part, 0, expert.folded.shape(part)[0]) for part in names}
         biases = {part: expert.folded.vector(f"{part}.bias") for part in names}
         for passage, by_output in self.runs:

@@ -14,12 +14,10 @@ from qtool.checkpoint.formats import QuantizedFormat
 from qtool.engines.native.context import storage
 from qtool.model.observe import sample_stride
 from qtool.model.weights import ModelWeights, StoredWeights, refuse_damage
-from qtool.quant.group import needs_hessian, policy_of, quantize_group
+from qtool.quant.group import GroupUnderWay, needs_hessian, policy_of, quantize_group
 from qtool.quant.layer import smooth
-from qtool.quant.report import GroupReport
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups
-from qtool.quant.types import QuantizedLinear
 from qtool.recipe.schema import Policy
 
 PARTS = GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
@@ -95,17 +93,15 @@ class SmoothedExpert:
             self._groups = [Group(group.linears) for group in linears.groups]  # nothing to find a smoothing scale from
         self.folded, self._found = smooth(own, self._groups, policies, self._observed, self._storage.dtype)
 
-    def quantize(self) -> Iterator[tuple[dict[str, QuantizedLinear], GroupReport | None]]:
-        """The linears of each group that its policy quantizes; no report where no token was seen."""
+    def quantize(self) -> Iterator[tuple[GroupUnderWay, bool]]:
+        """(the linears, whether tokens were seen) of each group that its policy quantizes."""
         for group in self._groups:
             if policy_of(group, self._policies) is None:
                 continue
             name = group.linears[0]
             seen = self._observed.get(name) or InputStatistics.empty(self.folded.shape(name)[1]).to(self._device)
-            linears, report = quantize_group(
-                self.folded, group, self._policies, seen, self._found.get(name), self._storage
-            )
-            yield linears, report if name in self._observed else None
+            made = quantize_group(self.folded, group, self._policies, seen, self._found.get(name), self._storage)
+            yield made, name in self._observed
 
 
 def _statistics(policies: Sequence[Policy | None], x: torch.Tensor | None) -> InputStatistics | None:

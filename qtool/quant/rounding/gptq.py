@@ -6,10 +6,12 @@ columns is nobody else's business.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from qtool.quant import threads
-from qtool.quant.integer import storage_dtype
+from qtool.quant.integer import storage_dtype, widened
 from qtool.quant.rounding import graphs
 from qtool.scheme import QuantizationArgs
 
@@ -24,7 +26,7 @@ class GPTQ:
 
     Args:
         hessian: float32 [in, in], the mean of xᵀx, which is the Hessian up to a factor; overwritten.
-        damping: added to its diagonal. The variance of the activations' own quantization noise belongs here:
+        damping: [], added to its diagonal. The variance of the activations' own quantization noise belongs here:
             E|(x + noise)Ŵᵀ - xWᵀ|² is the weight error under hessian + variance·I. At least 0.1 % of the mean
             diagonal is added to keep the factorization stable.
         args: of the weights.
@@ -32,11 +34,11 @@ class GPTQ:
     Raises ValueError when `hessian` holds NaN or infinite values.
     """
 
-    def __init__(self, hessian: torch.Tensor, damping: float, args: QuantizationArgs) -> None:
+    def __init__(self, hessian: torch.Tensor, damping: float | torch.Tensor, args: QuantizationArgs) -> None:
         diagonal = hessian.diagonal()
         self._args = args
         self._order = torch.argsort(diagonal, descending=True, stable=True)
-        diagonal.add_(max(damping, 1e-3 * float(diagonal.mean()), 1e-12))
+        diagonal.add_((1e-3 * widened(diagonal.mean())).clamp(min=damping).clamp(min=1e-12))
         self._inverse = _inverse_factor(hessian, self._order)
 
     def round(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -62,41 +64,43 @@ class GPTQ:
 
     def _block_rounder(self, work: torch.Tensor, grouped: bool) -> graphs.Function:
         """What rounds one block after the other of `work` [in, out]; all of a shape but the last."""
+        function = partial(_round_block, self._args)
         if graphs.usable(work.device) and len(work) >= _WORTH_A_GRAPH:
             few = work[:_BLOCK]
             examples = [few, few.new_ones(_BLOCK, _BLOCK), *([few] if grouped else [])]
-            return graphs.Captured(self._round_block, examples)
-        return self._round_block
+            return graphs.captured((self._args, grouped, work.shape[1], work.device), function, examples)
+        return function
 
-    def _round_block(
-        self, block: torch.Tensor, factor: torch.Tensor, steps: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Round the columns [few, out] of a block, which is overwritten, one by one.
 
-        Args:
-            factor: float32 [few, few], of the inverse.
-            steps: the scale of each element, float32 [few, out]; None where the block is in its units.
+def _round_block(
+    args: QuantizationArgs, block: torch.Tensor, factor: torch.Tensor, steps: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round the columns [few, out] of a block, which is overwritten, one by one.
 
-        Returns:
-            (int8 [few, out], which are the bits of a float8, too; errors to move on, float32 [few, out]).
-        """
-        quantized, errors = torch.empty(block.shape, dtype=torch.int8, device=block.device), torch.empty_like(block)
-        # Numbers are faster than tensors on a CPU; on a device they would have to be waited for.
-        floats = self._args.type == "float"
-        pivots = factor.diagonal().tolist() if block.device.type == "cpu" else factor.diagonal().unbind()
-        with threads.single():
-            for i, pivot in enumerate(pivots):
-                column = block[i] if steps is None else block[i] / steps[i]
-                if floats:
-                    stored = column.clamp(self._args.qmin, self._args.qmax).to(storage_dtype(self._args))
-                    quantized[i], q = stored.view(torch.int8), stored.float()
-                else:
-                    q = column.round().clamp_(self._args.qmin, self._args.qmax)
-                    quantized[i] = q
-                error = torch.sub(block[i], q if steps is None else q.mul_(steps[i]), out=errors[i]).div_(pivot)
-                if i + 1 < len(pivots):
-                    block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
-        return quantized, errors
+    Args:
+        args: of the weight.
+        factor: float32 [few, few], of the inverse.
+        steps: the scale of each element, float32 [few, out]; None where the block is in its units.
+
+    Returns:
+        (int8 [few, out], which are the bits of a float8, too; errors to move on, float32 [few, out]).
+    """
+    quantized, errors = torch.empty(block.shape, dtype=torch.int8, device=block.device), torch.empty_like(block)
+    # Numbers are faster than tensors on a CPU; on a device they would have to be waited for.
+    pivots = factor.diagonal().tolist() if block.device.type == "cpu" else factor.diagonal().unbind()
+    with threads.single():
+        for i, pivot in enumerate(pivots):
+            column = block[i] if steps is None else block[i] / steps[i]
+            if args.type == "float":
+                stored = column.clamp(args.qmin, args.qmax).to(storage_dtype(args))
+                quantized[i], q = stored.view(torch.int8), stored.float()
+            else:
+                q = column.round().clamp_(args.qmin, args.qmax)
+                quantized[i] = q
+            error = torch.sub(block[i], q if steps is None else q.mul_(steps[i]), out=errors[i]).div_(pivot)
+            if i + 1 < len(pivots):
+                block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
+    return quantized, errors
 
 
 def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -122,12 +126,12 @@ def _factor_of_inverse(hessian: torch.Tensor) -> torch.Tensor:
 
     Raises ValueError when `hessian` holds NaN or infinite values.
     """
-    damping = float(hessian.diagonal().mean()) * 1e-3
+    damping = widened(hessian.diagonal().mean()) * 1e-3
     for _ in range(_DAMPINGS):
         lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed:
             identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
             return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
         hessian.diagonal().add_(damping)
-        damping *= 4
+        damping = damping * 4
     raise ValueError("the Hessian is not finite")
