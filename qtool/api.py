@@ -75,7 +75,7 @@ def quantize(
         calibration: builtin, self, or a .txt, .jsonl or .parquet file.
         samples, seq_len: calibration samples, and tokens of each.
         seed: for everything random.
-        devices: cards, for golden-stick on Ascend.
+        devices: cards of this machine to use.
         overwrite: replace the output if it exists.
         resume: go on where an earlier run of the same job ended.
         resources: memory in bytes, processes, Ray, threads.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from qtool.checkpoint import dtypes, formats, fp8
 from qtool.checkpoint.summary import float_dtype
+from qtool.checkpoint.transposed import has_transposed, is_transposed
 from qtool.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class FloatReader:
         )
         self._sound: set[str] = set()  # tensors of which every number has been found finite, on a device
         self._doubts: list[tuple[str, torch.Tensor]] | None = None  # to be looked at later, where that is wanted
+        self._any_transposed = has_transposed(checkpoint.config)
         self._held: dict[str, torch.Tensor] = {}
         self._held_packed: dict[str, PackedWeight] = {}
         self._last: tuple[str, PackedWeight] | None = None
@@ -118,7 +120,8 @@ class FloatReader:
         """Raises InputError when there is no such tensor."""
         if layer := self._packed(name):
             return self._format.packed_shape(self.checkpoint, layer)
-        return tuple(self.checkpoint.info(name).shape)
+        shape = tuple(self.checkpoint.info(name).shape)
+        return shape[::-1] if self._is_transposed(name) else shape
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a tensor in the float model: as stored, or bfloat16 where it is FP8.
@@ -165,7 +168,8 @@ class FloatReader:
         if not self._is_coded(name):
             whole = self.finite(name, self._held[name] if name in self._held else self._stored(name))
             self._know_sound(name)
-            return whole.to(dtype)
+            whole = whole.to(dtype)
+            return whole.t().contiguous() if self._is_transposed(name) else whole
         shape, step = self.shape(name), self.row_step(name)
         whole = torch.empty(shape, dtype=dtype, device=self._device)
         for start in range(0, shape[0], step):
@@ -179,6 +183,9 @@ class FloatReader:
         if layer := self._packed(name):
             return self.finite(name, self._unpacked(layer).dequantize(start, stop).to(self._device))
         info = self.checkpoint.info(name)
+        if self._is_transposed(name):
+            whole = self._held[name] if name in self._held else self._stored(name)
+            return self.finite(name, whole.t()[start:stop].contiguous()).float()
         if info.dtype != "F8_E4M3":
             return self.finite(name, self._range(name, start, stop)).float()
         assert self._block is not None
@@ -216,7 +223,9 @@ class FloatReader:
         info = self.checkpoint.info(name)
         # a single number may be a limit, and infinite
         is_number = (info.dtype in dtypes.FLOATS and bool(info.shape)) or name.endswith(".weight")
-        return self.tensor(name) if is_number else self.checkpoint.tensor(name)
+        if not is_number:
+            return self.checkpoint.tensor(name)
+        return self.tensor(name).t() if self._is_transposed(name) else self.tensor(name)
 
     def linear(self, name: str) -> QuantizedLinear | None:
         """A quantized linear by its name without ".weight"; None when it is float.
@@ -231,6 +240,11 @@ class FloatReader:
         """How many rows to read at a time for about so many elements, in whole blocks."""
         height = self._block[0] if self._block else 1
         return max(height, elements // max(1, self.shape(name)[-1]) // height * height)
+
+    def _is_transposed(self, name: str) -> bool:
+        """The file has the transpose of what is handed out."""
+        owner, _, part = name.rpartition(".")
+        return self._any_transposed and part == "weight" and is_transposed(self.checkpoint.config, owner)
 
     def _is_coded(self, name: str) -> bool:
         """The numbers are to be worked out, some rows at a time."""

@@ -71,7 +71,7 @@ def make(
         raise InputError(
             "the decoder layers of this architecture hold no torch.nn.Linear, and qtool quantizes nothing else",
             where=str(checkpoint.path / "config.json"),
-            hint="GPT-2 and similar models, which use Conv1D, aren't supported",
+            hint="models whose layers multiply by plain parameters, rather than by linear layers, aren't supported",
         )
     kept = kept or {}
     policies = {

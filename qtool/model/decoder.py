@@ -37,7 +37,7 @@ class DecoderStream:
 
     Args:
         checkpoint: an opened checkpoint, float or in one of qtool's quantized formats.
-        dtype: compute type of weights and hidden states.
+        dtype: compute type of weights and hidden states, unless the family's own code runs in float32 alone.
         device: where the layers and experts run, their inputs' statistics are, and weights are searched and rounded.
             Hidden states, routing and groups come to main memory at once.
         trust_remote_code: allow the checkpoint's own modelling code.
@@ -48,7 +48,8 @@ class DecoderStream:
             checkpoint lacks experts.
 
     Attributes:
-        checkpoint, dtype, device: as given.
+        checkpoint, device: as given.
+        dtype: to compute in.
         weights: what all weights are read through.
         head: what comes after the layers, and the output projection.
     """
@@ -63,10 +64,13 @@ class DecoderStream:
         weights: ModelWeights | None = None,
     ) -> None:
         self.checkpoint = checkpoint
-        self.dtype = dtype
         self.device = torch.device(device)
         self.weights: ModelWeights = FloatReader(checkpoint, self.device) if weights is None else weights
         self._skeleton = Skeleton(checkpoint, dtype, self.device, trust_remote_code=trust_remote_code)
+        if self._skeleton.architecture.only_float32 and dtype != torch.float32:
+            dtype = torch.float32
+            self._skeleton = Skeleton(checkpoint, dtype, self.device, trust_remote_code=trust_remote_code)
+        self.dtype = dtype
         self._loader = Loader(self._skeleton, self.weights, dtype, self.device)
         self._loop = DecoderLoop(self._skeleton, self._loader)
         self.head = Head(self._skeleton, self._loader, self._loop)
@@ -123,6 +127,10 @@ class DecoderStream:
         return next(
             (module for module in self.skeleton_layer(index).modules() if isinstance(module, RoutedExperts)), None
         )
+
+    def unused_experts(self, index: int) -> list[RoutedExperts]:
+        """Further experts of a layer, to which no text goes (Ernie-VL's for pictures)."""
+        return [module for module in self.skeleton_layer(index).modules() if isinstance(module, RoutedExperts)][1:]
 
     def linears(self) -> list[str]:
         """The linears of all decoder layers and their experts, by the checkpoint's names without ".weight"."""

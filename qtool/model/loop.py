@@ -222,9 +222,7 @@ class DecoderLoop:
         def replay(index: int, call: Call) -> Any:
             return self._replayed(index, call, batch, batch.state if index == self._last else None)
 
-        output = self._run(batch.ids, replay, dtype)
-        hidden: torch.Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
-        return hidden
+        return _end(self._run(batch.ids, replay, dtype))
 
     # ------------------------------------------------------------------ how
 
@@ -316,7 +314,9 @@ class DecoderLoop:
         except QtoolError:
             raise
         except Exception as error:  # the model's own code, in surroundings that it may not expect
-            raise self._skeleton.unusual(in_one_line(error)) from error
+            raise self._skeleton.unusual(
+                f"its own code fails on a text of any tokens ({in_one_line(error)})"
+            ) from error
 
     def _learn(self) -> _Learned:
         small, large = (self._observed(*size) for size in zip(_SAMPLES, _TOKENS, strict=True))
@@ -413,7 +413,7 @@ class DecoderLoop:
 
         result = self._run(ids, replay, self._loader.dtype)
         if output is not None:
-            output.append(result)
+            output.append(_end(result))
         return calls
 
     def _without_unused(self, learned: _Learned) -> _Learned:
@@ -511,6 +511,12 @@ class DecoderLoop:
 
     def _single(self, learned: _Learned, ids: torch.Tensor) -> dict[int, Call]:
         return self._again(learned, ids[:1], lambda _, tensor: tensor[:1])
+
+
+def _end(output: Any) -> torch.Tensor:
+    """What enters the output projection, of what the model of text returns; caches (XLNet's memories) don't count."""
+    hidden: torch.Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+    return hidden
 
 
 def _exchanged(call: Call, old: torch.Tensor, new: torch.Tensor) -> Call:

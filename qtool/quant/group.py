@@ -16,17 +16,16 @@ from qtool.quant.rounding.gptq import GPTQ
 from qtool.quant.rounding.nearest import round_to_nearest
 from qtool.quant.statistics import InputStatistics, Smoothed
 from qtool.quant.topology import Group
-from qtool.transfers import Download
 from qtool.quant.transforms import Diagonal, Folded, transform_of
 from qtool.quant.types import QuantizedLinear, dequantize
 from qtool.quant.weights import Rows, chunks
 from qtool.recipe.policy import Policy
 from qtool.scheme import Scheme
+from qtool.transfers import Download
 
 _CLIP_RATIOS = (1.0, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8)
 # Weights that are in float32 at a time: what the cache takes; GPTQ needs more rows to be worth its steps.
 _CHUNK, _GPTQ_CHUNK = 1 << 22, 1 << 24
-_GPTQ_CHUNK_ON_DEVICE = 1 << 27  # its steps cost the same for any number of rows there
 _REPORT_TOKENS = 32  # that the reported error of a group is measured on
 
 
@@ -82,6 +81,7 @@ def quantize_group(
     statistics: InputStatistics,
     chosen: Diagonal | None,
     storage: Storage,
+    at_once: int = 1 << 27,
 ) -> GroupUnderWay:
     """Quantize the linears of one group whose policy says so, on the device of its statistics.
 
@@ -90,6 +90,7 @@ def quantize_group(
         group, policies: as there.
         statistics: of the group's input.
         storage: what the output format keeps.
+        at_once: how many weights GPTQ rounds at a time on a device, where its steps cost the same for any number.
     """
     policy = policy_of(group, policies)
     assert policy is not None
@@ -97,7 +98,7 @@ def quantize_group(
     inputs = statistics.smoothed(folded.columns(members[0]))
     quantizer = input_quantizer(policy, inputs, storage)
     noisy = quantizer(inputs.sample)
-    rounder = _Rounder(policy, inputs, noisy, storage)
+    rounder = _Rounder(policy, inputs, noisy, storage, at_once)
     few = slice(None, None, max(1, len(inputs.sample) // _REPORT_TOKENS))
     error = _Error(inputs.sample[few], noisy[few])
     made = [
@@ -119,7 +120,7 @@ class _Rounder:
         chunk: how many weights are best rounded at a time.
     """
 
-    def __init__(self, policy: Policy, inputs: Smoothed, noisy: torch.Tensor, storage: Storage) -> None:
+    def __init__(self, policy: Policy, inputs: Smoothed, noisy: torch.Tensor, storage: Storage, at_once: int) -> None:
         self.args = policy.scheme.weights
         self._gptq: GPTQ | None = None
         if policy.rounding.method == "gptq":
@@ -134,7 +135,7 @@ class _Rounder:
         )
         self.device = noisy.device
         on_cpu = self.device.type == "cpu"
-        self.chunk = _CHUNK if self._gptq is None else _GPTQ_CHUNK if on_cpu else _GPTQ_CHUNK_ON_DEVICE
+        self.chunk = _CHUNK if self._gptq is None else _GPTQ_CHUNK if on_cpu else at_once
 
     def scale_of_all(self, folded: Folded, name: str) -> Scales | None:
         """The one scale that all rows of a linear share; None where they don't."""

@@ -197,7 +197,7 @@ class ExpertNoise:
                     if not any(policies.values()):
                         continue
                     linears = ExpertLinears(names, policies, expert_groups(module.apply_gate, has_gate=GATE in names))
-                    expert = SmoothedExpert(linears, ExpertSamples(seen, inner), weights, context.format)
+                    expert = SmoothedExpert(linears, ExpertSamples(seen, inner), weights, context.format, context.rows)
                     self._add(tally, number, module, names, expert)
         found = Measured([], [])
         for way, tally in tallies.items():

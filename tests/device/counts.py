@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.device import models
@@ -55,7 +56,7 @@ class _Graph:
 
     def __init__(self, device: Shapes, function: Callable[..., tuple[torch.Tensor, ...]], examples: Any) -> None:
         self._device, self._function = device, function
-        self._shape = examples[0].shape
+        self._shape, self._name = examples[0].shape, getattr(function, "func", function).__name__
         self._results: tuple[torch.Tensor, ...] | None = None
         device.counts.kernels["capture of a graph"] += 1
 
@@ -67,7 +68,7 @@ class _Graph:
         if self._results is None:
             kept, self._device.counts = self._device.counts, Counts()
             self._results = self._function(*arguments)
-            self._device.in_graphs[self._function.__name__] = self._device.counts.kernels.total()
+            self._device.in_graphs[self._name] = self._device.counts.kernels.total()
             self._device.counts = kept
         return self._results
 
@@ -75,13 +76,12 @@ class _Graph:
 @contextmanager
 def imitated() -> Iterator[Shapes]:
     """Within the block the native engine takes a device that counts."""
-    from pytest import MonkeyPatch
-
     from qtool.engines.native import device
     from qtool.quant.rounding import graphs
 
-    with MonkeyPatch.context() as patch, Shapes() as shapes:
+    with pytest.MonkeyPatch.context() as patch, Shapes() as shapes:
         patch.setattr(device, "choose", lambda _wanted, exact: "cuda")
+        graphs.forget()
         patch.setattr(graphs, "usable", lambda _device: True)
         patch.setattr(graphs, "Captured", lambda function, examples: _Graph(shapes, function, examples))
         yield shapes

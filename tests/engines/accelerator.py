@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qtool
+from qtool import transfers
+from qtool.engines.native import device
 
 CUDA = torch.device("cuda")
 _PLACES = {  # what a tensor says about where it is
@@ -57,6 +60,7 @@ class Accelerator(TorchFunctionMode):
     on tensors of both places raise as CUDA's do. Allowed are single numbers (0-dimensional tensors) and index tensors
     of main memory beside tensors of the device, and copies.
 
+    Copies to main memory that are not waited for arrive when their event is waited for; until then there is rubbish.
     Torch's functions are refused where Python calls them; what these call inside is followed and counted as well.
 
     Args:
@@ -82,6 +86,8 @@ class Accelerator(TorchFunctionMode):
         self._here: bool | None = None  # where the running function makes tensors, if it says so
         self._moving = False
         self._inner = _Inner(self)
+        self._patch = pytest.MonkeyPatch()
+        self._coming: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @property
     def operations(self) -> int:
@@ -89,6 +95,9 @@ class Accelerator(TorchFunctionMode):
         return self.counts.kernels.total()
 
     def __enter__(self) -> Self:
+        self._patch.setattr(transfers, "asynchronous", lambda device: device.type == "cuda")
+        self._patch.setattr(transfers, "mark", lambda _device: _Event(self._coming))
+        self._patch.setattr(device, "_module", lambda _name: self)
         super().__enter__()
         self._inner.__enter__()
         return self
@@ -96,6 +105,23 @@ class Accelerator(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         self._inner.__exit__(*error)
         super().__exit__(*error)
+        self._patch.undo()
+
+    # ------------------------------------------------------------------ what torch.cuda has
+
+    def device_count(self) -> int:
+        return 8
+
+    def mem_get_info(self) -> tuple[int, int]:
+        """(free, in all)."""
+        self._clear_away()
+        total = self._memory or 80 * 10**9
+        return total - self._used, total
+
+    def set_per_process_memory_fraction(self, share: float) -> None:
+        self._memory = int(share * self.mem_get_info()[1])
+
+    # ------------------------------------------------------------------ what it does
 
     def holds(self, tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._storages
@@ -119,6 +145,10 @@ class Accelerator(TorchFunctionMode):
             for tensor in tensors:
                 if tensor.dim() and not self.holds(tensor):
                     raise RuntimeError(f"{func.__name__}: expected all tensors to be on the same device, cuda and cpu")
+        if func is torch.Tensor.copy_ and self.holds(args[1]) and not self.holds(args[0]) and kwargs["non_blocking"]:
+            self.counts.downloads.append(args[1].nbytes)
+            return self._send(*args[:2])
+        kwargs.pop("pin_memory", None)
         here = None
         if kwargs.get("device") is not None:
             here = torch.device(kwargs["device"]).type == "cuda"
@@ -168,15 +198,15 @@ class Accelerator(TorchFunctionMode):
     def _move(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Tensor.to."""
         here, copy = self.holds(tensor), kwargs.pop("copy", False)
-        device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
+        place, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
         for arg in args:
             if isinstance(arg, torch.Tensor):
-                device, dtype = "cuda" if self.holds(arg) else "cpu", arg.dtype
+                place, dtype = "cuda" if self.holds(arg) else "cpu", arg.dtype
             elif isinstance(arg, torch.dtype):
                 dtype = arg
             else:
-                device = arg
-        there = here if device is None else torch.device(device).type == "cuda"
+                place = arg
+        there = here if place is None else torch.device(place).type == "cuda"
         wait = not kwargs.get("non_blocking", False)
         saved, self._moving = self._moving, True
         try:
@@ -202,6 +232,12 @@ class Accelerator(TorchFunctionMode):
         if wait:
             self.counts.waits[f"{_caller()}: copy"] += 1
 
+    def _send(self, to: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
+            self._coming.append((to, tensor.clone()))
+            to.view(torch.uint8).fill_(0x5A) if to.dim() else to.fill_(7)
+        return to
+
     def _download(self, tensor: torch.Tensor, name: str) -> None:
         self.counts.downloads.append(tensor.nbytes)
         self.counts.waits[f"{_caller()}: {name}"] += 1
@@ -224,6 +260,19 @@ class Accelerator(TorchFunctionMode):
     def _clear_away(self) -> None:
         for number in [number for number in self._live if self._storages[number].expired()]:
             self._used -= self._live.pop(number)
+
+
+class _Event:
+    """After all that was sent until now."""
+
+    def __init__(self, coming: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._coming = [*coming]
+        coming.clear()
+
+    def synchronize(self) -> None:
+        for to, tensor in self._coming:
+            to.copy_(tensor)
+        self._coming = []
 
 
 class _Inner(TorchDispatchMode):

@@ -17,9 +17,23 @@ from typing import Any
 
 # The most used types of text models that its CPU build could run.
 TYPES = (
-    *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "phi", "olmo2", "granite", "glm4"),
-    *("starcoder2", "gpt_neox", "falcon", "stablelm", "cohere", "exaone4", "smollm3", "mixtral", "qwen2_moe"),
-    *("qwen3_moe", "olmoe", "gpt_oss", "minimax_m2", "granitemoe", "qwen3_next", "qwen3_5_text", "lfm2", "nemotron_h"),
+    *(
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "ministral3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gemma4_text",
+        "phi",
+        "phi3",
+    ),
+    *("olmo", "olmo2", "olmo3", "granite", "glm", "glm4", "starcoder2", "gpt_neox", "gpt2", "opt", "bloom", "falcon"),
+    *("stablelm", "cohere", "cohere2", "exaone4", "smollm3", "seed_oss", "ernie4_5", "hunyuan_v1_dense", "nemotron"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe"),
+    *("gpt_oss", "minimax_m2", "granitemoe", "qwen3_next", "qwen3_5_text", "lfm2", "nemotron_h", "mamba2", "bamba"),
 )
 # vLLM's attention on CPUs wants heads of 32 channels or more.
 _WIDER = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.zoo import configs
@@ -38,7 +39,26 @@ def make(kind: str, model_type: str, folder: Path, sizes: Mapping[str, Any] | No
     with torch.no_grad():
         _fill(model)
     model.to(torch.bfloat16).save_pretrained(folder)
+    if model_type in configs.PREFIXED:
+        file = folder / "model.safetensors"
+        save_file({name.removeprefix("model."): each for name, each in load_file(file).items()}, file, {"format": "pt"})
     return folder
+
+
+def pictures(model_type: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a model wants besides token ids [samples, length]."""
+    sizes, found = {"samples": ids.shape[0], "length": ids.shape[1]}, {}
+    generator = torch.Generator().manual_seed(3)
+    for name, shape in configs.INPUTS.get(model_type, {}).items():
+        size = [sizes[each] if isinstance(each, str) else each for each in shape]
+        if name.endswith("ids"):
+            found[name] = torch.randint(4, 400, size, generator=generator)
+        elif name.endswith("mask"):
+            found[name] = torch.zeros(size, dtype=torch.int64)
+            found[name][:, : configs.QUERIES if name.startswith("image_embeds") else 0] = 1
+        else:
+            found[name] = torch.randn(size, generator=generator)
+    return found
 
 
 def vocabulary(model: Any) -> int:

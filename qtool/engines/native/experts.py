@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import nn
 
 from qtool.checkpoint.formats import QuantizedFormat
 from qtool.engines.native.context import storage
+from qtool.engines.native.device import Room
 from qtool.model.observe import sample_stride
 from qtool.model.weights import ModelWeights, StoredWeights, refuse_damage
 from qtool.quant.group import GroupUnderWay, needs_hessian, policy_of, quantize_group
@@ -68,8 +69,14 @@ class SmoothedExpert:
     """
 
     def __init__(
-        self, linears: ExpertLinears, samples: ExpertSamples, weights: ModelWeights, output_format: QuantizedFormat
+        self,
+        linears: ExpertLinears,
+        samples: ExpertSamples,
+        weights: ModelWeights,
+        output_format: QuantizedFormat,
+        rows: Room,
     ) -> None:
+        self._rows = rows
         policies = linears.policies
         first = [part for part in linears.names if part != DOWN]
         statistics = {
@@ -100,7 +107,9 @@ class SmoothedExpert:
                 continue
             name = group.linears[0]
             seen = self._observed.get(name) or InputStatistics.empty(self.folded.shape(name)[1]).to(self._device)
-            made = quantize_group(self.folded, group, self._policies, seen, self._found.get(name), self._storage)
+            made = self._rows.fit(
+                partial(quantize_group, self.folded, group, self._policies, seen, self._found.get(name), self._storage)
+            )
             yield made, name in self._observed
 
 

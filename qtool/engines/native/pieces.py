@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from qtool.checkpoint.formats import QuantizedFormat
+from qtool.checkpoint.transposed import is_transposed
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.model.decoder import DecoderStream
 from qtool.quant.report import GroupReport
 from qtool.quant.types import QuantizedLinear
+from qtool.transfers import Behind
 
 
 class Linear(NamedTuple):
@@ -30,7 +33,7 @@ class Float(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a lot of experts adds to the layer's output: float32 [n, hidden], for the task's tokens."""
+    """What a lot of experts adds to the layer's output: float32 [n, hidden], for the task's tokens, where these are."""
 
     tensor: torch.Tensor
 
@@ -64,26 +67,38 @@ class PieceWriter:
         writer: of the output.
         model: the float model.
         format: of the output.
+        behind: does the writing.
     """
 
-    def __init__(self, writer: CheckpointWriter, model: DecoderStream, format: QuantizedFormat) -> None:
-        self._writer, self._model, self._format = writer, model, format
+    def __init__(self, writer: CheckpointWriter, model: DecoderStream, format: QuantizedFormat, behind: Behind) -> None:
+        self._writer, self._model, self._format, self._behind = writer, model, format, behind
 
     def write(self, pieces: Iterable[Piece]) -> Written:
         """Write what a unit gives, one by one: there may be more of it than memory."""
         written = Written()
-        weights = self._model.weights
+        weights, config = self._model.weights, self._model.checkpoint.config
         for piece in pieces:
             match piece:
                 case Linear(name, linear):
-                    self._writer.add_linear(name, linear, weights.dtype(f"{name}.weight"))
+                    dtype, transposed = weights.dtype(f"{name}.weight"), is_transposed(config, name)
+                    self._behind.do(partial(self._writer.add_linear, name, linear, dtype, transposed=transposed))
                 case Float(name, tensor):
-                    self._writer.add(name, tensor.to(weights.dtype(name)))
+                    matrix = name.endswith(".weight") and is_transposed(config, name.removesuffix(".weight"))
+                    stored = (tensor.t() if matrix else tensor).to(weights.dtype(name))
+                    self._behind.do(partial(self._writer.add, name, stored))
                 case Row(report):
                     written.reports.append(report)
                 case Output(tensor):
                     written.output = tensor
         return written
+
+    def then(self, work: Callable[[], None]) -> None:
+        """Do this once all that was given so far is written."""
+        self._behind.do(work)
+
+    def wait(self) -> None:
+        """Until all that was given so far is written."""
+        self._behind.wait()
 
     def write_outside(self) -> None:
         """Write what lies outside of the decoder layers. Raises InputError when that is damaged."""
@@ -99,7 +114,7 @@ class PieceWriter:
                 self._writer.add(name, self._model.weights.unchanged(name))
 
     def _belongs_to_quantized(self, name: str) -> bool:
-        """Whether this is the weight or bias of a linear that is written in another form."""
+        """Whether this is the weight or bias of a linear that is written in another form, always with scales."""
         linear, _, part = name.rpartition(".")
-        parts = (each for each in self._format.parts if each != "bias")
+        parts = self._format.parts - {"weight", "bias"}
         return part in ("weight", "bias") and any(f"{linear}.{each}" in self._writer for each in parts)

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from qtool import transfers
 from qtool.engines.native.context import Context
 from qtool.engines.native.experts import GATE, ExpertLinears, ExpertSamples, SmoothedExpert, expert_groups
 from qtool.engines.native.pieces import Float, Linear, Output, Piece, Row
@@ -21,10 +22,9 @@ from qtool.quant.group import GroupUnderWay, policy_of, quantize_group
 from qtool.quant.layer import smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group
-from qtool.transfers import Download, asynchronous
 from qtool.quant.transforms import Folded
 from qtool.recipe.schema import Policy
-
+from qtool.transfers import Download
 
 Coming = Callable[[], Iterator[Piece]]
 """Waits for what a device has been asked for."""
@@ -98,7 +98,7 @@ def quantize_experts(context: Context, task: ExpertTask) -> Iterator[Piece]:
 def _behind(context: Context, all_coming: Iterator[Coming]) -> Iterator[Piece]:
     """The pieces of one after the other; a device is asked for the next before the last is waited for."""
     waiting: Coming | None = None
-    at_once = not asynchronous(context.model.device)  # or twice as much would be in memory
+    at_once = not transfers.asynchronous(context.model.device)  # or twice as much would be in memory
     for coming in all_coming:
         if waiting is not None:
             yield from waiting()
@@ -124,7 +124,9 @@ def _dense(context: Context, task: DenseTask) -> Iterator[Coming]:
         if policy_of(group, policies) is None:
             continue
         with together():
-            made = quantize_group(folded, group, policies, statistics[name], found.get(name), storage)
+            made = context.rows.fit(
+                partial(quantize_group, folded, group, policies, statistics[name], found.get(name), storage)
+            )
         yield partial(_pieces, made, {linear: linears.name(linear) for linear in group.linears})
     for name in folded.linears:
         if policies.get(name) is None:
@@ -161,11 +163,12 @@ def _experts(context: Context, task: ExpertTask) -> Iterator[Coming]:
             if task.quantize:
                 linears = ExpertLinears(names, policies, expert_groups(module.apply_gate, has_gate=GATE in names))
                 yield from _quantize_expert(context, linears, ExpertSamples(seen, inner))
-    yield partial(_output, Download([output]))
+    # Tokens that stay on the device take up there what is added to them.
+    yield partial(_output, Download([output])) if inputs.x.device != output.device else lambda: iter([Output(output)])
 
 
 def _quantize_expert(context: Context, linears: ExpertLinears, samples: ExpertSamples) -> Iterator[Coming]:
-    expert = SmoothedExpert(linears, samples, context.model.weights, context.format)
+    expert = SmoothedExpert(linears, samples, context.model.weights, context.format, context.rows)
     for made, was_seen in expert.quantize():
         yield partial(_pieces, made, linears.names, reported=was_seen)
     folded = expert.folded
