@@ -34,6 +34,7 @@ _COPIES = {"copy_", "clone", "_to_copy", "cat", "stack", "zeros", "zeros_like", 
 _WAITED_FOR = {"_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "masked_select", "bincount", "is_nonzero"}
 _WAITED_FOR |= {"equal", "_linalg_check_errors"}
 
+_TOTAL = 80 * 10**9  # bytes of its memory
 _PACKAGE = Path(qtool.__file__).parent
 
 
@@ -65,7 +66,8 @@ class Accelerator(TorchFunctionMode):
 
     Args:
         limit: bytes; computing on tensors of more in main memory is noted.
-        memory: bytes that the device has; torch.OutOfMemoryError when more is wanted.
+        memory: bytes that are there, of 80 GB that it says it has; torch.OutOfMemoryError when more is wanted.
+        has_float64: TypeError where it must compute in float64 otherwise.
 
     Attributes:
         counts: what ran on the device.
@@ -73,12 +75,12 @@ class Accelerator(TorchFunctionMode):
         in_main_memory: what computed on a large tensor in main memory, as "file:function of qtool: operation".
     """
 
-    def __init__(self, limit: int = 1 << 20, memory: int | None = None) -> None:
+    def __init__(self, limit: int = 1 << 20, memory: int | None = None, *, has_float64: bool = True) -> None:
         super().__init__()
         self.counts = Counts()
         self.in_main_memory: set[str] = set()
         self.peak = 0
-        self._limit, self._memory = limit, memory
+        self._limit, self._memory, self._has_float64 = limit, memory, has_float64
         # Weak references keep no numbers, but see to it that no address is given out again.
         self._storages: dict[int, StorageWeakRef] = {}
         self._live: dict[int, int] = {}  # bytes of each that may be alive
@@ -115,11 +117,13 @@ class Accelerator(TorchFunctionMode):
     def mem_get_info(self) -> tuple[int, int]:
         """(free, in all)."""
         self._clear_away()
-        total = self._memory or 80 * 10**9
-        return total - self._used, total
+        return _TOTAL - self._used, _TOTAL
 
     def set_per_process_memory_fraction(self, share: float) -> None:
-        self._memory = int(share * self.mem_get_info()[1])
+        self._memory = round(share * _TOTAL)
+
+    def get_device_capability(self, _card: int = 0) -> tuple[int, int]:
+        return (9, 0)
 
     # ------------------------------------------------------------------ what it does
 
@@ -244,6 +248,8 @@ class Accelerator(TorchFunctionMode):
 
     def _take(self, result: Any) -> None:
         for tensor in _tensors(result):
+            if tensor.dtype == torch.float64 and not self._has_float64:
+                raise TypeError("this device has no float64")
             storage = tensor.untyped_storage()
             if storage._cdata not in self._storages:
                 self._storages[storage._cdata] = StorageWeakRef(storage)
@@ -251,11 +257,11 @@ class Accelerator(TorchFunctionMode):
                 self._used += storage.nbytes()
                 if self._used > max(self.peak, self._memory or 0):
                     self._clear_away()
-                    self.peak = max(self.peak, self._used)
                     if self._memory is not None and self._used > self._memory:
                         self._live.pop(storage._cdata)
                         self._used -= storage.nbytes()
                         raise torch.OutOfMemoryError(f"CUDA out of memory. {self._memory} bytes are there")
+                    self.peak = max(self.peak, self._used)
 
     def _clear_away(self) -> None:
         for number in [number for number in self._live if self._storages[number].expired()]:

@@ -6,6 +6,7 @@ columns is nobody else's business.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -104,25 +105,32 @@ def _round_block(
 
 
 def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Upper U with Uᵀ U = the inverse of `hessian` with rows and columns in this order.
+    """Upper U with Uᵀ U = the inverse of `hessian` with rows and columns in this order; `hessian` is overwritten.
 
-    On a device whose memory that is too much for it is computed in main memory.
+    There are three matrices of its size at once.
 
     Raises ValueError when `hessian` holds NaN or infinite values.
     """
+    hessian.copy_(_with_memory(lambda matrix, order: matrix[order][:, order], hessian, order))
+    hessian.copy_(_with_memory(_upper_factor, hessian))
+    return _with_memory(_inverse_of_upper, hessian)
+
+
+def _with_memory(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """What a function gives; computed in main memory where the device's is too small for it."""
+    device = tensors[0].device
     try:
-        return _factor_of_inverse(hessian[order][:, order])
+        return function(*tensors)
     except torch.OutOfMemoryError:
-        if hessian.device.type == "cpu":
+        if device.type == "cpu":
             raise
-    here, order = hessian.cpu(), order.cpu()
-    return _factor_of_inverse(here[order][:, order]).to(hessian.device)
+    return function(*(tensor.cpu() for tensor in tensors)).to(device)
 
 
-def _factor_of_inverse(hessian: torch.Tensor) -> torch.Tensor:
-    """Upper U with Uᵀ U = hessian⁻¹; more damping for as long as rounding makes `hessian` indefinite.
+def _upper_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """Upper R with R Rᵀ = hessian; more damping for as long as rounding makes `hessian` indefinite.
 
-    With rows and columns reversed, hessian = L Lᵀ; reversed back L is an upper R with hessian = R Rᵀ, and U = R⁻¹.
+    With rows and columns reversed hessian is L Lᵀ, and R is L reversed back.
 
     Raises ValueError when `hessian` holds NaN or infinite values.
     """
@@ -130,8 +138,13 @@ def _factor_of_inverse(hessian: torch.Tensor) -> torch.Tensor:
     for _ in range(_DAMPINGS):
         lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed:
-            identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            return lower.flip(0, 1)
         hessian.diagonal().add_(damping)
         damping = damping * 4
     raise ValueError("the Hessian is not finite")
+
+
+def _inverse_of_upper(upper: torch.Tensor) -> torch.Tensor:
+    # Column after column, as LAPACK has it: so it is solved in place.
+    inverse = torch.eye(len(upper), dtype=upper.dtype, device=upper.device).mT
+    return torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
