@@ -117,6 +117,7 @@ class Quantized:
     output: str
     output_bytes: int
     input_bytes: int
+    pushed: Uploaded | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,6 +413,15 @@ class TriedEngine:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """The configuration file. `problem` is what is wrong with it."""
+
+    file: str
+    exists: bool
+    problem: str | None
+
+
+@dataclass(frozen=True)
 class Examined:
     """`qtool doctor`."""
 
@@ -421,6 +431,26 @@ class Examined:
     engines: list[TriedEngine]
     works: bool
     to_do: str | None
+    configuration: Settings
+
+
+@dataclass(frozen=True)
+class Set:
+    """A default that the user has set. `source` is a line of the configuration file, or a variable."""
+
+    command: str
+    option: str
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What `qtool config` prints."""
+
+    file: str
+    exists: bool
+    values: list[Set]
 
 
 # name as of `qtool schema`: type of the whole output, or of each line where it has several
@@ -443,6 +473,7 @@ SCHEMAS: dict[str, Any] = {
     "runtimes-model": list[Way],
     "recipes-list": list[ListedRecipe],
     "recipes-validate": list[ValidatedRecipe],
+    "config": Configuration,
     "env-list": list[Environment],
     "env-vars": list[Variable],
     "doctor": Examined,

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from qtool.checkpoint import dtypes, formats, fp8
+from qtool.checkpoint.formats import mxfp4
 from qtool.checkpoint.summary import float_dtype
 from qtool.checkpoint.transposed import has_transposed, is_transposed
 from qtool.errors import InputError
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class FloatReader:
-    """Reads float tensors, whole or row by row, in float32, float16, bfloat16, block-scaled FP8 or packed integers.
+    """Reads float tensors, whole or row by row: float32, float16, bfloat16, block-scaled FP8, FP4 or packed integers.
 
     Every number that it hands out is finite, but for those of `linear`.
 
@@ -44,6 +45,7 @@ class FloatReader:
             if self._format.name == fp8.METHOD
             else None
         )
+        self._fused = mxfp4.fused(checkpoint)
         self._sound: set[str] = set()  # tensors of which every number has been found finite, on a device
         self._doubts: list[tuple[str, torch.Tensor]] | None = None  # to be looked at later, where that is wanted
         self._any_transposed = has_transposed(checkpoint.config)
@@ -55,7 +57,7 @@ class FloatReader:
     def holding(self, names: Iterable[str]) -> Iterator[None]:
         """Within the block these tensors are kept on the device as they are stored, so that no file is read twice."""
         saved = self._held, self._held_packed
-        layers = {name: self._packed(name) for name in names}
+        layers = {name: self._packed(name) for name in names if name not in self._fused}
         held = {name: self._stored(name) for name, layer in layers.items() if layer is None}
         packed = {layer: self._format.packed(self.checkpoint, layer) for layer in layers.values() if layer}
         self._held, self._held_packed = saved[0] | held, saved[1] | packed
@@ -114,12 +116,14 @@ class FloatReader:
         ]
 
     def __contains__(self, name: str) -> bool:
-        return name in self.checkpoint or self._packed(name) is not None
+        return name in self.checkpoint or name in self._fused or self._packed(name) is not None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises InputError when there is no such tensor."""
         if layer := self._packed(name):
             return self._format.packed_shape(self.checkpoint, layer)
+        if name in self._fused:
+            return mxfp4.shape(self.checkpoint, name)
         shape = tuple(self.checkpoint.info(name).shape)
         return shape[::-1] if self._is_transposed(name) else shape
 
@@ -130,7 +134,7 @@ class FloatReader:
         """
         import torch
 
-        if self._packed(name):
+        if self._packed(name) or name in self._fused:
             return self._packed_dtype
         info = self.checkpoint.info(name)
         if info.dtype == "F8_E4M3" and self._block is not None:
@@ -148,6 +152,8 @@ class FloatReader:
         """Bytes of a tensor in the float model."""
         if layer := self._packed(name):
             return math.prod(self._format.packed_shape(self.checkpoint, layer)) * self._packed_dtype.itemsize
+        if name in self._fused:
+            return math.prod(mxfp4.shape(self.checkpoint, name)) * self._packed_dtype.itemsize
         info = self.checkpoint.info(name)
         is_fp8 = info.dtype == "F8_E4M3" and self._block is not None
         return info.nbytes * (2 if is_fp8 else 1)  # a byte becomes a bfloat16
@@ -182,6 +188,8 @@ class FloatReader:
         self.dtype(name)
         if layer := self._packed(name):
             return self.finite(name, self._unpacked(layer).dequantize(start, stop).to(self._device))
+        if name in self._fused:
+            return self.finite(name, mxfp4.read(self.checkpoint, name, start, stop).to(self._device))
         info = self.checkpoint.info(name)
         if self._is_transposed(name):
             whole = self._held[name] if name in self._held else self._stored(name)
@@ -218,7 +226,7 @@ class FloatReader:
         """
         if not self._on_cpu:
             return FloatReader(self.checkpoint).unchanged(name)
-        if self._packed(name):
+        if self._packed(name) or name in self._fused:
             return self.tensor(name)
         info = self.checkpoint.info(name)
         # a single number may be a limit, and infinite
@@ -239,7 +247,8 @@ class FloatReader:
     def row_step(self, name: str, elements: int = 1 << 22) -> int:
         """How many rows to read at a time for about so many elements, in whole blocks."""
         height = self._block[0] if self._block else 1
-        return max(height, elements // max(1, self.shape(name)[-1]) // height * height)
+        row = math.prod(self.shape(name)[1:]) if name in self._fused else self.shape(name)[-1]
+        return max(height, elements // max(1, row) // height * height)
 
     def _is_transposed(self, name: str) -> bool:
         """The file has the transpose of what is handed out."""
@@ -248,7 +257,9 @@ class FloatReader:
 
     def _is_coded(self, name: str) -> bool:
         """The numbers are to be worked out, some rows at a time."""
-        return self._packed(name) is not None or self.checkpoint.info(name).dtype == "F8_E4M3"
+        if self._packed(name) is not None or name in self._fused:
+            return True
+        return self.checkpoint.info(name).dtype == "F8_E4M3"
 
     def finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` itself. Raises InputError when it holds NaN or infinite values."""
@@ -289,6 +300,9 @@ class FloatReader:
 
     def _float_name(self, name: str) -> str | None:
         """What a float model calls a tensor of this one; None where it has no such tensor."""
+        for part in (mxfp4.BLOCKS, mxfp4.SCALES):
+            if (stem := name.removesuffix(part)) != name and stem in self._fused:
+                return stem if part == mxfp4.BLOCKS else None
         owner, _, part = name.rpartition(".")
         if owner not in self._layers or part not in self._format.packed_parts:
             return name

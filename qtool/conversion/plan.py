@@ -14,7 +14,7 @@ from qtool.checkpoint.norms import idle_biases
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.summary import float_dtype
 from qtool.errors import InputError
-from qtool.scheme import Scheme
+from qtool.scheme import W8A8_ASYMMETRIC, W8A8_DYNAMIC, Scheme
 
 _WITH_BIASES = "modelslim"  # whose readers know norms with a bias
 _MAX_ROUNDING = 2**-8  # relative; more than that and the dtype's range is too short for the scale
@@ -83,7 +83,8 @@ def plan(source: Checkpoint, to: str) -> Conversion:
     if to == DEQUANTIZED:
         return Conversion(form, None, schemes, dtype, left_out=idle)
     target = formats.get(to)
-    warnings = _expressible(source, target, schemes, dtype)
+    schemes, lost = _without_zero_points(schemes, target)
+    warnings = [*lost, *_expressible(source, target, schemes, dtype)]
     conversion = Conversion(form, target, schemes, dtype)
     rounding = _check_inputs(source, conversion, target)
     return Conversion(form, target, schemes, dtype, tuple(warnings), rounding, idle)
@@ -120,6 +121,21 @@ def _schemes(source: Checkpoint, form: QuantizedFormat) -> dict[str, Scheme]:
         if owner in schemes and part not in form.parts:
             raise stored.error(f"has a tensor {part!r}, which is none of {form.name}'s that qtool knows")
     return schemes
+
+
+def _without_zero_points(schemes: dict[str, Scheme], target: QuantizedFormat) -> tuple[dict[str, Scheme], list[str]]:
+    """Dynamic layers as the target can say them, whose integers of the weights are the same; what that costs."""
+    found, lost = dict(schemes), 0
+    for name, scheme in schemes.items():
+        if scheme == W8A8_ASYMMETRIC and not target.expresses(scheme):
+            found[name] = W8A8_DYNAMIC
+            lost += 1
+    if not lost:
+        return found, []
+    return found, [
+        f"{target.name} has no zero point per token: what enters {lost} layers is quantized symmetrically, which is a "
+        "little less exact"
+    ]
 
 
 def _expressible(source: Checkpoint, target: QuantizedFormat, schemes: Mapping[str, Scheme], dtype: str) -> list[str]:

@@ -9,7 +9,7 @@ own forward, which runs around them: see `model.loop`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError, foreign
-from qtool.model import experts
+from qtool.model import experts, pictures
 from qtool.model.architectures import Architecture
 from qtool.model.experts import RoutedExperts
 from qtool.model.head import Head
@@ -217,7 +217,22 @@ class DecoderStream:
         hint = "its code does what qtool can't follow, and this model can't be quantized layer by layer"
         with foreign(f"{self.layer_name(index)} can't be run", where=str(self.checkpoint.path), hint=hint):
             left = layer(*call.args, **call.kwargs)
-        return Batch(batch.ids, self._loop.left(index, call, left))
+        return Batch(batch.ids, self._loop.left(index, call, left), batch.numbers)
+
+    def show(self, inputs: Sequence[Mapping[str, torch.Tensor]], length: int) -> None:
+        """Calibrate on these samples, which have pictures, from now on.
+
+        Args:
+            inputs: what the model's processor made of each sample, of `length` tokens or more.
+
+        Raises InputError as `pictures.calls`.
+        """
+        self._loop.show(pictures.calls(self._skeleton, self._loader, inputs, length))
+
+    @property
+    def is_shown(self) -> bool:
+        """It calibrates on samples with pictures, which go through a layer one at a time."""
+        return self._loop.is_shown
 
     @property
     def is_plain(self) -> bool:

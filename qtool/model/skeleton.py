@@ -69,7 +69,7 @@ class Skeleton:
         self._check_single()
         self.kept_in_float32: tuple[str, ...] = tuple(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
         self._check_buffers()
-        self._initialize_buffers(device)
+        self._initialize_buffers(self.decoder, device)
 
     @property
     def config(self) -> Any:
@@ -143,21 +143,29 @@ class Skeleton:
             what = f"what config.json describes takes {wanted:,} bytes besides its weights"
             raise InputError(what, where=self._where, hint="check max_position_embeddings and head_dim")
 
-    def _initialize_buffers(self, device: torch.device) -> None:
+    def fill_all_buffers(self, device: torch.device) -> None:
+        """As for the model of text, for the towers: each of transformers' models fills its own."""
+        from transformers import PreTrainedModel
+
+        for module in reversed([*self.model.modules()]):
+            if isinstance(module, PreTrainedModel):
+                self._initialize_buffers(module, device)
+
+    def _initialize_buffers(self, model: Any, device: torch.device) -> None:
         """Fill buffers that no checkpoint holds (rotary frequencies) the way transformers itself does.
 
         A module fills its own, or one around it does: Falcon-H1's model fills those of its layers.
         """
         empty: set[nn.Module] = set()
-        for module in self.decoder.modules():
+        for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta:
                     module._buffers[name] = torch.empty_like(buffer, device=device)
                     empty.add(module)
         with torch.device(device):
-            for module in self.decoder.modules():
+            for module in model.modules():
                 if not empty.isdisjoint(module.modules()):
-                    self.decoder._init_weights(module)  # parameters are on the meta device, where this does nothing
+                    model._init_weights(module)  # parameters are on the meta device, where this does nothing
 
 
 def _as_linears(model: nn.Module, config: Mapping[str, Any]) -> None:

@@ -155,6 +155,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "ernie4_5_moe": {"moe_layer_end_index": 1},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [48, 48], **_mrope([3, 3, 2])},
+    "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],

@@ -97,7 +97,7 @@ class FloatPass:
     def _batches(self) -> Iterator[Batch]:
         places = [*self._samples()]
         for rows, state in zip(places, self.hidden.reads(places), strict=True):
-            yield Batch(self.ids[rows], state)
+            yield Batch(self.ids[rows], state, range(rows.start, rows.stop))
 
 
 class _Check:

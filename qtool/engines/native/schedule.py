@@ -109,6 +109,8 @@ class Schedule:
         if done == 0:
             hidden.write(0, model.prologue(ids).state)
         self._report.progress("quantize", done, model.depth, "layers")
+        if model.is_shown:
+            self._tokens.size = ids.shape[1]  # a picture's states go through layers with it alone
         for index in range(done, model.depth):
             leaving = self._states(index + 1, ids)
             floats = FloatPass(model, index, ids, self._tokens.size, hidden, leaving)
