@@ -114,6 +114,8 @@ class Schedule:
         for index in range(done, model.depth):
             leaving = self._states(index + 1, ids)
             floats = FloatPass(model, index, ids, self._tokens.size, hidden, leaving)
+            if index + 1 < model.depth and transfers.asynchronous(model.device):
+                model.checkpoint.expect(f"{name}.weight" for name in model.layer_linears(index + 1).values())
             if model.is_idle(index):
                 floats.pass_on()
                 self._waiting.append(self._end(floats))

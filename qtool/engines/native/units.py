@@ -149,6 +149,8 @@ def _experts(context: Context, task: ExpertTask) -> Iterator[Coming]:
     per_expert = zip(task.experts, task.policies, inputs.tokens, inputs.weights, inputs.extra, strict=True)
     for number, policies, tokens, weights, extra in per_expert:
         names = module.names[number].parts
+        if number + 1 < len(module.names) and transfers.asynchronous(model.device):
+            model.checkpoint.expect(f"{name}.weight" for name in module.names[number + 1].parts.values())
         with model.weights.holding([f"{name}.weight" for name in names.values()]):
             tokens, weights = tokens.to(x.device), weights.to(x.device)
             seen = x[torch.cat((tokens, extra.to(x.device)))] if len(extra) else x[tokens]
