@@ -27,8 +27,16 @@ def test_work_behind_is_done_in_order(thread: bool) -> None:
 def test_no_more_waits_than_memory_has_room_for() -> None:
     go_on, done = threading.Event(), list[int]()
     with Behind(thread=True) as behind:
-        behind.do(lambda: (go_on.wait(), None)[1])
-        caller = threading.Thread(target=lambda: [behind.do(partial(done.append, i)) for i in range(9)])
+
+        def wait() -> None:
+            go_on.wait()
+
+        def give() -> None:
+            for i in range(9):
+                behind.do(partial(done.append, i))
+
+        behind.do(wait)
+        caller = threading.Thread(target=give)
         caller.start()
         caller.join(0.2)
         assert caller.is_alive()

@@ -12,17 +12,30 @@ import torch
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
 _MOST = 8  # recordings that are kept
-_kept: dict[Hashable, Captured] = {}
+_kept: dict[Hashable, Function] = {}
+_refused = False  # what can't be recorded once won't be another time
 
 
 def usable(device: torch.device) -> bool:
     """Whether graphs can be captured there."""
-    return device.type == "cuda" and torch.cuda.is_available()
+    return device.type == "cuda" and torch.cuda.is_available() and not _refused
 
 
-def captured(key: Hashable, function: Function, examples: Sequence[torch.Tensor]) -> Captured:
+def recorded(function: Function, examples: Sequence[torch.Tensor]) -> Function:
+    """The recording of a function, as `Captured`; the function itself where CUDA can't record it."""
+    global _refused
+    try:
+        return Captured(function, examples)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # an operation that waits for the device, in this version of torch
+        _refused = True
+        return function
+
+
+def captured(key: Hashable, function: Function, examples: Sequence[torch.Tensor]) -> Function:
     """The recording of a function that depends on its arguments alone, and on what `key` holds: made once."""
-    found = _kept.pop(key, None) or Captured(function, examples)
+    found = _kept.pop(key, None) or recorded(function, examples)
     _kept[key] = found
     if len(_kept) > _MOST:
         del _kept[next(iter(_kept))]

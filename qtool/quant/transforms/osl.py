@@ -96,7 +96,7 @@ def _descended(model: NoiseModel, log_s: torch.Tensor, channel_map: torch.Tensor
     model.focus(log_s)
     run: graphs.Function = step
     if graphs.usable(log_s.device):
-        run = graphs.Captured(step, (sizes[0], corrections[0]))
+        run = graphs.recorded(step, (sizes[0], corrections[0]))
         for tensor, value in ((shared, start), (mean, 0), (square, 0)):  # it has tried one step
             tensor.copy_(value) if isinstance(value, torch.Tensor) else tensor.fill_(value)
     for i in range(_STEPS):
