@@ -52,10 +52,14 @@ def test_nothing_is_done_after_a_failure(thread: bool) -> None:
     def fail() -> None:
         raise OSError("the disk is full")
 
-    with pytest.raises(OSError, match="full"), Behind(thread=thread) as behind:
-        behind.do(fail)
-        behind.do(partial(done.append, 1))
-        behind.do(partial(done.append, 2))
+    def all_of_it() -> None:
+        with Behind(thread=thread) as behind:
+            behind.do(fail)
+            behind.do(partial(done.append, 1))
+            behind.do(partial(done.append, 2))
+
+    with pytest.raises(OSError, match="full"):
+        all_of_it()
     assert done == []
 
 
