@@ -256,7 +256,8 @@ class Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """`qtool convert`. architecture, parameters and dtype are of a GGUF file, the others of a checkpoint."""
+    """`qtool convert`. architecture, parameters and dtype are of a GGUF file that was converted, rounded (tensors that
+    were rounded anew) and scale_rounding of one that was made, the others of a checkpoint."""
 
     output: str
     nbytes: int
@@ -265,6 +266,8 @@ class Converted:
     layers: dict[str, Any] | None = None
     integers: int | None = None
     input_scale_rounding: float | None = None
+    rounded: list[str] | None = None
+    scale_rounding: float | None = None
     seconds: float | None = None
     architecture: str | None = None
     parameters: int | None = None

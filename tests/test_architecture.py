@@ -27,7 +27,7 @@ LAYERS = (
     ("qtool.hub",),
     ("qtool.runtimes", "qtool.model"),
     ("qtool.quant", "qtool.calibration", "qtool.environments"),
-    ("qtool.recipe",),
+    ("qtool.recipe", "qtool.gguf"),
     ("qtool.checkpoint",),
     ("qtool.patterns",),
     ("qtool.quant.types",),  # what quantization hands to formats

@@ -12,7 +12,7 @@ from qtool.checkpoint.formats.fused import fused_name
 from qtool.checkpoint.formats.stored import Stored
 from qtool.checkpoint.norms import idle_biases
 from qtool.checkpoint.reader import Checkpoint
-from qtool.checkpoint.summary import float_dtype
+from qtool.checkpoint.summary import float_dtype, quantized_layers
 from qtool.errors import InputError
 from qtool.scheme import W8A8_ASYMMETRIC, W8A8_DYNAMIC, Scheme
 
@@ -76,7 +76,7 @@ def plan(source: Checkpoint, to: str) -> Conversion:
         InputError: whatever makes the conversion impossible.
     """
     form = _source_format(source, to)
-    schemes = _schemes(source, form)
+    schemes = quantized_layers(source, form)
     form.check_only_linears(source, schemes)
     dtype = float_dtype(source, schemes) or "BF16"
     idle = frozenset(idle_biases(source, f"the model in {to}") if to != _WITH_BIASES else ())
@@ -102,25 +102,6 @@ def _source_format(source: Checkpoint, to: str) -> QuantizedFormat:
     if form.name == to:
         raise InputError(f"this checkpoint is {to} already", where=where)
     return form
-
-
-def _schemes(source: Checkpoint, form: QuantizedFormat) -> dict[str, Scheme]:
-    """Of every quantized layer. Raises InputError for layers that can't be read as a whole."""
-    schemes: dict[str, Scheme] = {}
-    for name in form.layers(source):
-        if scheme := form.scheme(source, name):
-            form.shape(Stored(source, name), scheme)
-            schemes[name] = scheme
-    if not schemes:
-        raise InputError("no layer of this model is quantized", where=str(source.path))
-    for tensor in source.names:
-        owner, _, part = tensor.rpartition(".")
-        stored = Stored(source, owner)
-        if owner not in schemes and part == "weight" and source.info(tensor).dtype == "I8":
-            raise stored.error("its weight is int8, but nothing says how it is quantized")
-        if owner in schemes and part not in form.parts:
-            raise stored.error(f"has a tensor {part!r}, which is none of {form.name}'s that qtool knows")
-    return schemes
 
 
 def _without_zero_points(schemes: dict[str, Scheme], target: QuantizedFormat) -> tuple[dict[str, Scheme], list[str]]:

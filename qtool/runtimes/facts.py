@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qtool.errors import InputError
-from qtool.runtimes import transformers, vllm, vllm_ascend, vllm_mindspore
+from qtool.runtimes import llama_cpp, transformers, vllm, vllm_ascend, vllm_mindspore
 from qtool.runtimes.description import Limitation, Quantized, Runtime
 from qtool.scheme import Scheme
 
@@ -14,9 +14,13 @@ from qtool.scheme import Scheme
 RUNTIMES = (
     vllm.RUNTIME,
     transformers.RUNTIME,
+    llama_cpp.RUNTIME,
     vllm_mindspore.RUNTIME,
     vllm_ascend.RUNTIME,
 )
+
+# Those that read a checkpoint as it is.
+DIRECT = tuple(runtime for runtime in RUNTIMES if not runtime.by_conversion)
 
 # Who reads a format and is not started by qtool.
 ELSEWHERE = {"modelslim": ("MindIE",)}
@@ -34,8 +38,8 @@ def get(name: str) -> Runtime:
 
 def readers(format: str) -> tuple[Runtime, ...]:
     """Who reads this format (as `formats.of` names it), the one that `auto` prefers first."""
-    named = tuple(runtime for runtime in RUNTIMES if runtime.reading(format) is not None)
-    return named or tuple(runtime for runtime in RUNTIMES if runtime.others)
+    named = tuple(runtime for runtime in DIRECT if runtime.reading(format) is not None)
+    return named or tuple(runtime for runtime in DIRECT if runtime.others)
 
 
 def read_by(format: str) -> str:

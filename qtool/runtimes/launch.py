@@ -118,7 +118,7 @@ def _auto(format: str, *, serving: bool) -> Runtime:
 
 def _named(wanted: Runtime, format: str) -> Runtime:
     readers = facts.readers(format)
-    if wanted in readers:
+    if wanted in readers or (wanted.by_conversion and wanted.reading(format)):
         return wanted
     for plugin in readers:
         if plugin.plugin_of == wanted.name:

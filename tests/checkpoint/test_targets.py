@@ -38,3 +38,24 @@ def test_layers_are_named_for_every_runtime(text: str, tower: str) -> None:
 def test_a_model_without_towers_is_named_as_before() -> None:
     schemes: dict[str, Scheme | None] = {f"model.layers.{i}.mlp.up_proj": W8A8_DYNAMIC if i else None for i in range(3)}
     assert targets(schemes, W8A8_DYNAMIC) == [r"re:model\.layers\.(1|2)\.mlp\.up_proj$"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "linear", "in_vllm"),
+    [
+        ("stablelm", "mlp.gate_proj", "mlp.gate_up_proj"),
+        ("stablelm", "self_attn.q_proj", "self_attn.qkv_proj"),
+        ("gptj", "attn.k_proj", "attn.qkv_proj"),
+        ("lfm2", "conv.in_proj", "short_conv.in_proj"),
+        ("llama", "mlp.gate_proj", None),
+    ],
+)
+def test_what_vllm_calls_a_layer_is_named_too(model_type: str, linear: str, in_vllm: str | None) -> None:
+    schemes: dict[str, Scheme | None] = {f"model.layers.{i}.{linear}": W8A8_DYNAMIC for i in range(2)}
+    (target,) = targets(schemes, W8A8_DYNAMIC, model_type)
+    pattern = re.compile(target.removeprefix("re:"))
+    assert pattern.match(f"model.layers.1.{linear}")
+    if in_vllm is None:
+        assert target == r"re:.*\.mlp\.gate_proj$"
+    else:
+        assert pattern.match(f"model.layers.1.{in_vllm}")

@@ -21,17 +21,25 @@ def auto_class(kind: str) -> Any:
     return AutoModelForCausalLM if kind == "text" else AutoModelForImageTextToText
 
 
-def make(kind: str, model_type: str, folder: Path, sizes: Mapping[str, Any] | None = None) -> Path:
+def make(
+    kind: str,
+    model_type: str,
+    folder: Path,
+    sizes: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> Path:
     """A model of a type in bfloat16, without a tokenizer.
 
     Args:
         sizes: in place of the small ones, of fields that the type's configuration has.
+        more: whatever fields it has.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]
     settings = configs.settings(config_class())
     settings |= {name: size for name, size in (sizes or {}).items() if name in settings}
+    settings |= more or {}
     config = config_class(**settings)
     config.dtype = torch.bfloat16
     torch.manual_seed(0)

@@ -148,7 +148,7 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
             "kv_cache_scheme": None,
             "config_groups": {
                 f"group_{i}": {
-                    "targets": targets(schemes, scheme),
+                    "targets": targets(schemes, scheme, config.get("model_type")),
                     "weights": _written(scheme.weights),
                     "input_activations": _written(scheme.activations),
                     "output_activations": None,
