@@ -44,6 +44,7 @@ def make(architecture: str, folder: Path, tokenizer: Any) -> Path:
             )
         if (later := _RENAMED.get(architecture)) is not None:  # the same tensors in a model of another type
             config = json.loads((made / "config.json").read_text())
+            config.pop("attention_bias", None)  # Llama's; no other has the key
             (made / "config.json").write_text(json.dumps(config | {"model_type": later}))
         return made
     return {"Glm4vForConditionalGeneration": _glm4v, "TeleChat2ForCausalLM": _telechat2}[architecture](
