@@ -18,7 +18,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -337,8 +337,10 @@ def inspect(model: Model) -> dict[str, Any]:
     """What a checkpoint is, from its headers and config.json alone: what `qtool inspect --json` prints."""
     from qtool.checkpoint.reader import Checkpoint
     from qtool.checkpoint.summary import summarize
+    from qtool.runtimes.table import as_it_is
 
-    return summarize(Checkpoint.open(Path(model)))
+    checkpoint = Checkpoint.open(Path(model))
+    return summarize(checkpoint) | {"runtimes": [asdict(way) for way in as_it_is(checkpoint)]}
 
 
 def download(

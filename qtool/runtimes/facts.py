@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qtool.errors import InputError
-from qtool.runtimes import transformers, vllm, vllm_ascend, vllm_mindspore
+from qtool.runtimes import sglang, transformers, vllm, vllm_ascend, vllm_mindspore
 from qtool.runtimes.description import Limitation, Quantized, Runtime
 from qtool.scheme import Scheme
 
@@ -18,7 +18,9 @@ RUNTIMES = (
     vllm_ascend.RUNTIME,
 )
 
-# Who reads a format and is not started by qtool.
+# With those that qtool doesn't start, and knows something of.
+KNOWN = (*RUNTIMES, sglang.RUNTIME)
+# Who reads a format, is not started by qtool, and was not looked into.
 ELSEWHERE = {"modelslim": ("MindIE",)}
 
 NAMES = ("auto", *(runtime.name for runtime in RUNTIMES))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import shlex
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qtool.runtimes import facts
 from qtool.runtimes.description import Checked, Quantized, Runtime
+from qtool.runtimes.readings import READINGS, Reading
 from qtool.scheme import W8A8, W8A8_DYNAMIC, Scheme
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ SCHEMES: dict[str, tuple[Scheme, Scheme]] = {
     "w8a8-dynamic": (W8A8_DYNAMIC, W8A8_DYNAMIC),
     "w8a8-static": (W8A8, W8A8),
 }
+# What starts a runtime that qtool doesn't, before the path.
+_ELSEWHERE = {"sglang": "python -m sglang.launch_server --model-path"}
 DTYPES = {"BF16": "", "F32": " in float32"}
 
 
@@ -133,7 +136,7 @@ class Way:
 def rows() -> list[Row]:
     """For all families, schemes and formats; those that have the same answer for the same reason are one row."""
     found = []
-    for runtime in facts.RUNTIMES:
+    for runtime in facts.KNOWN:
         for reads in runtime.reads:
             if reads.format != "float":
                 found += _rows(runtime, reads.format)
@@ -147,15 +150,12 @@ def ways(checkpoint: Checkpoint) -> list[Way]:
         InputError: a config.json or a description that makes no sense.
     """
     from qtool.checkpoint import formats
-    from qtool.checkpoint.summary import float_dtype, schemes
 
-    format, found = formats.of(checkpoint), schemes(checkpoint)
-    quantized = {name: scheme for name, scheme in found.items() if scheme is not None}
-    model = Quantized(checkpoint.config, found, float_dtype(checkpoint, quantized))
+    format, model = formats.of(checkpoint), _model(checkpoint)
     path = _shown(checkpoint.path)
-    result = [way for runtime in facts.readers(format.name) for way in [_way(runtime, format.name, "", model, path)]]
+    result = as_it_is(checkpoint)
     if not format.is_float:
-        targets = [name for name in formats.NAMES if name != format.name] if quantized else []
+        targets = [name for name in formats.NAMES if name != format.name] if any(model.schemes.values()) else []
         return result + [
             way for name in targets for way in _each(name, "", model, f"qtool convert {path} --to {name} | ")
         ]
@@ -165,6 +165,33 @@ def ways(checkpoint: Checkpoint) -> list[Way]:
             command = f"qtool quantize {path} --scheme {scheme} --format {name} | "
             result += _each(name, scheme, wanted, command)
     return result
+
+
+def as_it_is(checkpoint: Checkpoint) -> list[Way]:
+    """For one model as it is: what each runtime that knows its format makes of it.
+
+    Raises:
+        InputError: a config.json or a description that makes no sense.
+    """
+    from qtool.checkpoint import formats
+
+    format = formats.of(checkpoint)
+    model, path = _model(checkpoint), _shown(checkpoint.path)
+    return [_way(runtime, format.name, "", model, path) for runtime in _knowing(format.name)]
+
+
+def _model(checkpoint: Checkpoint) -> Quantized:
+    from qtool.checkpoint.summary import float_dtype, schemes
+
+    found = schemes(checkpoint)
+    quantized = {name for name, scheme in found.items() if scheme is not None}
+    return Quantized(checkpoint.config, found, float_dtype(checkpoint, quantized))
+
+
+def _knowing(format: str) -> list[Runtime]:
+    """The readers of a format, and those that qtool doesn't start."""
+    others = (runtime for runtime in facts.KNOWN if runtime.worker is None and runtime.reading(format) is not None)
+    return [*facts.readers(format), *others]
 
 
 def markdown() -> str:
@@ -177,18 +204,47 @@ def markdown() -> str:
         "For the families that recipes are for. `qtool runtimes` prints these rows, `qtool runtimes MODEL` what they",
         "mean for one model. `make docs` writes this page.",
         "",
-        f"Of {len(table)} rows {counts['run']} were checked by having the runtime's own code read such a checkpoint in",
-        f"the tests, {counts['read']} by reading its source, and {counts['not']} not at all: *unknown*. *With a",
-        "setting*: qtool makes it where it starts the runtime. MindIE, which is said to read modelslim too, is started",
-        "by others, and nothing of it was checked. `quantize` refuses what could only load as noise; it warns of the",
-        "rest that is *no*, which `convert` refuses.",
+        f"Of {len(table)} rows {counts['run']} were checked by the runtime's own code, which loaded them,",
+        f"{counts['read']} by reading its source, and {counts['not']} not at all: *unknown*. *With a setting*:",
+        "qtool makes it where it starts the runtime. SGLang and MindIE are started by others; of MindIE, which is",
+        "said to read modelslim too, nothing was checked. `quantize` refuses what could only load as noise; it",
+        "warns of the rest that is *no*, which `convert` refuses, and `generate` and `serve` before they start.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|" + " --- |" * len(COLUMNS),
     ]
     for row in table:
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in row.cells) + " |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *_measured(), ""])
+
+
+def _measured() -> Iterator[str]:
+    """The part of the page about what was counted."""
+    well = [each.counts for each in READINGS if each.well]
+    parameters, tensors = sum(each.parameters for each in well), sum(each.tensors for each in well)
+    yield from (
+        "",
+        "## What their own code made of our checkpoints",
+        "",
+        "A tiny bfloat16 model of each family, quantized as its recipe says, in the hands of the runtime's own",
+        "loading code, on a CPU, with kernels replaced (`tests/checkpoint/readings.py`). *Parameters* are those",
+        "of the runtime's model; *untouched* ones are not, or not wholly, filled from the files. *Read* are",
+        "tensors of the files that the code looked into; into *unread* ones it did not, not counting scales and",
+        "zero points that only repeat what others say; *mistaken* ones went into a parameter of another kind of",
+        "numbers. Of vLLM-MindSpore's native models (Llama, and static Qwen2 and Qwen3) only the quantized",
+        "linears were built.",
+        "",
+        f"Of {len(READINGS)} combinations {len(well)} load whole: {parameters} parameters from {tensors} tensors, none",
+        "untouched, unread or mistaken. The others are *no* above.",
+        "",
+        "| runtime | format | model | scheme | parameters | read | untouched | unread | mistaken | error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    )
+    titles = {runtime.name: runtime.title for runtime in facts.KNOWN}
+    for each in READINGS:
+        counts = ["", "", "", "", ""] if each.error else [str(count) for count in astuple(each.counts)]
+        cells = (titles[each.runtime], each.format, each.architecture, each.scheme, *counts, each.error)
+        yield "| " + " | ".join(cells) + " |"
 
 
 @functools.cache
@@ -230,27 +286,33 @@ def _judge(
 ) -> tuple[Answer, str, str, Checked, tuple[str, ...]]:
     """Answer, why, source, how it was checked, and the sentences about this model."""
     limits = runtime.limits(format, model)
-    refused = [found for found in limits if found[1].fatal or found[1].unread]
+    refused = [found for found in limits if found[1].refuses]
     counting = refused or limits
+    reads, read = runtime.reading(format), _reading(runtime, format, scheme, model)
     if counting:
         why, source = (
             "; ".join(dict.fromkeys(getattr(limit, key) for limit, _ in counting)) for key in ("why", "source")
         )
         said = tuple(limitation.text for _, limitation in counting)
-        return "no" if refused else "with a setting", why, source, "read", said
-    reads = runtime.reading(format)
-    if reads is not None and scheme in reads.ran.get(model.architecture, ()):
-        return "yes", "", reads.source, "run", ()
-    if reads is not None and model.architecture in reads.studied:
-        return "yes", "", reads.source, "read", ()
+        return "no" if refused else "with a setting", why, source, "run" if read else "read", said
+    if read or (reads is not None and model.architecture in reads.studied):
+        return "yes", "", reads.source if reads else "", "run" if read else "read", ()
     return "unknown", "", "", "not", ()
+
+
+def _reading(runtime: Runtime, format: str, scheme: str, model: Quantized) -> Reading | None:
+    """Of a family in bfloat16, what the runtime's own code made of it, if it was run."""
+    if model.dtype == "F32":
+        return None
+    of = (runtime.name, format, model.architecture, scheme)
+    return next((each for each in READINGS if (each.runtime, each.format, each.architecture, each.scheme) == of), None)
 
 
 def _each(format: str, scheme: str, model: Quantized, command: str) -> Iterable[Way]:
     from qtool.checkpoint import formats
 
     problems = formats.get(format).problems(model.schemes)
-    for runtime in facts.readers(format):
+    for runtime in _knowing(format):
         way = _way(runtime, format, scheme, model, "-", command)
         if problems:
             way = Way(runtime.title, runtime.version, format, scheme, "no", problems[0].text, "", "", "read")
@@ -258,8 +320,10 @@ def _each(format: str, scheme: str, model: Quantized, command: str) -> Iterable[
 
 
 def _way(runtime: Runtime, format: str, scheme: str, model: Quantized, path: str, command: str = "") -> Way:
-    answer, _, source, checked, said = _judge(runtime, format, scheme, model)
+    answer, _, source, checked, said = _judge(runtime, format, scheme or _alike(model), model)
     how = f"{command}qtool {'serve' if runtime.server else 'generate'} {path} --runtime {runtime.name}"
+    if runtime.worker is None:
+        how = f"{command}xargs {_ELSEWHERE[runtime.name]}" if command else f"{_ELSEWHERE[runtime.name]} {path}"
     return Way(
         runtime.title,
         runtime.version,
@@ -271,6 +335,12 @@ def _way(runtime: Runtime, format: str, scheme: str, model: Quantized, path: str
         source,
         checked,
     )
+
+
+def _alike(model: Quantized) -> str:
+    """Which of SCHEMES a model's layers have; empty for none."""
+    found = {scheme for scheme in model.schemes.values() if scheme is not None}
+    return next((name for name, schemes in SCHEMES.items() if found == set(schemes)), "")
 
 
 def _planned(checkpoint: Checkpoint) -> dict[str, dict[str, Scheme | None]]:

@@ -1,9 +1,10 @@
 """What MindFormers 1.7.0, started as vLLM-MindSpore 0.5.1 starts it, takes of golden-stick checkpoints.
 
 python mindformers_reads.py FOLDER..., by an interpreter with MindSpore, both packages being importable. Lines of JSON
-as of vllm_reads, with one more key:
+as of vllm_reads, with more keys:
 
-- `mistyped`: tensors that were put into a parameter of another kind of numbers, such as int8 into bfloat16.
+- `mistyped`: tensors that were put into a parameter of another kind of numbers, such as int8 into bfloat16;
+- `norm`: the first number of the decoder's last norm.
 
 The configuration, the model and all that reads the files are theirs. Replaced are what tests of models don't have
 (packages for training), what vLLM says of one card, and the filling of new tensors, which MindSpore has no bfloat16
@@ -75,7 +76,7 @@ deprecated.deprecated = lambda *_, **__: lambda function: function
 import mindspore  # noqa: E402
 
 
-def filled(value: int) -> Any:
+def filled(value: float) -> Any:
     def make(*shape: Any, dtype: Any = mindspore.float32, **_: Any) -> Any:
         sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
         return mindspore.Tensor(np.full(sizes, value, np.float32)).astype(dtype)
@@ -206,7 +207,9 @@ def read(folder: str) -> dict[str, Any]:
     return {
         "parameters": len(parameters),
         "untouched": sorted(name for name, parameter in parameters.items() if is_unseen(parameter)),
+        "tensors": len(names.keys() & taken),
         "unread": sorted(names.keys() - taken - spare),
+        "norm": float(parameters["decoder.final_layernorm.weight"].astype(mindspore.float32).asnumpy()[0]),
         "mistyped": sorted(
             tensor
             for tensor, name in given.items()

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
-from qtool.checkpoint.writer import CheckpointWriter
+from qtool.checkpoint.writer import CheckpointWriter, Sharding
 from qtool.quant.types import QuantizedLinear
 from qtool.recipe.load import match
 from tests import families
@@ -57,13 +57,16 @@ def schemes(model: Path) -> tuple[str, ...]:
     return tuple(match(Checkpoint.open(model).config)[0].schemes)
 
 
-def quantize(source: Path, target: Path, format: str, scheme: str) -> dict[str, QuantizedLinear]:
+def quantize(
+    source: Path, target: Path, format: str, scheme: str, sharding: Sharding | None = None
+) -> dict[str, QuantizedLinear]:
     """By the scheme of the model's recipe; static layers get one input scale. Returns the layers."""
     checkpoint, form = Checkpoint.open(source), formats.get(format)
     recipe, _ = match(checkpoint.config)
     layers = formats.of(checkpoint).layers(checkpoint)
     made: dict[str, QuantizedLinear] = {}
-    with CheckpointWriter(target, form) as writer:
+    with CheckpointWriter(target, form, sharding=sharding) as writer:
+        writer.expect(checkpoint.names)
         for tensor in checkpoint.names:
             owner, _, part = tensor.rpartition(".")
             policy = recipe.policy(scheme, owner) if owner in layers and "embed" not in owner else None

@@ -13,6 +13,7 @@ import importlib.abc
 import importlib.machinery
 import json
 import os
+import socket
 import sys
 import types
 from collections.abc import Sequence
@@ -86,19 +87,23 @@ class Replacer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 sys.modules.pop("torchvision", None)
 sys.meta_path.insert(0, Replacer((*REPLACED, "torchvision")))
 sys.meta_path.append(Replacer(ABSENT))
-import xgrammar  # type: ignore[import-not-found]  # noqa: E402
+import xgrammar  # noqa: E402
 
-xgrammar.StructuralTag = dict  # a field of a pydantic model
+xgrammar.__dict__["StructuralTag"] = dict  # a field of a pydantic model
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 
 from sglang.srt.distributed import parallel_state  # type: ignore[import-not-found]  # noqa: E402
 from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import (  # type: ignore[import-not-found]  # noqa: E402
     CompressedTensorsConfig,
 )
+from sglang.srt.runtime_context import derive_spawn_ranks, get_parallel  # type: ignore[import-not-found]  # noqa: E402
 from sglang.srt.server_args import (  # type: ignore[import-not-found]  # noqa: E402
     ServerArgs,
     set_global_server_args_for_scheduler,
 )
+from sglang.srt.utils import custom_op  # type: ignore[import-not-found]  # noqa: E402
+
+custom_op.register_custom_op = lambda op=None, **_: op if op is not None else lambda function: function
 
 sys.path.insert(0, str(Path(__file__).parent))
 from watching import Watched, empty, is_untouched, watched  # type: ignore[import-not-found]  # noqa: E402
@@ -106,7 +111,12 @@ from watching import Watched, empty, is_untouched, watched  # type: ignore[impor
 
 def prepare(folder: str) -> None:
     set_global_server_args_for_scheduler(ServerArgs(model_path=folder, device="cpu", attention_backend="torch_native"))
-    parallel_state.init_distributed_environment(1, 0, "tcp://127.0.0.1:29611", 0, "gloo")
+    one = ("tp_size", "attn_cp_size", "attn_tp_size", "moe_dp_size", "moe_ep_size")
+    ranks = derive_spawn_ranks(world_rank=0, ep_join_rank_offset=0, **dict.fromkeys(one, 1))
+    get_parallel().override_permanently(**ranks, attn_tp_rank=0, attn_dp_rank=0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    parallel_state.init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
     parallel_state.initialize_model_parallel(backend="gloo")
 
 
@@ -130,6 +140,7 @@ def read(folder: str) -> dict[str, Any]:
     return {
         "parameters": len(parameters),
         "untouched": sorted(name for name, parameter in parameters.items() if is_untouched(parameter)),
+        "tensors": len(names & Watched.looked_into),
         "unread": sorted(names - Watched.looked_into),
     }
 

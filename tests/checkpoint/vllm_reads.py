@@ -6,7 +6,8 @@ either `error`, or
 
 - `parameters`: how many the model has;
 - `untouched`: those of which not every number came from the files;
-- `unread`: tensors of the files that no code of the model looked into.
+- `tensors`: how many of the files some code of the model looked into;
+- `unread`: the others.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def read(folder: str, quantization: str | None = None) -> dict[str, Any]:
     return {
         "parameters": len(wanted),
         "untouched": sorted(name for name, parameter in wanted.items() if is_untouched(parameter)),
+        "tensors": len(names & Watched.looked_into),
         "unread": sorted(names - Watched.looked_into),
     }
 

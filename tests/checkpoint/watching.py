@@ -31,7 +31,7 @@ class Watched(torch.Tensor):
 
 
 def watched(weights: Iterable[tuple[str, torch.Tensor]], names: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same tensors, whose names are added to `names` as they come, and to `Watched.looked_into` as they are read."""
+    """The same tensors. Their names are added to `names` as they come, to `Watched.looked_into` as they are read."""
     for name, tensor in weights:
         names.add(name)
         seen = tensor.as_subclass(Watched)

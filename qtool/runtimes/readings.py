@@ -1,0 +1,90 @@
+"""What the runtimes' own loading code made of checkpoints that qtool wrote.
+
+`python -m tests.checkpoint.readings` runs all readers and writes the rows below; the tests hold them to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was counted.
+
+    Attributes:
+        parameters: that the runtime's model has; 0 where it was not built.
+        tensors: in the files that some code of the runtime's looked into.
+        untouched: parameters of which not every number came from the files.
+        unread: tensors that no code looked into, but those that only repeat what others say.
+        mistyped: tensors that were put into a parameter of another kind of numbers.
+    """
+
+    parameters: int
+    tensors: int
+    untouched: int
+    unread: int
+    mistyped: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One tiny bfloat16 model of a family, quantized by one of the recipe's schemes, in the hands of a runtime.
+
+    Attributes:
+        runtime: its name.
+        format: as `--format` has it.
+        architecture: as config.json has it.
+        scheme: of the recipe.
+        error: the class of the exception instead; empty where there was none.
+    """
+
+    runtime: str
+    format: str
+    architecture: str
+    scheme: str
+    counts: Counts
+    error: str = ""
+
+    @property
+    def well(self) -> bool:
+        """Whether the runtime's model is what is in the files."""
+        return not (self.error or self.counts.untouched or self.counts.unread or self.counts.mistyped)
+
+
+_ROWS = """\
+vllm compressed-tensors DeepseekV3ForCausalLM w8a8 51 107 0 0 0 -
+vllm compressed-tensors DeepseekV3ForCausalLM w8a8-dynamic 39 91 0 0 0 -
+vllm compressed-tensors Glm4MoeForCausalLM w8a8 43 111 0 0 0 -
+vllm compressed-tensors Glm4MoeForCausalLM w8a8-dynamic 35 95 0 0 0 -
+vllm compressed-tensors Glm4MoeForCausalLM w8a8-static 43 93 0 0 0 -
+vllm compressed-tensors LlamaForCausalLM w8a8 31 51 0 0 0 -
+vllm compressed-tensors LlamaForCausalLM w8a8-dynamic 23 35 0 0 0 -
+vllm compressed-tensors LlamaForCausalLM w8a8-static 33 57 0 0 0 -
+vllm compressed-tensors MistralForCausalLM w8a8 31 51 0 0 0 -
+vllm compressed-tensors MistralForCausalLM w8a8-dynamic 23 35 0 0 0 -
+vllm compressed-tensors MistralForCausalLM w8a8-static 33 57 0 0 0 -
+vllm compressed-tensors MixtralForCausalLM w8a8 33 113 0 0 0 -
+vllm compressed-tensors MixtralForCausalLM w8a8-dynamic 25 97 0 0 0 -
+vllm compressed-tensors MixtralForCausalLM w8a8-static 29 77 0 0 0 -
+vllm compressed-tensors Qwen2ForCausalLM w8a8 33 57 0 0 0 -
+vllm compressed-tensors Qwen2ForCausalLM w8a8-dynamic 25 41 0 0 0 -
+vllm compressed-tensors Qwen2ForCausalLM w8a8-static 35 63 0 0 0 -
+vllm compressed-tensors Qwen3ForCausalLM w8a8 35 55 0 0 0 -
+vllm compressed-tensors Qwen3ForCausalLM w8a8-dynamic 27 39 0 0 0 -
+vllm compressed-tensors Qwen3ForCausalLM w8a8-static 37 61 0 0 0 -
+vllm compressed-tensors Qwen3MoeForCausalLM w8a8 37 141 0 0 0 -
+vllm compressed-tensors Qwen3MoeForCausalLM w8a8-dynamic 29 125 0 0 0 -
+vllm compressed-tensors Qwen3MoeForCausalLM w8a8-static 33 93 0 0 0 -
+vllm compressed-tensors TeleChat2ForCausalLM w8a8 0 0 0 0 0 ValueError
+vllm compressed-tensors TeleChat2ForCausalLM w8a8-dynamic 27 35 0 0 0 -
+vllm compressed-tensors TeleChat2ForCausalLM w8a8-static 0 0 0 0 0 ValueError
+"""
+
+
+def _parse(line: str) -> Reading:
+    runtime, format, architecture, scheme, *counts, error = line.split()
+    return Reading(runtime, format, architecture, scheme, Counts(*map(int, counts)), "" if error == "-" else error)
+
+
+READINGS = tuple(map(_parse, _ROWS.splitlines()))
