@@ -9,6 +9,12 @@ from qtool.scheme import W8A8_DYNAMIC
 _MATCHER = "sglang 0.5.23: srt/layers/quantization/compressed_tensors"
 
 
+def _unknown(model: Quantized) -> Limitation | None:
+    if model.architecture != "TeleChat2ForCausalLM":
+        return None
+    return Limitation("SGLang has no TeleChat2", unread=True)
+
+
 def _experts(model: Quantized) -> Limitation | None:
     routed = [name for name, scheme in model.schemes.items() if scheme is not None and ".experts." in name]
     if not routed:
@@ -20,19 +26,13 @@ def _experts(model: Quantized) -> Limitation | None:
 
 def _targets(model: Quantized) -> Limitation | None:
     found = {scheme for scheme in model.schemes.values() if scheme is not None}
-    if not found or (found == {W8A8_DYNAMIC} and is_plain(model.schemes)) or _experts(model):
+    if not found or _unknown(model) or (found == {W8A8_DYNAMIC} and is_plain(model.schemes)) or _experts(model):
         return None
     return Limitation(
         "SGLang finds the quantized layers only of dense models that are dynamic int8 throughout",
         unread=True,
         hint="Quantize the original with --scheme w8a8-dynamic.",
     )
-
-
-def _unknown(model: Quantized) -> Limitation | None:
-    if model.architecture != "TeleChat2ForCausalLM":
-        return None
-    return Limitation("SGLang has no TeleChat2", unread=True)
 
 
 RUNTIME = Runtime(

@@ -263,9 +263,9 @@ def _rows(runtime: Runtime, format: str) -> list[Row]:
             for dtype, suffix in DTYPES.items():
                 answer, why, source, checked, _ = _judge(runtime, format, scheme, family.quantized(scheme, dtype))
                 key = (answer, why, source, checked)
-                if key != usual:
+                if key[:2] != usual:  # another dtype, another answer
                     grouped.setdefault(key, {}).setdefault(family.architecture + suffix, []).append(scheme)
-                usual = usual or key
+                usual = usual or key[:2]
     return [
         Row(runtime.title, runtime.version, format, models, schemes, *key)
         for key, by_model in grouped.items()
@@ -289,21 +289,20 @@ def _judge(
     refused = [found for found in limits if found[1].refuses]
     counting = refused or limits
     reads, read = runtime.reading(format), _reading(runtime, format, scheme, model)
+    by_running: Checked = "run" if read and model.dtype != "F32" else "read"  # those that were run are bfloat16
     if counting:
         why, source = (
             "; ".join(dict.fromkeys(getattr(limit, key) for limit, _ in counting)) for key in ("why", "source")
         )
         said = tuple(limitation.text for _, limitation in counting)
-        return "no" if refused else "with a setting", why, source, "run" if read else "read", said
+        return "no" if refused else "with a setting", why, source, by_running, said
     if read or (reads is not None and model.architecture in reads.studied):
-        return "yes", "", reads.source if reads else "", "run" if read else "read", ()
+        return "yes", "", reads.source if reads else "", by_running, ()
     return "unknown", "", "", "not", ()
 
 
 def _reading(runtime: Runtime, format: str, scheme: str, model: Quantized) -> Reading | None:
-    """Of a family in bfloat16, what the runtime's own code made of it, if it was run."""
-    if model.dtype == "F32":
-        return None
+    """What the runtime's own code made of such a model, if it was run."""
     of = (runtime.name, format, model.architecture, scheme)
     return next((each for each in READINGS if (each.runtime, each.format, each.architecture, each.scheme) == of), None)
 

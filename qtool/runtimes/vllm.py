@@ -79,6 +79,7 @@ RUNTIME = Runtime(
                     _kept_float,
                 ),
             ),
+            source="vllm 0.32.0: model_executor/layers/quantization/compressed_tensors",
         ),
     ),
     others=True,
