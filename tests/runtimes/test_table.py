@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from qtool import runtimes
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
 from qtool.recipe import load
