@@ -9,6 +9,9 @@
 
 Everything heavy runs in processes of its own, as it does for the commands; nothing heavy is imported here. Bad input
 raises `qtool.InputError`; what fails while it works raises `qtool.QtoolError`.
+
+A model is a folder, a GGUF file, or a name on a hub, such as "org/name" or "modelers:org/name@v1": what is not on this
+machine is downloaded and checked, unless HF_HUB_OFFLINE=1. A `Path` is never a name on a hub.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from qtool.engines.job import Resources
     from qtool.engines.report import QuantizationResult
     from qtool.evaluation.job import Comparison
+    from qtool.jobs.models import Model as Found
 
 Event = dict[str, Any]
 """Progress, warnings and results of a worker: `event` says which; progress has stage, done, total and unit."""
@@ -42,6 +46,14 @@ def warn(event: Event) -> None:
     """Pass a worker's warnings on to Python's; silent about the rest."""
     if event["event"] == "warning":
         warnings.warn(event["message"], stacklevel=2)
+
+
+def _find(model: Model, on_event: OnEvent) -> Found:
+    """The model that an argument names, fetched first if need be. Raises as `jobs.models.find`."""
+    from qtool.jobs.models import Access, find
+
+    text = model if isinstance(model, str) else str(Path(model).expanduser().absolute())
+    return find(text, Access(offline=False, on_event=on_event))
 
 
 def quantize(
@@ -67,8 +79,8 @@ def quantize(
     """Quantize a float checkpoint, as `qtool quantize` does; None leaves a choice to the recipe.
 
     Args:
-        model: its folder.
-        output: the folder to make; None for MODEL-SCHEME, beside the model.
+        model: its folder, a GGUF file or a name on a hub.
+        output: the folder to make; None for MODEL-SCHEME, beside the model, or here for a name on a hub.
         recipe: a recipe's name or file; None for the one that matches the model.
         scheme: one of the recipe's.
         format: of the checkpoint.
@@ -84,8 +96,10 @@ def quantize(
     from qtool.engines.job import Resources
     from qtool.jobs import quantize as jobs
 
+    found = _find(model, on_event)
     wanted = jobs.Wanted(
         output=None if output is None else Path(output),
+        beside=found.beside,
         recipe=recipe,
         scheme=scheme,
         format=format,
@@ -101,7 +115,7 @@ def quantize(
         trust_remote_code=trust_remote_code,
         resources=resources or Resources(),
     )
-    decided = jobs.decide(Path(model), wanted)
+    decided = jobs.decide(found.path, wanted)
     return jobs.run(decided.engine, decided.job, on_event)
 
 
@@ -143,8 +157,8 @@ def evaluate(
     """Perplexity, KL divergence and agreement of a quantized model with its original, as `qtool eval` finds them.
 
     Args:
-        base: the original's folder.
-        quantized: the quantized model's folder; or a list of several, for which the original is computed once.
+        base: the original: its folder, a GGUF file or a name on a hub.
+        quantized: the quantized model, likewise; or a list of several, for which the original is computed once.
         text: what to predict: builtin, or a .txt, .jsonl or .parquet file.
         windows, length: windows of text from its start, and tokens of each.
         runtime: who runs the quantized models: qtool, layer by layer in float32, or vLLM, whole.
@@ -157,7 +171,7 @@ def evaluate(
     from qtool.jobs import evaluate as jobs
 
     listed = quantized if isinstance(quantized, list) else [quantized]
-    models = jobs.opened(Path(base), *map(Path, listed))
+    models = jobs.opened(*(_find(model, on_event).path for model in (base, *listed)))
     job = jobs.comparison(models, EvaluationText(text, windows, length), runtime, trust_remote_code=trust_remote_code)
     found = run(job, on_event)
     return found if isinstance(quantized, list) else found[0]
@@ -217,7 +231,7 @@ def generate(
     The prompts are taken as they are needed, so they may be a generator, and endless.
 
     Args:
-        model: its folder, of any format that the runtime reads.
+        model: its folder, a GGUF file or a name on a hub; of any format that the runtime reads.
         prompts: texts; or lists of messages with role and content, which go through the model's chat template.
         runtime: auto, vllm, transformers, vllm-mindspore or vllm-ascend.
         arguments: vLLM's EngineArgs, and (in capitals) its environment variables.
@@ -232,7 +246,7 @@ def generate(
     from qtool.checkpoint.reader import Checkpoint
     from qtool.runtimes import sampling as words
 
-    checkpoint = Checkpoint.open(Path(model))
+    checkpoint = Checkpoint.open(_find(model, on_event).path)
     asked = words.validated(sampling)
     launch = runtimes.choose(runtime, formats.of(checkpoint).name)
     runtimes.check(launch, asked, arguments or {})
@@ -309,9 +323,9 @@ def convert(
     """Another format of a quantized checkpoint, or a checkpoint of a GGUF file, as `qtool convert` makes them.
 
     Args:
-        source: a quantized model's folder, or a GGUF file.
+        source: a quantized model: its folder or a name on a hub; or a GGUF file.
         to: a format; `bfloat16` dequantizes. A GGUF file becomes `safetensors`.
-        output: the folder to make; None for one beside the source.
+        output: the folder to make; None for one beside the source, or here for a name on a hub.
         dtype: of the parameters, for a GGUF file.
 
     Returns:
@@ -327,19 +341,25 @@ def convert(
         target = service.beside(path, None) if output is None else Path(output).expanduser()
         service.from_gguf(path, target, dtype, overwrite=overwrite, on_event=on_event)
     else:
-        path = Checkpoint.open(path).path
-        target = service.beside(path, to) if output is None else Path(output).expanduser()
+        found = _find(source, on_event)
+        path = Checkpoint.open(found.path).path
+        target = service.beside(found.beside, to) if output is None else Path(output).expanduser()
         service.to_format(path, target, to, overwrite=overwrite, on_event=on_event)
     return target.absolute()
 
 
-def inspect(model: Model) -> dict[str, Any]:
-    """What a checkpoint is, from its headers and config.json alone: what `qtool inspect --json` prints."""
+def inspect(model: Model, *, on_event: OnEvent = warn) -> dict[str, Any]:
+    """What a checkpoint is, from its headers and config.json alone: what `qtool inspect --json` prints.
+
+    Args:
+        model: its folder, a GGUF file or a name on a hub.
+        on_event: hears of the progress of a download, and of warnings.
+    """
     from qtool.checkpoint.reader import Checkpoint
     from qtool.checkpoint.summary import summarize
     from qtool.runtimes.table import as_it_is
 
-    checkpoint = Checkpoint.open(Path(model))
+    checkpoint = Checkpoint.open(_find(model, on_event).path)
     return summarize(checkpoint) | {"runtimes": [asdict(way) for way in as_it_is(checkpoint)]}
 
 

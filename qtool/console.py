@@ -82,10 +82,13 @@ class Console:
 
     # ------------------------------------------------------------ stderr
 
-    def info(self, message: str) -> None:
-        """Something nice to know; silent with --quiet."""
+    def info(self, message: str, *, prose: bool = False) -> None:
+        """Something nice to know; silent with --quiet.
+
+        `prose` has no path and no command that somebody may want to copy: a terminal breaks it between words.
+        """
         if not self.quiet:
-            self._say(message)
+            self._say(message, wrap=prose)
 
     def warning(self, message: str) -> None:
         """Something the user should know, though the work goes on."""
@@ -190,11 +193,11 @@ class Console:
 
         return RichConsole(highlight=False)
 
-    def _say(self, text: str, style: str | None = None) -> None:
-        """One message, not wrapped (so that paths can be copied), above the bar if there is one."""
+    def _say(self, text: str, style: str | None = None, *, wrap: bool = False) -> None:
+        """One message, not wrapped unless asked (so that paths can be copied), above the bar if there is one."""
         text = bounded(visible(text))
         if sys.stderr.isatty():
-            self._stderr.print(text, style=style, markup=False, emoji=False, soft_wrap=True)
+            self._stderr.print(text, style=style, markup=False, emoji=False, soft_wrap=not wrap)
         else:
             print(_encodable(text, sys.stderr), file=sys.stderr, flush=True)
 

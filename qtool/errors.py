@@ -6,6 +6,7 @@ exits with `exit_code`. Anything else that escapes is a bug and shows as one.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar, Literal
@@ -93,6 +94,17 @@ def foreign(what: str, *, where: str | None = None, hint: str | None = None) -> 
         if type(error).__name__ == "OutOfMemoryError":  # torch's
             raise
         raise ForeignError(f"{what}: {in_one_line(error)}", where=where, hint=hint) from error
+
+
+_INPUT = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS}
+
+
+def of_system(error: OSError) -> QtoolError | None:
+    """What the operating system says of a file, where nobody foresaw it; None: it says so of none."""
+    if error.filename is None or error.strerror is None:
+        return None
+    kind = InputError if error.errno in _INPUT else QtoolError
+    return kind(f"can't be used: {error.strerror}", where=str(error.filename))
 
 
 def in_one_line(error: BaseException) -> str:

@@ -117,6 +117,7 @@ class Quantized:
     output: str
     output_bytes: int
     input_bytes: int
+    pushed: Uploaded | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +257,8 @@ class Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """`qtool convert`. architecture, parameters and dtype are of a GGUF file, the others of a checkpoint."""
+    """`qtool convert`. architecture, parameters and dtype are of a GGUF file that was converted, rounded (tensors that
+    were rounded anew) and scale_rounding of one that was made, the others of a checkpoint."""
 
     output: str
     nbytes: int
@@ -265,6 +267,8 @@ class Converted:
     layers: dict[str, Any] | None = None
     integers: int | None = None
     input_scale_rounding: float | None = None
+    rounded: list[str] | None = None
+    scale_rounding: float | None = None
     seconds: float | None = None
     architecture: str | None = None
     parameters: int | None = None
@@ -413,6 +417,15 @@ class TriedEngine:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """The configuration file. `problem` is what is wrong with it."""
+
+    file: str
+    exists: bool
+    problem: str | None
+
+
+@dataclass(frozen=True)
 class Examined:
     """`qtool doctor`."""
 
@@ -422,6 +435,26 @@ class Examined:
     engines: list[TriedEngine]
     works: bool
     to_do: str | None
+    configuration: Settings
+
+
+@dataclass(frozen=True)
+class Set:
+    """A default that the user has set. `source` is a line of the configuration file, or a variable."""
+
+    command: str
+    option: str
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What `qtool config` prints."""
+
+    file: str
+    exists: bool
+    values: list[Set]
 
 
 # name as of `qtool schema`: type of the whole output, or of each line where it has several
@@ -444,6 +477,7 @@ SCHEMAS: dict[str, Any] = {
     "runtimes-model": list[Way],
     "recipes-list": list[ListedRecipe],
     "recipes-validate": list[ValidatedRecipe],
+    "config": Configuration,
     "env-list": list[Environment],
     "env-vars": list[Variable],
     "doctor": Examined,

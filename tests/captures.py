@@ -22,7 +22,7 @@ from tests.terminal import Terminal
 ROOT = Path(__file__).resolve().parent.parent
 CAPTURES = ROOT / "docs" / "captures"
 QUOTED = ("quantize", "eval", "generate")
-SIZE = (120, 40)
+SIZE = (100, 40)  # columns that a page of the site shows without scrolling
 MODEL, QUANTIZED = "SmolLM2-135M-Instruct", "SmolLM2-W8A8"
 COMMANDS: dict[str, Sequence[str]] = {
     "quantize": ("quantize", MODEL, "--output", QUANTIZED, "--overwrite"),

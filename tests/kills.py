@@ -67,6 +67,7 @@ def of_output(folder: Path) -> dict[str, str]:
 def make_jobs(folder: Path, hub: Mapping[str, str]) -> dict[str, Job]:
     tokenizer = families.train_tokenizer(512)
     dense = families.make(folder / "dense", "mixtral", tokenizer, num_hidden_layers=1)
+    plain = families.make(folder / "plain", "llama", tokenizer, num_hidden_layers=1)
     experts = families.make(folder / "experts", "glm4_moe", tokenizer, num_hidden_layers=2)
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"Number {i} is\n" for i in range(24)))
@@ -90,7 +91,7 @@ def make_jobs(folder: Path, hub: Mapping[str, str]) -> dict[str, Job]:
         "quantize": Job(("quantize", dense, "-o", "out", *SIZE), of_output, ["--resume"]),
         "experts": Job(("quantize", experts, "-o", "out", *SIZE, "--scheme", "w8a8-dynamic"), of_output, ["--resume"]),
         "generate": Job(generated, of_output, ["--resume"]),
-        "run": Job(run_command("mine.yaml", dense, "--work", "out"), of_output, prepare=recipe),
+        "run": Job(run_command("mine.yaml", plain, "--work", "out"), of_output, prepare=recipe),
         "download": Job(("download", "org/model", "--from", "huggingface", "--to", "out"), of_output, env=hub),
     }
 

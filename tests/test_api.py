@@ -102,7 +102,7 @@ def test_convert_makes_what_the_command_makes(made: Path, tmp_path: Path, run_qt
     [
         (lambda there: qtool.quantize("/nowhere"), "no such folder"),
         (lambda there: qtool.quantize(there, scheme="w1a1"), "no scheme 'w1a1'"),
-        (lambda there: qtool.inspect(there / "config.json"), "not a folder"),
+        (lambda there: qtool.inspect(there / "config.json"), "not a GGUF file"),
         (lambda there: qtool.download("nobody"), "no recipe is named 'nobody'"),
         (lambda there: list(qtool.generate(there, ["x"], temperature=-1)), "temperature"),
         (lambda there: qtool.convert(there, "modelslim"), "not quantized"),

@@ -27,11 +27,11 @@ LAYERS = (
     ("qtool.hub",),
     ("qtool.runtimes", "qtool.model"),
     ("qtool.quant", "qtool.calibration", "qtool.environments"),
-    ("qtool.recipe",),
+    ("qtool.recipe", "qtool.gguf"),
     ("qtool.checkpoint",),
     ("qtool.patterns",),
     ("qtool.quant.types",),  # what quantization hands to formats
-    ("qtool.scheme", "qtool.workers", "qtool.console"),
+    ("qtool.scheme", "qtool.workers", "qtool.console", "qtool.configuration"),
     ("qtool.files", "qtool.memory", "qtool.resources"),
     ("qtool.locks", "qtool.sizes"),
     ("qtool.errors", "qtool.version"),

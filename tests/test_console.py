@@ -19,6 +19,7 @@ from qtool.errors import InputError
 ROOT = str(Path(qtool.__file__).parent.parent)
 LONG = "/a/very/long/path/" + "x" * 200
 EVIL = "a\x1b]0;owned\x07\x1b[2J\x9b1m\u202eb\u2066\r\nc\rd\x7f"
+WORDS = " ".join(["considerably"] * 30)
 SEEN = r"a\u001b]0;owned\u0007\u001b[2J\u009b1m\u202eb\u2066"
 SCRIPT = f"""
 import sys, time
@@ -32,6 +33,7 @@ if "evil" in sys.argv:
     sys.exit()
 with Console(quiet="quiet" in sys.argv, json="json" in sys.argv) as console:
     console.info("hello [red]{LONG}[/red]")
+    console.info({WORDS!r}, prose=True)
     for done in range(4):
         console.event({{"event": "progress", "stage": "quantize", "done": done, "total": 3, "unit": "layers"}})
         time.sleep(0.1)
@@ -77,9 +79,9 @@ def test_a_pipe_gets_plain_lines() -> None:
     assert stdout == "/pa\\ud800th\n"
     assert "\x1b" not in stderr
     lines = stderr.splitlines()
-    assert lines[:3] == [f"hello [red]{LONG}[/red]", "quantize (3 layers)", "warning: careful"]
+    assert lines[:4] == [f"hello [red]{LONG}[/red]", WORDS, "quantize (3 layers)", "warning: careful"]
     assert lines[-3:] == ["error: bad thing", "  at: file:3", "  → mend it"]
-    table = "\n".join(lines[3:-3])
+    table = "\n".join(lines[4:-3])
     assert re.search(r"a \[b\] .* 0\.00971 ", table)
     assert "Quality" in table
 
@@ -108,6 +110,16 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left() -> None:
     assert plain.index("3/3") < plain.index("error: bad thing")
     assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")  # the cursor is back
     assert plain.rstrip().endswith("/pa\\ud800th")
+
+
+def test_a_terminal_breaks_prose_between_words_and_leaves_paths_whole() -> None:
+    output = on_terminal().replace("\r\n", "\n")
+    lines = [line for line in output.splitlines() if "considerably" in line]
+    assert len(lines) > 1
+    assert all(len(line) <= 100 for line in lines)
+    assert " ".join(lines).split() == WORDS.split()
+    assert LONG in output
+    assert WORDS in piped()[1].splitlines()
 
 
 def test_a_quiet_terminal_has_no_bar() -> None:

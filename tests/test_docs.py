@@ -6,15 +6,18 @@ import ast
 import importlib.util
 import itertools
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
+from tests import flowchart, reference
 from tests.test_architecture import FILES, GRAPH, LAYERS, place
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,9 +81,10 @@ def test_modules_that_are_named_exist(document: Path) -> None:
 
 
 def test_names_beside_a_file_are_in_it() -> None:
-    """`name` in `file.py`, and `name` (`file.py`): what a reader will search for."""
+    """`name` in `file.py`, `name` (`file.py`), and `name`, as `file.py` does: what a reader will search for."""
     text = re.sub(r"\s+", " ", ARCHITECTURE.read_text(encoding="utf-8"))
     pairs = re.findall(r"`(\w+)`(?: in | \()`((?:qtool|tests)/[\w/]+\.py)`", text)
+    pairs += re.findall(r"`([a-z_]+)`, as `((?:qtool|tests)/[\w/]+\.py)` does", text)  # a class can stand for another
     assert pairs
     missing = {(name, file) for name, file in pairs if not re.search(rf"\b{name}\b", (ROOT / file).read_text("utf-8"))}
     assert missing == set()
@@ -160,16 +164,38 @@ def test_what_the_documents_say_of_commands_is_what_there_is() -> None:
 
 def options_of(words: list[str]) -> set[str] | None:
     """The options of the command that a line begins with; None where there is no such command."""
-    from qtool.cli.app import COMMANDS, _load
+    from qtool.cli.app import COMMANDS, load
 
     if words[0] not in COMMANDS:
         return None
-    command: Any = _load(words[0])
+    command: Any = load(words[0])
     if below := getattr(command, "commands", None):
         if len(words) < 2 or words[1] not in below:
             return None
         command = below[words[1]]
     return {"--help", *(name for param in command.params for name in (*param.opts, *param.secondary_opts))}
+
+
+def problem_of(words: list[str]) -> str | None:
+    """What the command line would say of these words before it does anything, as click says it; None if nothing."""
+    from qtool.cli.app import COMMANDS, load
+
+    command: Any = load(words[0]) if words[0] in COMMANDS else None
+    rest = words[1:]
+    if command is not None and rest and (below := getattr(command, "commands", None)):
+        command, rest = below.get(rest[0]), rest[1:]
+    if command is None:
+        return f"no such command: {' '.join(words)}"
+    try:
+        command.make_context(words[0], rest)
+    except SystemExit as ended:
+        return None if ended.code == 0 else f"exit code {ended.code}"
+    except Exception as error:
+        format_message = getattr(error, "format_message", None)
+        if format_message is None:
+            raise
+        return str(format_message())
+    return None
 
 
 def called(document: Path) -> Iterator[tuple[str, list[str]]]:
@@ -197,6 +223,81 @@ def test_options_of_commands_in_the_documents_exist(document: Path) -> None:
 
 def test_calls_are_found() -> None:
     assert sum(1 for document in ALL for _ in called(document)) > 60
+
+
+def commands_shown(document: Path) -> Iterator[str]:
+    """Each call of qtool in the blocks for a terminal, without what a shell does with it."""
+    for language, code in blocks(document):
+        if language not in ("console", "bash", "text"):
+            continue
+        for line in re.findall(r"^\$ (.*)$", code.replace("\\\n", " "), re.MULTILINE):
+            inner = re.sub(r"\"?\$\((qtool [^)]*)\)\"?", "MODEL", line)
+            for each in (*re.findall(r"\$\((qtool [^)]*)\)", line), inner):
+                for part in re.split(r"[|] | && ", each):
+                    if part.strip().startswith("qtool "):
+                        yield part.strip()
+
+
+@pytest.mark.parametrize("document", ALL, ids=lambda document: document.name)
+def test_commands_in_the_documents_parse(document: Path) -> None:
+    """With their values, and with all arguments that they need; what they name need not exist."""
+    problems = {}
+    for line in commands_shown(document):
+        words = shlex.split(line, comments=True)[1:]
+        plain = itertools.takewhile(lambda word: not re.match(r"[<>]", word), words)
+        if not words[0].startswith("-") and (problem := problem_of(list(plain))):
+            problems[line] = problem
+    assert problems == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("generate --prompt a", "Missing argument"),
+        ("quantize m --samples many", "--samples"),
+        ("quantize m --engine other", "--engine"),
+        ("eval m --nothing", "No such option"),
+        ("recipes nothing", "no such command"),
+        ("nothing", "no such command"),
+    ],
+)
+def test_what_does_not_parse_is_found(words: str, problem: str) -> None:
+    assert problem in str(problem_of(words.split()))
+
+
+def test_the_page_of_commands_has_every_option() -> None:
+    page = reference.markdown()
+    for name, command in reference.commands():
+        _, _, rest = page.partition(f"\n## qtool {name}\n")
+        section = rest.partition("\n## ")[0]
+        assert section, name
+        shown = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", page.partition("\n## ")[0] + section))
+        assert {option for param in command.params for option in param.opts if option.startswith("-")} <= shown, name
+    example = "$ qtool quantize ./DeepSeek-R1 --recipe deepseek-r1-osl --memory 8GB --workers 8 --resume"
+    assert example in page.splitlines()
+
+
+def test_every_command_is_in_a_guide() -> None:
+    guides = "".join(page.read_text(encoding="utf-8") for page in (README, *PAGES))
+    assert [name for name, _ in reference.commands() if f"qtool {name}" not in guides] == []
+
+
+def test_flowcharts_are_drawn_with_every_name_and_arrow() -> None:
+    text = 'flowchart TD\n    a["one <1>"] --> b & c --> d\n    a --> d\n'
+    assert flowchart.parse(text) == (
+        {"a": "one <1>", "b": "b", "c": "c", "d": "d"},
+        [("a", "b"), ("a", "c"), ("b", "d"), ("c", "d"), ("a", "d")],
+    )
+    assert flowchart.levels(list("abcd"), flowchart.parse(text)[1]) == [["a"], ["b", "c"], ["d"]]
+    (picture,) = (text for language, text in blocks(ARCHITECTURE) if language == "mermaid")
+    labels, arrows = flowchart.parse(picture)
+    drawn = ElementTree.fromstring(flowchart.svg(picture))
+    boxes, shown = (list(drawn.iter(tag)) for tag in ("rect", "text"))
+    assert sorted(str(each.text) for each in shown) == sorted(labels.values())
+    assert len(list(drawn.iter("path"))) == len(arrows) + 1  # and the arrows' head
+    places = [tuple(float(box.attrib[key]) for key in ("x", "y", "width", "height")) for box in boxes]
+    for (x, y, width, height), (other_x, other_y, *_) in itertools.combinations(places, 2):
+        assert abs(x - other_x) >= width or abs(y - other_y) >= height
 
 
 def test_readme_is_one_page() -> None:
@@ -231,6 +332,7 @@ def test_the_site_builds_and_its_links_lead_somewhere(tmp_path: Path) -> None:
     for page in (tmp_path / "site").rglob("*.html"):  # nothing is loaded from elsewhere
         loaded = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', page.read_text(encoding="utf-8"))
         assert not loaded, page
+        assert 'class="mermaid"' not in page.read_text(encoding="utf-8"), page  # the theme would load a program for it
 
 
 def test_every_variable_that_qtool_reads_is_described() -> None:

@@ -58,13 +58,38 @@ def render(tokenizer: Any, messages: Sequence[Any], what: str, where: str | None
         }
         return str(_renderer.ask(request)[0])
     except Ended:
-        what = f"the model's chat template takes more than {SECONDS:.0f} seconds or {MEGABYTES} MB"
-        raise InputError(what, where=where, hint="It is in tokenizer_config.json or chat_template.jinja.") from None
+        raise _endless(where) from None
     except Refused as error:
         told = one_line(str(error))[:300]
         raise InputError(f"the model's chat template refuses {what}: {told}", where=where) from None
     except Exception as error:
         raise InputError(f"the model's chat template refuses {what}: {in_one_line(error)}", where=where) from error
+
+
+def limit_everywhere() -> None:
+    """From now on transformers renders templates within the same limits, whoever asks it in this process.
+
+    What takes more ends in an InputError; what a template itself refuses in jinja2's TemplateError, as ever.
+    """
+    import jinja2
+    from transformers import tokenization_utils_base as library
+
+    def rendered(conversations: Sequence[Any], *, chat_template: str, **options: Any) -> tuple[list[str], list[Any]]:
+        request = {"template": chat_template, "options": {k: v for k, v in options.items() if v is not None}}
+        try:
+            texts = [str(_renderer.ask({**request, "messages": messages})[0]) for messages in conversations]
+        except Ended:
+            raise _endless() from None
+        except Refused as error:
+            raise jinja2.TemplateError(str(error)) from None
+        return texts, []  # the latter says where the assistant speaks, which needs `return_assistant_tokens_mask`
+
+    library.render_jinja_template = rendered
+
+
+def _endless(where: str | None = None) -> InputError:
+    what = f"the model's chat template takes more than {SECONDS:.0f} seconds or {MEGABYTES} MB"
+    return InputError(what, where=where, hint="It is in tokenizer_config.json or chat_template.jinja.")
 
 
 def _is_plain(tokenizer: Any) -> bool:

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,11 +36,13 @@ class Calibration:
         ids: int64 [samples, seq_len].
         digest: SHA-256 of the ids (little-endian int64, row by row), in hex.
         source: where the text comes from, for reports; names a file without its folder.
+        inputs: what the model's processor made of each sample, where there are pictures; else none.
     """
 
     ids: torch.Tensor
     digest: str
     source: str
+    inputs: tuple[Mapping[str, torch.Tensor], ...] = ()
 
 
 def load(data: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int) -> Calibration:
@@ -183,6 +185,11 @@ def _join(documents: Iterator[list[int]], tokenizer: Any, needed: int) -> list[i
 
 
 def _jsonl(path: Path, tokenizer: Any) -> Iterator[list[int]]:
+    return (_document(record, tokenizer, where) for record, where in records(path))
+
+
+def records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """(each line's object, where it is for messages) of a .jsonl file. Raises InputError for a line of another kind."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -194,7 +201,7 @@ def _jsonl(path: Path, tokenizer: Any) -> Iterator[list[int]]:
                 raise InputError(f"not valid JSON: {error}", where=where) from None
             if not isinstance(record, dict):
                 raise InputError("each line must be a JSON object with `text` or `messages`", where=where)
-            yield _document(record, tokenizer, where)
+            yield record, where
 
 
 def _parquet(path: Path, tokenizer: Any) -> Iterator[list[int]]:
@@ -245,6 +252,9 @@ def _document(record: dict[str, Any], tokenizer: Any, where: str) -> list[int]:
         raise InputError("`messages` must be a list of {role, content}", where=where)
     if not messages:
         raise InputError("`messages` is empty", where=where)
+    if next(picture_parts(record), None) is not None:
+        what = "its messages have pictures, which only `qtool quantize` with the native engine shows to the model"
+        raise InputError(what, where=where, hint="use a text without pictures here")
     if not getattr(tokenizer, "chat_template", None):
         hint = "use `text`, or an instruction-tuned model"
         raise InputError(
@@ -252,6 +262,16 @@ def _document(record: dict[str, Any], tokenizer: Any, where: str) -> list[int]:
         )
     text = render(tokenizer, messages, "these messages", where)
     return _ids(text, tokenizer, where, add_special_tokens=False)
+
+
+def picture_parts(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The parts of a record's messages that are pictures."""
+    messages = record.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and str(part.get("type", "")).startswith("image"):
+                yield part
 
 
 def _pack(tokens: list[int], samples: int, seq_len: int, source: str, where: str) -> Calibration:

@@ -10,7 +10,7 @@ from qtool.checkpoint.reader import LOCK, REPORT, Checkpoint
 from qtool.errors import InputError
 
 _NAMES = re.compile(
-    r".+\.(json|txt|jinja|model|tiktoken|md|spm|vocab|bpe)"
+    r".+\.(json|txt|jinja|model(\.v\d+)?|tiktoken|md|spm|vocab|bpe|codes|tokenizer)"
     r"|(LICEN[CS]E|NOTICE|COPYING|README|USE_POLICY|USAGE_POLICY)([._-].*)?",
     re.IGNORECASE,
 )
@@ -29,7 +29,7 @@ def companions(checkpoint: Checkpoint, *, code: bool = False) -> list[Path]:
     folder = checkpoint.path
     found = [*folder.iterdir()]
     templates = folder / "additional_chat_templates"
-    if templates.is_dir() and not templates.is_symlink():
+    if templates.is_dir():
         found += templates.iterdir()
     files = sorted(
         file

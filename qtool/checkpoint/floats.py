@@ -10,7 +10,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from qtool.checkpoint import dtypes, formats, fp8
+from qtool.checkpoint.formats import mxfp4
 from qtool.checkpoint.summary import float_dtype
+from qtool.checkpoint.transposed import has_transposed, is_transposed
 from qtool.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class FloatReader:
-    """Reads float tensors, whole or row by row, in float32, float16, bfloat16, block-scaled FP8 or packed integers.
+    """Reads float tensors, whole or row by row: float32, float16, bfloat16, block-scaled FP8, FP4 or packed integers.
 
     Every number that it hands out is finite, but for those of `linear`.
 
@@ -43,6 +45,8 @@ class FloatReader:
             if self._format.name == fp8.METHOD
             else None
         )
+        self._fused = mxfp4.fused(checkpoint)
+        self._any_transposed = has_transposed(checkpoint.config)
         self._held: dict[str, torch.Tensor] = {}
         self._held_packed: dict[str, PackedWeight] = {}
         self._last: tuple[str, PackedWeight] | None = None
@@ -50,7 +54,7 @@ class FloatReader:
     @contextmanager
     def holding(self, names: Iterable[str]) -> Iterator[None]:
         """Within the block these tensors are kept on the device as they are stored, so that no file is read twice."""
-        layers = {name: self._packed(name) for name in names}
+        layers = {name: self._packed(name) for name in names if name not in self._fused}
         self._held = {name: self._stored(name) for name, layer in layers.items() if layer is None}
         self._held_packed = {layer: self._format.packed(self.checkpoint, layer) for layer in layers.values() if layer}
         try:
@@ -79,13 +83,16 @@ class FloatReader:
         ]
 
     def __contains__(self, name: str) -> bool:
-        return name in self.checkpoint or self._packed(name) is not None
+        return name in self.checkpoint or name in self._fused or self._packed(name) is not None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises InputError when there is no such tensor."""
         if layer := self._packed(name):
             return self._format.packed_shape(self.checkpoint, layer)
-        return tuple(self.checkpoint.info(name).shape)
+        if name in self._fused:
+            return mxfp4.shape(self.checkpoint, name)
+        shape = tuple(self.checkpoint.info(name).shape)
+        return shape[::-1] if self._is_transposed(name) else shape
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a tensor in the float model: as stored, or bfloat16 where it is FP8.
@@ -94,7 +101,7 @@ class FloatReader:
         """
         import torch
 
-        if self._packed(name):
+        if self._packed(name) or name in self._fused:
             return self._packed_dtype
         info = self.checkpoint.info(name)
         if info.dtype == "F8_E4M3" and self._block is not None:
@@ -112,6 +119,8 @@ class FloatReader:
         """Bytes of a tensor in the float model."""
         if layer := self._packed(name):
             return math.prod(self._format.packed_shape(self.checkpoint, layer)) * self._packed_dtype.itemsize
+        if name in self._fused:
+            return math.prod(mxfp4.shape(self.checkpoint, name)) * self._packed_dtype.itemsize
         info = self.checkpoint.info(name)
         is_fp8 = info.dtype == "F8_E4M3" and self._block is not None
         return info.nbytes * (2 if is_fp8 else 1)  # a byte becomes a bfloat16
@@ -130,7 +139,8 @@ class FloatReader:
         own = self.dtype(name)
         dtype = dtype or own
         if not self._is_coded(name):
-            return self.finite(name, self._held[name] if name in self._held else self._stored(name)).to(dtype)
+            found = self.finite(name, self._held[name] if name in self._held else self._stored(name)).to(dtype)
+            return found.t().contiguous() if self._is_transposed(name) else found
         shape, step = self.shape(name), self.row_step(name)
         whole = torch.empty(shape, dtype=dtype, device=self._device)
         for start in range(0, shape[0], step):
@@ -142,7 +152,12 @@ class FloatReader:
         self.dtype(name)
         if layer := self._packed(name):
             return self.finite(name, self._unpacked(layer).dequantize(start, stop).to(self._device))
+        if name in self._fused:
+            return self.finite(name, mxfp4.read(self.checkpoint, name, start, stop).to(self._device))
         info = self.checkpoint.info(name)
+        if self._is_transposed(name):
+            whole = self._held[name] if name in self._held else self._stored(name)
+            return self.finite(name, whole.t()[start:stop].contiguous()).float()
         if info.dtype != "F8_E4M3":
             return self.finite(name, self._range(name, start, stop)).float()
         assert self._block is not None
@@ -175,12 +190,14 @@ class FloatReader:
         """
         if not self._on_cpu:
             return FloatReader(self.checkpoint).unchanged(name)
-        if self._packed(name):
+        if self._packed(name) or name in self._fused:
             return self.tensor(name)
         info = self.checkpoint.info(name)
         # a single number may be a limit, and infinite
         is_number = (info.dtype in dtypes.FLOATS and bool(info.shape)) or name.endswith(".weight")
-        return self.tensor(name) if is_number else self.checkpoint.tensor(name)
+        if not is_number:
+            return self.checkpoint.tensor(name)
+        return self.tensor(name).t() if self._is_transposed(name) else self.tensor(name)
 
     def linear(self, name: str) -> QuantizedLinear | None:
         """A quantized linear by its name without ".weight"; None when it is float.
@@ -194,11 +211,19 @@ class FloatReader:
     def row_step(self, name: str, elements: int = 1 << 22) -> int:
         """How many rows to read at a time for about so many elements, in whole blocks."""
         height = self._block[0] if self._block else 1
-        return max(height, elements // max(1, self.shape(name)[-1]) // height * height)
+        row = math.prod(self.shape(name)[1:]) if name in self._fused else self.shape(name)[-1]
+        return max(height, elements // max(1, row) // height * height)
+
+    def _is_transposed(self, name: str) -> bool:
+        """The file has the transpose of what is handed out."""
+        owner, _, part = name.rpartition(".")
+        return self._any_transposed and part == "weight" and is_transposed(self.checkpoint.config, owner)
 
     def _is_coded(self, name: str) -> bool:
         """The numbers are to be worked out, some rows at a time."""
-        return self._packed(name) is not None or self.checkpoint.info(name).dtype == "F8_E4M3"
+        if self._packed(name) is not None or name in self._fused:
+            return True
+        return self.checkpoint.info(name).dtype == "F8_E4M3"
 
     def finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` itself. Raises InputError when it holds NaN or infinite values."""
@@ -226,6 +251,9 @@ class FloatReader:
 
     def _float_name(self, name: str) -> str | None:
         """What a float model calls a tensor of this one; None where it has no such tensor."""
+        for part in (mxfp4.BLOCKS, mxfp4.SCALES):
+            if (stem := name.removesuffix(part)) != name and stem in self._fused:
+                return stem if part == mxfp4.BLOCKS else None
         owner, _, part = name.rpartition(".")
         if owner not in self._layers or part not in self._format.packed_parts:
             return name

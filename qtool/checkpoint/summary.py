@@ -12,6 +12,7 @@ from qtool.checkpoint.dtypes import FLOATS
 from qtool.checkpoint.formats import Format, QuantizedFormat
 from qtool.checkpoint.formats.stored import Stored
 from qtool.checkpoint.reader import Checkpoint
+from qtool.errors import InputError
 from qtool.scheme import Scheme
 
 
@@ -59,6 +60,28 @@ def schemes(checkpoint: Checkpoint) -> dict[str, Scheme | None]:
         except formats.UnknownScheme:
             found[name] = None
     return found
+
+
+def quantized_layers(source: Checkpoint, form: QuantizedFormat) -> dict[str, Scheme]:
+    """The scheme of every quantized layer, none of which is damaged or unknown.
+
+    Raises InputError for layers that can't be read as a whole.
+    """
+    schemes: dict[str, Scheme] = {}
+    for name in form.layers(source):
+        if scheme := form.scheme(source, name):
+            form.shape(Stored(source, name), scheme)
+            schemes[name] = scheme
+    if not schemes:
+        raise InputError("no layer of this model is quantized", where=str(source.path))
+    for tensor in source.names:
+        owner, _, part = tensor.rpartition(".")
+        stored = Stored(source, owner)
+        if owner not in schemes and part == "weight" and source.info(tensor).dtype == "I8":
+            raise stored.error("its weight is int8, but nothing says how it is quantized")
+        if owner in schemes and part not in form.parts:
+            raise stored.error(f"has a tensor {part!r}, which is none of {form.name}'s that qtool knows")
+    return schemes
 
 
 def float_dtype(checkpoint: Checkpoint, quantized: Container[str]) -> str | None:

@@ -172,15 +172,18 @@ class CheckpointWriter:
             self._linears.add(name.removesuffix(".weight"), None)
         self._write(name, tensor)
 
-    def add_linear(self, name: str, linear: QuantizedLinear, dtype: torch.dtype) -> None:
+    def add_linear(self, name: str, linear: QuantizedLinear, dtype: torch.dtype, *, transposed: bool = False) -> None:
         """Write a quantized layer, by its name without ".weight", into a model of dtype `dtype`.
+
+        Args:
+            transposed: a `weight` lies in the file as [in, out].
 
         Raises QtoolError as `add`, or when runtimes fuse this layer with one that has another input scale.
         """
         assert isinstance(self.format, QuantizedFormat)
         self._linears.add(name, linear.scheme, (linear.input_scale, linear.input_zero_point))
         for full_name, tensor in self.format.tensors(name, linear, dtype).items():
-            self._write(full_name, tensor)
+            self._write(full_name, tensor.t() if transposed and full_name == f"{name}.weight" else tensor)
 
     def _write(self, name: str, tensor: torch.Tensor) -> None:
         self._open()

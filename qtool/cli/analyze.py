@@ -52,8 +52,7 @@ def analyze(
 
     For each linear layer, the result has the relative error of its output, and the KL divergence of the model's
     next-token distribution if only this layer is quantized. The KL divergence is estimated from the gradients of one
-    backward pass. The relative error alone ranks wrongly, because its direction matters too. On a terminal the result
-    is a table, otherwise JSON.
+    backward pass. The relative error alone ranks wrongly, because its direction matters too.
 
     Examples:
 

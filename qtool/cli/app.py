@@ -23,7 +23,7 @@ from qtool.cli import streams
 from qtool.cli.helptexts import Commands
 from qtool.cli.options import common
 from qtool.console import begin, printed
-from qtool.errors import Bug, InputError, Interrupted, QtoolError, UsageProblem, in_one_line
+from qtool.errors import Bug, InputError, Interrupted, QtoolError, UsageProblem, in_one_line, of_system
 from qtool.files import NO_SPACE
 from qtool.version import __version__
 
@@ -46,13 +46,15 @@ COMMANDS = {
     "run": ("qtool.cli.run:run", "Do a whole recipe, from download to text, as one job."),
     "upload": ("qtool.cli.upload:upload", "Upload a model to a hub, with a model card."),
     "recipes": ("qtool.cli.recipes:app", "List, show and validate recipes."),
-    "schema": ("qtool.cli.schema:schema", "Print the JSON Schema of recipes, or of what a command prints."),
+    "schema": ("qtool.cli.schema:schema", "Print the JSON Schema of recipes, of settings, or of outputs."),
+    "config": ("qtool.cli.config:config", "Show the defaults that you have set, and where."),
     "env": ("qtool.cli.env:app", "List, install and remove environments for engines and runtimes."),
     "doctor": ("qtool.cli.doctor:doctor", "Show what works on this machine, and what is missing."),
 }
+_TELLS_OF_SETTINGS = ("config", "doctor")  # what is wrong with them, in words of their own
 
 
-def _load(name: str) -> typer.core.TyperCommand | typer.core.TyperGroup:
+def load(name: str) -> typer.core.TyperCommand | typer.core.TyperGroup:
     """The real command behind `name`; imports its module."""
     module, _, attribute = COMMANDS[name][0].partition(":")
     target = getattr(importlib.import_module(module), attribute)
@@ -70,7 +72,13 @@ class LazyGroup(typer.core.TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] in COMMANDS:
-            self.commands[args[0]] = _load(args[0])
+            name = args[0]
+            self.commands[name] = load(name)
+            if name not in _TELLS_OF_SETTINGS and not ctx.resilient_parsing:
+                from qtool.cli import defaults
+
+                defaults.check_tables(COMMANDS)
+                ctx.default_map = {name: defaults.of(self.commands[name], name)}
         return super().resolve_command(ctx, args)
 
 
@@ -82,7 +90,14 @@ def _print_version(value: bool) -> None:
 
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version.",
+            callback=_print_version,
+            is_eager=True,
+            allow_from_autoenv=False,
+        ),
     ] = False,
 ) -> None:
     """A language model from a hub to a W8A8 checkpoint to generated text.
@@ -100,7 +115,7 @@ def build() -> typer.core.TyperGroup:
         no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["--help", "-h"]},
+        context_settings={"help_option_names": ["--help", "-h"], "auto_envvar_prefix": "QTOOL"},
     )
     app.callback()(_root)
     for name, (_, summary) in COMMANDS.items():
@@ -176,6 +191,8 @@ def _invoke(command: Callable[[], Any], settings: Common) -> int:
             return _interrupted(interruption, settings)
         if isinstance(error, OSError) and error.errno in NO_SPACE:  # whoever wrote, it is no bug
             return _told(_unwritable(error, error.filename), settings)
+        if isinstance(error, OSError) and (told := of_system(error)) is not None:
+            return _told(told, settings)
         if settings.debug:
             _show_traceback(error)
             return 1

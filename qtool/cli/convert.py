@@ -1,4 +1,4 @@
-"""`qtool convert`: between W8A8 formats, and from a GGUF file to a checkpoint that can be quantized."""
+"""`qtool convert`: between W8A8 formats, to a GGUF file, and from one to a checkpoint that can be quantized."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from qtool.errors import InputError
 from qtool.files import expand, is_dir, is_file
 
 SAFETENSORS = "safetensors"  # what a GGUF file becomes
+GGUF = "gguf"
 
 if TYPE_CHECKING:
     from qtool.console import Console
 
     Target = str
 else:
-    Target = Literal[(*formats.TARGETS, SAFETENSORS)]
+    Target = Literal[(*formats.TARGETS, GGUF, SAFETENSORS)]
 
 
 def convert(
@@ -31,7 +32,11 @@ def convert(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="DIR", help="The folder to make.", show_default="MODEL-FORMAT, beside MODEL"
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="The folder to make, or the GGUF file.",
+            show_default="MODEL-FORMAT or MODEL.gguf, beside MODEL",
         ),
     ] = None,
     dtype: Annotated[
@@ -44,18 +49,23 @@ def convert(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Convert a quantized model to another W8A8 format or back to bfloat16, or a GGUF file to a checkpoint.
+    """Convert a quantized model to another W8A8 format or back to bfloat16, or from and to a GGUF file.
 
     Between W8A8 formats the integers stay the same. If the new format's runtime holds input scales in the model's
     dtype, they are rounded to it, and the result says by how much at most. bfloat16 gives the values that the integers
     stand for: smoothing stays folded in, and precision that quantization lost does not come back. The same holds for
     the quantization of a GGUF file.
 
+    gguf is for llama.cpp and the programs that use it. Symmetric integers of up to 8 bits stay the same there, too. A
+    float model can become a GGUF file as well.
+
     Examples:
 
       qtool convert SmolLM2-w8a8-static --to golden-stick
 
       qtool convert SmolLM2-w8a8 --to bfloat16 --output SmolLM2-dequantized
+
+      qtool convert SmolLM2-w8a8 --to gguf --output SmolLM2-w8a8.gguf
 
       qtool convert SmolLM2-135M-Instruct.Q4_1.gguf --output SmolLM2
     """
@@ -76,13 +86,16 @@ def _checkpoint(given: str, to: str | None, output: Path | None, dtype: str | No
     from qtool.checkpoint.reader import Checkpoint
 
     if to is None or to == SAFETENSORS:
-        hint = f"Say which: --to {', '.join(formats.NAMES)} or {formats.DEQUANTIZED}."
+        hint = f"Say which: --to {', '.join((*formats.NAMES, GGUF))} or {formats.DEQUANTIZED}."
         raise InputError("a folder can be converted to several formats", where="--to", hint=hint)
     if dtype is not None:
         raise InputError("is only for GGUF files; a folder keeps its dtype", where="--dtype")
     with console("starting") as out:
         found = find_model(given, out)
         source = Checkpoint.open(found.path).path.absolute()  # what is wrong should show before torch is imported
+        if to == GGUF:
+            _to_gguf(source, expand(output or found.beside.with_name(f"{found.beside.name}.gguf")), out, overwrite)
+            return
         target = expand(output or service.beside(found.beside, to)).absolute()
         result = service.to_format(source, target, to, overwrite=overwrite, on_event=out.event)
         layers = ", ".join(f"{count} {scheme}" for scheme, count in result["layers"].items())
@@ -93,6 +106,18 @@ def _checkpoint(given: str, to: str | None, output: Path | None, dtype: str | No
         )
         out.info(f"{result['from']} to {to}: {layers} layers, {integers}, in {result['seconds']:.1f} s")
         _print(out, result)
+
+
+def _to_gguf(source: Path, output: Path, out: Console, overwrite: bool) -> None:
+    from qtool import conversion as service
+
+    result = service.to_gguf(source, output, overwrite=overwrite, on_event=out.event)
+    layers = ", ".join(f"{count} {scheme}" for scheme, count in result["layers"].items())
+    rounding = result["scale_rounding"]
+    scales = f"scales rounded by up to {rounding:.2%}" if rounding else "scales unchanged"
+    what = f"{layers} layers, {result['integers']:,} integers unchanged, {scales}" if layers else "a float model"
+    out.info(f"{result['from']} to gguf: {what}, {result['nbytes']:,} bytes, in {result['seconds']:.1f} s")
+    _print(out, result)
 
 
 def _gguf(source: Path, to: str | None, output: Path | None, dtype: str, *, overwrite: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from qtool import sizes
+from qtool.cli.config import configuration
 from qtool.cli.options import Debug, Json, Quiet, console
 
 
@@ -20,7 +21,7 @@ def doctor(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> No
     from qtool.environments.doctor import examine
 
     with console() as out:
-        report = examine(out.event)
+        report = examine(out.event) | {"configuration": configuration()}
         out.result(report if json else _text(report))
     if not report["works"]:
         raise typer.Exit(1)
@@ -36,6 +37,7 @@ def _text(report: dict[str, Any]) -> str:
         "cores": str(machine["cpus"]),
         "memory": _of(memory["available_bytes"], memory["total_bytes"]) if memory else "unknown",
         "disk": f"{sizes.show(machine['disk']['free_bytes'])} free for {machine['disk']['folder']}",
+        "settings": _settings(report["configuration"]),
         "CUDA": f"driver {cuda['driver']}, {cuda['devices']} GPUs" if cuda else "none",
         "Ascend": f"{ascend['devices']} NPUs, driver {ascend['driver']}, CANN {ascend['cann']}" if ascend else "none",
     }
@@ -46,6 +48,12 @@ def _text(report: dict[str, Any]) -> str:
     to_do = report["to_do"]
     lines += ["", f"To do: {to_do}" if to_do else "Nothing to do: an engine and a runtime work here."]
     return "\n".join(lines)
+
+
+def _settings(found: dict[str, Any]) -> str:
+    if found["problem"]:
+        return found["problem"]
+    return f"{found['file']}{'' if found['exists'] else ' (there is none)'}"
 
 
 def _engine(row: dict[str, Any]) -> list[str]:

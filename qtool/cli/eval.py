@@ -194,7 +194,7 @@ def _compare(models: list[str], prediction: Prediction, page: Page, *, trust_rem
     out.info(f"{found[0]['seconds']:.0f} s, peak memory {found[0]['peak_memory_bytes'] / 1e9:.2f} GB")
     _show(found, out, result=not out.json)
     for sentence in verdict.of_all(found):
-        out.info(sentence)
+        out.info(sentence, prose=True)
     if out.json:
         out.result(found[0] if len(found) == 1 else found)
     if page.report is not None:  # last: a full disk must not cost the figures

@@ -105,6 +105,8 @@ def _told(param: Any, ctx: Any) -> str:
 
 
 def _default(param: Any, ctx: Any) -> str:
+    if (value := (ctx.default_map or {}).get(param.name)) is not None:
+        return f"{str(value).lower() if isinstance(value, bool) else value}, by your configuration"
     if isinstance(param.show_default, str):
         return param.show_default
     if param.is_flag if param.param_type_name == "option" else param.required:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
 from qtool.checkpoint import formats
 from qtool.cli import completion
 from qtool.cli.bundle import expanded
-from qtool.cli.options import MODEL, Offline, Printed, TrustRemoteCode, console, find_model, resumable, size
+from qtool.cli.options import MODEL, Offline, Printed, TrustRemoteCode, common, console, find_model, resumable, size
+from qtool.errors import InputError, QtoolError
 
 if TYPE_CHECKING:
     from qtool.console import Console
     from qtool.engines.job import Resources
     from qtool.engines.report import DryRun
     from qtool.jobs.quantize import Decided
+    from qtool.jobs.upload import Target
     from qtool.recipe.schema import Recipe
 
 
@@ -118,6 +121,37 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Upload:
+    """Where the checkpoint goes besides."""
+
+    panel: ClassVar[str] = "Upload"
+
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORG/NAME",
+            help="Also upload the checkpoint to this repository. The token and the right to write are checked first. "
+            "For modelers.cn, write modelers:ORG/NAME.",
+        ),
+    ] = None
+    private: Annotated[bool, typer.Option("--private", help="If the repository has to be made, make it private.")] = (
+        False
+    )
+
+    def target(self, *, offline: bool) -> Target | None:
+        """Raises InputError for what is not a repository's name, and without the network."""
+        from qtool.jobs import upload
+
+        if self.push is None:
+            if self.private:
+                raise InputError("goes with --push", where="--private", hint="Add --push ORG/NAME, or leave it out.")
+            return None
+        if offline:
+            raise InputError("needs the network", where="--push", hint="Leave out --offline, or upload later.")
+        return upload.target(self.push, "--push", private=self.private)
+
+
+@dataclass(frozen=True)
 class Run:
     """What a run may do, and what it only shows."""
 
@@ -148,6 +182,7 @@ def quantize(
     method: Method,
     calibration: Calibration,
     machine: Machine,
+    upload: Upload,
     run: Run,
     printed: Printed,
 ) -> None:
@@ -162,10 +197,13 @@ def quantize(
       qtool quantize ./Llama-3.1-8B --format golden-stick --dry-run
 
       qtool quantize ./DeepSeek-R1 --recipe deepseek-r1-osl --memory 8GB --workers 8 --resume
+
+      qtool quantize HuggingFaceTB/SmolLM2-135M-Instruct --push me/SmolLM2-135M-w8a8
     """
     from qtool.jobs import quantize as jobs
 
     resources = machine.resources()
+    target = upload.target(offline=run.offline)
     with console("starting") as out:
         found = find_model(model, out)
         wanted = jobs.Wanted(
@@ -181,13 +219,21 @@ def quantize(
             trust_remote_code=run.trust_remote_code,
         )
         decided = jobs.decide(found.path, wanted)
-        out.info(decided.why)
-        (_plan if run.dry_run else _quantize)(decided, out)
+        out.info(decided.why, prose=True)
+        if run.dry_run:
+            _plan(decided, out)
+        else:
+            _quantize(decided, target, out)
 
 
-def _quantize(decided: Decided, out: Console) -> None:
+def _quantize(decided: Decided, target: Target | None, out: Console) -> None:
     from qtool.jobs import quantize as jobs
+    from qtool.jobs import upload
 
+    if target is not None:
+        jobs.check(decided.job)  # before there is an empty repository
+        upload.claim(target, out.event)
+        out.info(f"it will be uploaded to {target.shown}")
     if decided.engine == "native":
         resumable()
     result = jobs.run(decided.engine, decided.job, out.event)
@@ -196,7 +242,26 @@ def _quantize(decided: Decided, out: Console) -> None:
         f"{result.input_bytes / 1e6:,.0f} MB to {result.output_bytes / 1e6:,.0f} MB, "
         f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
     )
-    out.result(result.printed() if out.json else result.output)
+    pushed = None if target is None else _push(Path(result.output), target, out)
+    more = {} if pushed is None else {"pushed": pushed}
+    out.result(result.printed() | more if out.json else result.output)
+
+
+def _push(folder: Path, target: Target, out: Console) -> dict[str, Any]:
+    """Upload what has been made. A failure says that it is there, and how to go on."""
+    from qtool.hub.upload import Given, pack
+    from qtool.jobs import upload
+
+    again = f"qtool upload {shlex.quote(str(folder))} {target.repo}"
+    again += "" if target.hub == "huggingface" else f" --to {target.hub}"
+    common.again = f"The checkpoint is finished. To upload it: {again}"
+    try:
+        sent = upload.send(pack(folder, target.repo, Given()), target, out.event)
+    except QtoolError as error:
+        hint = f"{error.hint or ''} The checkpoint is finished. To upload it: {again}".strip()
+        raise type(error)(error.what, where=error.where, hint=hint) from None
+    out.info(f"uploaded to {sent['url']}: {len(sent['sent'])} files")
+    return sent
 
 
 def _plan(decided: Decided, out: Console) -> None:

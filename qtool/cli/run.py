@@ -124,6 +124,10 @@ def _check(recipe: Recipe, given: Path | None, folder: Path) -> None:
         raise InputError("no such file or folder", where=str(given), hint="Check the path.")
     if given is not None and is_dir(given) and folder.resolve().is_relative_to(given.resolve()):
         raise InputError("lies in the model's folder", where=str(folder), hint="Choose another --work.")
+    if given is not None:
+        from qtool.jobs import recipe as service
+
+        service.check(given)
 
 
 def _show(out: Console, found: dict[str, Any], page: Path) -> None:

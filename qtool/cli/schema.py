@@ -1,4 +1,4 @@
-"""`qtool schema`: JSON Schemas of recipes and of what commands print."""
+"""`qtool schema`: JSON Schemas of recipes, of the configuration file, and of what commands print."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import typer
 from qtool.cli.options import Debug, Json, Quiet, console
 from qtool.errors import InputError
 
-RECIPE = "recipe"
+RECIPE, CONFIGURATION = "recipe", "configuration"
 
 
 def names() -> list[str]:
     """Of all schemas."""
     from qtool.printed import SCHEMAS
 
-    return [RECIPE, *SCHEMAS]
+    return [RECIPE, CONFIGURATION, *SCHEMAS]
 
 
 def json_schema(name: str) -> dict[str, Any]:
@@ -32,6 +32,11 @@ def json_schema(name: str) -> dict[str, Any]:
 
     if name == RECIPE:
         return editors.json_schema()
+    if name == CONFIGURATION:
+        from qtool.cli import app, defaults
+
+        commands = {name: app.load(name) for name in app.COMMANDS}
+        return {"$schema": editors.DIALECT, "title": "qtool configuration", **defaults.json_schema(commands)}
     if name not in SCHEMAS:
         raise InputError(f"there is no schema {name!r}", hint=f"One of {', '.join(names())}.")
     found = editors.untitled(TypeAdapter(SCHEMAS[name]).json_schema())
@@ -53,11 +58,11 @@ def schema(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Print the JSON Schema of recipes, or of what a command prints with --json.
+    """Print the JSON Schema of recipes, of the configuration file, or of what a command prints with --json.
 
     Editors use the schema of recipes to check and complete them. Write it to a file, and put this line at the top of a
-    recipe: `# yaml-language-server: $schema=FILE`. With --json, all commands print an error as `qtool schema error`
-    says.
+    recipe: `# yaml-language-server: $schema=FILE`. For the configuration file, the line is `#:schema FILE`. With
+    --json, all commands print an error as `qtool schema error` says.
 
     Examples:
 

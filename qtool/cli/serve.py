@@ -72,7 +72,7 @@ def serve(
     """
     from qtool.checkpoint.reader import Checkpoint
     from qtool.runtimes import server, serving
-    from qtool.runtimes.arguments import parse
+    from qtool.runtimes.arguments import SECRETS, is_secret, parse
     from qtool.runtimes.template import has_chat_template
 
     with console("starting") as out:
@@ -81,13 +81,18 @@ def serve(
         name = listening.served_model_name or found.name
         own = asdict(listening) | {"served_model_name": name, "trust_remote_code": trust_remote_code or None}
         given = parse(set_ or ())
+        if secret := next(filter(is_secret, given), None):
+            variable = SECRETS.get(secret, secret)
+            out.warning(
+                f"every user of this machine can read --set {secret}; set the environment variable {variable} instead"
+            )
         if nodes is not None:
             _serve_on(nodes, checkpoint, runtime, given, own, out, dry_run=dry_run)
             return
         command, env = server.command(checkpoint, runtime, given, own)
         if dry_run:
-            told = {**env, server.KEY_VARIABLE: "…"} if server.KEY_VARIABLE in env else env
-            out.result(shlex.join(["env", *(f"{key}={value}" for key, value in told.items()), *command]))
+            told = (f"{name}={'…' if is_secret(name) else value}" for name, value in env.items())
+            out.result(shlex.join(["env", *told, *command]))
             return
         address = serving.Address(listening.host, listening.port, secure=bool(given.get("ssl_certfile")))
         address.check()

@@ -60,44 +60,28 @@ def upload(
     """
     from qtool.hub import tokens
     from qtool.hub.card import front_matter
-    from qtool.hub.download import ask
-    from qtool.hub.listing import HUBS
-    from qtool.hub.upload import README, Given, pack
+    from qtool.hub.upload import Given, pack
+    from qtool.jobs import upload as jobs
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
         raise InputError("not a repository's name", where=repo[:100], hint="It is given as ORG/NAME.")
     path = expand(path_or_stdin(folder)).absolute()
-    token = tokens.read(to, token_file)
+    target = jobs.Target(repo, to, tokens.read(to, token_file), private)
     parcel = pack(path, repo, Given(base_model, license))
-    texts = {README: parcel.card} if parcel.card else {}
-    names = sorted([*parcel.files, *texts])
     with console() as out:
-        out.info(f"{path} to {repo} on {HUBS[to]}: {len(names)} files, {sizes.show(parcel.nbytes)}")
+        out.info(f"{path} to {target.shown}: {len(parcel.names)} files, {sizes.show(parcel.nbytes)}")
         if parcel.card:
             out.info(f"\n{parcel.card}")
             for key, option in (("base_model", "--base-model ORG/NAME"), ("license", "--license NAME")):
                 if key not in front_matter(parcel.card):
                     out.warning(f"the card names no {key}: hubs show it on the model's page. Give {option}")
         if dry_run:
-            plan = {"repo": repo, "hub": to, "files": names, "bytes": parcel.nbytes, "card": parcel.card}
-            out.result(plan if json else "\n".join(names))
+            plan = {"repo": repo, "hub": to, "files": parcel.names, "bytes": parcel.nbytes, "card": parcel.card}
+            out.result(plan if json else "\n".join(parcel.names))
             return
         if sys.stdin.isatty() and not yes and not typer.confirm("Send this?", err=True):
             out.info("nothing was sent")
             raise typer.Exit(1)
-        answer = ask(
-            "publish",
-            to,
-            token,
-            out.event,
-            repo=repo,
-            private=private,
-            files={name: str(file) for name, file in parcel.files.items()},
-            texts=texts,
-            message="Upload with qtool",
-        )
-        url = f"{answer['endpoint']}/{'models/' if to == 'modelers' else ''}{repo}"
-        sent = [name for name in names if name not in answer["skipped"]]
-        out.info(f"{len(sent)} files sent, {len(answer['skipped'])} were there already")
-        facts = {"url": url, "hub": to, "repo": repo, "commit": answer["commit"], "sent": sent}
-        out.result(facts | {"skipped": answer["skipped"]} if json else url)
+        sent = jobs.send(parcel, target, out.event)
+        out.info(f"{len(sent['sent'])} files sent, {len(sent['skipped'])} were there already")
+        out.result(sent if json else sent["url"])

@@ -1,4 +1,4 @@
-"""Between checkpoint formats, and from GGUF files. The work is done in workers; nothing heavy is imported here."""
+"""Between checkpoint formats, from GGUF files and to them. The work is done in workers; nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qtool.checkpoint.storage import PartialFolder, check_output, tidy
 from qtool.conversion.job import FormatJob, GgufJob
 from qtool.engines import native
 from qtool.environments.lookup import interpreter
-from qtool.files import disk_errors
+from qtool.files import check_new_file, disk_errors
 
 OnEvent = Callable[[workers.Event], None]
 
@@ -58,3 +58,15 @@ def to_format(source: Path, output: Path, to: str, *, overwrite: bool, on_event:
         return workers.run("qtool.conversion.checkpoint", job, python=python, on_event=on_event, env=env)
     finally:
         tidy(output)  # what a killed worker could not remove
+
+
+def to_gguf(source: Path, output: Path, *, overwrite: bool, on_event: OnEvent) -> dict[str, Any]:
+    """Make `output` a GGUF file of the checkpoint `source`; see `conversion.gguf_output.main`.
+
+    Raises:
+        InputError, QtoolError: as the worker does, or the output is there already and `overwrite` is off.
+    """
+    output = output.absolute()
+    check_new_file(output, "--output", overwrite=overwrite)
+    job = dataclasses.asdict(FormatJob(str(source.absolute()), str(output), "gguf", overwrite))
+    return workers.run("qtool.conversion.gguf_output", job, python=interpreter("llama-cpp"), on_event=on_event)

@@ -18,6 +18,7 @@ from qtool.checkpoint.companions import companions
 from qtool.checkpoint.formats import DEQUANTIZED
 from qtool.checkpoint.formats.stored import Stored
 from qtool.checkpoint.reader import REPORT, Checkpoint
+from qtool.checkpoint.transposed import is_transposed
 from qtool.checkpoint.writer import CheckpointWriter, Sharding
 from qtool.conversion.job import FormatJob
 from qtool.conversion.plan import Conversion, plan
@@ -103,24 +104,24 @@ def _kept(source: Checkpoint, name: str, conversion: Conversion) -> torch.Tensor
 def _add_layer(writer: CheckpointWriter, source: Checkpoint, name: str, conversion: Conversion) -> None:
     linear = conversion.format.read(Stored(source, name), conversion.schemes[name])
     if conversion.target is None:
-        _add_float(writer, name, linear)
+        _add_float(writer, name, linear, transposed=is_transposed(source.config, name))
         return
     dtype = dtypes.to_torch(conversion.dtype)
     assert dtype is not None
     if linear.input_scale is not None:
         scale = conversion.target.storable_scale(linear.input_scale, dtype)
         linear = dataclasses.replace(linear, input_scale=scale)
-    writer.add_linear(name, linear, dtype)
+    writer.add_linear(name, linear, dtype, transposed=is_transposed(source.config, name))
 
 
-def _add_float(writer: CheckpointWriter, name: str, linear: QuantizedLinear) -> None:
+def _add_float(writer: CheckpointWriter, name: str, linear: QuantizedLinear, *, transposed: bool) -> None:
     import torch
 
     weight = torch.empty(linear.weight.shape, dtype=torch.bfloat16)
     rows = max(1, _CHUNK // max(1, weight.shape[1]))
     for start in range(0, len(weight), rows):
         weight[start : start + rows] = linear.dequantize(start, start + rows)
-    writer.add(f"{name}.weight", weight)
+    writer.add(f"{name}.weight", weight.t() if transposed else weight)
     if linear.bias is not None:
         writer.add(f"{name}.bias", linear.bias.bfloat16())
 

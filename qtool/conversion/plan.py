@@ -12,9 +12,9 @@ from qtool.checkpoint.formats.fused import fused_name
 from qtool.checkpoint.formats.stored import Stored
 from qtool.checkpoint.norms import idle_biases
 from qtool.checkpoint.reader import Checkpoint
-from qtool.checkpoint.summary import float_dtype
+from qtool.checkpoint.summary import float_dtype, quantized_layers
 from qtool.errors import InputError
-from qtool.scheme import Scheme
+from qtool.scheme import W8A8_ASYMMETRIC, W8A8_DYNAMIC, Scheme
 
 _WITH_BIASES = "modelslim"  # whose readers know norms with a bias
 _MAX_ROUNDING = 2**-8  # relative; more than that and the dtype's range is too short for the scale
@@ -76,14 +76,15 @@ def plan(source: Checkpoint, to: str) -> Conversion:
         InputError: whatever makes the conversion impossible.
     """
     form = _source_format(source, to)
-    schemes = _schemes(source, form)
+    schemes = quantized_layers(source, form)
     form.check_only_linears(source, schemes)
     dtype = float_dtype(source, schemes) or "BF16"
     idle = frozenset(idle_biases(source, f"the model in {to}") if to != _WITH_BIASES else ())
     if to == DEQUANTIZED:
         return Conversion(form, None, schemes, dtype, left_out=idle)
     target = formats.get(to)
-    warnings = _expressible(source, target, schemes, dtype)
+    schemes, lost = _without_zero_points(schemes, target)
+    warnings = [*lost, *_expressible(source, target, schemes, dtype)]
     conversion = Conversion(form, target, schemes, dtype)
     rounding = _check_inputs(source, conversion, target)
     return Conversion(form, target, schemes, dtype, tuple(warnings), rounding, idle)
@@ -103,23 +104,19 @@ def _source_format(source: Checkpoint, to: str) -> QuantizedFormat:
     return form
 
 
-def _schemes(source: Checkpoint, form: QuantizedFormat) -> dict[str, Scheme]:
-    """Of every quantized layer. Raises InputError for layers that can't be read as a whole."""
-    schemes: dict[str, Scheme] = {}
-    for name in form.layers(source):
-        if scheme := form.scheme(source, name):
-            form.shape(Stored(source, name), scheme)
-            schemes[name] = scheme
-    if not schemes:
-        raise InputError("no layer of this model is quantized", where=str(source.path))
-    for tensor in source.names:
-        owner, _, part = tensor.rpartition(".")
-        stored = Stored(source, owner)
-        if owner not in schemes and part == "weight" and source.info(tensor).dtype == "I8":
-            raise stored.error("its weight is int8, but nothing says how it is quantized")
-        if owner in schemes and part not in form.parts:
-            raise stored.error(f"has a tensor {part!r}, which is none of {form.name}'s that qtool knows")
-    return schemes
+def _without_zero_points(schemes: dict[str, Scheme], target: QuantizedFormat) -> tuple[dict[str, Scheme], list[str]]:
+    """Dynamic layers as the target can say them, whose integers of the weights are the same; what that costs."""
+    found, lost = dict(schemes), 0
+    for name, scheme in schemes.items():
+        if scheme == W8A8_ASYMMETRIC and not target.expresses(scheme):
+            found[name] = W8A8_DYNAMIC
+            lost += 1
+    if not lost:
+        return found, []
+    return found, [
+        f"{target.name} has no zero point per token: what enters {lost} layers is quantized symmetrically, which is a "
+        "little less exact"
+    ]
 
 
 def _expressible(source: Checkpoint, target: QuantizedFormat, schemes: Mapping[str, Scheme], dtype: str) -> list[str]:

@@ -56,6 +56,8 @@ def make(
     linears: list[str],
     kept: Mapping[str, str] | None = None,
     weights: ModelWeights | None = None,
+    *,
+    symmetric: bool = False,
 ) -> QuantizationPlan:
     """Match a recipe's scheme with a checkpoint's linear layers.
 
@@ -63,6 +65,7 @@ def make(
         linears: of the decoder layers, by their full names without ".weight".
         kept: why some of them stay float whatever the recipe says.
         weights: of the model, where it has linears that the checkpoint holds in another form.
+        symmetric: `symmetric: auto` of a policy means true, since the engine knows nothing else.
 
     Raises:
         InputError: nothing could or would be quantized, or the format can't express the plan.
@@ -71,11 +74,13 @@ def make(
         raise InputError(
             "the decoder layers of this architecture hold no torch.nn.Linear, and qtool quantizes nothing else",
             where=str(checkpoint.path / "config.json"),
-            hint="GPT-2 and similar models, which use Conv1D, aren't supported",
+            hint="models whose layers multiply by plain parameters, rather than by linear layers, aren't supported",
         )
-    kept = kept or {}
+    kept, output = kept or {}, formats.get(format_name)
+    found = {name: None if name in kept else recipe.policy(scheme, name) for name in {**dict.fromkeys(linears), **kept}}
     policies = {
-        name: None if name in kept else recipe.policy(scheme, name) for name in {**dict.fromkeys(linears), **kept}
+        name: policy and policy.settled(lambda how: not symmetric and output.expresses(how))
+        for name, policy in found.items()
     }
     where = f"recipe {recipe.name}, scheme {scheme}"
     if not any(policies.values()):
@@ -91,7 +96,7 @@ def make(
             if recipe.osl == "exact" and not _knows_exact(how):
                 what = f"osl: exact is Golden Stick's search, which does not support {how.label}"
                 raise InputError(what, where=where, hint="use osl: fast")
-    problems = formats.get(format_name).problems(schemes)
+    problems = output.problems(schemes)
     if problems:
         raise InputError(
             problems[0].text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from qtool.environments import settings, store
 from qtool.environments.table import ENGINES, Engine
@@ -66,8 +68,26 @@ def install_command(engine: Engine) -> str:
     """The command that brings what `engine` needs: qtool's own extra, else a managed environment."""
     if engine.extra is None:
         return f"qtool env install {engine.environments()[0]}"
-    pip = "pipx runpip qtool" if "pipx" in sys.prefix.split("/") else "pip"
-    return f"{pip} install 'qtool[{engine.extra}]'"
+    return extra_command(engine.extra)
+
+
+def extra_command(extra: str) -> str:
+    """The command that adds an extra to the installation of qtool that runs, by the tool that made it."""
+    wanted = f"'qtool[{extra}]'"
+    if "pipx" in sys.prefix.split("/"):
+        return f"pipx runpip qtool install {wanted}"
+    if not available("pip") and _made_by_uv(Path(sys.prefix)):
+        return f"uv pip install --python {shlex.quote(sys.executable)} {wanted}"
+    return f"pip install {wanted}"
+
+
+def _made_by_uv(environment: Path) -> bool:
+    """Whether a virtual environment is uv's, which has no pip: uvx, `uv tool install` and `uv venv` make such ones."""
+    try:
+        text = (environment / "pyvenv.cfg").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return any(line.partition("=")[0].strip() == "uv" for line in text.splitlines())
 
 
 def available(package: str) -> bool:

@@ -1,21 +1,19 @@
 """What the user says about interpreters: in variables of the environment, or in the configuration file.
 
-The file is `config.toml` in the user's configuration folder for qtool:
-
-    [environments]
-    golden-stick = "/opt/mindspore/bin/python"
-
-TOML, because Python reads it by itself and because a path in it is a string and nothing else.
+[environments]
+golden-stick = "/opt/mindspore/bin/python"
 """
 
 from __future__ import annotations
 
 import os
-import tomllib
-from pathlib import Path
+from typing import Any
 
+from qtool import configuration
 from qtool.environments.table import ENGINES
 from qtool.errors import InputError
+
+TABLE = "environments"
 
 
 def variable(engine: str) -> str:
@@ -33,51 +31,31 @@ def named_interpreter(engine: str) -> tuple[str, str] | None:
     if value := os.environ.get(name):
         _check(value, where=f"{name}={value}", hint=f"Correct or unset {name}.")
         return value, name
-    file = config_file()
-    if value := _read(file).get(engine):
+    if value := interpreters(configuration.read()).get(engine):
         python = os.path.expanduser(value)
-        where = f"{file}: {engine} = {value!r}"
+        where = f"{configuration.place(TABLE, engine)}: {engine} = {value!r}"
         if not os.path.isabs(python):
             raise InputError("not an absolute path", where=where, hint="Write the interpreter's whole path.")
         _check(python, where=where, hint="Correct or remove the line.")
-        return python, str(file)
+        return python, str(configuration.config_file())
     return None
 
 
-def config_file() -> Path:
-    """The user's configuration file, which need not exist."""
-    from platformdirs import user_config_path  # here: workers' interpreters import this module and need not have it
-
-    return user_config_path("qtool") / "config.toml"
+def interpreters(content: dict[str, Any]) -> dict[str, str]:
+    """The table `environments` of a configuration. Raises InputError for what is no interpreter of an engine."""
+    table = content.get(TABLE, {})
+    if not isinstance(table, dict):
+        where = configuration.place(TABLE)
+        raise InputError("environments is not a table", where=where, hint="Write [environments] on a line.")
+    for key, value in table.items():
+        where = configuration.place(TABLE, key)
+        if key not in ENGINES:
+            raise InputError(f"unknown engine {key!r}", where=where, hint=f"One of {', '.join(ENGINES)}.")
+        if not isinstance(value, str):
+            raise InputError("not a path in quotes", where=f"{where}: {key}")
+    return table
 
 
 def _check(python: str, *, where: str, hint: str) -> None:
     if not os.access(python, os.X_OK) or os.path.isdir(python):
         raise InputError("not a Python interpreter", where=where, hint=hint)
-
-
-def _read(file: Path) -> dict[str, str]:
-    """The table `environments` of the file; empty without the file."""
-    try:
-        with file.open("rb") as handle:
-            content = tomllib.load(handle)
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except OSError as error:
-        raise InputError(f"can't be read: {error.strerror}", where=str(file)) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"not valid TOML: {error}", where=str(file), hint="Correct or remove the file.") from None
-    for key in content:
-        if key != "environments":
-            raise InputError(f"unknown key {key!r}", where=str(file), hint="The only table is [environments].")
-    table = content.get("environments", {})
-    if not isinstance(table, dict):
-        raise InputError("environments is not a table", where=str(file), hint="Write [environments] on a line.")
-    for key, value in table.items():
-        if key not in ENGINES:
-            raise InputError(
-                f"unknown engine {key!r}", where=f"{file}: [environments]", hint=f"One of {', '.join(ENGINES)}."
-            )
-        if not isinstance(value, str):
-            raise InputError("not a path in quotes", where=f"{file}: [environments] {key}")
-    return table

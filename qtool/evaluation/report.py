@@ -59,12 +59,14 @@ def check(file: Path, *, overwrite: bool) -> None:
     """
     from importlib.util import find_spec
 
+    from qtool.environments.lookup import extra_command
+
     check_new_file(file, "--report", overwrite=overwrite)
     if missing := [package for package in ("matplotlib", "jinja2") if find_spec(package) is None]:
         raise InputError(
             f"a report needs the Python package {missing[0]}, which is not installed",
             where="--report",
-            hint="pip install matplotlib jinja2",
+            hint=f"Install it: {extra_command('report')}",
         )
 
 
@@ -136,7 +138,8 @@ def _of_all(results: Sequence[Result], called: Sequence[str]) -> list[Picture]:
     return [
         Picture(
             "Size and KL divergence",
-            "Lower is nearer to the original, and left is smaller. Lines are 95 % confidence intervals.",
+            "Lower is nearer to the original, and left is smaller. Lines are 95 % confidence intervals. "
+            "Models that would cover each other stand side by side.",
             plots.size_and_kl(models),
         )
     ]

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from qtool.errors import InputError, QtoolError, in_one_line
+from qtool.calibration import template
+from qtool.errors import ForeignError, InputError, QtoolError, foreign, in_one_line
 from qtool.evaluation import cache
 from qtool.evaluation.intervals import Estimate, estimate_share
 from qtool.evaluation.job import SolvedTasks, TasksJob
@@ -37,7 +38,7 @@ def solve(job: TasksJob, report: Report) -> SolvedTasks:
 
     Raises:
         InputError: no such task, its data is not in the folder, or lm_eval is not installed here.
-        QtoolError: the harness fails.
+        QtoolError: the harness gives no results.
     """
     report.progress("import lm_eval", 0, 0)
     try:
@@ -51,7 +52,8 @@ def solve(job: TasksJob, report: Report) -> SolvedTasks:
     _name_vllm()
     int8_kernel.register()
     os.chdir(job.data)
-    manager = TaskManager(include_path=str(job.data))
+    with foreign("a task there can't be read", where=str(job.data)):
+        manager = TaskManager(include_path=str(job.data))
     names = [_NAMES.get(name, name) for name in job.tasks]
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise InputError(
@@ -60,25 +62,27 @@ def solve(job: TasksJob, report: Report) -> SolvedTasks:
             hint="lm_eval ls tasks lists them; your own are YAML files in --data",
         )
     report.progress("run " + ", ".join(names), 0, 0)
+    template.limit_everywhere()
     try:
-        found = lm_eval.simple_evaluate(
-            model="vllm",
-            model_args=_model_arguments(job),
-            tasks=names,
-            task_manager=manager,
-            num_fewshot=job.fewshot,
-            limit=job.limit,
-            apply_chat_template=job.chat,
-            log_samples=False,
-        )
-    except (FileNotFoundError, ConnectionError) as error:
+        with foreign("the tasks can't be done", where=str(job.data)):
+            found = lm_eval.simple_evaluate(
+                model="vllm",
+                model_args=_model_arguments(job),
+                tasks=names,
+                task_manager=manager,
+                num_fewshot=job.fewshot,
+                limit=job.limit,
+                apply_chat_template=job.chat,
+                log_samples=False,
+            )
+    except ForeignError as error:
+        if not isinstance(error.__cause__, FileNotFoundError | ConnectionError):
+            raise
         raise InputError(
-            f"the data of {', '.join(names)} can't be read: {in_one_line(error)}",
+            f"the data of {', '.join(names)} can't be read: {in_one_line(error.__cause__)}",
             where=str(job.data),
             hint="put copies of the data sets' repositories there, such as openai/gsm8k",
         ) from error
-    except ValueError as error:
-        raise QtoolError(f"the harness fails: {in_one_line(error)}") from error
     if found is None:
         raise QtoolError("the harness gave no results")
     documents = {name: counts["effective"] for name, counts in found.get("n-samples", {}).items()}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError, foreign
 from qtool.evaluation.cache import bytes_per_token
 from qtool.runtimes import int8_kernel
 
@@ -30,7 +30,7 @@ class VllmLogits:
         trust_remote_code: allow the checkpoint's own modelling code.
 
     Raises:
-        QtoolError: vLLM's engine doesn't run in this process.
+        InputError: vLLM can't load it. QtoolError: vLLM's engine doesn't run in this process.
     """
 
     def __init__(
@@ -52,7 +52,8 @@ class VllmLogits:
         }
         if not torch.cuda.is_available():  # memory that is asked for is touched
             arguments["kv_cache_memory_bytes"] = _cache_bytes(config, length)
-        self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        with foreign("vLLM can't load this model", where=model):
+            self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self._seen: list[torch.Tensor] = []
         self._numbers = itertools.count()
         self.dtype = str(self._engine.vllm_config.model_config.dtype).removeprefix("torch.")

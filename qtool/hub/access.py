@@ -63,6 +63,10 @@ class Hub(ABC):
     def create(self, repo: str, private: bool) -> None:
         """Make an empty repository, unless there is one of that name."""
 
+    def claim(self, repo: str, private: bool) -> None:
+        """`create`, and be as sure as can be that this token may write to the repository."""
+        self.create(repo, private)
+
     @abstractmethod
     def send(self, repo: str, files: Mapping[str, Path | bytes], message: str) -> None:
         """Commit files, by their path in the repository, to its default branch."""

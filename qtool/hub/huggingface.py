@@ -126,6 +126,10 @@ class HuggingFace(Hub):
     def create(self, repo: str, private: bool) -> None:
         self._api.create_repo(repo, private=private, exist_ok=True)
 
+    def claim(self, repo: str, private: bool) -> None:
+        super().claim(repo, private)
+        self._api.auth_check(repo, write=True)
+
     def send(self, repo: str, files: Mapping[str, Path | bytes], message: str) -> None:
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]
         self._api.create_commit(repo, operations, commit_message=message)

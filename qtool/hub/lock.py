@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,12 +14,15 @@ from typing import Any
 from qtool.checkpoint.reader import LOCK
 from qtool.errors import InputError
 from qtool.files import read_json
-from qtool.hub.listing import Listing, RemoteFile
+from qtool.hub.listing import HUBS, Listing, RemoteFile
 from qtool.hub.names import name_problem
 from qtool.hub.sink import Hashes
 from qtool.hub.storage import errors
 from qtool.hub.transfer import Meter, in_parallel
 from qtool.version import __version__
+
+_REPO = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_COMMIT = re.compile(r"[\w.-]+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ def read(folder: Path) -> Lock | None:
         raise InputError(f"is not a lock file of qtool: {error}", where=str(file)) from None
     if not all(isinstance(text, str) for text in texts.values()):
         raise InputError("is not a lock file of qtool: a name is not text", where=str(file))
+    if texts["hub"] not in HUBS or not _REPO.fullmatch(texts["repo"]) or not _COMMIT.fullmatch(texts["commit"]):
+        raise InputError("is not a lock file of qtool: no hub has such a repository", where=str(file))
     return Lock(**texts, files=files)
 
 

@@ -29,6 +29,11 @@ class Parcel:
     card: str | None
 
     @property
+    def names(self) -> list[str]:
+        """The paths in the repository of all that will be sent."""
+        return sorted([*self.files, *([README] if self.card else [])])
+
+    @property
     def nbytes(self) -> int:
         return sum(file.stat().st_size for file in self.files.values()) + len((self.card or "").encode())
 

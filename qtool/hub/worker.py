@@ -29,11 +29,12 @@ _UNREACHED = {
 
 
 def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Do one job: `list` or `fetch` or `publish`.
+    """Do one job: `list`, `fetch`, `claim` or `publish`.
 
     Job keys: task, hub (a key of HUBS), token (or None), and for
     list: repo, revision (or None); result {"listing"} or {"absent": reason, "hint"};
     fetch: listing, folder, workers; result {"sha256": {path: hash}};
+    claim: repo, private; an empty result;
     publish: repo, private, files ({path in the repository: local file}), texts ({path: content}), message;
     result {"endpoint", "commit", "skipped": paths that were there already}.
     """
@@ -97,6 +98,15 @@ def _fetch(hub: Hub, job: dict[str, Any], report: Report) -> dict[str, Any]:
     return {"sha256": hashes}
 
 
+def _claim(hub: Hub, job: dict[str, Any], report: Report) -> dict[str, Any]:
+    if not hub.token:
+        raise hub.unauthorized()
+    Patience(base=0.25, say=report.warning, hint=_UNREACHED[hub.name]).persist(
+        lambda: attempt(hub, lambda: hub.claim(job["repo"], job["private"])), where=hub.endpoint
+    )
+    return {}
+
+
 def _publish(hub: Hub, job: dict[str, Any], report: Report) -> dict[str, Any]:
     files: dict[str, Path | bytes] = {path: Path(file) for path, file in job["files"].items()}
     files |= {path: text.encode() for path, text in job["texts"].items()}
@@ -112,7 +122,7 @@ def _publish(hub: Hub, job: dict[str, Any], report: Report) -> dict[str, Any]:
     return {"commit": commit, "skipped": skipped, "endpoint": hub.endpoint}
 
 
-_TASKS = {"list": _list, "fetch": _fetch, "publish": _publish}
+_TASKS = {"list": _list, "fetch": _fetch, "claim": _claim, "publish": _publish}
 
 
 def redacted(text: str, token: str | None) -> str:

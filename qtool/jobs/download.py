@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -117,8 +118,8 @@ def held(place: Place, target: Path) -> lock.Lock:
 
 def repair(found: lock.Lock, target: Path) -> str:
     """How a folder that was downloaded is made whole again, in words."""
-    source = f"{found.repo} --from {found.hub} --revision {found.commit}"
-    return f"Repair it: qtool download {source} --to {target} --overwrite"
+    source = ("qtool", "download", found.repo, "--from", found.hub, "--revision", found.commit)
+    return f"Repair it: {shlex.join([*source, '--to', str(target), '--overwrite'])}"
 
 
 def run(model: Place | Repository, target: Path, *, overwrite: bool = True, on_event: OnEvent) -> None:

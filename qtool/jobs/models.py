@@ -16,7 +16,7 @@ from pathlib import Path
 from qtool import conversion, sizes, workers
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.snapshot import title
-from qtool.errors import InputError
+from qtool.errors import InputError, QtoolError
 from qtool.files import exists, expand, is_dir
 from qtool.hub import lock
 from qtool.hub.download import NoSuchRepository
@@ -69,7 +69,8 @@ def find(text: str, access: Access) -> Model:
     """The model that `text` names, fetched or converted first if need be.
 
     Args:
-        text: a folder, a GGUF file, or `[modelers:|hf:]ORG/NAME[@REVISION]`. What exists on the disk is meant first.
+        text: a folder, a GGUF file, or `[modelers:|hf:]ORG/NAME[@REVISION]`. What exists on the disk is meant first;
+            and where a folder ORG is here, ORG/NAME is a path that is wrong, unless the model is on this machine.
 
     Raises:
         InputError: there is no such folder or repository, or it is not here and the network is not to be used.
@@ -101,13 +102,26 @@ def _from_hub(text: str, place: Place, access: Access) -> Model:
         if _is_complete(folder, place):
             access.say(f"{text}: {folder}")
             return _in_folder(folder, Model(folder, name, Path.cwd() / name), access)
+    path = expand(text) if text == place.repo else None  # a bare name may be meant as a path
+    if path is not None and is_dir(path.parent):
+        hint = f"Check the path. For the model of this name on a hub, write hf:{text} or modelers:{text}."
+        raise InputError("no such folder", where=str(path.absolute()), hint=hint)
     if access.is_offline:
         hint = "Without --offline and HF_HUB_OFFLINE it is downloaded. Or give the path of a folder."
         raise InputError("no such folder, and no model of this name is on this machine", where=text, hint=hint)
     try:
         listing = download.ask(place, access.on_event)
-    except NoSuchRepository as error:  # or it was meant as a path
-        raise InputError(f"no such folder; and as a name: {error.what}", where=text, hint=error.hint) from None
+    except NoSuchRepository as error:
+        what = error.what if path is None else f"no such folder; and as a name: {error.what}"
+        raise InputError(what, where=text, hint=error.hint) from None
+    except InputError:  # the hub has it
+        raise
+    except QtoolError as error:
+        if path is None:
+            raise
+        what = f"there is no folder {text} here, and its hub can't be asked: {error.what}"
+        hint = f"If you mean a folder, check the path. {error.hint or ''}"
+        raise QtoolError(what, where=error.where, hint=hint) from None
     target = _cache(place, listing.hub)
     nbytes = sum(file.size for file in listing.files)
     access.say(f"{text}: {HUBS[listing.hub]} has it, up to {sizes.show(nbytes)}; it goes to {target}")

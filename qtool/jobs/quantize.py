@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qtool import engines, workers
-from qtool.calibration.sources import absolute, check
+from qtool.calibration import sources
 from qtool.checkpoint.companions import companions
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import check_output, tidy
@@ -139,7 +139,7 @@ def run(engine: str, job: QuantizationJob, on_event: OnEvent) -> QuantizationRes
         InputError: an output that must not be written. InputError, QtoolError: as the engine does.
     """
     job = _absolute(job)
-    check_output(job.output.path, overwrite=job.output.overwrite, source=job.model)
+    check(job)
     if job.calibration.data == "self":
         job = _with_own_samples(job, on_event)
     try:
@@ -150,17 +150,22 @@ def run(engine: str, job: QuantizationJob, on_event: OnEvent) -> QuantizationRes
             on_event({"event": "warning", "message": f"the finished work is kept in {left}; add --resume to continue"})
 
 
+def check(job: QuantizationJob) -> None:
+    """Refuse what could only fail. Raises InputError: an output that must not be written, a text that can't be read."""
+    check_output(job.output.path, overwrite=job.output.overwrite, source=job.model)
+    sources.check(job.calibration.data)
+
+
 def dry_run(engine: str, job: QuantizationJob, on_event: OnEvent) -> DryRun:
     """What `run` would do. Raises InputError and QtoolError where `run` would, as far as that can be known."""
     job = _absolute(job)
-    check_output(job.output.path, overwrite=job.output.overwrite, source=job.model)
-    check(job.calibration.data)
+    check(job)
     return engines.dry_run(engine, job, on_event)
 
 
 def _absolute(job: QuantizationJob) -> QuantizationJob:
     """The same job from any current folder."""
-    calibration = replace(job.calibration, data=absolute(job.calibration.data))
+    calibration = replace(job.calibration, data=sources.absolute(job.calibration.data))
     output = replace(job.output, path=job.output.path.absolute())
     return replace(job, model=job.model.absolute(), output=output, calibration=calibration)
 

@@ -72,15 +72,22 @@ def run(job: Job, recipe: Recipe, model: Path | None, settings: Settings, on_eve
     return _Run(job, recipe, settings, on_event).all(model)
 
 
+def check(model: Path) -> None:
+    """Raises InputError for a folder that is no model, before anything is made."""
+    if _gguf(model) is None:
+        Checkpoint.open(model)
+
+
 def _check_also(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """Raises InputError where a further format can't be right, before hours go into the first."""
     recipe, scheme = quantize.with_scheme(recipe, None)
     linears = [name for name in formats.of(checkpoint).layers(checkpoint) if any(map(str.isdigit, name.split(".")))]
     policies = {name: recipe.policy(scheme, name) for name in linears}
-    schemes = {name: None if policy is None else policy.scheme for name, policy in policies.items()}
     for target in recipe.export.also:
         if target == formats.DEQUANTIZED:
             continue
+        settled = {name: policy and policy.settled(formats.get(target).expresses) for name, policy in policies.items()}
+        schemes = {name: None if policy is None else policy.scheme for name, policy in settled.items()}
         refused: list[tuple[str, str | None]] = [
             (each.text, each.hint) for each in formats.get(target).problems(schemes)
         ]

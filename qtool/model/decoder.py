@@ -9,7 +9,7 @@ own forward, which runs around them: see `model.loop`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError, foreign
-from qtool.model import experts
+from qtool.model import experts, pictures
 from qtool.model.architectures import Architecture
 from qtool.model.experts import RoutedExperts
 from qtool.model.head import Head
@@ -37,7 +37,7 @@ class DecoderStream:
 
     Args:
         checkpoint: an opened checkpoint, float or in one of qtool's quantized formats.
-        dtype: compute type of weights and hidden states.
+        dtype: compute type of weights and hidden states, unless the family's own code runs in float32 alone.
         device: where the layers and experts run, their inputs' statistics are, and weights are searched and rounded.
             Hidden states, routing and groups come to main memory at once.
         trust_remote_code: allow the checkpoint's own modelling code.
@@ -48,7 +48,8 @@ class DecoderStream:
             checkpoint lacks experts.
 
     Attributes:
-        checkpoint, dtype, device: as given.
+        checkpoint, device: as given.
+        dtype: to compute in.
         weights: what all weights are read through.
         head: what comes after the layers, and the output projection.
     """
@@ -63,10 +64,13 @@ class DecoderStream:
         weights: ModelWeights | None = None,
     ) -> None:
         self.checkpoint = checkpoint
-        self.dtype = dtype
         self.device = torch.device(device)
         self.weights: ModelWeights = FloatReader(checkpoint, self.device) if weights is None else weights
         self._skeleton = Skeleton(checkpoint, dtype, self.device, trust_remote_code=trust_remote_code)
+        if self._skeleton.architecture.only_float32 and dtype != torch.float32:
+            dtype = torch.float32
+            self._skeleton = Skeleton(checkpoint, dtype, self.device, trust_remote_code=trust_remote_code)
+        self.dtype = dtype
         self._loader = Loader(self._skeleton, self.weights, dtype, self.device)
         self._loop = DecoderLoop(self._skeleton, self._loader)
         self.head = Head(self._skeleton, self._loader, self._loop)
@@ -123,6 +127,10 @@ class DecoderStream:
         return next(
             (module for module in self.skeleton_layer(index).modules() if isinstance(module, RoutedExperts)), None
         )
+
+    def unused_experts(self, index: int) -> list[RoutedExperts]:
+        """Further experts of a layer, to which no text goes (Ernie-VL's for pictures)."""
+        return [module for module in self.skeleton_layer(index).modules() if isinstance(module, RoutedExperts)][1:]
 
     def linears(self) -> list[str]:
         """The linears of all decoder layers and their experts, by the checkpoint's names without ".weight"."""
@@ -208,7 +216,22 @@ class DecoderStream:
         hint = "its code does what qtool can't follow, and this model can't be quantized layer by layer"
         with foreign(f"{self.layer_name(index)} can't be run", where=str(self.checkpoint.path), hint=hint):
             left = layer(*call.args, **call.kwargs)
-        return Batch(batch.ids, self._loop.left(index, call, left))
+        return Batch(batch.ids, self._loop.left(index, call, left), batch.numbers)
+
+    def show(self, inputs: Sequence[Mapping[str, torch.Tensor]], length: int) -> None:
+        """Calibrate on these samples, which have pictures, from now on.
+
+        Args:
+            inputs: what the model's processor made of each sample, of `length` tokens or more.
+
+        Raises InputError as `pictures.calls`.
+        """
+        self._loop.show(pictures.calls(self._skeleton, self._loader, inputs, length))
+
+    @property
+    def is_shown(self) -> bool:
+        """It calibrates on samples with pictures, which go through a layer one at a time."""
+        return self._loop.is_shown
 
     @property
     def is_plain(self) -> bool:

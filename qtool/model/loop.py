@@ -10,7 +10,7 @@ a container that is handed from layer to layer (the shared keys and values of Ge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -137,8 +137,8 @@ class _Learned:
     called: dict[int, set[str]]
 
 
-class _Reached(Exception):
-    """A layer is called, and nothing after that matters."""
+class Reached(Exception):
+    """A layer, or the model of text, is called, and nothing after that matters."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
@@ -159,13 +159,23 @@ class DecoderLoop:
         self._outside: dict[torch.dtype, Outside] = {}
         self._called: dict[int, set[str]] = {}
         self._templates: dict[tuple[torch.dtype, int], list[Call | None]] = {}
+        self._shown: Sequence[Call] = ()
 
     # ------------------------------------------------------------------ what it is
 
     @property
     def is_plain(self) -> bool:
         """One tensor of hidden states passes from layer to layer, and nothing else depends on the tokens."""
-        return self._learned.hidden is not None
+        return self._learned.hidden is not None and not self._shown
+
+    def show(self, calls: Sequence[Call]) -> None:
+        """From now on samples are those of these calls of the model of text, by their numbers."""
+        self._shown = calls
+
+    @property
+    def is_shown(self) -> bool:
+        """`show` was called."""
+        return bool(self._shown)
 
     def is_idle(self, index: int) -> bool:
         """Whether text doesn't go through this layer."""
@@ -193,7 +203,7 @@ class DecoderLoop:
         if not self.is_plain:
             return ()
         self._template(0, dtype, ids.shape[1])
-        return (self._reach(0, ids, (), dtype).values[self._learned.hidden],)
+        return (self._reach(0, Batch(ids, ()), dtype).values[self._learned.hidden],)
 
     @torch.no_grad()
     def call(self, index: int, batch: Batch, dtype: torch.dtype) -> Call:
@@ -202,7 +212,7 @@ class DecoderLoop:
             template = self._template(index, dtype, batch.ids.shape[1])
             assert template is not None
             return _exchanged(template, _HIDDEN, batch.hidden)
-        return self._reach(index, batch.ids, batch.state, dtype)
+        return self._reach(index, batch, dtype)
 
     def left(self, index: int, call: Call, result: Any) -> State:
         """What layer `index` leaves, after it was called so and gave this."""
@@ -222,9 +232,7 @@ class DecoderLoop:
         def replay(index: int, call: Call) -> Any:
             return self._replayed(index, call, batch, batch.state if index == self._last else None)
 
-        output = self._run(batch.ids, replay, dtype)
-        hidden: torch.Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
-        return hidden
+        return _end(self._run(batch.ids, replay, dtype, batch.numbers))
 
     # ------------------------------------------------------------------ how
 
@@ -240,17 +248,17 @@ class DecoderLoop:
         index = index if not self.is_idle(index) else self.before(index)
         return [slot for slot in self._learned.left[index].slots if slot.moves] if index >= 0 else []
 
-    def _reach(self, wanted: int, ids: torch.Tensor, state: State, dtype: torch.dtype) -> Call:
-        batch, before = Batch(ids, state), self.before(wanted)
+    def _reach(self, wanted: int, batch: Batch, dtype: torch.dtype) -> Call:
+        before = self.before(wanted)
 
         def replay(index: int, call: Call) -> Any:
             if index == wanted:
-                raise _Reached(call)
-            return self._replayed(index, call, batch, state if index == before else None)
+                raise Reached(call)
+            return self._replayed(index, call, batch, batch.state if index == before else None)
 
         try:
-            self._run(ids, replay, dtype)
-        except _Reached as reached:
+            self._run(batch.ids, replay, dtype, batch.numbers)
+        except Reached as reached:
             return reached.call
         raise self._skeleton.unusual(f"layer {wanted} isn't called")
 
@@ -288,14 +296,21 @@ class DecoderLoop:
             self._templates[key] = calls
         return self._templates[key][index]
 
-    def _run(self, ids: torch.Tensor, on_call: Callable[[int, Call], Any], dtype: torch.dtype) -> Any:
-        """The model of text on token ids [samples, length], with layers that do this."""
+    def _run(
+        self, ids: torch.Tensor, on_call: Callable[[int, Call], Any], dtype: torch.dtype, numbers: range | None = None
+    ) -> Any:
+        """The model of text on token ids [samples, length], or on the shown sample of this number, with layers that do
+        this."""
         outside = self._outside.setdefault(dtype, Outside(self._skeleton, self._loader, dtype))
 
         def forward(index: int) -> Callable[..., Any]:
             return lambda *args, **kwargs: on_call(index, Call(args, kwargs))
 
         with replaced({layer: forward(index) for index, layer in enumerate(self._skeleton.layers)}), outside:
+            if self._shown and numbers is not None:
+                (number,) = numbers
+                shown = self._shown[number]
+                return self._skeleton.decoder(*shown.args, **shown.kwargs)
             return self._skeleton.decoder(input_ids=ids.to(self._loader.device), use_cache=False)
 
     # ------------------------------------------------------------------ learning
@@ -316,7 +331,9 @@ class DecoderLoop:
         except QtoolError:
             raise
         except Exception as error:  # the model's own code, in surroundings that it may not expect
-            raise self._skeleton.unusual(in_one_line(error)) from error
+            raise self._skeleton.unusual(
+                f"its own code fails on a text of any tokens ({in_one_line(error)})"
+            ) from error
 
     def _learn(self) -> _Learned:
         small, large = (self._observed(*size) for size in zip(_SAMPLES, _TOKENS, strict=True))
@@ -413,7 +430,7 @@ class DecoderLoop:
 
         result = self._run(ids, replay, self._loader.dtype)
         if output is not None:
-            output.append(result)
+            output.append(_end(result))
         return calls
 
     def _without_unused(self, learned: _Learned) -> _Learned:
@@ -511,6 +528,12 @@ class DecoderLoop:
 
     def _single(self, learned: _Learned, ids: torch.Tensor) -> dict[int, Call]:
         return self._again(learned, ids[:1], lambda _, tensor: tensor[:1])
+
+
+def _end(output: Any) -> torch.Tensor:
+    """What enters the output projection, of what the model of text returns; caches (XLNet's memories) don't count."""
+    hidden: torch.Tensor = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+    return hidden
 
 
 def _exchanged(call: Call, old: torch.Tensor, new: torch.Tensor) -> Call:

@@ -89,6 +89,7 @@ class Names:
         self._conversions: dict[str, Conversion] = {}
         self._parts: dict[str, dict[int, dict[int, str]]] = {}
         self._tied = _tied(model)
+        numbered: dict[tuple[str, str], dict[int, str]] = {}
         for name in sorted(stored, key=dot_natural_key):  # some renamings begin with the first name that they fit
             renamed, pattern = rename_source_key(name, renamings, converters, prefix, tensors)
             if renamed not in tensors and name in tensors:
@@ -97,13 +98,19 @@ class Names:
                 self._stored.setdefault(renamed, name)
                 continue
             if (number := re.search(r"\.experts\.(\d+)\.", name)) and name.endswith(".weight"):
-                parts = self._parts.setdefault(renamed, {}).setdefault(int(number[1]), {})
-                parts[order[pattern]] = name.removesuffix(".weight")
+                numbered.setdefault((renamed, pattern), {})[int(number[1])] = name.removesuffix(".weight")
                 continue
             converter = by_pattern[pattern]
             for target in _targets(renamed, converter):
                 made = self._conversions.setdefault(target, Conversion(converter, {}))
                 made.parts.setdefault(pattern, []).append(name)
+        for (renamed, pattern), experts in numbered.items():
+            # Ernie-VL's file numbers the experts for text and those for pictures one after the other.
+            targets = _targets(renamed, by_pattern[pattern])
+            each = -(-len(experts) // len(targets))
+            for position, expert in enumerate(sorted(experts)):
+                target, first = targets[position // each], (position // each) * each if len(targets) > 1 else 0
+                self._parts.setdefault(target, {}).setdefault(expert - first, {})[order[pattern]] = experts[expert]
 
     def stored(self, name: str) -> str:
         """The checkpoint's name of a parameter that it holds as one tensor; `name` itself where nothing is known."""

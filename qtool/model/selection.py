@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from qtool.checkpoint.formats.fused import fused_name
 from qtool.model.architectures import Architecture
 from qtool.model.decoder import DecoderStream
 from qtool.model.experts import RoutedExperts
@@ -27,9 +28,11 @@ _ROUTERS = re.compile(r"router|gate|wg|classifier")
 def kept_float(stream: DecoderStream) -> dict[str, str]:
     """Why linears stay float, by the checkpoint's names without ".weight"."""
     found: dict[str, str] = {}
+    linears: list[str] = []
     for index in range(stream.depth):
         own, shared = stream.own_parameters(index), stream.shared_parameters(index)
         for name, stored in stream.layer_linears(index).items():
+            linears.append(stored)
             if not stream.is_called(index, name):
                 found[stored] = UNUSED
             elif f"{name}.weight" in shared:
@@ -37,7 +40,11 @@ def kept_float(stream: DecoderStream) -> dict[str, str]:
         for name, why in reasons(stream.skeleton_layer(index), stream.architecture).items():
             if (weight := own.get(f"{name}.weight")) is not None:
                 found[weight.removesuffix(".weight")] = why
-    return found
+        for unused in stream.unused_experts(index):
+            found |= dict.fromkeys((linear for expert in unused.names for linear in expert), UNUSED)
+    # The keys of a single head are narrow, but not together with the queries, as runtimes multiply them.
+    wide = {fused_name(name) for name in linears if name not in found}
+    return {name: why for name, why in found.items() if why != SMALL or fused_name(name) not in wide - {None}}
 
 
 def reasons(layer: nn.Module, architecture: Architecture) -> dict[str, str]:
@@ -67,7 +74,7 @@ def _mixtures(layer: nn.Module) -> dict[str, int]:
         fused = [p for p in module.parameters(recurse=False) if p.dim() == 3]
         if isinstance(module, RoutedExperts):
             found[name.rpartition(".")[0]] = len(module.names)
-        elif fused and not isinstance(module, nn.modules.conv._ConvNd):
+        elif fused and re.search("expert|moe", f"{name}{type(module).__name__}".lower()):
             found[name.rpartition(".")[0]] = fused[0].shape[0]
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from qtool.checkpoint.auto import auto_class
 from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.transposed import has_transposed, is_transposed
 from qtool.errors import InputError, foreign
 from qtool.model import architectures
 
@@ -46,6 +48,8 @@ class Skeleton:
     ) -> None:
         self._where = str(checkpoint.path / "config.json")
         self.model = _build(checkpoint, dtype, trust_remote_code, self._where)
+        if has_transposed(checkpoint.config):
+            _as_linears(self.model, checkpoint.config)
         self.tensors: dict[str, torch.Tensor] = self.model.state_dict(keep_vars=True)
         self.embedding: nn.Module = self.model.get_input_embeddings()
         self.decoder: Any = self._innermost_model(self.embedding)
@@ -62,9 +66,10 @@ class Skeleton:
         assert isinstance(layers, nn.ModuleList)
         self.layers = layers
         self.layers_name = self.name_of(self.layers)
+        self._check_single()
         self.kept_in_float32: tuple[str, ...] = tuple(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
         self._check_buffers()
-        self._initialize_buffers(device)
+        self._initialize_buffers(self.decoder, device)
 
     @property
     def config(self) -> Any:
@@ -123,6 +128,14 @@ class Skeleton:
     def _innermost_model(self, module: nn.Module) -> Any:
         return self._models_around(module)[0]
 
+    def _check_single(self) -> None:
+        """Layers that are used a second time, elsewhere, get inputs there that no run of the first ones shows."""
+        prefix = f"{self.layers_name}."
+        for target, source in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+            for own, other in ((target, source), (source, target)):
+                if own.startswith(prefix) and not other.startswith(prefix):
+                    raise self.unusual(f"{own} works a second time, as {other}, on other inputs")
+
     def _check_buffers(self) -> None:
         """They take memory before any weight does: GPT-2's masks grow with the square of its context."""
         wanted = sum(buffer.nbytes for buffer in self.decoder.buffers())
@@ -130,21 +143,38 @@ class Skeleton:
             what = f"what config.json describes takes {wanted:,} bytes besides its weights"
             raise InputError(what, where=self._where, hint="check max_position_embeddings and head_dim")
 
-    def _initialize_buffers(self, device: torch.device) -> None:
+    def fill_all_buffers(self, device: torch.device) -> None:
+        """As for the model of text, for the towers: each of transformers' models fills its own."""
+        from transformers import PreTrainedModel
+
+        for module in reversed([*self.model.modules()]):
+            if isinstance(module, PreTrainedModel):
+                self._initialize_buffers(module, device)
+
+    def _initialize_buffers(self, model: Any, device: torch.device) -> None:
         """Fill buffers that no checkpoint holds (rotary frequencies) the way transformers itself does.
 
         A module fills its own, or one around it does: Falcon-H1's model fills those of its layers.
         """
         empty: set[nn.Module] = set()
-        for module in self.decoder.modules():
+        for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta:
                     module._buffers[name] = torch.empty_like(buffer, device=device)
                     empty.add(module)
         with torch.device(device):
-            for module in self.decoder.modules():
+            for module in model.modules():
                 if not empty.isdisjoint(module.modules()):
-                    self.decoder._init_weights(module)  # parameters are on the meta device, where this does nothing
+                    model._init_weights(module)  # parameters are on the meta device, where this does nothing
+
+
+def _as_linears(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Put the linear that it is in place of every Conv1D, whose weight is [in, out]."""
+    for name, module in [*model.named_modules()]:
+        weight = module._parameters.get("weight")
+        if is_transposed(config, name) and weight is not None:
+            linear = nn.Linear(weight.shape[0], weight.shape[1], device=weight.device, dtype=weight.dtype)
+            model.set_submodule(name, linear.train(module.training))
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool, where: str) -> Any:

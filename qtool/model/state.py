@@ -19,10 +19,12 @@ class Batch:
         state: what the last layer left of them, or what enters the first: tensors [samples, ...]. Most decoders have
             one tensor, the hidden states [samples, length, hidden]. Others have several streams, or hand further
             tensors from layer to layer; before their first layer there may be none.
+        numbers: of the samples, among those that a calibration has; None for any other text.
     """
 
     ids: torch.Tensor
     state: State
+    numbers: range | None = None
 
     @property
     def hidden(self) -> torch.Tensor:
@@ -34,10 +36,11 @@ class Batch:
         """Batches of so many samples, whose tensors are parts of these."""
         for start in range(0, len(self.ids), samples):
             rows = slice(start, start + samples)
-            yield Batch(self.ids[rows], tuple(tensor[rows] for tensor in self.state))
+            numbers = None if self.numbers is None else self.numbers[rows]
+            yield Batch(self.ids[rows], tuple(tensor[rows] for tensor in self.state), numbers)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.ids, tuple(tensor.to(device) for tensor in self.state))
+        return Batch(self.ids, tuple(tensor.to(device) for tensor in self.state), self.numbers)
 
     @classmethod
     def cat(cls, batches: Sequence[Batch]) -> Batch:

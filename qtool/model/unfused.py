@@ -134,22 +134,16 @@ def slices(fused: FusedExperts, module: str, names: Names, weights: ModelWeights
     Args:
         module: the whole name of the experts' module in the model.
     """
-    stored = {}
-    for part in (fused.gate_up, fused.down):
-        found = _stored(f"{module}.{part}", names)
-        if found is None or found not in weights or len(weights.shape(found)) != 3:
-            return None
-        stored[part] = found
-    stem, result = stem_of(stored[fused.down]), dict[str, Slice]()
+    stored = _tensors(fused, module, names)
+    if stored is None or any(name not in weights or len(weights.shape(name)) != 3 for name, _ in stored.values()):
+        return None
+    stem, result = stem_of(stored["down_proj"][0]), dict[str, Slice]()
     for number in range(fused.count):
-        for part, rows in _rows(fused).items():
+        for part, (name, rows) in stored.items():
             tensor = fused.down if part == "down_proj" else fused.gate_up
-            shape, width = (
-                weights.shape(stored[tensor]),
-                fused.hidden if tensor == fused.gate_up else fused.intermediate,
-            )
+            shape, width = weights.shape(name), fused.hidden if tensor == fused.gate_up else fused.intermediate
             transposed = fused.transposed if shape[1] == shape[2] else shape[2] != width
-            result[f"{stem}.{number}.{part}.weight"] = Slice(stored[tensor], number, rows, transposed)
+            result[f"{stem}.{number}.{part}.weight"] = Slice(name, number, rows, transposed)
             bias = _stored(f"{module}.{tensor}_bias", names)
             if fused.has_bias and bias is not None and bias in weights:
                 result[f"{stem}.{number}.{part}.bias"] = Slice(bias, number, rows, False)
@@ -169,6 +163,29 @@ def expert_names(stem: str, fused: FusedExperts) -> list[ExpertNames]:
         ExpertNames(gate and f"{stem}.{number}.{gate}", f"{stem}.{number}.up_proj", f"{stem}.{number}.down_proj")
         for number in range(fused.count)
     ]
+
+
+def _tensors(fused: FusedExperts, module: str, names: Names) -> dict[str, tuple[str, slice]] | None:
+    """The stored tensor that each of an expert's matrices is in, and its rows of that; None where it isn't known."""
+    down = _stored(f"{module}.{fused.down}", names)
+    gate_up = f"{module}.{fused.gate_up}"
+    made, together = names.conversion(gate_up), _stored(gate_up, names)
+    if down is None:
+        return None
+    if together is not None:
+        return {part: (down if part == "down_proj" else together, rows) for part, rows in _rows(fused).items()}
+    parts = [] if made is None else [each for found in made.parts.values() for each in found]
+    operations = (
+        []
+        if made is None
+        else [(type(each).__name__, getattr(each, "dim", None)) for each in made.converter.operations]
+    )
+    if len(parts) != 2 or operations != [("Concatenate", 1)] or fused.interleaved:
+        return None
+    # Step 3.7 has the gates of all experts in one tensor, and their ups in another.
+    return dict(
+        zip(("gate_proj", "up_proj", "down_proj"), ((name, slice(None)) for name in (*parts, down)), strict=True)
+    )
 
 
 def _stored(name: str, names: Names) -> str | None:

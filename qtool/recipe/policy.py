@@ -7,14 +7,14 @@ those keys elsewhere, still load.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, TypeAdapter, model_validator
 
 from qtool.recipe.strict import Regex, ShortFor, Strict, wrong
 from qtool.recipe.words import short
-from qtool.scheme import PRESETS, QuantizationArgs, Scheme, Strategy, named
+from qtool.scheme import PRESETS, QuantizationArgs, Scheme, named
 
 _SIZES = {"group_size": "group", "block_structure": "block"}
 
@@ -106,20 +106,27 @@ class Dynamic(Strict):
     group_size: int | None = Field(
         default=None, gt=0, description="channels of a token that share a scale; for floating point"
     )
-    symmetric: bool = Field(default=True, description="false: integers with a zero point per token")
+    symmetric: Literal[True, False, "auto"] = Field(
+        default=True,
+        description="false: integers with a zero point per token; auto: that where the output's format has it",
+    )
 
     @classmethod
     def disagreements(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if given.get("group_size") is not None and given.get("type", "int") == "int":
             yield "group_size", "is for type: float"
-        if given.get("symmetric") is False and given.get("type", "int") == "float":
+        if given.get("symmetric") in (False, "auto") and given.get("type", "int") == "float":
             yield "symmetric", "can't be false with type: float"
 
     @property
     def args(self) -> QuantizationArgs:
-        strategy: Strategy = "token" if self.group_size is None else "group"
+        """With `symmetric: auto` those that every format has."""
         return QuantizationArgs(
-            type=self.type, strategy=strategy, group_size=self.group_size, symmetric=self.symmetric, dynamic=True
+            type=self.type,
+            strategy="token" if self.group_size is None else "group",
+            group_size=self.group_size,
+            symmetric=self.symmetric is not False,
+            dynamic=True,
         )
 
 
@@ -256,6 +263,21 @@ class Policy(Strict):
         if scheme.weights.type == "float":
             update |= {"smoothing": NoSmoothing(method="none"), "clip": False}
         return self.model_copy(update=update)
+
+    def settled(self, expresses: Callable[[Scheme], bool]) -> Policy:
+        """The same without `symmetric: auto`.
+
+        Args:
+            expresses: whether the output's format can hold a layer of this scheme.
+        """
+        activations = self.activations
+        if activations.mode != "dynamic" or activations.symmetric != "auto":
+            return self
+        with_zero_point, without = (
+            self.model_copy(update={"activations": activations.model_copy(update={"symmetric": symmetric})})
+            for symmetric in (False, True)
+        )
+        return with_zero_point if expresses(with_zero_point.scheme) else without
 
     def with_mode(self, mode: str) -> Policy:
         """The same with activations static or dynamic."""

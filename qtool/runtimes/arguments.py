@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qtool.errors import InputError
 
-KEY = "api_key"  # of a server; whatever it looks like, it is text
+SECRETS = {"api_key": "VLLM_API_KEY", "hf_token": "HF_TOKEN"}
+"""Settings that nobody else may see, and the variable that stands for each: every user of a machine can read command
+lines. Whatever they look like, they are text."""
+_SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)")
 
 
 def parse(pairs: Iterable[str]) -> dict[str, Any]:
@@ -25,10 +29,15 @@ def parse(pairs: Iterable[str]) -> dict[str, Any]:
         if not equals or not key:
             raise InputError(f"{pair!r} is not KEY=VALUE", where="--set", hint="Like --set max_num_seqs=32.")
         try:
-            given[key] = value if key.isupper() or key == KEY else yaml.safe_load(value)
+            given[key] = value if key.isupper() or key in SECRETS else yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise InputError(f"the value of {key} is not YAML", where="--set", hint="Quote it.") from error
     return given
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting or a variable is one that nobody else may see."""
+    return name in SECRETS or _SECRET.search(name) is not None
 
 
 def split(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

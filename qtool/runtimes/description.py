@@ -133,6 +133,8 @@ class Runtime:
         summary: one line about it.
         reads: the formats that it reads; "float" is a model that is not quantized.
         others: it is given formats that no runtime names, too, and says itself what it makes of them.
+        by_conversion: it reads a file of its own, which is made of a checkpoint first: that it does says nothing about
+            who reads the checkpoint itself, and it runs only where somebody names it.
         hardware: where it runs.
         plugin_of: the runtime that this one is a part of, and whose name stands for it too.
         worker: module that runs in its interpreter; None for one that qtool doesn't start.
@@ -151,6 +153,7 @@ class Runtime:
     summary: str
     reads: tuple[Reads, ...]
     others: bool = False
+    by_conversion: bool = False
     hardware: tuple[Hardware, ...]
     plugin_of: str | None = None
     worker: str | None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qtool.errors import InputError
-from qtool.runtimes import sglang, transformers, vllm, vllm_ascend, vllm_mindspore
+from qtool.runtimes import llama_cpp, sglang, transformers, vllm, vllm_ascend, vllm_mindspore
 from qtool.runtimes.description import Limitation, Quantized, Runtime
 from qtool.scheme import Scheme
 
@@ -14,6 +14,7 @@ from qtool.scheme import Scheme
 RUNTIMES = (
     vllm.RUNTIME,
     transformers.RUNTIME,
+    llama_cpp.RUNTIME,
     vllm_mindspore.RUNTIME,
     vllm_ascend.RUNTIME,
 )
@@ -36,8 +37,9 @@ def get(name: str) -> Runtime:
 
 def readers(format: str) -> tuple[Runtime, ...]:
     """Who reads this format (as `formats.of` names it), the one that `auto` prefers first."""
-    named = tuple(runtime for runtime in RUNTIMES if runtime.reading(format) is not None)
-    return named or tuple(runtime for runtime in RUNTIMES if runtime.others)
+    direct = [runtime for runtime in RUNTIMES if not runtime.by_conversion]
+    named = tuple(runtime for runtime in direct if runtime.reading(format) is not None)
+    return named or tuple(runtime for runtime in direct if runtime.others)
 
 
 def read_by(format: str) -> str:

@@ -42,16 +42,19 @@ class Launch:
         return facts.get(self.name)
 
 
-def choose(runtime: str, format: str) -> Launch:
+def choose(runtime: str, format: str, *, serving: bool = False) -> Launch:
     """The runtime for a checkpoint of this format (as `formats.of` names it).
 
     `auto` takes the first that is installed of those that read the format; a plugin of vLLM's only where nothing else
     does. vLLM's name stands for its plugins as well.
 
+    Args:
+        serving: `auto` takes only a runtime that has a server.
+
     Raises:
         InputError: an unknown runtime, one that can't read the format, or one that isn't installed.
     """
-    chosen = _auto(format) if runtime == "auto" else _named(facts.get(runtime), format)
+    chosen = _auto(format, serving=serving) if runtime == "auto" else _named(facts.get(runtime), format)
     return _launch(chosen, chosen.reading(format) or Reads(format))
 
 
@@ -102,15 +105,18 @@ def recipe_of(checkpoint: Checkpoint) -> Generate:
     return Generate.model_validate(recipe.get("generate") or {}) if recipe else of_recipe(checkpoint)
 
 
-def _auto(format: str) -> Runtime:
-    readers = facts.readers(format)
+def _auto(format: str, *, serving: bool) -> Runtime:
+    readers = [runtime for runtime in facts.readers(format) if runtime.server is not None or not serving]
+    if not readers:
+        hint = "Convert it to another format first: qtool convert."
+        raise InputError(f"no runtime serves {format} checkpoints", where="--runtime", hint=hint)
     candidates = [runtime for runtime in readers if runtime.plugin_of is None] or readers
     return next((runtime for runtime in candidates if _installed(runtime.name)), candidates[-1])
 
 
 def _named(wanted: Runtime, format: str) -> Runtime:
     readers = facts.readers(format)
-    if wanted in readers:
+    if wanted in readers or (wanted.by_conversion and wanted.reading(format)):
         return wanted
     for plugin in readers:
         if plugin.plugin_of == wanted.name:

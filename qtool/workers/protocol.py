@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from qtool.errors import ForeignError, InputError, QtoolError, WorkerDied, one_line
+from qtool.errors import ForeignError, InputError, QtoolError, WorkerDied, of_system, one_line
 
 READ_AHEAD = 256  # inputs that a worker holds before it needs them
 
@@ -62,6 +62,8 @@ def decode(line: bytes) -> Event:
 
 def error_event(error: BaseException) -> Event:
     """How an error is told to the other side. Errors that nobody foresaw come as a QtoolError."""
+    if isinstance(error, OSError):
+        error = of_system(error) or error
     kind = next(
         (known.__name__ for known in (ForeignError, InputError, WorkerDied) if isinstance(error, known)), "QtoolError"
     )

@@ -58,6 +58,33 @@ def test_one_without_end_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPa
     assert render(tokenizer, MESSAGES, "it") == MESSAGES[0]["content"]
 
 
+def test_others_in_this_process_have_the_limits_too(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As lm_eval, which asks transformers itself."""
+    import jinja2
+    from transformers import tokenization_utils_base as library
+
+    from qtool.workers.limited import Helper
+
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+    expected = {}
+    for name, text in TEMPLATES.items():
+        tokenizer.chat_template = text
+        expected[name] = tokenizer.apply_chat_template(MESSAGES, **options)
+    monkeypatch.setattr(library, "render_jinja_template", None)  # put back at the end
+    monkeypatch.setattr(template, "_renderer", Helper(template._PROGRAM, 1, 256 << 20, template._interpreter))
+    template.limit_everywhere()
+    for name, text in TEMPLATES.items():
+        tokenizer.chat_template = text
+        assert tokenizer.apply_chat_template(MESSAGES, **options) == expected[name]
+        assert tokenizer.apply_chat_template([MESSAGES], **options) == [expected[name]]
+    tokenizer.chat_template = ENDLESS
+    with pytest.raises(InputError, match="takes more than"):
+        tokenizer.apply_chat_template(MESSAGES, **options)
+    tokenizer.chat_template = "{{ raise_exception('no system') }}"
+    with pytest.raises(jinja2.TemplateError, match="no system"):
+        tokenizer.apply_chat_template(MESSAGES, **options)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -70,16 +71,18 @@ def quantize(
         for tensor in checkpoint.names:
             owner, _, part = tensor.rpartition(".")
             policy = recipe.policy(scheme, owner) if owner in layers and "embed" not in owner else None
+            policy = policy and policy.settled(form.expresses)
             if policy is None:
                 writer.add(tensor, checkpoint.tensor(tensor))
             elif part == "weight":
                 static = policy.scheme.is_static
-                made[owner] = round_layer(
+                rounded = round_layer(
                     checkpoint.tensor(tensor),
                     checkpoint.tensor(f"{owner}.bias") if f"{owner}.bias" in checkpoint else None,
                     (form.storable_scale(0.05, torch.bfloat16), 11) if static else None,
                     partial(form.storable_weight_scale, scheme=policy.scheme, dtype=torch.bfloat16),
                 )
+                made[owner] = dataclasses.replace(rounded, scheme=policy.scheme)
                 writer.add_linear(owner, made[owner], torch.bfloat16)
         writer.finish(checkpoint, checkpoint.config, {"made_by": "a test"})
     return made

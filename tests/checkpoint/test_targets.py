@@ -59,3 +59,24 @@ def test_what_the_class_alone_can_name(beside: dict[str, Scheme | None], plain: 
     parts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
     schemes: dict[str, Scheme | None] = {f"model.layers.0.{part}": W8A8_DYNAMIC for part in parts}
     assert is_plain(schemes | _AROUND | beside) == plain
+
+
+@pytest.mark.parametrize(
+    ("model_type", "linear", "in_vllm"),
+    [
+        ("stablelm", "mlp.gate_proj", "mlp.gate_up_proj"),
+        ("stablelm", "self_attn.q_proj", "self_attn.qkv_proj"),
+        ("gptj", "attn.k_proj", "attn.qkv_proj"),
+        ("lfm2", "conv.in_proj", "short_conv.in_proj"),
+        ("llama", "mlp.gate_proj", None),
+    ],
+)
+def test_what_vllm_calls_a_layer_is_named_too(model_type: str, linear: str, in_vllm: str | None) -> None:
+    schemes: dict[str, Scheme | None] = {f"model.layers.{i}.{linear}": W8A8_DYNAMIC for i in range(2)}
+    (target,) = targets(schemes, W8A8_DYNAMIC, model_type)
+    pattern = re.compile(target.removeprefix("re:"))
+    assert pattern.match(f"model.layers.1.{linear}")
+    if in_vllm is None:
+        assert target == r"re:.*\.mlp\.gate_proj$"
+    else:
+        assert pattern.match(f"model.layers.1.{in_vllm}")

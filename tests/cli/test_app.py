@@ -241,7 +241,7 @@ def test_an_interruption_that_python_has_wrapped(command: Any, capsys: pytest.Ca
 
 def test_an_interruption_inside_exec(tmp_path: Path, qtool_environment: dict[str, str]) -> None:
     """As when Ctrl-C strikes while a dataclass is being defined: Python 3.11 would end `python -m` by the signal."""
-    lines = ["from qtool.cli import app", "def load(name): exec('raise KeyboardInterrupt')", "app._load = load"]
+    lines = ["from qtool.cli import app", "def load(name): exec('raise KeyboardInterrupt')", "app.load = load"]
     (tmp_path / "sitecustomize.py").write_text("\n".join(lines))
     path = f"{tmp_path}{os.pathsep}{qtool_environment['PYTHONPATH']}"
     command = [sys.executable, "-m", "qtool", "doctor"]

@@ -296,6 +296,10 @@ def test_verify_of_what_is_no_download(run_qtool: Any, tmp_path: Path) -> None:
     assert "no qtool.lock.json" in one_to_three_lines(done)
     (tmp_path / "qtool.lock.json").write_text('{"files": {"../../etc/passwd": {"size": 1, "sha256": "00"}}}')
     assert "points outside the folder" in one_to_three_lines(run_qtool("download", "--verify", tmp_path))
+    lock = {"hub": "huggingface", "endpoint": "https://x.org", "repo": "org/name", "revision": "main", "commit": "c0f"}
+    for change in ({"hub": "x"}, {"repo": "x; rm -r y"}, {"commit": "$(rm -r y)"}, {"commit": ""}):  # part of a hint
+        (tmp_path / "qtool.lock.json").write_text(json.dumps(lock | change | {"files": {}}))
+        assert "no hub has such a repository" in one_to_three_lines(run_qtool("download", "--verify", tmp_path))
 
 
 def test_a_new_commit_is_not_taken_unasked(hub: Hub, model_repo: dict[str, bytes], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ MANY = 15  # options that need panels
 
 def commands() -> Iterator[tuple[str, Any]]:
     for name in app.COMMANDS:
-        command: Any = app._load(name)
+        command: Any = app.load(name)
         below = getattr(command, "commands", None)
         if below is None:
             yield name, command

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qtool.cli import app
+from tests.cli.test_bad_input import WITHOUT_PRIVILEGES
 
+ROOT = Path(__file__).resolve().parents[2]
 LONG_NAME = "x" * 300
 LONG_PATH = "/".join(["y" * 200] * 30)
 NO_HOME = "~no-such-user-here/model"
@@ -63,6 +69,43 @@ def test_paths_that_cannot_be(
             wrong.append((command, code, said.err[-300:]))
     assert wrong == []
     assert [left.name for left in tmp_path.iterdir() if left.name != "state"] == []
+
+
+FOLDERS = {"closed": 0o000, "unreadable": 0o111, "unenterable": 0o444}
+WALK = """
+import contextlib, io, json, os, sys
+from tests.cli.test_paths import commands
+from qtool.cli import app
+
+wrong = []
+for folder in sys.argv[2:]:
+    for command in commands(folder, sys.argv[1], "out"):
+        if "env" in command or "tune" in command[:1] and "--max-kl" in command and "--output" not in command:
+            continue  # asks a Python, or starts to work
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = app.run(command)
+        said = err.getvalue()
+        if code != 2 or out.getvalue() or "bug in qtool" in said or "Traceback" in said:
+            wrong.append([command, code, said[-300:]])
+print(json.dumps(wrong))
+"""
+
+
+def test_folders_that_may_not_be_used(tiny_llama: Path, tmp_path: Path, qtool_environment: dict[str, str]) -> None:
+    """Permissions count for this process, even when it is root's."""
+    for name, mode in FOLDERS.items():
+        shutil.copytree(tiny_llama, tmp_path / name)
+        (tmp_path / name).chmod(mode)
+    first = f"{WITHOUT_PRIVILEGES}\nimport os, sys\nos.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    work = tmp_path / "work"
+    work.mkdir()
+    command = [sys.executable, "-c", first, "-c", WALK, tiny_llama, *(tmp_path / name for name in FOLDERS)]
+    env = {**qtool_environment, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*map(str, command)], cwd=work, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
+    assert [*work.iterdir()] == []
 
 
 def test_pipes_among_the_weights(

@@ -85,7 +85,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         if path.is_file() and path.name not in ("qtool-run.json", "summary.md"):
             data = path.read_bytes().replace(str(folder).encode(), b"JOB")
             if path.suffix == ".json":
-                data = re.sub(rb'"(seconds|peak_memory_bytes)": [^,\n}]*', b"", data)
+                data = re.sub(rb'"(seconds|peak_memory_bytes|date)": [^,\n}]*', b"", data)
             found[path.relative_to(folder).as_posix()] = data
     return found
 

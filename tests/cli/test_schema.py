@@ -18,7 +18,7 @@ SMALL = ("--samples", "4", "--seq-len", "64")
 TEXT = ("--windows", "2", "--length", "32")
 
 # What needs a hub, or minutes, is run by the tests of its command.
-ELSEWHERE = {"download", "upload", "run", "tune", "eval-tasks", "doctor", "recipe", "error"}
+ELSEWHERE = {"download", "upload", "run", "tune", "eval-tasks", "doctor", "recipe", "configuration", "error"}
 
 
 def commands(model: Path, made: Path, folder: Path) -> dict[str, list[Any]]:
@@ -34,6 +34,7 @@ def commands(model: Path, made: Path, folder: Path) -> dict[str, list[Any]]:
         "runtimes-model": ["runtimes", model],
         "recipes-list": ["recipes", "list"],
         "recipes-validate": ["recipes", "validate", "default", folder / "missing.yaml"],
+        "config": ["config"],
         "env-list": ["env", "list"],
         "env-vars": ["env", "vars"],
     }
@@ -83,6 +84,6 @@ def test_the_command(run_qtool: Callable[..., Any]) -> None:
     assert json.loads(run_qtool("schema", "eval").stdout) == schema.json_schema("eval")
     wrong = run_qtool("schema", "evil")
     assert (wrong.code, wrong.stdout) == (2, "")
-    assert "recipe, error, eval" in wrong.stderr
+    assert "recipe, configuration, error, eval" in wrong.stderr
     with pytest.raises(InputError):
         schema.json_schema("evil")

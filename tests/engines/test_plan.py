@@ -12,8 +12,10 @@ from qtool.checkpoint.formats import NAMES
 from qtool.checkpoint.reader import Checkpoint
 from qtool.engines import plan
 from qtool.errors import InputError
+from qtool.recipe.load import load
 from qtool.recipe.policy import Policy
 from qtool.recipe.schema import Recipe
+from qtool.scheme import W8A8, W8A8_ASYMMETRIC, W8A8_DYNAMIC
 
 LINEARS = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
 
@@ -49,6 +51,48 @@ def test_exact_osl_is_for_channels(make_model: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match="osl: exact"):
         plan.make(checkpoint, recipe("exact", weights={"group_size": 32}), "s", "compressed-tensors", LINEARS)
     plan.make(checkpoint, recipe("exact"), "s", "compressed-tensors", LINEARS)
+
+
+ZERO_POINTS = {  # formats whose readers take a zero point per token
+    "compressed-tensors": True,
+    "golden-stick": False,
+    "modelslim": False,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_zero_point_per_token_where_the_format_has_it(make_model: Callable[..., Path], name: str) -> None:
+    checkpoint = Checkpoint.open(make_model("llama"))
+    wanted = recipe(activations={"mode": "dynamic", "symmetric": "auto"})
+    made = plan.make(checkpoint, wanted, "s", name, LINEARS)
+    expected = W8A8_ASYMMETRIC if ZERO_POINTS[name] else W8A8_DYNAMIC
+    assert set(made.schemes.values()) == {expected}
+    words = "W8A8 per-token dynamic" + (" asymmetric" if ZERO_POINTS[name] else "") + ", osl, clip, gptq"
+    assert {plan.describe(policy) for policy in made.policies.values()} == {words}
+    simple = plan.make(checkpoint, wanted, "s", name, LINEARS, symmetric=True)
+    assert set(simple.schemes.values()) == {W8A8_DYNAMIC}
+
+
+@pytest.mark.parametrize("name", [name for name, has in ZERO_POINTS.items() if not has])
+def test_a_zero_point_that_is_asked_for_is_not_dropped(make_model: Callable[..., Path], name: str) -> None:
+    wanted = recipe(activations={"mode": "dynamic", "symmetric": False})
+    with pytest.raises(InputError, match="can't express W8A8 dynamic asymmetric"):
+        plan.make(Checkpoint.open(make_model("llama")), wanted, "s", name, LINEARS)
+
+
+def test_experts_have_none_in_the_default_recipe() -> None:
+    # vLLM 0.32's int8 experts (compressed_tensors_moe_w8a8_int8.py) quantize symmetrically whatever config.json says.
+    default = load("default")
+    expected = {
+        "mlp.experts.7.up_proj": W8A8_DYNAMIC,
+        "mlp.shared_experts.up_proj": W8A8_ASYMMETRIC,
+        "mlp.up_proj": W8A8_ASYMMETRIC,
+        "self_attn.q_proj": W8A8,
+    }
+    for name, scheme in expected.items():
+        policy = default.policy("w8a8", f"model.layers.3.{name}")
+        assert policy is not None
+        assert policy.settled(lambda _: True).scheme == scheme
 
 
 def test_a_policy_in_words() -> None:

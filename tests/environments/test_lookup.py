@@ -109,7 +109,6 @@ def test_an_environment_that_lost_its_python_or_its_package_is_broken(home: Path
     ("text", "message"),
     [
         ("[environments\n", "not valid TOML"),
-        ('golden-stick = "/bin/sh"', "unknown key 'golden-stick'"),
         ("environments = 1", "not a table"),
         ('[environments]\nmindspore = "/bin/sh"', "unknown engine 'mindspore'"),
         ("[environments]\ngolden-stick = 3", "not a path in quotes"),
@@ -150,3 +149,21 @@ def test_a_variable_that_names_no_program(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(InputError, match="not a Python interpreter") as caught:
         lookup.interpreter(NOT_HERE)
     assert caught.value.where == "QTOOL_GOLDEN_STICK_PYTHON=/no/such/python"
+
+
+def test_the_command_for_an_extra_is_of_the_tool_that_installed_qtool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert lookup.extra_command("native") == "pip install 'qtool[native]'"  # the tests' own interpreter has pip
+    of_uv = tmp_path / "uv tools" / "qtool"
+    of_uv.mkdir(parents=True)
+    (of_uv / "pyvenv.cfg").write_text("home = /usr/bin\nuv = 0.13.9\n")
+    monkeypatch.setattr(sys, "prefix", str(of_uv))
+    monkeypatch.setattr(sys, "executable", str(of_uv / "bin" / "python"))
+    assert lookup.extra_command("native") == "pip install 'qtool[native]'"  # whoever has pip in it may use it
+    monkeypatch.setattr(lookup, "available", lambda package: package != "pip")
+    assert lookup.extra_command("report") == f"uv pip install --python '{of_uv}/bin/python' 'qtool[report]'"
+    (of_uv / "pyvenv.cfg").write_text("home = /usr/bin\nversion = 3.11.7\n")
+    assert lookup.extra_command("native") == "pip install 'qtool[native]'"
+    monkeypatch.setattr(sys, "prefix", "/home/me/.local/share/pipx/venvs/qtool")
+    assert lookup.extra_command("native") == "pipx runpip qtool install 'qtool[native]'"

@@ -24,6 +24,7 @@ COMPUTED = {
     "environments/machine.py": set(CANN_VARIABLES),
     "runtimes/launch.py": {variable(engine) for engine in ENGINES},
     "runtimes/vllm_mindspore.py": {"VLLM_MS_MODEL_BACKEND"},
+    "cli/defaults.py": {"QTOOL_COMMAND_OPTION"},  # any of them
     "cli/serve.py": {KEY_VARIABLE},
 }
 DEFAULTS = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -12,10 +14,14 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
+from qtool.checkpoint.reader import Checkpoint
+from qtool.evaluation import facts, plots
 from qtool.evaluation.report import FIGURES
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -110,6 +116,7 @@ def test_it_is_one_file_without_scripts(made: tuple[Path, dict[str, Any]]) -> No
     assert text.count("<svg") == 4
     assert not re.search(r"url\((?!#)", text)
     assert not re.search(r"#0101[0-9a-f]{2}", text)  # every colour is the page's own
+    assert "font-family" not in "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))  # and so is the font
     assert "prefers-color-scheme: dark" in text
     assert "<b>&w8a8" not in text  # a name is text, whatever it holds
     assert "&lt;b&gt;&amp;w8a8" in text
@@ -121,8 +128,63 @@ def test_sizes_add_up(made: tuple[Path, dict[str, Any]], tiny_llama: Path) -> No
     for key, folder in (("base", tiny_llama), ("quantized", Path(result["quantized"]))):
         tensors = [tensor for file in folder.glob("*.safetensors") for tensor in load_file(file).values()]
         assert sum(result["sizes"][key].values()) == sum(tensor.nbytes for tensor in tensors)
-    assert result["sizes"]["base"]["int8 weights"] == 0
-    assert result["sizes"]["quantized"]["int8 weights"] == 2 * (2 * 64 * 128 + 2 * 64 * 64 + 3 * 64 * 160)
+    assert result["sizes"]["base"]["quantized weights"] == 0
+    assert result["sizes"]["quantized"]["quantized weights"] == 2 * (2 * 64 * 128 + 2 * 64 * 64 + 3 * 64 * 160)
+
+
+def test_bytes_are_of_what_the_tensors_are(tmp_path: Path) -> None:
+    tensors = {
+        "model.embed_tokens.weight": torch.zeros(8, 4, dtype=torch.bfloat16),
+        "model.layers.0.packed.weight_packed": torch.zeros(8, 2, dtype=torch.int32),
+        "model.layers.0.packed.weight_scale": torch.zeros(8, 3, dtype=torch.bfloat16),
+        "model.layers.0.gptq.qweight": torch.zeros(2, 8, dtype=torch.int32),
+        "model.layers.0.gptq.qzeros": torch.zeros(5, 2, dtype=torch.int32),
+        "model.layers.0.gptq.scales": torch.zeros(5, 7, dtype=torch.float16),
+        "model.layers.0.fp8.weight": torch.zeros(8, 4).to(torch.float8_e4m3fn),
+        "model.layers.0.fp8.weight_scale_inv": torch.zeros(1, 1),
+        "model.layers.0.experts.gate_up_proj": torch.zeros(3, 4, 5, dtype=torch.bfloat16),
+        "model.layers.0.experts.gate_up_proj_bias": torch.zeros(3, 5, dtype=torch.bfloat16),
+        "model.layers.0.norm.weight": torch.zeros(8, dtype=torch.bfloat16),
+        "lm_head.weight": torch.zeros(8, 4, dtype=torch.int8),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    assert facts.sizes(Checkpoint.open(tmp_path)) == {
+        "embeddings, output": 64 + 32,
+        "float weights": 120,
+        "quantized weights": 64 + 64 + 32,
+        "scales, norms, biases": 48 + 40 + 70 + 4 + 30 + 16,
+    }
+
+
+def drawn(*models: tuple[int, float]) -> tuple[dict[str, tuple[float, float]], list[str]]:
+    """Where each model's number stands in the plot of size and divergence, and the labels of the vertical axis."""
+    of = [(f"m{i}", nbytes, {"value": kl, "low": kl * 0.9, "high": kl * 1.1}) for i, (nbytes, kl) in enumerate(models)]
+    svg = ElementTree.fromstring(plots.size_and_kl(of).svg.replace("xlink:", ""))
+    numbers, labels = {}, []
+    for each in svg.iter("text"):
+        if "font-weight" in each.attrib["style"]:
+            numbers[str(each.text)] = (float(each.attrib["x"]), float(each.attrib["y"]))
+        elif re.fullmatch(r"0\.\d+", str(each.text)):
+            labels.append(str(each.text))
+    return numbers, labels
+
+
+def test_models_of_one_size_do_not_cover_each_other() -> None:
+    numbers, labels = drawn((163_200_000, 0.0066), (163_200_000, 0.0058), (194_000_000, 0.0042), (163_200_000, 0.0066))
+    assert list(numbers) == ["1", "2", "3", "4"]
+    for (x, y), (other_x, other_y) in itertools.combinations(numbers.values(), 2):
+        assert math.hypot(x - other_x, y - other_y) > 12, numbers
+    assert numbers["3"][1] > numbers["2"][1] > numbers["1"][1]  # lower is nearer to the original
+    assert "0.000" in labels
+
+
+def test_what_is_far_apart_has_a_logarithmic_axis() -> None:
+    numbers, labels = drawn((163_200_000, 0.004), (163_300_000, 0.008), (113_000_000, 0.128))
+    assert "0.01" in labels
+    assert "0.1" in labels
+    (_, y4), (_, y8), (_, y128) = numbers.values()
+    assert (y4 - y128) / (y4 - y8) == pytest.approx(5, rel=0.05)  # log2 of 32 and of 2
 
 
 @pytest.mark.parametrize("width", [390, 1280])

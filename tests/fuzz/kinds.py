@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
+import os
 import resource
 import shutil
 import string
+import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,9 +25,11 @@ from typing import Any
 from hypothesis import strategies as st
 
 from qtool.errors import InputError, QtoolError
-from tests.fuzz import watch
+from tests.fuzz import outside, watch
 from tests.fuzz.values import TEXTS, damaged, evil, mutated, text_of
+from tests.hub import loopback
 from tests.launcher import Launcher
+from tests.managed import REPOSITORY, managed_python
 
 WEIGHTS = "model.safetensors"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
@@ -50,6 +55,9 @@ class Scene:
     gguf: Path
     tokenizer: Any
     count: int = 0
+    commands: int = 0
+    peak: int = 0  # bytes of memory that any one input took
+    longest: float = 0.0  # seconds
     cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @contextlib.contextmanager
@@ -65,11 +73,13 @@ class Scene:
         finally:
             shutil.rmtree(room)
 
-    def command(self, room: Path, *arguments: object) -> list[str]:
+    def command(self, room: Path, *arguments: object, codes: Sequence[int] = (0, 2)) -> list[str]:
         """Problems of a command in `room`, which may make nothing there but `out`, and that only when it succeeds."""
         before = _contents(room)
         done = watch.run(self.launcher, arguments, self.env, room)
-        found = watch.problems(done)
+        self._note(done.seconds, done.peak)
+        self.commands += 1
+        found = watch.problems(done, codes)
         after = _contents(room)
         if done.code == 0:
             after = {path: it for path, it in after.items() if path.parts[0] != "out"}
@@ -78,6 +88,34 @@ class Scene:
         if {path.name for path in self.folder.iterdir()} != {room.name}:
             found.append("wrote outside")
         return [f"{problem}: qtool {' '.join(done.arguments)}\n{done.stderr[-1500:]}" for problem in found]
+
+    def in_process(self, action: Callable[[], object], allowed: type[Exception] = InputError) -> list[str]:
+        """Problems of something that may raise nothing but one kind of error, and write nothing outside."""
+        began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found = []
+        with outside.writes(self.folder) as written:
+            try:
+                action()
+            except allowed:
+                pass
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                import traceback
+
+                found.append("".join(traceback.format_exception(error))[-1500:])
+        found += [f"wrote outside: {path}" for path in written[:3]]
+        seconds = time.process_time() - began
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+        self._note(seconds, grown)
+        if seconds > watch.MOST_SECONDS:
+            found.append(f"took {seconds:.0f} s")
+        if grown > watch.MOST_BYTES:
+            found.append(f"took {grown >> 20} MB")
+        return found
+
+    def _note(self, seconds: float, peak: int) -> None:
+        self.longest, self.peak = max(self.longest, seconds), max(self.peak, peak)
 
 
 Kind = Callable[[Scene], tuple[st.SearchStrategy[Any], Callable[[Any], list[str]]]]
@@ -89,27 +127,6 @@ def _contents(folder: Path) -> dict[Path, tuple[int, int]]:
         for path in folder.rglob("*")
         if not path.is_dir()
     }
-
-
-def _in_process(action: Callable[[], object], allowed: type[Exception] = InputError) -> list[str]:
-    """Problems of something that may raise nothing but one kind of error."""
-    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = []
-    try:
-        action()
-    except allowed:
-        pass
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        import traceback
-
-        found.append("".join(traceback.format_exception(error))[-1500:])
-    if (seconds := time.process_time() - began) > watch.MOST_SECONDS:
-        found.append(f"took {seconds:.0f} s")
-    if (grown := (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10) > watch.MOST_BYTES:
-        found.append(f"took {grown >> 20} MB")
-    return found
 
 
 def _header(file: Path) -> tuple[dict[str, Any], bytes]:
@@ -152,7 +169,7 @@ def _inspect(scene: Scene, files: dict[str, bytes]) -> list[str]:
     with scene.copy(scene.model) as room:
         for name, data in files.items():
             (room / "model" / name).write_bytes(data)
-        found = _in_process(lambda: json.dumps(summarize(Checkpoint.open(room / "model"))))
+        found = scene.in_process(lambda: json.dumps(summarize(Checkpoint.open(room / "model"))))
         if scene.count % 20 == 0:
             found += scene.command(room, "inspect", "model")
         return found
@@ -214,6 +231,10 @@ _COMMANDS: dict[str, tuple[object, ...]] = {
     "inspect": ("inspect", "model"),
     "eval": ("eval", "model", "model", "--windows", "1", "--length", "8"),
     "convert": ("convert", "model", "--to", "bfloat16", "--output", "out"),
+    "verify": ("download", "--verify", "model"),
+    "upload": ("upload", "model", "org/name", "--dry-run"),
+    "calibrate": ("quantize", "model", "-o", "out", "--calibration", "data.jsonl", "--samples", "1", "--seq-len", "8"),
+    "answer": ("generate", "model", "-i", "data.jsonl", "--runtime", "transformers", "--max-tokens", "1"),
     "chat": ("generate", "model", "--prompt", "x", "--chat", "--runtime", "transformers", "--max-tokens", "1"),
 }
 
@@ -258,6 +279,63 @@ def quantization(scene: Scene) -> tuple[st.SearchStrategy[Any], Callable[[Any], 
 
 def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def own(scene: Scene) -> tuple[st.SearchStrategy[Any], Callable[[Any], list[str]]]:
+    """What qtool itself, or a format, leaves beside weights: a stranger may have written it."""
+    report = json.loads((scene.quantized / "qtool.json").read_text())
+    digest = hashlib.sha256(b"{}").hexdigest()
+    lock = {
+        "qtool": "0",
+        "hub": "huggingface",
+        "endpoint": "https://x.org",
+        "repo": "org/name",
+        "revision": "main",
+        "commit": "c" * 40,
+        "files": {"config.json": {"size": 2, "sha256": digest}, "d/x.json": {"size": 2, "sha256": digest}},
+    }
+    described = {"model.layers.0.mlp.up_proj.weight": "W8A8", "model_quant_type": "W8A8", "version": "1.0.0"}
+    files = st.one_of(
+        st.tuples(st.just("qtool.json"), text_of(report)),
+        st.tuples(st.just("qtool.lock.json"), text_of(lock)),
+        st.tuples(
+            st.sampled_from(["quant_model_description.json", "quantization_description.json"]), text_of(described)
+        ),
+    )
+    commands = {
+        "qtool.json": ["inspect", "convert", "upload", "generate", "eval"],
+        "qtool.lock.json": ["verify", "inspect", "upload"],
+    }
+
+    def take(given: tuple[tuple[str, bytes], int]) -> list[str]:
+        (name, data), number = given
+        with scene.copy(scene.quantized) as room:
+            (room / "model" / name).write_bytes(data)
+            which = commands.get(name, ["inspect", "convert"])
+            command = _COMMANDS[which[number % len(which)]]
+            return scene.command(room, *command, codes=(0, 1, 2) if "--verify" in command else (0, 2))
+
+    return st.tuples(files, st.integers(0, 59)), take
+
+
+def data(scene: Scene) -> tuple[st.SearchStrategy[Any], Callable[[Any], list[str]]]:
+    """Lines of text and of requests."""
+    said = [{"role": "system", "content": "s"}, {"role": "user", "content": "Hello there, how are you today?"}]
+    lines = [
+        {"text": "A few words. " * 20},
+        {"messages": said, "chat_template_kwargs": {"x": 1}},
+        {"prompt": "x", "max_tokens": 1, "temperature": 0.5, "stop": ["a"], "seed": 1, "n": 1, "logprobs": 1},
+        {"prompt": [1, 2, 3], "stop_token_ids": [1], "logit_bias": {"1": 1.0}, "id": "a"},
+    ]
+    content = st.lists(st.one_of([text_of(line) for line in lines]), min_size=1, max_size=3).map(b"\n".join)
+
+    def take(given: tuple[bytes, str]) -> list[str]:
+        text, command = given
+        with scene.copy(scene.model) as room:
+            (room / "data.jsonl").write_bytes(text)
+            return scene.command(room, *_COMMANDS[command])
+
+    return st.tuples(content, st.sampled_from(["calibrate", "answer"])), take
 
 
 def gguf(scene: Scene) -> tuple[st.SearchStrategy[Any], Callable[[Any], list[str]]]:
@@ -379,7 +457,7 @@ def recipe(scene: Scene) -> tuple[st.SearchStrategy[Any], Callable[[Any], list[s
                     found.policy(scheme, "model.layers.0.mlp.experts.17.down_proj")
                 load.resolved(str(room / "r.yaml"))
 
-            problems = _in_process(use)
+            problems = scene.in_process(use)
             if (room / "model").exists():
                 problems += scene.command(room, *_COMMANDS["quantize"], "--recipe", "r.yaml")
             return problems
@@ -445,7 +523,7 @@ def template(scene: Scene) -> tuple[st.SearchStrategy[Any], Callable[[Any], list
 
     def take(given: tuple[str, Any]) -> list[str]:
         mine.chat_template, conversation = given
-        return _in_process(lambda: render(mine, conversation, "it", add_generation_prompt=True))
+        return scene.in_process(lambda: render(mine, conversation, "it", add_generation_prompt=True))
 
     return st.tuples(texts, messages), take
 
@@ -526,13 +604,59 @@ def hub(scene: Scene) -> tuple[st.SearchStrategy[Any], Callable[[Any], list[str]
             download.plan(listing, (), ())
             download.plan(listing, ("*",), ("x*",))
 
-        return _in_process(use, QtoolError)
+        return scene.in_process(use, QtoolError)
 
     good = json.dumps(info).encode(), json.dumps(tree).encode()
     return st.one_of(
         st.tuples(st.just(good[0]), text_of(tree)),
         st.tuples(text_of(info), st.just(good[1])),
         st.tuples(st.just(good[0]), text_of(tree)),
+    ), take
+
+
+def modelers(scene: Scene) -> tuple[st.SearchStrategy[Any], Callable[[Any], list[str]]]:
+    """What modelers.cn, or who says to be it, answers about a repository."""
+    answers: dict[str, bytes] = {}
+
+    class Answers(loopback.ModelersHandler):
+        def do_GET(self) -> None:
+            kind = "tree" if "/file/" in self.path else "info"
+            below = kind == "tree" and "path=" in self.path.partition("?")[2]
+            self.answer(200, b'{"data": {"tree": []}}' if below else answers[kind])
+
+    serving = contextlib.contextmanager(loopback.serve_modelers)(scene.folder.parent)
+    server, env = scene.cleanup.enter_context(serving)
+    server.RequestHandlerClass = Answers
+    env = {**os.environ, **env, "HOME": str(scene.folder), "PYTHONPATH": str(REPOSITORY)}
+    command = [managed_python("openmind-hub"), "-m", "tests.fuzz.listings"]
+    child = subprocess.Popen(command, env=env, cwd=scene.folder, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    scene.cleanup.callback(child.wait)
+    scene.cleanup.callback(child.stdin.close)
+    commit = {"commit_sha": "c0ffee" + "0" * 34, "message": "m", "created": "2025-01-01T00:00:00Z"}
+    info = {"data": {"id": "1", "owner": "org", "name": "m", "visibility": "public", "labels": {}}}
+    entries = [
+        {"type": "dir", "path": "d", "name": "d", "size": 0},
+        {"type": "file", "path": "config.json", "size": 3, "etag": "1" * 40, "is_lfs": False},
+        {"type": "file", "path": "m.safetensors", "size": 9, "etag": "2" * 64, "is_lfs": True},
+    ]
+    tree = {"data": {"tree": entries, "last_commit": {"commit": commit}}}
+
+    def take(given: tuple[bytes, bytes]) -> list[str]:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        answers["info"], answers["tree"] = given
+        child.stdin.write(b"go\n")
+        child.stdin.flush()
+        said = child.stdout.readline()
+        return [problem] if (problem := json.loads(said) if said else "the process has ended") else []
+
+    good = json.dumps(info).encode(), json.dumps(tree).encode()
+    return st.one_of(
+        st.tuples(st.just(good[0]), text_of(tree)),
+        st.tuples(st.just(good[0]), text_of(tree)),
+        st.tuples(text_of(info), st.just(good[1])),
     ), take
 
 
@@ -570,13 +694,17 @@ def lines(scene: Scene) -> tuple[st.SearchStrategy[Any], Callable[[Any], list[st
                     elif event["event"] not in ("item", "piece", "result", "alive"):
                         console.event(event)
 
-        return _in_process(use)
+        return scene.in_process(use)
 
     return said, take
 
 
 KINDS: dict[str, Kind] = {
-    each.__name__: each for each in (header, index, config, tokenizer, quantization, gguf, recipe, template, hub, lines)
-}
-IN_PROCESS = {"header": 20, "index": 20, "recipe": 20, "template": 8, "hub": 15, "lines": 60}
+    each.__name__: each
+    for each in (
+        header, index, config, tokenizer, quantization, own, data, gguf, recipe, template, hub, modelers, lines,
+    )
+}  # fmt: skip
+PEERS = {"modelers"}  # need packages of others
+IN_PROCESS = {"header": 20, "index": 20, "recipe": 20, "template": 8, "hub": 15, "modelers": 15, "lines": 60}
 EXAMPLES = {**dict.fromkeys(KINDS, 4), **IN_PROCESS}  # in a sample

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.cli.test_convert import write_gguf
-from tests.fuzz.kinds import EXAMPLES, KINDS, Scene
+from tests.fuzz.kinds import EXAMPLES, KINDS, PEERS, Scene
 from tests.launcher import Launcher
 
 SECONDS = float(os.environ.get("QTOOL_FUZZ_SECONDS", "0"))  # per kind; 0: one small sample
@@ -54,7 +54,12 @@ def scene(
         yield scene
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if not ONLY or name in ONLY])
+CHOSEN = [
+    pytest.param(name, marks=[pytest.mark.peers] if name in PEERS else []) for name in KINDS if not ONLY or name in ONLY
+]
+
+
+@pytest.mark.parametrize("name", CHOSEN)
 def test_bad_input_by_chance(scene: Scene, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     inputs, take = KINDS[name](scene)
     began, tried = time.monotonic(), 0
@@ -84,7 +89,8 @@ def test_bad_input_by_chance(scene: Scene, name: str, capsys: pytest.CaptureFixt
         number += 1
     with capsys.disabled():
         if SECONDS:
-            print(f"\n{name}: {tried} inputs, {len(failures)} kinds of failure {dict(ends) or ''}", flush=True)
+            took = f"{scene.commands} commands; at most {scene.peak >> 20} MB, {scene.longest:.1f} s of a processor"
+            print(f"\n{name}: {tried} inputs, {took}; {len(failures)} kinds of failure {dict(ends) or ''}", flush=True)
     assert not failures, "\n\n".join(f"seed {number}: {problem}" for number, problem in failures.values())
 
 

@@ -101,6 +101,7 @@ class LoopbackServer(ThreadingHTTPServer):
         self.faults: dict[str, list[Fault]] = {}
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.tokens: set[str] = set()
+        self.read_only: set[str] = set()  # repositories that no token may write to
         self.created: dict[str, dict[str, Any]] = {}
         self.storage: dict[str, bytes] = {}
         self.closing = threading.Event()
@@ -381,6 +382,9 @@ class HuggingFaceHandler(Handler):
         repo = self._repo(name)
         if repo is None:
             return None
+        if rest == "/auth-check/write":
+            readable = name in self.server.read_only
+            return self.answer(403, {"error": "forbidden"}) if readable else self.answer(200, {})
         if rest == "/auth-check":
             return self.answer(200, {}) if self._gate(repo) else None
         if rest.startswith("/tree/"):

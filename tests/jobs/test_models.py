@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import qtool
 from qtool.errors import InputError
 from qtool.jobs import models
 from qtool.jobs.download import Place
@@ -116,6 +117,30 @@ def test_hugging_faces_cache_is_taken(run_qtool: Callable[..., Any], hf_cache: P
     assert origin == {"hub": "huggingface", "repo": REPO, "commit": "0123456789abcdef0123456789abcdef01234567"}
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: qtool.quantize(REPO, scheme="w1a1"), "no scheme 'w1a1'"),
+        (lambda: qtool.evaluate(REPO, REPO), "this is the original model itself"),
+        (lambda: qtool.evaluate(REPO, [f"hf:{REPO}"]), "this is the original model itself"),
+        (lambda: qtool.generate(REPO, ["I am"], temperature=-1), "temperature"),
+        (lambda: qtool.convert(REPO, "modelslim"), "not quantized"),
+        (lambda: qtool.inspect(Path(REPO)), "no such folder"),
+    ],
+    ids=("quantize", "evaluate", "evaluate-several", "generate", "convert", "path"),
+)
+def test_functions_take_names_too(
+    monkeypatch: pytest.MonkeyPatch, hf_cache: Path, tmp_path: Path, call: Callable[[], Any], message: str
+) -> None:
+    """What is wrong besides shows that the model has been found; a Path is never a name."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(hf_cache))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert Path(qtool.inspect(REPO)["path"]).is_relative_to(hf_cache)
+    with pytest.raises(InputError, match=message):
+        call()
+
+
 @pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json"])
 def test_a_cache_that_lacks_a_file_is_not_taken(
     run_qtool: Callable[..., Any], hf_cache: Path, tmp_path: Path, missing: str
@@ -135,6 +160,58 @@ def test_what_no_hub_has(hub_with_model: Hub, tmp_path: Path) -> None:
     done = hub_with_model.run("quantize", "org/nothing", cwd=tmp_path, env=env)
     assert done.code == 2
     assert "no such folder; and as a name: no such repository on Hugging Face" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("quantize", "MODEL"),
+        ("generate", "MODEL", "-p", "I am"),
+        ("serve", "MODEL"),
+        ("eval", "MODEL", "elsewhere"),
+        ("eval", "GOOD", "MODEL"),
+        ("analyze", "MODEL"),
+        ("tune", "MODEL", "--max-kl", "0.01"),
+        ("convert", "MODEL", "--to", "golden-stick"),
+        ("inspect", "MODEL"),
+        ("run", "smollm2", "MODEL"),
+        ("upload", "MODEL", "me/mine"),
+    ],
+    ids=lambda words: f"{words[0]}{words.index('MODEL')}",
+)
+def test_a_wrong_path_is_not_asked_for_on_a_hub(
+    hub_with_model: Hub, tiny_llama: Path, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """Its first part is a folder here, as in `build/made`."""
+    (tmp_path / "build").mkdir()
+    places = {"MODEL": "build/made", "GOOD": str(tiny_llama)}
+    done = hub_with_model.run(*(places.get(word, word) for word in command), cwd=tmp_path, env=hub_with_model.env)
+    assert done.code == 2, done.stderr
+    assert "error: no such folder" in done.stderr
+    assert str(tmp_path / "build" / "made") in done.stderr
+    assert not hub_with_model.server.requests
+
+
+def test_a_name_that_is_also_a_folders(hub_with_model: Hub, tmp_path: Path) -> None:
+    """Where a folder has the organisation's name, a prefix says that the hub is meant; what was fetched is found."""
+    env = {**hub_with_model.env, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    (tmp_path / "org").mkdir()
+    done = hub_with_model.run("inspect", REPO, cwd=tmp_path, env=env)
+    assert done.code == 2
+    assert f"hf:{REPO}" in done.stderr
+    assert hub_with_model.run("inspect", f"hf:{REPO}", cwd=tmp_path, env=env).code == 0
+    assert hub_with_model.run("inspect", REPO, cwd=tmp_path, env=env).code == 0
+
+
+def test_a_hub_that_does_not_answer(hub_with_model: Hub, tmp_path: Path) -> None:
+    hub_with_model.server.faults["org/nothing/api"] = [Fault("status", status=418, times=9)]
+    env = {**hub_with_model.env, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = hub_with_model.run("inspect", "org/nothing", cwd=tmp_path, env=env)
+    assert done.code == 1
+    assert "there is no folder org/nothing here" in done.stderr
+    assert "the server answers 418" in done.stderr
+    done = hub_with_model.run("inspect", "hf:org/nothing", cwd=tmp_path, env=env)
+    assert "no folder" not in done.stderr
 
 
 def test_a_gguf_file_is_a_model(run_qtool: Callable[..., Any], tiny_llama: Path, tmp_path: Path) -> None:

@@ -134,6 +134,7 @@ def test_four_hosts(deepseek: Checkpoint) -> None:
         ({"tensor_parallel_size": "x"}, "expected a number"),
         ({"tensor_parallel_size": 0}, "expected a number"),
         ({"api_key": "secret"}, "command lines"),
+        ({"HF_TOKEN": "secret"}, "command lines"),
     ],
 )
 def test_what_does_not_fit(deepseek: Checkpoint, arguments: dict[str, Any], words: str) -> None:

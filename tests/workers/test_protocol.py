@@ -84,6 +84,9 @@ class Own(InputError):
         (json.JSONDecodeError("bad", "x", 0), QtoolError,
          ("json.decoder.JSONDecodeError: bad: line 1 column 1 (char 0)", None, None)),
         (KeyError("a"), QtoolError, ("KeyError: 'a'", None, None)),
+        (PermissionError(13, "Permission denied", "/a"), InputError, ("can't be used: Permission denied", "/a", None)),
+        (OSError(5, "Input/output error", "/a"), QtoolError, ("can't be used: Input/output error", "/a", None)),
+        (OSError(5, "Input/output error"), QtoolError, ("OSError: [Errno 5] Input/output error", None, None)),
         (KeyboardInterrupt(), QtoolError, ("KeyboardInterrupt", None, None)),
     ],
 )  # fmt: skip

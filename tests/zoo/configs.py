@@ -66,6 +66,7 @@ _PER_LAYER = (
     r"activation_sparsity_pattern|intermediate_size|attn_layers"
 )
 _MOST = 4  # layers
+QUERIES = 4  # of Kosmos-2: as many places of a text are pictures
 
 # model_type -> what its configuration needs besides; `depth` is the number of layers.
 _DECODER = {"is_decoder": True}
@@ -145,9 +146,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "diffusion_gemma": {"vision_config": {"model_type": "gemma4_vision", "hidden_size": 64, "num_hidden_layers": 2}},
     "diffusion_gemma_text": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 48},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "emu3": {"vocabulary_map": {"<image>": 400, "<|extra_200|>": 401}},
+    "blip-2": {"image_token_index": 400},
+    "instructblip": {"image_token_index": 400},
+    "instructblipvideo": {"video_token_index": 400},
+    "emu3": {
+        "vocabulary_map": {"<image>": 400, "<|extra_200|>": 401},
+        "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "attn_resolutions": []},
+    },
     "ernie4_5_moe": {"moe_layer_end_index": 1},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [48, 48], **_mrope([3, 3, 2])},
+    "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
@@ -158,7 +166,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_unified": {"vision_config": {}},
     "glm4v_moe_text": _mrope([1, 1, 2], partial_rotary_factor=0.5),
     "glm5_next_text": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "index_topk": 64},
-    "granite4_vision": {"text_config": {"model_type": "granite"}, "deepstack_layer_map": [[0, 0]]},
+    "granite4_vision": {
+        "text_config": {"model_type": "granite"},
+        "deepstack_layer_map": [[0, 0]],
+        "downsample_rate": "2/4",
+    },
     "hunyuan_vl_text": _mrope([2, 2, 2, 2]),
     "gpt_bigcode": {"multi_query": True},
     "gpt_oss": {"intermediate_size": 48},
@@ -172,6 +184,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "inkling_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "rel_extent": 64},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
     "jetmoe": {"intermediate_size": 96, "kv_channels": 16, "num_key_value_heads": 4},
+    "kosmos-2": {"latent_query_num": QUERIES},
     "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "full_attn_idxs": [1]},
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "llama4_text": {
@@ -259,33 +272,34 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 # Why a type that transformers lists isn't here: its text part doesn't run by itself, or it can't be built.
-_NO_TEXT = "its forward needs pictures"
 TEXT_ALONE = ("fuyu",)  # of these the text model is here, though pictures would need more
+_TIMM = "its pictures' tower needs the package timm, and that torchvision"
 LEFT_OUT: dict[str, str] = {
     **dict.fromkeys(
-        (
-            "blip",
-            "blip-2",
-            "idefics",
-            "instructblip",
-            "instructblipvideo",
-            "kosmos-2",
-            "pi0",
-            "pix2struct",
-            "pp_formulanet",
-            "vision-encoder-decoder",
-        ),
-        _NO_TEXT,
+        ("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"), "an encoder-decoder"
     ),
-    **dict.fromkeys(("florence2", "t5gemma2", "udop"), "an encoder-decoder"),
-    **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), "its pictures' tower needs the package timm"),
-    "emu3": "its tokenizer of pictures has 240 million weights whatever the configuration says here",
+    **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), _TIMM),
     "inkling_mm_model": "its audio tower needs the package scipy",
-    "evolla": "transformers' own class for this task refuses its configuration",
+    "evolla": "it reads proteins, and transformers' own class for this task refuses its configuration",
     "musicgen": "made of three models, of which none is built from a configuration alone",
     "musicgen_melody": "made of three models, of which none is built from a configuration alone",
     "gemma4_assistant": "drafts for another model, and doesn't run without that",
     "gemma4_unified_assistant": "drafts for another model, and doesn't run without that",
+    "pi0": "moves a robot: it makes actions, not tokens",
+}
+# As what transformers saves them isn't a causal LM: the type is among the models of pictures and text, whole.
+TEXT_OF_PICTURES = ("emu3", "mllama")
+_PIXELS = ("samples", 3, 32, 32)
+# transformers doesn't find these under the names that it saves them with, but without the first "model.".
+PREFIXED = ("shieldgemma2",)
+# What a model wants besides text: shapes of random numbers; a mask is zeros where no picture is.
+INPUTS: dict[str, dict[str, tuple[str | int, ...]]] = {
+    "blip": {"pixel_values": _PIXELS},
+    "blip-2": {"pixel_values": _PIXELS},
+    "idefics": {"pixel_values": ("samples", 1, 3, 32, 32), "image_attention_mask": ("samples", "length", 1)},
+    "instructblip": {"pixel_values": _PIXELS, "qformer_input_ids": ("samples", 8)},
+    "instructblipvideo": {"pixel_values": ("samples", 4, 3, 32, 32), "qformer_input_ids": ("samples", 8)},
+    "kosmos-2": {"pixel_values": _PIXELS, "image_embeds_position_mask": ("samples", "length")},
 }
 
 

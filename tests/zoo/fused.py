@@ -41,6 +41,8 @@ def together(missing: Mapping[str, torch.Tensor], apart: Mapping[str, torch.Tens
         stem = match[1] if match else f"{name.removesuffix('.weight').rpartition('.')[0]}.experts"
         kind = "bias" if _BIAS.search(name) else "weight"
         parts = ("down_proj",) if _DOWN.search(name) else ("gate_proj", "up_proj")
+        if (alone := re.search(r"\.(gate_proj|up_proj)\.weight$", name)) is not None:
+            parts = (alone[1],)  # Step 3.7's file
         experts = []
         for number in range(original.shape[0]):
             names = [full for part in parts if (full := f"{stem}.{number}.{part}.{kind}") in apart]

@@ -17,9 +17,37 @@ from typing import Any
 
 # The most used types of text models that its CPU build could run.
 TYPES = (
-    *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "phi", "olmo2", "granite", "glm4"),
-    *("starcoder2", "gpt_neox", "falcon", "stablelm", "cohere", "exaone4", "smollm3", "mixtral", "qwen2_moe"),
-    *("qwen3_moe", "olmoe", "gpt_oss", "minimax_m2", "granitemoe", "qwen3_next", "qwen3_5_text", "lfm2", "nemotron_h"),
+    *(
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "ministral3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gemma4_text",
+        "phi",
+        "phi3",
+    ),
+    *(
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "granite",
+        "glm",
+        "glm4",
+        "starcoder2",
+        "gpt_neox",
+        "gpt2",
+        "opt",
+        "bloom",
+        "falcon",
+        "gptj",
+    ),
+    *("stablelm", "cohere", "cohere2", "exaone4", "smollm3", "seed_oss", "ernie4_5", "hunyuan_v1_dense", "nemotron"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe"),
+    *("gpt_oss", "minimax_m2", "granitemoe", "qwen3_next", "qwen3_5_text", "lfm2", "nemotron_h", "mamba2", "bamba"),
 )
 # vLLM's attention on CPUs wants heads of 32 channels or more.
 _WIDER = {
@@ -31,7 +59,21 @@ _WIDER = {
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 32,
     "mamba_head_dim": 32,
+    "n_embd": 128,
+    "ffn_hidden_size": 512,
     "moe_shared_expert_intermediate_size": 96,
+}
+
+_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64, "head_dim": 64}
+# What vLLM reads of config.json, and published ones have; and sizes that its kernels for CPUs take.
+_MORE: dict[str, dict[str, Any]] = {
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": {**_LATENT, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "glm4_moe": {"head_dim": 32},
+    "lfm2": {"conv_dim": 128, "conv_dim_out": 128, "block_dim": 128, "block_ff_dim": 192},
+    "minimax_m2": {"head_dim": 32, "rotary_dim": 16, "scoring_func": "sigmoid"},
+    "qwen3_next": {"linear_key_head_dim": 128, "linear_value_head_dim": 128},
+    "bamba": {"mamba_d_head": 32},
 }
 
 
@@ -71,7 +113,7 @@ def _work(model_type: str, folder: Path) -> bytes:
     from tests.zoo import judge, models
 
     try:
-        source = models.make("text", model_type, folder / "float", _WIDER)
+        source = models.make("text", model_type, folder / "float", _WIDER, _MORE.get(model_type))
         model = judge.load("text", source)
         judge.quantize(source, folder / "int8", models.text(model, 8, 48, seed=1))
         ids = models.text(model, 2, 16, seed=2).tolist()

@@ -125,12 +125,15 @@ def _faults(
     routers = [name for name in quantized if _ROUTER.search(name.removesuffix(".weight"))]
     if routers:
         faults.append(f"routers are int8: {_some(routers)}")
-    verdict.share = sum(after[name].numel() for name in quantized) / max(1, decoder_weights(model))
+    verdict.share = sum(after[name].numel() for name in quantized) / decoder_weights(model)
     named = json.loads((folder / "int8" / "qtool.json").read_text()).get("left_float", [])
     if verdict.share + (sum(each["share"] for each in named) if verdict.warnings else 0) < LEAST_SHARE:
         faults.append(f"only {verdict.share:.0%} of the decoder's linear weights are int8")
     restored = {name: tensor for name, tensor in after.items() if name.removesuffix("_scale") not in quantized}
-    restored |= {name: after[name].float() * after[f"{name}_scale"].float() for name in quantized}
+    conv1d = _conv1d(model)
+    for name in quantized:
+        number, scale = after[name].float(), after[f"{name}_scale"].float()
+        restored[name] = number * (scale.t() if name in conv1d else scale)
     missing = {name: before[name] for name in before.keys() - restored.keys()}
     apart = {name: restored[name] for name in restored.keys() - before.keys()}
     again = together(missing, apart, interleaved=model.config.model_type == "gpt_oss")
@@ -142,7 +145,9 @@ def _faults(
     if lost or strange:
         return faults
     rounded = {name for name in quantized if name in before}
-    plain = before | {name: _nearest(before[name].float()) for name in rounded} | again.plain
+    nearest = {name: _nearest(before[name].float()) for name in rounded - conv1d}
+    nearest |= {name: _nearest(before[name].float().t()).t() for name in rounded & conv1d}
+    plain = before | nearest | again.plain
     quantized = rounded | again.plain.keys()
     errors = []
     for name, tensors in (("restored", restored), ("plain", plain)):
@@ -162,7 +167,7 @@ def _faults(
 
 def decoder_weights(model: Any) -> int:
     """Numbers in the weights of linears and fused experts inside the decoder layers."""
-    total, seen = 0, set[int]()
+    total, seen = 0, set[int]()  # a tied parameter counts once
     for layers in _layer_lists(model):
         for name, module in layers.named_modules():
             for part, parameter in module.named_parameters(recurse=False):
@@ -176,7 +181,13 @@ def decoder_weights(model: Any) -> int:
                 if matrix and id(parameter) not in seen and not _ROUTER.search(f"{name}"):
                     seen.add(id(parameter))
                     total += parameter.numel()
+    assert total, "no linears are found in the decoder"
     return total
+
+
+def _conv1d(model: Any) -> set[str]:
+    """The weights that are [in, out]."""
+    return {f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
 
 
 def _layer_lists(model: Any) -> list[nn.ModuleList]:
@@ -189,7 +200,8 @@ def _layer_lists(model: Any) -> list[nn.ModuleList]:
         decoder = model
     lists = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     tower = re.compile(r"altup|vision|visual|audio|image|vq|tower|encoder\.layer(?!.*decoder)")
-    lists = [(n, m) for n, m in lists if not tower.search(n) or "text" in n or model.config.model_type in _ENCODERS]
+    own = [(n, m) for n, m in lists if not tower.search(n) or "text" in n or model.config.model_type in _ENCODERS]
+    lists = own or [(n, m) for n, m in lists if not re.search("vision|visual|image", n)]
     return [m for n, m in lists if not any(n != other and n.startswith(f"{other}.") for other, _ in lists)]
 
 
@@ -219,7 +231,10 @@ def load(kind: str, folder: Path) -> Any:
 
 @torch.no_grad()
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    inputs = models.pictures(model.config.model_type, ids)
+    if type(model).__name__.endswith("ForImageClassification"):
+        model = model.model  # all logits, rather than those of yes and no after the last token
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False, **inputs).logits.float()
     if not torch.isfinite(logits).all():
         raise ValueError("logits are not finite")
     return logits
@@ -241,7 +256,7 @@ def _quantized_parameters(model: Any, quantized: set[str]) -> set[int]:
             stored = revert_weight_conversion(model, {name: parameter.data})
         except Exception:
             stored = {name: parameter.data}
-        if any(key in quantized for key in stored):
+        if any(key in quantized or key.removeprefix("model.") in quantized for key in stored):
             found.add(parameter.untyped_storage().data_ptr())
     return found
 

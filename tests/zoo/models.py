@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.zoo import configs
@@ -20,17 +21,25 @@ def auto_class(kind: str) -> Any:
     return AutoModelForCausalLM if kind == "text" else AutoModelForImageTextToText
 
 
-def make(kind: str, model_type: str, folder: Path, sizes: Mapping[str, Any] | None = None) -> Path:
+def make(
+    kind: str,
+    model_type: str,
+    folder: Path,
+    sizes: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> Path:
     """A model of a type in bfloat16, without a tokenizer.
 
     Args:
         sizes: in place of the small ones, of fields that the type's configuration has.
+        more: whatever fields it has.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]
     settings = configs.settings(config_class())
     settings |= {name: size for name, size in (sizes or {}).items() if name in settings}
+    settings |= more or {}
     config = config_class(**settings)
     config.dtype = torch.bfloat16
     torch.manual_seed(0)
@@ -38,7 +47,26 @@ def make(kind: str, model_type: str, folder: Path, sizes: Mapping[str, Any] | No
     with torch.no_grad():
         _fill(model)
     model.to(torch.bfloat16).save_pretrained(folder)
+    if model_type in configs.PREFIXED:
+        file = folder / "model.safetensors"
+        save_file({name.removeprefix("model."): each for name, each in load_file(file).items()}, file, {"format": "pt"})
     return folder
+
+
+def pictures(model_type: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a model wants besides token ids [samples, length]."""
+    sizes, found = {"samples": ids.shape[0], "length": ids.shape[1]}, {}
+    generator = torch.Generator().manual_seed(3)
+    for name, shape in configs.INPUTS.get(model_type, {}).items():
+        size = [sizes[each] if isinstance(each, str) else each for each in shape]
+        if name.endswith("ids"):
+            found[name] = torch.randint(4, 400, size, generator=generator)
+        elif name.endswith("mask"):
+            found[name] = torch.zeros(size, dtype=torch.int64)
+            found[name][:, : configs.QUERIES if name.startswith("image_embeds") else 0] = 1
+        else:
+            found[name] = torch.randn(size, generator=generator)
+    return found
 
 
 def vocabulary(model: Any) -> int:

@@ -19,6 +19,7 @@ from qtool.checkpoint.formats.fp8 import Fp8
 from qtool.checkpoint.formats.golden_stick import GoldenStick
 from qtool.checkpoint.formats.gptq import Gptq
 from qtool.checkpoint.formats.modelslim import ModelSlim
+from qtool.checkpoint.formats.mxfp4 import Mxfp4
 from qtool.checkpoint.formats.plain import Plain
 from qtool.checkpoint.formats.unknown import Unknown
 from qtool.errors import InputError
@@ -34,6 +35,7 @@ FORMATS: tuple[Format, ...] = (
     ModelSlim(),
     PLAIN,
     Fp8(),
+    Mxfp4(),
     Gptq(),
     Awq(),
 )

@@ -151,7 +151,7 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
             "kv_cache_scheme": None,
             "config_groups": {
                 f"group_{i}": {
-                    "targets": ["Linear"] if by_class else targets(schemes, scheme),
+                    "targets": ["Linear"] if by_class else targets(schemes, scheme, config.get("model_type")),
                     "weights": _written(scheme.weights),
                     "input_activations": _written(scheme.activations),
                     "output_activations": None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from qtool.checkpoint.transposed import is_transposed
 from qtool.errors import InputError
 from qtool.scheme import QuantizationArgs
 
@@ -35,12 +36,12 @@ class Stored:
         if info.dtype != dtype or len(info.shape) != 2:
             expected = {"I8": "int8"}.get(dtype, dtype)
             raise self.error(f"weight is {info.dtype} {list(info.shape)}, expected {expected} [out, in]")
-        return info.shape[0], info.shape[1]
+        rows, columns = info.shape
+        return (columns, rows) if self._is_transposed else (rows, columns)
 
     def weight(self) -> torch.Tensor:
         """int8 [out, in]."""
-        out_size, in_size = self.shape
-        return self.checkpoint.tensor(f"{self.name}.weight").view(out_size, in_size)
+        return self._matrix(*self.shape)
 
     def numbers(self, args: QuantizationArgs) -> torch.Tensor:
         """The weight [out, in] as `args` have it: int8 in their range, or float8_e4m3fn without NaN."""
@@ -48,7 +49,7 @@ class Stored:
             import torch
 
             shape = self.shape_of("F8_E4M3")
-            weight = self.checkpoint.tensor(f"{self.name}.weight").view(*shape)
+            weight = self._matrix(*shape)
             if bool(((weight.view(torch.uint8) & 0x7F) == 0x7F).any()):
                 raise self.error("its weight holds NaN")
             return weight
@@ -111,6 +112,17 @@ class Stored:
 
     def error(self, what: str) -> InputError:
         return InputError(f"{self.name}: {what}", where=str(self.checkpoint.path))
+
+    @property
+    def _is_transposed(self) -> bool:
+        """The file has the weight as [in, out]."""
+        return is_transposed(self.checkpoint.config, self.name)
+
+    def _matrix(self, out_size: int, in_size: int) -> torch.Tensor:
+        weight = self.checkpoint.tensor(f"{self.name}.weight")
+        if self._is_transposed:
+            return weight.view(in_size, out_size).t().contiguous()
+        return weight.view(out_size, in_size)
 
     def _constant(self, part: str, size: int) -> float:
         vector = self.vector(part, size)

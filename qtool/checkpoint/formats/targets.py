@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from qtool.checkpoint.formats.fused import fused_name
 from qtool.scheme import Scheme
 
+# model_type of families whose class in vLLM 0.32 doesn't say what its fused layers are made of: it has no
+# packed_modules_mapping, and asks for these layers under their own names.
+_WHOLE = frozenset(("gptj", "stablelm"))
 _PLAIN = frozenset(
     (
         *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")),
@@ -17,10 +21,14 @@ _PLAIN = frozenset(
 _AROUND = ("embed_tokens", "word_embeddings", "lm_head")
 
 
-def targets(schemes: Mapping[str, Scheme | None], scheme: Scheme | None) -> list[str]:
+def targets(schemes: Mapping[str, Scheme | None], scheme: Scheme | None, model_type: object = None) -> list[str]:
     """The layers of one scheme, as few targets as possible: one regex for all layers whose names end alike where
     no layer of another scheme ends so too; else one that lists the decoder layers, whose experts are of one scheme
-    mostly; and plain names for the rest."""
+    mostly; and plain names for the rest.
+
+    Args:
+        model_type: as config.json has it.
+    """
     by_ending: dict[str, list[str]] = {}
     for name in schemes:
         by_ending.setdefault(_ending(name), []).append(name)
@@ -29,7 +37,7 @@ def targets(schemes: Mapping[str, Scheme | None], scheme: Scheme | None) -> list
         wanted = [name for name in names if schemes[name] == scheme]
         tail = f".{ending}"
         if ending not in names and all(its == scheme for name, its in schemes.items() if name.endswith(tail)):
-            found += [f"re:.*\\.{re.escape(ending)}$"] if wanted else []
+            found += [f"re:.*\\.{_pattern(ending, whole=model_type in _WHOLE)}$"] if wanted else []
         else:
             found += _by_layer(names, wanted)
     return found
@@ -44,6 +52,16 @@ def is_plain(schemes: Mapping[str, Scheme | None]) -> bool:
         or (scheme is None and _ending(name) == name and name.rpartition(".")[2] in _AROUND)
         for name, scheme in schemes.items()
     )
+
+
+def _pattern(ending: str, *, whole: bool) -> str:
+    """For what names end with, and what vLLM calls the same."""
+    pattern = re.escape(ending)
+    if ending.startswith("conv."):
+        return f"(short_)?{pattern}"  # LFM2; vLLM 0.32 renames layers in names, but not in patterns
+    if whole and (fused := fused_name(f".{ending}")) is not None:
+        return f"({pattern}|{re.escape(fused.removeprefix('.'))})"
+    return pattern
 
 
 def _by_layer(names: Sequence[str], wanted: Sequence[str]) -> list[str]:

@@ -124,7 +124,7 @@ class _Prepared:
 def _prepare(job: QuantizationJob, on_event: OnEvent) -> _Prepared:
     checkpoint = Checkpoint.open(job.model)
     plan.refuse_quantized(checkpoint)
-    planned = plan.make(checkpoint, job.recipe, job.scheme, job.output.format, _linears(checkpoint))
+    planned = plan.make(checkpoint, job.recipe, job.scheme, job.output.format, _linears(checkpoint), symmetric=True)
     _refuse_schemes(planned, f"recipe {job.recipe.name}, scheme {job.scheme}")
     devices = job.devices or job.recipe.launch.devices
     through_mindone = _through_mindone(checkpoint, devices, job.output.format)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qtool import memory
 from qtool.engines.golden_stick import config, cpu, mindone
 from qtool.engines.golden_stick.tasks import Calibrated, CalibrateTask
-from qtool.errors import InputError, QtoolError, in_one_line
+from qtool.errors import ForeignError, InputError, QtoolError, foreign, in_one_line
 
 if TYPE_CHECKING:
     from qtool.workers import Report
@@ -86,11 +86,13 @@ def _load(pretrained: str) -> Any:
     from mindspore_gs.ptq.models.auto_model import AutoQuantForCausalLM
 
     try:
-        return AutoQuantForCausalLM.from_pretrained(pretrained)
-    except ImportError as error:
-        raise InputError(
-            f"mindspore-gs can't import what it needs: {in_one_line(error)}", where=sys.executable, hint=_MISSING
-        ) from error
+        with foreign("mindspore-gs can't load this model", where=pretrained):
+            return AutoQuantForCausalLM.from_pretrained(pretrained)
+    except ForeignError as error:
+        if not isinstance(error.__cause__, ImportError):
+            raise
+        what = f"mindspore-gs can't import what it needs: {in_one_line(error.__cause__)}"
+        raise InputError(what, where=sys.executable, hint=_MISSING) from error
 
 
 def _save(model: Any, output: str) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qtool import memory
+from qtool.calibration import pictures
 from qtool.calibration.text import Calibration, load
 from qtool.calibration.tokenizer import load_tokenizer
 from qtool.checkpoint.storage import resumable_bytes
@@ -22,6 +23,7 @@ from qtool.engines.native.pieces import PieceWriter
 from qtool.engines.native.prepare import Prepared
 from qtool.engines.native.schedule import Schedule
 from qtool.engines.report import CalibrationUsed, QuantizationReport, QuantizationResult
+from qtool.errors import InputError
 from qtool.files import check_free_space
 from qtool.version import __version__
 
@@ -41,6 +43,8 @@ def execute(prepared: Prepared, report: Report) -> QuantizationResult:
     """
     job, model = prepared.job, prepared.model
     calibration = checked(prepared)
+    if calibration.inputs:
+        model.show(calibration.inputs, calibration.ids.shape[1])
     writer = _writer(prepared, calibration)
     with writer, executor.make(job.resources, prepared.context, prepared.setup) as units:
         output, ledger = PieceWriter(writer, model, prepared.context.format), Ledger(writer)
@@ -74,7 +78,14 @@ def _calibration(prepared: Prepared) -> Calibration:
     wanted = prepared.job.calibration
     if wanted.tokens is not None:
         return Calibration(torch.tensor(wanted.tokens.ids), wanted.tokens.digest, wanted.tokens.source)
-    tokenizer = load_tokenizer(prepared.model.checkpoint.path, trust_remote_code=prepared.job.trust_remote_code)
+    folder, trust = prepared.model.checkpoint.path, prepared.job.trust_remote_code
+    if pictures.has_pictures(wanted.data):
+        if prepared.job.recipe.osl == "exact":
+            raise InputError("osl: exact takes text alone", where=wanted.data, hint="use osl: fast for pictures")
+        return pictures.load(
+            wanted.data, folder, samples=wanted.samples, seq_len=wanted.seq_len, trust_remote_code=trust
+        )
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust)
     return load(wanted.data, tokenizer, samples=wanted.samples, seq_len=wanted.seq_len, seed=wanted.seed)
 
 

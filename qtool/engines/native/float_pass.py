@@ -98,7 +98,7 @@ class FloatPass:
 
     def _batches(self) -> Iterator[Batch]:
         for rows in self._samples():
-            yield Batch(self.ids[rows], self.hidden.read(rows.start, rows.stop))
+            yield Batch(self.ids[rows], self.hidden.read(rows.start, rows.stop), range(rows.start, rows.stop))
 
 
 class Replay:

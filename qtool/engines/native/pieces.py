@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from qtool.checkpoint.formats import QuantizedFormat
+from qtool.checkpoint.transposed import is_transposed
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.model.decoder import DecoderStream
 from qtool.quant.report import GroupReport
@@ -72,13 +73,15 @@ class PieceWriter:
     def write(self, pieces: Iterable[Piece]) -> Written:
         """Write what a unit gives, one by one: there may be more of it than memory."""
         written = Written()
-        weights = self._model.weights
+        weights, config = self._model.weights, self._model.checkpoint.config
         for piece in pieces:
             match piece:
                 case Linear(name, linear):
-                    self._writer.add_linear(name, linear, weights.dtype(f"{name}.weight"))
+                    dtype, transposed = weights.dtype(f"{name}.weight"), is_transposed(config, name)
+                    self._writer.add_linear(name, linear, dtype, transposed=transposed)
                 case Float(name, tensor):
-                    self._writer.add(name, tensor.to(weights.dtype(name)))
+                    matrix = name.endswith(".weight") and is_transposed(config, name.removesuffix(".weight"))
+                    self._writer.add(name, (tensor.t() if matrix else tensor).to(weights.dtype(name)))
                 case Row(report):
                     written.reports.append(report)
                 case Output(tensor):
@@ -101,7 +104,7 @@ class PieceWriter:
                 self._writer.add(name, self._model.weights.unchanged(name))
 
     def _belongs_to_quantized(self, name: str) -> bool:
-        """Whether this is the weight or bias of a linear that is written in another form."""
+        """Whether this is the weight or bias of a linear that is written in another form, always with scales."""
         linear, _, part = name.rpartition(".")
-        parts = (each for each in self._format.parts if each != "bias")
+        parts = self._format.parts - {"weight", "bias"}
         return part in ("weight", "bias") and any(f"{linear}.{each}" in self._writer for each in parts)

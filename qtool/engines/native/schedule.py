@@ -101,7 +101,7 @@ class Schedule:
         if done == 0:
             hidden.write(0, model.prologue(ids).state)
         self._report.progress("quantize", done, model.depth, "layers")
-        batch_tokens = self._prepared.estimate.batch_tokens
+        batch_tokens = ids.shape[1] if model.is_shown else self._prepared.estimate.batch_tokens
         for index in range(done, model.depth):
             leaving = self._states(index + 1, ids)
             floats = FloatPass(model, index, ids, batch_tokens, hidden, leaving)

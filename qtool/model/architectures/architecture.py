@@ -65,12 +65,14 @@ class Architecture:
         model_types: the values of config.json's model_type that a subclass is for.
         float_linears: regular expressions for linears inside a decoder layer that runtimes keep float, and why.
         heads, experts_per_token: settings of config.json.
+        only_float32: the family's own code runs in no other type.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
     float_linears: ClassVar[dict[str, str]] = {}
     heads: ClassVar[str] = "num_attention_heads"
     experts_per_token: ClassVar[str] = "num_experts_per_tok"
+    only_float32: ClassVar[bool] = False
 
     def layers(self, decoder: nn.Module, config: Any) -> str | None:
         """The name inside the model of text of its list of decoder layers; None for a model without.
@@ -103,6 +105,8 @@ class Architecture:
                 if parts and not isinstance(module, _ConvNd) and "expert" in f"{name}{type(module).__name__}".lower():
                     raise _unusual(f"{layer_name}.{name}", where)
                 continue
+            if "gate_proj" in parts and not hasattr(module, "has_gate"):
+                continue  # Inkling's shared experts: no router, and matrices that no runtime reads as integers
             yield self.fused(layer, name, module, f"{layer_name}.{name}", where)
 
     def fused(self, layer: nn.Module, name: str, module: Any, full_name: str, where: str) -> FusedExperts:

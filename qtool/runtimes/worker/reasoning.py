@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qtool.errors import InputError, in_one_line
+from qtool.errors import InputError, foreign
 from qtool.runtimes.worker.front import Front
 
 
@@ -24,12 +24,11 @@ def splitter(front: Front) -> Callable[[str], tuple[str | None, str]]:
     request = ChatCompletionRequest(messages=[], model="")
     try:
         parser = ReasoningParserManager.get_reasoning_parser(name)
-        parser(front.tokenizer, chat_template_kwargs=dict(front.job.chat.template_kwargs))
     except KeyError as error:
         hint = f"vLLM has {', '.join(sorted(ReasoningParserManager.list_registered()))}."
         raise InputError(f"no reasoning parser {name!r}", where="--reasoning-parser", hint=hint) from error
-    except (RuntimeError, ValueError) as error:
-        raise InputError(in_one_line(error), where=f"--reasoning-parser {name}") from error
+    with foreign("this parser can't read the model's tokenizer", where=f"--reasoning-parser {name}"):
+        parser(front.tokenizer, chat_template_kwargs=dict(front.job.chat.template_kwargs))
     ends = [front.tokenizer.decode([token]) for token in front.stop]
 
     def split(text: str) -> tuple[str | None, str]:

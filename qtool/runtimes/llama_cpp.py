@@ -1,0 +1,55 @@
+"""llama.cpp, by its Python binding xllamacpp."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import TYPE_CHECKING
+
+from qtool.runtimes.description import Reads, Runtime
+
+if TYPE_CHECKING:
+    from qtool.checkpoint.reader import Checkpoint
+    from qtool.runtimes.launch import Launch
+
+
+def _with_file(launch: Launch, checkpoint: Checkpoint) -> Launch:
+    """The file that llama.cpp reads lies in qtool's cache, made once for each content of a checkpoint."""
+    from platformdirs import user_cache_path
+
+    from qtool.runtimes.identity import fingerprint
+
+    times = [file.stat().st_mtime_ns for file in sorted(checkpoint.path.glob("*.safetensors"))]
+    key = hashlib.sha256(f"{fingerprint(checkpoint.path)} {times}".encode()).hexdigest()[:16]
+    file = user_cache_path("qtool") / "gguf" / key / f"{checkpoint.path.resolve().name}.gguf"
+    return dataclasses.replace(launch, engine={"file": str(file)})
+
+
+RUNTIME = Runtime(
+    name="llama-cpp",
+    title="llama.cpp",
+    version="2026.10.11549 (xllamacpp)",
+    summary="llama.cpp on CPUs; a GGUF file of the model is made first, in qtool's cache",
+    reads=(Reads("float"), Reads("compressed-tensors"), Reads("golden-stick"), Reads("modelslim")),
+    by_conversion=True,
+    hardware=("cpu",),
+    worker="qtool.runtimes.worker.llama_cpp",
+    sampling=frozenset(
+        {
+            "max_tokens",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "seed",
+            "stop",
+            "stop_token_ids",
+            "ignore_eos",
+        }
+    ),
+    vllm=False,
+    adapt=_with_file,
+)
