@@ -84,6 +84,9 @@ transformers compressed-tensors DeepseekV3ForCausalLM w8a8-dynamic 0 0 0 0 0 Run
 transformers compressed-tensors Glm4MoeForCausalLM w8a8 0 0 0 0 0 RuntimeError
 transformers compressed-tensors Glm4MoeForCausalLM w8a8-dynamic 0 0 0 0 0 RuntimeError
 transformers compressed-tensors Glm4MoeForCausalLM w8a8-static 71 69 2 24 0 -
+transformers compressed-tensors Glm4vForConditionalGeneration w8a8 77 77 0 0 0 -
+transformers compressed-tensors Glm4vForConditionalGeneration w8a8-dynamic 61 61 0 0 0 -
+transformers compressed-tensors Glm4vForConditionalGeneration w8a8-static 79 79 0 0 0 -
 transformers compressed-tensors LlamaForCausalLM w8a8 51 51 0 0 0 -
 transformers compressed-tensors LlamaForCausalLM w8a8-dynamic 35 35 0 0 0 -
 transformers compressed-tensors LlamaForCausalLM w8a8-static 57 57 0 0 0 -

@@ -61,11 +61,11 @@ def _is_mindformers(architecture: str, scheme: str) -> bool:
     return not _is_native(architecture, scheme)
 
 
-# GLM-4V needs torchvision, which no build of PyPI's has for the CPU's torch.
+# In vLLM GLM-4V needs torchvision, which no build of PyPI's has for the CPU's torch.
 _BUILT = tuple(name for name in served.ARCHITECTURES if name != "Glm4vForConditionalGeneration")
 READERS = (
     Reader("vllm", "compressed-tensors", "vllm_reads.py", architectures=_BUILT),
-    Reader("transformers", "compressed-tensors", "transformers_reads.py", architectures=_BUILT),
+    Reader("transformers", "compressed-tensors", "transformers_reads.py", architectures=served.ARCHITECTURES),
     Reader(
         "sglang",
         "compressed-tensors",
