@@ -92,15 +92,14 @@ class Console:
 
     def warning(self, message: str) -> None:
         """Something the user should know, though the work goes on."""
-        self._say(f"warning: {message}", style="yellow")
+        self._say(f"warning: {message}", style="yellow", wrap=True)
 
     def error(self, error: QtoolError) -> None:
         """What went wrong and where, then what to do next: one to three lines."""
         self.end_progress()
-        lines = [f"error: {one_line(error.what)}"]
+        self._say(f"error: {one_line(error.what)}", style="red", wrap=True)
         if error.where is not None:
-            lines.append(f"  at: {one_line(error.where)}")
-        self._say("\n".join(lines), style="red")
+            self._say(f"  at: {one_line(error.where)}", style="red")
         if error.hint is not None:
             self._say(f"  → {one_line(error.hint)}")
 
@@ -116,7 +115,8 @@ class Console:
         table = Table(title=Text(_cell(title)), title_justify="left", title_style="bold", header_style="bold")
         for i, column in enumerate(columns):
             numeric = bool(rows) and all(isinstance(row[i], int | float) for row in rows)
-            table.add_column(Text(_cell(column)), justify="right" if numeric else "left")
+            # A cell that is too wide takes another line: what is cut off can't be read anywhere.
+            table.add_column(Text(_cell(column)), justify="right" if numeric else "left", overflow="fold")
         for row in rows:
             table.add_row(*(Text(_cell(value)) for value in row))
         target = self._stdout if result else self._stderr
@@ -194,12 +194,22 @@ class Console:
         return RichConsole(highlight=False)
 
     def _say(self, text: str, style: str | None = None, *, wrap: bool = False) -> None:
-        """One message, not wrapped unless asked (so that paths can be copied), above the bar if there is one."""
+        """One message, above the bar if there is one; whole words are never broken, so that paths can be copied."""
         text = bounded(visible(text))
         if sys.stderr.isatty():
-            self._stderr.print(text, style=style, markup=False, emoji=False, soft_wrap=not wrap)
+            text = _between_words(text, self._stderr.width) if wrap else text
+            self._stderr.print(text, style=style, markup=False, emoji=False, soft_wrap=True)
         else:
             print(_encodable(text, sys.stderr), file=sys.stderr, flush=True)
+
+
+def _between_words(text: str, width: int) -> str:
+    """The lines broken where a terminal of this width would break them inside a word."""
+    import textwrap
+
+    return "\n".join(
+        textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in text.split("\n")
+    )
 
 
 def visible(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pty
@@ -39,6 +40,10 @@ with Console(quiet="quiet" in sys.argv, json="json" in sys.argv) as console:
         time.sleep(0.1)
     console.event({{"event": "item", "data": {{}}}})
     console.event({{"event": "warning", "message": "careful"}})
+    if "long" in sys.argv:
+        console.warning({WORDS!r} + " {LONG}")
+        console.error(InputError({WORDS!r} + " {LONG}"))
+        console.table("", ["a name", "b"], [["{LONG}", {WORDS!r}]])
     console.table("Quality", ["model", "kl"], [["a [b]", 0.00971], ["c", 3]])
     console.error(InputError("bad\\nthing", where="file:3", hint="mend it"))
     console.result({{"path": "/é"}} if "dict" in sys.argv else "/pa\\ud800th")
@@ -120,6 +125,22 @@ def test_a_terminal_breaks_prose_between_words_and_leaves_paths_whole() -> None:
     assert " ".join(lines).split() == WORDS.split()
     assert LONG in output
     assert WORDS in piped()[1].splitlines()
+
+
+def test_warnings_and_errors_are_broken_between_words_and_tables_show_all() -> None:
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", on_terminal("long")).replace("\r", "")
+    lines = plain.splitlines()
+    for first in ("warning: considerably", "error: considerably"):
+        begin = next(i for i, line in enumerate(lines) if first in line)
+        end = next(i for i, line in enumerate(lines) if i > begin and LONG in line)
+        assert lines[end] == LONG
+        message = [lines[begin][lines[begin].index(first) :], *lines[begin + 1 : end]]  # a bar may have been before it
+        assert all(len(line) <= 100 for line in message)
+        assert " ".join(message).count("considerably") == 30
+    title = next(i for i, line in enumerate(lines) if "a name" in line)
+    rows = itertools.takewhile(lambda line: line.startswith("│"), lines[title + 2 :])
+    assert "".join(row.split("│")[1].strip() for row in rows) == LONG
+    assert "…" not in plain
 
 
 def test_a_quiet_terminal_has_no_bar() -> None:

@@ -77,6 +77,7 @@ class LazyGroup(typer.core.TyperGroup):
             if name not in _TELLS_OF_SETTINGS and not ctx.resilient_parsing:
                 from qtool.cli import defaults
 
+                ctx.auto_envvar_prefix = defaults.PREFIX  # from here on: not for options of the root itself
                 defaults.check_tables(COMMANDS)
                 ctx.default_map = {name: defaults.of(self.commands[name], name)}
         return super().resolve_command(ctx, args)
@@ -90,14 +91,7 @@ def _print_version(value: bool) -> None:
 
 def _root(
     version: Annotated[
-        bool,
-        typer.Option(
-            "--version",
-            help="Print the version.",
-            callback=_print_version,
-            is_eager=True,
-            allow_from_autoenv=False,
-        ),
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     """A language model from a hub to a W8A8 checkpoint to generated text.
@@ -115,7 +109,7 @@ def build() -> typer.core.TyperGroup:
         no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["--help", "-h"], "auto_envvar_prefix": "QTOOL"},
+        context_settings={"help_option_names": ["--help", "-h"]},
     )
     app.callback()(_root)
     for name, (_, summary) in COMMANDS.items():

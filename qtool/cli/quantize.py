@@ -286,9 +286,9 @@ def _lines(plan: DryRun, recipe: Recipe, output: Path, out: Console) -> str:
     ]
     if (needed := plan.resources) is not None:
         lines.append(
-            f"estimated: {needed.estimated_seconds:.0f} s, peak memory {needed.estimated_peak_bytes / 1e9:.2f} GB, "
-            f"{needed.scratch_bytes / 1e6:,.0f} MB of disk besides the output while it works"
+            f"estimated: {needed.estimated_seconds:.0f} s, peak memory {needed.estimated_peak_bytes / 1e9:.2f} GB"
         )
+        lines.append(f"disk: {needed.scratch_bytes / 1e6:,.0f} MB besides the output, while it works")
     if plan.launch is not None:
         lines += ["", plan.launch.yaml, plan.launch.msrun]
     return "\n".join(lines)

@@ -141,8 +141,6 @@ def rows() -> list[Row]:
     """For all families, schemes and formats; those that have the same answer for the same reason are one row."""
     found = []
     for runtime in facts.KNOWN:
-        if runtime.by_conversion:  # which is another file's business
-            continue
         for reads in runtime.reads:
             if reads.format != "float":
                 found += _rows(runtime, reads.format)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -197,24 +196,24 @@ def tune(job: TuningJob, on_event: OnEvent) -> Tuned:
 def _refuse_impossible(job: TuningJob) -> None:
     """Before anything is measured: a size that is none, or fewer bytes than the tensors have in any recipe of these.
 
-    Exact bytes are known once the linears are (`_Space.check_size`). A share of them is looked at then.
+    Tuning makes linears float or their activations dynamic, so nothing is below the scheme as it is, which is 100 %.
+    Exact bytes are known once the linears are (`_Space.check_size`).
     """
-    most = job.goal.bytes(0)
-    if "%" in str(job.goal.max_size):
-        return
     checkpoint, least = Checkpoint.open(job.model), 0
     for info in map(checkpoint.info, checkpoint.names):
         name = info.name.removesuffix(".weight")
         policy = job.recipe.policy(job.scheme, name) if len(info.shape) == 2 and name != info.name else None
-        bits = policy.scheme.weights.num_bits if policy is not None else None
-        least += info.nbytes if bits is None else min(info.nbytes, math.prod(info.shape) * bits // 8)
+        least += info.nbytes if policy is None else min(info.nbytes, policy.scheme.weights.nbytes(info.shape))
+    most = job.goal.bytes(least)
     if most < least:
-        _refuse(least, most)
+        _refuse(job.goal, least, most)
 
 
-def _refuse(least: int, most: int) -> NoReturn:
+def _refuse(goal: Goal, least: int, most: int) -> NoReturn:
+    share = str(goal.max_size).strip()
+    asked = f"{share} of that" if share.endswith("%") else sizes.show(most)
     raise InputError(
-        f"this scheme makes {sizes.show(least)} at least, and {sizes.show(most)} are allowed",
+        f"this scheme makes at least {sizes.show(least)}, and the limit is {asked}",
         where="--max-size",
         hint="Allow more: no recipe of this scheme is smaller.",
     )
@@ -268,7 +267,7 @@ class _Space:
         least = self._fixed + sum(unit.smallest.bytes for unit in self._units)
         most = self._job.goal.bytes(self._total)
         if most < least:
-            _refuse(least, most)
+            _refuse(self._job.goal, least, most)
 
     def choose(self, surprise: float) -> Choice:
         """What should meet the goal when divergences are so many times what is estimated."""

@@ -16,7 +16,7 @@ import typer
 
 import qtool
 from qtool.cli import app
-from qtool.cli.options import Debug, Json, Quiet, common, console, path_or_stdin
+from qtool.cli.options import Debug, Json, Quiet, common, console, path_or_stdin, resumable
 from qtool.errors import InputError, QtoolError
 
 HEAVY = ("torch", "transformers", "vllm", "numpy", "pyarrow", "pydantic", "rich", "yaml", "huggingface_hub")
@@ -201,6 +201,28 @@ def test_a_signal_unwinds_the_command(
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (code, "cleaned up\n", "interrupted\n")
+
+
+def test_an_interruption_says_how_to_go_on(command: Any, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def again(**options: Any) -> Callable[[], None]:
+        def body() -> None:
+            resumable(**options)
+            raise KeyboardInterrupt
+
+        return body
+
+    told = "interrupted\n  → To go on where it stopped: qtool work 'a b'"
+    for argv, options, line in (
+        (["work", "a b"], {}, f"{told} --resume\n"),
+        (["work", "a b", "--resume"], {}, f"{told} --resume\n"),
+        (["work", "a b"], {"by": None}, f"{told}\n"),
+        (["work", "-"], {}, "interrupted\n"),  # what came from another command is gone
+    ):
+        monkeypatch.setattr(sys, "argv", ["qtool", *argv])
+        assert command(again(**options)) == 130
+        assert capsys.readouterr().err == line
+    assert command(again(), "--quiet") == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_closed_pipe_is_quiet(qtool_environment: dict[str, str]) -> None:

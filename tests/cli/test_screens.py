@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from tests.launcher import Launcher
 from tests.terminal import Terminal
 
 SIZES = [(80, 24), pytest.param((160, 50), marks=pytest.mark.slow)]
+WORKING = {"analyze", "chat", "convert", "download", "eval", "generate", "quantize", "run", "tune"}
+"""Commands that start a worker, which takes seconds until it has something to tell."""
+
 Seen = Callable[..., Terminal]
 
 
@@ -30,6 +34,8 @@ def seen(request: Any, launcher: Launcher, qtool_environment: dict[str, str], tm
         opened.append(terminal)
         assert terminal.end() == code, terminal.text
         assert_tidy(terminal)
+        if args[0] in WORKING:
+            assert re.match(r"\s*(starting|asking) ", terminal.drawn), terminal.drawn[:200]
         return terminal
 
     yield run
@@ -41,7 +47,7 @@ def assert_tidy(terminal: Terminal) -> None:
     """No bar and no escape is left, and the cursor is back."""
     assert not re.search("━{4,}[^┓┩┃]*$|╸|╺", terminal.text, re.MULTILINE), terminal.text
     assert "\x1b" not in terminal.text
-    assert not re.search(r"\[\d*[A-Z]|\[\?25", terminal.text), terminal.text
+    assert not re.search(r"\[\d+[A-Z]|\[[A-Z]\b|\[\?25", terminal.text), terminal.text
     assert terminal.cursor_is_shown
 
 
@@ -109,9 +115,13 @@ def test_tune(seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
     assert len(changed) == min(count, 1)
 
 
-def test_an_impossible_size_is_refused_before_anything_is_measured(seen: Seen, tiny_llama: Path) -> None:
-    terminal = seen("tune", tiny_llama, "--max-size", "10KB", code=2)
-    assert "this scheme makes" in terminal.text
+@pytest.mark.parametrize(("size", "told"), [("10KB", "the limit is 10.0 kB"), ("95%", "the limit is 95% of that")])
+def test_an_impossible_size_is_refused_before_anything_is_measured(
+    seen: Seen, tiny_llama: Path, size: str, told: str
+) -> None:
+    terminal = seen("tune", tiny_llama, "--max-size", size, code=2)
+    said = " ".join(terminal.text.split())
+    assert re.search(rf"this scheme makes at least \d+\.\d kB, and {told}", said), said
     assert "backward" not in terminal.drawn
 
 
@@ -122,6 +132,9 @@ def test_generate(seen: Seen, tiny_llama: Path) -> None:
     assert any(line.startswith("If the") for line in shown)
     assert any(line.startswith("A test") for line in shown)
     assert re.match(r"2 answers, \d+ tokens in ", shown[-1])
+    assert "The model continues each prompt as plain text (--raw)." in " ".join(shown)
+    if "2 answers, 8 tokens" in shown[-1]:  # neither came to its end
+        assert terminal.text.count("[cut off after 4 tokens: --max-tokens allows more]") == 2
 
 
 def test_convert(seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
@@ -136,6 +149,85 @@ def test_download(seen: Seen, huggingface: Hub, tmp_path: Path) -> None:
     terminal = seen("download", "org/model", env=huggingface.env)
     assert [line for line in terminal.lines if line][-1] == str(tmp_path / "model")
     assert "asking Hugging Face" in terminal.drawn
+
+
+@pytest.mark.parametrize(
+    ("command", "at_the_end"),
+    [
+        (("inspect", "MODEL"), "in bfloat16"),
+        (("inspect", "MODEL", "--tensors", "--filter", "norm"), "model.norm.weight"),
+        (("runtimes", "MODEL"), "transformers"),
+        (("upload", "MODEL", "me/mine", "--dry-run"), "model.safetensors"),
+        (("recipes", "list"), "deepseek-r1-0528-w8a8-fa3"),
+        (("recipes", "validate", "default"), "default"),
+        (("recipes", "show", "default"), "schemes:"),
+        (("schema",), "quantize-dry-run"),
+        (("config",), "No defaults are set."),
+        (("env", "list"), "golden-stick"),
+        (("env", "vars"), "HF_HUB_OFFLINE"),
+        (("--help",), "doctor"),
+    ],
+    ids=lambda value: "-".join(value).lower().replace("/", "-") if isinstance(value, tuple) else None,
+)
+def test_what_is_printed_at_once(seen: Seen, tiny_llama: Path, command: tuple[str, ...], at_the_end: str) -> None:
+    """Tables are whole and nothing in them is cut off, however narrow the terminal is."""
+    terminal = seen(*(tiny_llama if word == "MODEL" else word for word in command))
+    tables(terminal)
+    assert "…" not in terminal.text, terminal.text
+    assert at_the_end in re.sub(r"\s*│\s*\n│\s*", "", terminal.text) or at_the_end in unfolded(terminal)
+
+
+def test_analyze(seen: Seen, tiny_llama: Path) -> None:
+    short = ("--windows", "1", "--length", "16", "--samples", "2", "--seq-len", "16")
+    (ranked,) = tables(seen("analyze", tiny_llama, "--top", "3", *short))
+    assert len(ranked) >= 3 + 3 + 1
+
+
+@pytest.mark.slow
+def test_doctor(seen: Seen) -> None:
+    terminal = seen("doctor")
+    assert text_of(terminal).endswith("Nothing to do: an engine and a runtime work here.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(80, 24), (160, 50)], ids=["small", "large"])
+def test_chat(
+    launcher: Launcher, qtool_environment: dict[str, str], tiny_llama: Path, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    command = ("chat", tiny_llama, "--runtime", "transformers", "--max-tokens", "4")
+    with Terminal(launcher.start, command, env=qtool_environment, size=size, cwd=tmp_path) as terminal:
+        terminal.until(r"/exit ends(.|\n)*\n>$")
+        terminal.write("hi\n")
+        terminal.until(r"\n\[\d+ tokens[^\n]*(\n[^\n]*)?\]\n>$")
+        terminal.write("/exit\n")
+        assert terminal.end() == 0
+        assert re.match(r"\s*starting ", terminal.drawn)
+        assert_tidy(terminal)
+
+
+def test_ctrl_c_says_how_to_go_on(
+    launcher: Launcher, qtool_environment: dict[str, str], tiny_llama: Path, tmp_path: Path
+) -> None:
+    long = ("--samples", "512", "--seq-len", "256")
+    command = ("quantize", tiny_llama, "--engine", "native", "--output", "made", *long)
+    with Terminal(launcher.start, command, env=qtool_environment, size=(80, 24), cwd=tmp_path) as terminal:
+        terminal.until(r"\d/\d+ layers")
+        terminal.process.send_signal(signal.SIGINT)
+        assert terminal.end() == 130
+        assert_tidy(terminal)
+        said = "".join(terminal.lines)  # a command is not broken between words, so that it can be copied
+    assert re.search(r"stopped in: \w.*, \d/\d+ layers", said), said
+    assert re.search(r"interrupted  → To go on where it stopped: qtool quantize .* --resume$", said), said
+
+
+def text_of(terminal: Terminal) -> str:
+    """What is on the screen in one line."""
+    return " ".join(terminal.text.split())
+
+
+def unfolded(terminal: Terminal) -> str:
+    """The first column of all tables, without what folds it."""
+    return "".join(line.split("│")[1].strip() for line in terminal.lines if line.startswith("│"))
 
 
 def test_a_failure_says_how_far_it_came(seen: Seen, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_every_family_scheme_and_format_has_its_row() -> None:
     model_types = {name for recipe in map(load.load, load.names()) for name in recipe.match.model_type}
     assert model_types == {family.model_type for family in table.FAMILIES}
     for runtime in facts.KNOWN:
-        for reads in () if runtime.by_conversion else runtime.reads:
+        for reads in runtime.reads:
             if reads.format != "float":
                 for family in table.FAMILIES:
                     for scheme in family.schemes:
@@ -87,9 +87,7 @@ def test_what_can_serve_a_float_model(run_qtool: Callable[..., Any], tiny_tokeni
     ways = json.loads(done.stdout)
     as_it_is = [way for way in ways if not way["scheme"]]
     assert {way["format"] for way in as_it_is} == {"float"}
-    assert {way["runtime"] for way in as_it_is} == {
-        runtime.title for runtime in facts.KNOWN if not runtime.by_conversion
-    }
+    assert {way["runtime"] for way in as_it_is} == {runtime.title for runtime in facts.KNOWN}
     found = {(way["format"], way["scheme"]): way for way in ways if way["runtime"] not in ("transformers", "SGLang")}
     sglang = {way["scheme"]: way for way in ways if way["runtime"] == "SGLang"}
     assert {scheme: sglang[scheme]["answer"] for scheme in table.SCHEMES} == {
