@@ -103,8 +103,10 @@ class PieceWriter:
     def write_outside(self) -> None:
         """Write what lies outside of the decoder layers. Raises InputError when that is damaged."""
         layers = tuple(f"{self._model.layer_name(index)}." for index in range(self._model.depth))
-        for name in self._model.weights.names:
-            if not name.startswith(layers) and name not in self._writer:
+        outside = [name for name in self._model.weights.names if not name.startswith(layers)]
+        self._writer.expect(outside)
+        for name in outside:
+            if name not in self._writer:
                 self._writer.add(name, self._model.weights.unchanged(name))
 
     def write_rest(self, layer: str) -> None:
