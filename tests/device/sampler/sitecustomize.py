@@ -47,9 +47,10 @@ class Sampler:
             before = now
 
     def write(self) -> None:
+        samples = [*self._samples]  # before the places: the thread that watches may be adding both
         content = {
             "places": [*self._places],
-            "samples": self._samples,
+            "samples": samples,
             "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "device_bytes": _device_bytes(),
         }
