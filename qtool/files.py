@@ -17,7 +17,7 @@ from typing import Any
 from qtool import locks
 from qtool.errors import InputError, QtoolError
 
-_MAX_JSON_BYTES = 500_000_000
+_MAX_JSON_BYTES = 100_000_000  # as safetensors bounds its headers; indexes of the largest models take 30 MB
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -210,6 +210,11 @@ def expand(path: str | Path) -> Path:
             where=str(path),
             hint="Write the whole path. If the name really begins with ~, write ./~ instead.",
         ) from None
+
+
+def real(path: Path) -> Path:
+    """The path without links, as far as it goes: `Path.resolve` raises RuntimeError for links that go in a circle."""
+    return Path(os.path.realpath(path))
 
 
 def exists(path: Path) -> bool:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import html
 import importlib.util
+import inspect
 import itertools
+import json
 import re
 import shlex
 import subprocess
@@ -17,7 +20,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests import flowchart, reference
+import qtool
+from tests import browser, flowchart, reference
 from tests.test_architecture import FILES, GRAPH, LAYERS, place
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -277,6 +281,22 @@ def test_the_page_of_commands_has_every_option() -> None:
     assert example in page.splitlines()
 
 
+@pytest.mark.parametrize("name", reference.FUNCTIONS)
+def test_the_page_of_python_has_every_argument(name: str) -> None:
+    section = reference.function(name, getattr(qtool, name))
+    code = section.partition("```python\n")[2].partition("```")[0]
+    tree = ast.parse(f"def {code.removeprefix('qtool.').rstrip()}: ...")  # it is Python
+    assert isinstance(tree.body[0], ast.FunctionDef)
+    arguments = tree.body[0].args
+    names = [each.arg for each in (*arguments.args, *arguments.kwonlyargs, *filter(None, [arguments.kwarg]))]
+    assert names == list(inspect.signature(getattr(qtool, name)).parameters)
+    assert section.count("\n- `") > 1
+
+
+def test_the_page_of_python_has_every_function() -> None:
+    assert {*reference.FUNCTIONS} == {name for name in qtool._API if name[0].islower()}
+
+
 def test_every_command_is_in_a_guide() -> None:
     guides = "".join(page.read_text(encoding="utf-8") for page in (README, *PAGES))
     assert [name for name, _ in reference.commands() if f"qtool {name}" not in guides] == []
@@ -322,17 +342,51 @@ def test_pictures_are_small_and_exist() -> None:
             assert 200 < file.stat().st_size < 200_000, target
 
 
-@pytest.mark.slow
-def test_the_site_builds_and_its_links_lead_somewhere(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built."""
+    folder = tmp_path_factory.mktemp("site") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    pages = {path.parent.name for path in (tmp_path / "site").glob("*/index.html")}
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_its_links_lead_somewhere(site: Path) -> None:
+    pages = {path.parent.name for path in site.glob("*/index.html")}
     assert {page.stem for page in PAGES} - {"index"} <= pages
-    for page in (tmp_path / "site").rglob("*.html"):  # nothing is loaded from elsewhere
+    for page in site.rglob("*.html"):  # nothing is loaded from elsewhere
         loaded = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', page.read_text(encoding="utf-8"))
         assert not loaded, page
         assert 'class="mermaid"' not in page.read_text(encoding="utf-8"), page  # the theme would load a program for it
+
+
+@pytest.mark.slow
+def test_no_page_is_wider_than_a_phone_or_a_screen(site: Path) -> None:
+    """A real browser shows every page in a frame of each width, and says how wide it is and what it could not draw."""
+    if (program := browser.find()) is None:
+        assert all("width=device-width" in page.read_text(encoding="utf-8") for page in site.glob("**/index.html"))
+        return
+    pages = sorted(str(page.relative_to(site)) for page in site.glob("**/index.html"))
+    assert len(pages) > 20
+    frames = "".join(
+        f'<iframe src="{page}" width="{width}" height="800" title="{page} {width}"></iframe>'
+        for page in pages
+        for width in (390, 1280)
+    )
+    script = (
+        "onload = () => { document.title = JSON.stringify([...document.querySelectorAll('iframe')].map(f => ["
+        "f.title, f.contentDocument.documentElement.scrollWidth - f.width,"
+        "[...f.contentDocument.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)])); }"
+    )
+    (site / "frames.html").write_text(f"{frames}<script>{script}</script>", encoding="utf-8")
+    shown = browser.dom(program, site / "frames.html", site.parent / "profile")
+    title = re.search("<title>(.*?)</title>", shown, re.DOTALL)
+    assert title is not None, shown[:1000]
+    found = json.loads(html.unescape(title[1]))
+    assert len(found) == 2 * len(pages)
+    assert [each for each in found if each[1] > 0 or each[2]] == []
 
 
 def test_every_variable_that_qtool_reads_is_described() -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qtool.checkpoint.companions import is_companion
 from qtool.errors import ForeignError, InputError, foreign
+
+_MOST_BYTES = 200_000_000  # of a file; the largest vocabularies take 40 MB
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
     """The tokenizer of a checkpoint folder, as transformers loads it.
 
     Raises:
-        InputError: it is missing, damaged or empty, or Python code that is not trusted.
+        InputError: it is missing, damaged, empty or too large, or Python code that is not trusted.
     """
     from transformers import AutoTokenizer
 
+    _check_sizes(folder)
     where = str(folder)
     hint = "Copy tokenizer.json and tokenizer_config.json from the original model into this folder."
     try:
@@ -30,3 +34,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
     if not words:  # transformers makes one of tokenizer_config.json alone
         raise InputError("no usable tokenizer: its vocabulary is empty", where=where, hint=hint)
     return tokenizer
+
+
+def _check_sizes(folder: Path) -> None:
+    """Libraries read these files whole, however large they are."""
+    for file in sorted(folder.iterdir()):
+        if is_companion(file.name) and file.is_file() and file.stat().st_size > _MOST_BYTES:
+            raise InputError(f"has {file.stat().st_size:,} bytes, too many for a tokenizer's file", where=str(file))

@@ -8,6 +8,7 @@ from pathlib import Path
 from qtool.checkpoint.formats import DESCRIPTION_FILES
 from qtool.checkpoint.reader import LOCK, REPORT, Checkpoint
 from qtool.errors import InputError
+from qtool.files import real
 
 _NAMES = re.compile(
     r".+\.(json|txt|jinja|model(\.v\d+)?|tiktoken|md|spm|vocab|bpe|codes|tokenizer)"
@@ -15,6 +16,11 @@ _NAMES = re.compile(
     re.IGNORECASE,
 )
 _OWN = {"config.json", REPORT, LOCK} | DESCRIPTION_FILES
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of this name belongs with weights."""
+    return _NAMES.fullmatch(name) is not None
 
 
 def companions(checkpoint: Checkpoint, *, code: bool = False) -> list[Path]:
@@ -38,14 +44,12 @@ def companions(checkpoint: Checkpoint, *, code: bool = False) -> list[Path]:
         and file.name not in _OWN
         and not file.name.startswith(".")
         and not file.name.endswith(".index.json")
-        and (_NAMES.fullmatch(file.name) or (code and file.suffix == ".py"))
+        and (is_companion(file.name) or (code and file.suffix == ".py"))
     )
     for file in files:
-        if not _is_own(folder.resolve(), file):
+        if not _is_own(real(folder), file):
             hint = "If the file belongs to the model, replace the link with a copy of the file."
-            raise InputError(
-                f"this link leads out of the model's folder, to {file.resolve()}", where=str(file), hint=hint
-            )
+            raise InputError(f"this link leads out of the model's folder, to {real(file)}", where=str(file), hint=hint)
     return [file.relative_to(folder) for file in files]
 
 
@@ -54,7 +58,7 @@ def _is_own(folder: Path, file: Path) -> bool:
 
     They belong to its snapshots, and huggingface_hub's local_dir used to link large files there.
     """
-    target = file.resolve()
+    target = real(file)
     homes = [folder]
     if folder.parent.name == "snapshots":
         homes.append(folder.parent.parent / "blobs")

@@ -13,7 +13,7 @@ from typing import Any
 from qtool import locks
 from qtool.checkpoint import journal
 from qtool.errors import InputError
-from qtool.files import disk_errors, exists, sync, used_space
+from qtool.files import disk_errors, exists, real, sync, used_space
 
 
 def resumable_bytes(output: Path) -> int:
@@ -33,7 +33,7 @@ def check_output(output: Path, *, overwrite: bool, source: Path | None = None) -
         raise InputError("not a path for an output folder", where=str(output))
     exists(output.with_name(f".{output.name}.replaced-{os.getpid()}-10"))  # its longest name is one that can be
     if source is not None:
-        ours, theirs = output.resolve(), source.resolve()
+        ours, theirs = real(output), real(source)
         if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
             raise InputError("output and input overlap", where=str(output), hint="Choose another --output.")
     nearest = next(folder for folder in output.absolute().parents if os.path.lexists(folder))

@@ -23,7 +23,7 @@ from qtool.cli.options import (
     resumable,
 )
 from qtool.errors import InputError
-from qtool.files import exists, expand, is_dir
+from qtool.files import exists, expand, is_dir, real
 from qtool.runtimes.facts import NAMES
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _check(recipe: Recipe, given: Path | None, folder: Path) -> None:
         raise InputError("this recipe names no model", where=f"recipe {recipe.name}", hint=hint)
     if given is not None and not exists(given):
         raise InputError("no such file or folder", where=str(given), hint="Check the path.")
-    if given is not None and is_dir(given) and folder.resolve().is_relative_to(given.resolve()):
+    if given is not None and is_dir(given) and real(folder).is_relative_to(real(given)):
         raise InputError("lies in the model's folder", where=str(folder), hint="Choose another --work.")
     if given is not None:
         from qtool.jobs import recipe as service

@@ -13,7 +13,7 @@ from qtool.cli.bundle import expanded
 from qtool.cli.measuring import Measurement
 from qtool.cli.options import MODEL, Offline, Printed, TrustRemoteCode, console, find_model
 from qtool.errors import InputError, QtoolError
-from qtool.files import check_new_file, is_dir
+from qtool.files import check_new_file, is_dir, real
 
 if TYPE_CHECKING:
     from qtool.console import Console
@@ -150,7 +150,7 @@ def _check_output(output: Path, extends: str, *, overwrite: bool) -> None:
     from qtool.recipe.load import files
 
     check_new_file(output, "--output", overwrite=overwrite)
-    if output.resolve() in files(extends):
+    if real(output) in files(extends):
         what = "the new recipe builds on this one and can't replace it"
         raise InputError(what, where=str(output), hint="Choose another --output.")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from qtool.checkpoint.reader import LOCK, REPORT, Checkpoint
 from qtool.checkpoint.summary import schemes
 from qtool.errors import InputError
-from qtool.files import read_json
+from qtool.files import read_json, real
 from qtool.hub.card import card
 from qtool.hub.names import name_problem, shown
 
@@ -62,9 +62,12 @@ def pack(folder: Path, repo: str, given: Given) -> Parcel:
         path = file.relative_to(folder)
         if file.is_dir() or any(part.startswith(".") for part in path.parts) or path.as_posix() == LOCK:
             continue
-        if not file.resolve().is_relative_to(folder.resolve()):
+        if not real(file).is_relative_to(real(folder)):
             hint = "Copy the file into the folder if it is to be uploaded."
             raise InputError("refused: a link that leads out of the folder", where=str(file), hint=hint)
+        if not file.is_file():
+            hint = "Remove it."
+            raise InputError("refused: a pipe, a device, or a link that leads nowhere", where=str(file), hint=hint)
         if problem := name_problem(path.as_posix()):
             raise InputError(f"refused {shown(path)}: {problem}", where=str(folder), hint="Rename or remove it.")
         files[path.as_posix()] = file

@@ -17,7 +17,7 @@ from qtool import conversion, sizes, workers
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.snapshot import title
 from qtool.errors import InputError, QtoolError
-from qtool.files import exists, expand, is_dir
+from qtool.files import exists, expand, is_dir, real
 from qtool.hub import lock
 from qtool.hub.download import NoSuchRepository
 from qtool.hub.listing import HUBS
@@ -205,7 +205,7 @@ def _from_gguf(file: Path, beside: Path, access: Access) -> Model:
         hint = "Give a model folder, a GGUF file or ORG/NAME."
         raise InputError("is a file, but not a GGUF file", where=str(file), hint=hint)
     seen = file.stat()
-    key = hashlib.sha256(f"{file.resolve()} {seen.st_size} {seen.st_mtime_ns}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{real(file)} {seen.st_size} {seen.st_mtime_ns}".encode()).hexdigest()[:16]
     target = user_cache_path("qtool") / "models" / "gguf" / key / file.stem
     if not exists(target / "config.json"):
         access.say(f"{file.name} is converted first, into {target}")

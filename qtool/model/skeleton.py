@@ -16,6 +16,7 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.transposed import has_transposed, is_transposed
 from qtool.errors import InputError, foreign
 from qtool.model import architectures
+from qtool.model.towers import without_timm
 
 _MOST_BUFFERS = 1 << 30  # bytes
 
@@ -186,7 +187,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool, 
     with foreign("transformers can't build this model", where=where, hint=hint):
         config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
         config._attn_implementation = None  # sdpa where every part of the model has it, else what it has
-        with torch.device("meta"):
+        with torch.device("meta"), without_timm():
             model = auto_class(config).from_config(
                 copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
             )

@@ -174,18 +174,17 @@ def _tensors(fused: FusedExperts, module: str, names: Names) -> dict[str, tuple[
         return None
     if together is not None:
         return {part: (down if part == "down_proj" else together, rows) for part, rows in _rows(fused).items()}
-    parts = [] if made is None else [each for found in made.parts.values() for each in found]
-    operations = (
-        []
-        if made is None
-        else [(type(each).__name__, getattr(each, "dim", None)) for each in made.converter.operations]
-    )
-    if len(parts) != 2 or operations != [("Concatenate", 1)] or fused.interleaved:
+    if made is None or fused.interleaved or not fused.has_gate:
         return None
-    # Step 3.7 has the gates of all experts in one tensor, and their ups in another.
-    return dict(
-        zip(("gate_proj", "up_proj", "down_proj"), ((name, slice(None)) for name in (*parts, down)), strict=True)
-    )
+    parts = [each for found in made.parts.values() for each in found]
+    operations = [(type(each).__name__, getattr(each, "dim", None)) for each in made.converter.operations]
+    whole, odd, even = slice(None), slice(1, None, 2), slice(0, None, 2)
+    match operations, parts:
+        case [("Concatenate", 1)], [gate, up]:  # Step 3.7: the gates of all experts in one tensor, their ups in another
+            return {"gate_proj": (gate, whole), "up_proj": (up, whole), "down_proj": (down, whole)}
+        case [("Interleave", 1)], [both]:  # Inkling: rows of gate and up in turn
+            return {"gate_proj": (both, even), "up_proj": (both, odd), "down_proj": (down, whole)}
+    return None
 
 
 def _stored(name: str, names: Names) -> str | None:

@@ -106,7 +106,7 @@ class _Rounder:
         self._gptq: GPTQ | None = None
         if policy.rounding.method == "gptq":
             noise = float((noisy - inputs.sample).square_().mean())
-            self._gptq = GPTQ(inputs.hessian, noise, self.args)
+            self._gptq = GPTQ(inputs.hessian, noise, self.args, inputs.hessian_tokens)
         clip = policy.clip and self.args.type == "int"
         self._search = ScaleSearch(
             args=self.args,

@@ -111,6 +111,11 @@ class InputStatistics:
         return _seen(self._hessian) / self._hessian_tokens
 
     @property
+    def hessian_tokens(self) -> int:
+        """How many tokens the Hessian is the mean over."""
+        return self._hessian_tokens
+
+    @property
     def sample(self) -> torch.Tensor:
         return torch.cat(self._kept)
 
@@ -144,6 +149,11 @@ class Smoothed:
         """float32 [in, in], a new tensor."""
         hessian = self._statistics.hessian
         return hessian if self._s is None else hessian / self._s / self._s[:, None]
+
+    @property
+    def hessian_tokens(self) -> int:
+        """How many tokens the Hessian is the mean over."""
+        return self._statistics.hessian_tokens
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:

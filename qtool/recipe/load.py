@@ -19,7 +19,7 @@ import yaml as pyyaml
 
 from qtool import resources
 from qtool.errors import InputError
-from qtool.files import expand
+from qtool.files import expand, real
 from qtool.recipe.problems import problems_of
 from qtool.recipe.schema import Recipe
 from qtool.recipe.yaml import MAX_BYTES, Path, Problem, dotted, parse
@@ -173,7 +173,7 @@ def _is_file(name_or_path: str) -> bool:
 def _read(name_or_path: str, seen: Sequence[str]) -> tuple[_Source, str]:
     if _is_file(name_or_path):
         where, text = name_or_path, _read_file(expand(name_or_path))
-        identity = str(expand(name_or_path).resolve())
+        identity = str(real(expand(name_or_path)))
     else:
         where = identity = f"recipes/{name_or_path}.yaml"
         if name_or_path not in names():

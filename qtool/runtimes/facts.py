@@ -19,6 +19,9 @@ RUNTIMES = (
     vllm_ascend.RUNTIME,
 )
 
+# Those that read a checkpoint as it is.
+DIRECT = tuple(runtime for runtime in RUNTIMES if not runtime.by_conversion)
+
 # Who reads a format and is not started by qtool.
 ELSEWHERE = {"modelslim": ("MindIE",)}
 
@@ -35,9 +38,8 @@ def get(name: str) -> Runtime:
 
 def readers(format: str) -> tuple[Runtime, ...]:
     """Who reads this format (as `formats.of` names it), the one that `auto` prefers first."""
-    direct = [runtime for runtime in RUNTIMES if not runtime.by_conversion]
-    named = tuple(runtime for runtime in direct if runtime.reading(format) is not None)
-    return named or tuple(runtime for runtime in direct if runtime.others)
+    named = tuple(runtime for runtime in DIRECT if runtime.reading(format) is not None)
+    return named or tuple(runtime for runtime in DIRECT if runtime.others)
 
 
 def read_by(format: str) -> str:

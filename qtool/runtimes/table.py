@@ -133,7 +133,7 @@ class Way:
 def rows() -> list[Row]:
     """For all families, schemes and formats; those that have the same answer for the same reason are one row."""
     found = []
-    for runtime in facts.RUNTIMES:
+    for runtime in facts.DIRECT:
         for reads in runtime.reads:
             if reads.format != "float":
                 found += _rows(runtime, reads.format)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qtool.runtimes.description import Limit, Limitation, Quantized, Reads, Runtime
+from qtool.scheme import W8A8_ASYMMETRIC
 
 
 def _bytes_beside_floats(model: Quantized) -> Limitation | None:
@@ -16,6 +17,16 @@ def _bytes_beside_floats(model: Quantized) -> Limitation | None:
     return Limitation(
         f"{len(found)} linears have 8-bit weights and float activations, which vLLM reads on NVIDIA GPUs alone",
         hint="For CPUs take w8a8-dynamic or w4a16.",
+    )
+
+
+def _symmetric_experts(model: Quantized) -> Limitation | None:
+    found = [name for name, scheme in model.schemes.items() if scheme == W8A8_ASYMMETRIC and ".experts." in name]
+    if not found:
+        return None
+    return Limitation(
+        f"{len(found)} linears of routed experts have a zero point per token, which vLLM's int8 experts don't use: "
+        "what enters them is quantized symmetrically"
     )
 
 
@@ -46,6 +57,11 @@ RUNTIME = Runtime(
                     "8-bit weights beside float activations: on NVIDIA GPUs",
                     "vllm 0.32.0: kernels/linear/mixed_precision/cpu.py (uint4 and uint4b8 alone)",
                     _bytes_beside_floats,
+                ),
+                Limit(
+                    "int8 experts quantize their input symmetrically, whatever config.json says",
+                    "vllm 0.32.0: compressed_tensors_moe_w8a8_int8.py (kInt8DynamicTokenSym)",
+                    _symmetric_experts,
                 ),
                 Limit(
                     "ValueError: its layers have other names than the targets",

@@ -69,7 +69,7 @@ def test_a_file_does_not_take_the_place_of_a_stream(shell: Shell, tmp_path: Path
     """What is opened first gets the lowest number that is free: text for standard error would end up in it."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\n")
-    done = shell('"$@" 2>&-', "generate", tmp_path, "-i", prompts, "-o", tmp_path / "answers.jsonl")
+    done = shell('"$@" 2>&-', "generate", tmp_path, prompts, "-o", tmp_path / "answers.jsonl")
     assert done.returncode == 2
     assert prompts.read_text() == "one\n"
     assert not (tmp_path / "answers.jsonl").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,12 @@ def test_what_must_not_be_uploaded(run_qtool: Any, folder: Path, tmp_path: Path)
     done = run_qtool("upload", folder, "org/new")
     assert done.code == 2
     assert "leads out of the folder" in done.stderr
+    (folder / "notes.txt").unlink()
+    for make in (os.mkfifo, lambda file: file.symlink_to("nothing"), lambda file: file.symlink_to(file.name)):
+        make(folder / "notes.txt")
+        done = run_qtool("upload", folder, "org/new", "--dry-run")
+        assert (done.code, "refused: a pipe, a device, or a link" in done.stderr) == (2, True), done.stderr
+        (folder / "notes.txt").unlink()
     assert "not a repository's name" in run_qtool("upload", folder, "new").stderr
     assert "no config.json" in run_qtool("upload", tmp_path, "org/new").stderr
 

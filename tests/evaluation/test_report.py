@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -23,8 +22,7 @@ from safetensors.torch import load_file, save_file
 from qtool.checkpoint.reader import Checkpoint
 from qtool.evaluation import facts, plots
 from qtool.evaluation.report import FIGURES
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+from tests import browser
 
 
 class Tables(HTMLParser):
@@ -192,8 +190,7 @@ def test_a_browser_shows_it_without_scrolling_sideways(
     made: tuple[Path, dict[str, Any]], tmp_path: Path, width: int
 ) -> None:
     """The page in a frame of a phone's width, and of a screen's, in a real browser that then says how wide it is."""
-    browser = os.environ.get("QTOOL_TEST_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
+    if (program := browser.find()) is None:
         # nothing to drive: what the browser would measure is still pinned by the page's own rules
         assert "width=device-width" in made[0].read_text(encoding="utf-8")
         return
@@ -205,18 +202,9 @@ def test_a_browser_shows_it_without_scrolling_sideways(
         "const ok = drawn.every(i => i.getBoundingClientRect().width > 100);"
         "document.title = `${d.scrollWidth} ${ok} ${drawn.length}`; }</script>"
     )
-    done = subprocess.run(
-        [
-            *(browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
-            *("--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"),
-            *("--dump-dom", frame.as_uri()),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    found = re.search(r"<title>(\d+) (\w+) (\d+)</title>", done.stdout)
-    assert found, done.stderr[-2000:]
+    shown = browser.dom(program, frame, tmp_path / "profile")
+    found = re.search(r"<title>(\d+) (\w+) (\d+)</title>", shown)
+    assert found, shown[:2000]
     assert int(found[1]) <= width
     assert found[2] == "true"
     assert found[3] == "4"

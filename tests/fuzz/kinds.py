@@ -234,7 +234,7 @@ _COMMANDS: dict[str, tuple[object, ...]] = {
     "verify": ("download", "--verify", "model"),
     "upload": ("upload", "model", "org/name", "--dry-run"),
     "calibrate": ("quantize", "model", "-o", "out", "--calibration", "data.jsonl", "--samples", "1", "--seq-len", "8"),
-    "answer": ("generate", "model", "-i", "data.jsonl", "--runtime", "transformers", "--max-tokens", "1"),
+    "answer": ("generate", "model", "data.jsonl", "--runtime", "transformers", "--max-tokens", "1"),
     "chat": ("generate", "model", "--prompt", "x", "--chat", "--runtime", "transformers", "--max-tokens", "1"),
 }
 
@@ -336,6 +336,44 @@ def data(scene: Scene) -> tuple[st.SearchStrategy[Any], Callable[[Any], list[str
             return scene.command(room, *_COMMANDS[command])
 
     return st.tuples(content, st.sampled_from(["calibrate", "answer"])), take
+
+
+def files(scene: Scene) -> tuple[st.SearchStrategy[Any], Callable[[Any], list[str]]]:
+    """Something else where a model's file belongs: a pipe, a link, a folder, nothing at all, or too much."""
+    names = [
+        *("config.json", "generation_config.json", WEIGHTS, f"{WEIGHTS}.index.json", "tokenizer.json", "vocab.json"),
+        *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "merges.txt"),
+        *("qtool.json", "qtool.lock.json", "quant_model_description.json", "README.md", "LICENSE"),
+        *("additional_chat_templates", "additional_chat_templates/x.jinja", "preprocessor_config.json"),
+    ]
+
+    def large(file: Path) -> None:
+        file.touch()
+        os.truncate(file, 2 << 30)  # all of it a hole
+
+    kinds: dict[str, Callable[[Path], object]] = {
+        "pipe": os.mkfifo,
+        "loop": lambda file: file.symlink_to(file.name),
+        "dangling": lambda file: file.symlink_to("nothing"),
+        "outside": lambda file: file.symlink_to("/etc/passwd"),
+        "endless": lambda file: file.symlink_to("/dev/zero"),
+        "folder": Path.mkdir,
+        "empty": Path.touch,
+        "large": large,
+    }
+    commands = ["inspect", "quantize", "generate", "chat", "verify", "upload", "calibrate"]
+
+    def take(given: tuple[str, str, str]) -> list[str]:
+        name, kind, command = given
+        with scene.copy(scene.model) as room:
+            (room / "data.jsonl").write_text(json.dumps({"text": "a few words " * 20}))
+            file = room / "model" / name
+            file.parent.mkdir(exist_ok=True)
+            file.unlink(missing_ok=True)
+            kinds[kind](file)
+            return scene.command(room, *_COMMANDS[command], codes=(0, 1, 2) if command == "verify" else (0, 2))
+
+    return st.tuples(*map(st.sampled_from, (names, list(kinds), commands))), take
 
 
 def gguf(scene: Scene) -> tuple[st.SearchStrategy[Any], Callable[[Any], list[str]]]:
@@ -702,7 +740,7 @@ def lines(scene: Scene) -> tuple[st.SearchStrategy[Any], Callable[[Any], list[st
 KINDS: dict[str, Kind] = {
     each.__name__: each
     for each in (
-        header, index, config, tokenizer, quantization, own, data, gguf, recipe, template, hub, modelers, lines,
+        header, index, config, tokenizer, quantization, own, files, data, gguf, recipe, template, hub, modelers, lines,
     )
 }  # fmt: skip
 PEERS = {"modelers"}  # need packages of others

@@ -21,7 +21,7 @@ from qtool.environments.table import ENGINES
 from qtool.errors import InputError
 from qtool.recipe.load import load
 from qtool.runtimes import vllm_ascend, vllm_mindspore
-from qtool.scheme import W8A8, W8A8_DYNAMIC, Scheme
+from qtool.scheme import W8A8, W8A8_ASYMMETRIC, W8A8_DYNAMIC, Scheme
 from tests.managed import unpacked
 
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
@@ -74,6 +74,8 @@ def test_who_reads_what() -> None:
         ("modelslim", MIXTRAL, {EXPERT: W8A8_DYNAMIC}, "BF16", "doesn't load for mixtral", False, True),
         ("modelslim", {"model_type": "qwen3_moe"}, {EXPERT: W8A8_DYNAMIC}, "BF16", None, False, False),
         ("compressed-tensors", MIXTRAL, {Q_PROJ: W8A8, EXPERT: W8A8_DYNAMIC}, "F32", None, False, False),
+        ("compressed-tensors", MIXTRAL, {Q_PROJ: W8A8_ASYMMETRIC, EXPERT: W8A8_DYNAMIC}, "BF16", None, False, False),
+        ("compressed-tensors", MIXTRAL, {EXPERT: W8A8_ASYMMETRIC}, "BF16", "quantized symmetrically", False, False),
     ],
 )
 def test_problems(

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from qtool import runtimes
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
 from qtool.recipe import load
-from qtool.runtimes import table
+from qtool.runtimes import facts, table
 from tests import families
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "runtimes.md"
@@ -31,7 +30,7 @@ def test_the_page_is_up_to_date() -> None:
 def test_every_family_scheme_and_format_has_its_row() -> None:
     model_types = {name for recipe in map(load.load, load.names()) for name in recipe.match.model_type}
     assert model_types == {family.model_type for family in table.FAMILIES}
-    for runtime in runtimes.RUNTIMES:
+    for runtime in facts.DIRECT:
         for reads in runtime.reads:
             if reads.format != "float":
                 for family in table.FAMILIES:
@@ -82,7 +81,7 @@ def test_what_can_serve_a_float_model(run_qtool: Callable[..., Any], tiny_tokeni
     ways = json.loads(done.stdout)
     as_it_is = [way for way in ways if not way["scheme"]]
     assert {way["format"] for way in as_it_is} == {"float"}
-    assert {way["runtime"] for way in as_it_is} == {runtime.title for runtime in runtimes.RUNTIMES}
+    assert {way["runtime"] for way in as_it_is} == {runtime.title for runtime in facts.DIRECT}
     found = {(way["format"], way["scheme"]): way for way in ways if way["runtime"] not in ("transformers",)}
     noise, static = found["golden-stick", "w8a8"], found["golden-stick", "w8a8-static"]
     assert (noise["answer"], noise["how"]) == ("no", "")

@@ -41,7 +41,7 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps([verdict.to_json() for verdict in verdicts], indent=1))
     if options.docs:
-        DOCS.write_text(table.markdown(verdicts))
+        DOCS.write_text(table.with_section(table.markdown(verdicts), DOCS.read_text()))
 
 
 if __name__ == "__main__":

@@ -212,6 +212,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "modernbert-decoder": {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "nemotron": {"num_key_value_heads": 2},
+    "perception_lm": {"vision_config": {"model_args": {"embed_dim": 64}}},
     "phi4_multimodal_audio": {
         "ext_pw_out_channel": 64,
         "depthwise_separable_out_channel": 64,
@@ -273,13 +274,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 # Why a type that transformers lists isn't here: its text part doesn't run by itself, or it can't be built.
 TEXT_ALONE = ("fuyu",)  # of these the text model is here, though pictures would need more
-_TIMM = "its pictures' tower needs the package timm, and that torchvision"
 LEFT_OUT: dict[str, str] = {
     **dict.fromkeys(
         ("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"), "an encoder-decoder"
     ),
-    **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), _TIMM),
-    "inkling_mm_model": "its audio tower needs the package scipy",
     "evolla": "it reads proteins, and transformers' own class for this task refuses its configuration",
     "musicgen": "made of three models, of which none is built from a configuration alone",
     "musicgen_melody": "made of three models, of which none is built from a configuration alone",
@@ -287,9 +285,20 @@ LEFT_OUT: dict[str, str] = {
     "gemma4_unified_assistant": "drafts for another model, and doesn't run without that",
     "pi0": "moves a robot: it makes actions, not tokens",
 }
+# Why a type is refused, in more words than the message has.
+ARGUED: dict[str, str] = {
+    "blt": "groups of bytes, which another model finds, come between its three stacks of layers, which run in turn",
+    "diffusion_gemma": "its layers run twice with the same weights, as encoder and as decoder, on different inputs",
+    "hrm_text": "its two stacks of layers run several times in turn: what a layer gets depends on layers behind it",
+    "idefics": "transformers runs it only with a picture in every forward",
+    "jetmoe": "its attention is a mixture of experts too, each with one matrix before it and one behind; no runtime "
+    "that qtool knows reads such experts as integers",
+    "xlm": "attention, norms and feed-forward are in a list each: there is no list of layers to run one by one",
+}
 # As what transformers saves them isn't a causal LM: the type is among the models of pictures and text, whole.
 TEXT_OF_PICTURES = ("emu3", "mllama")
 _PIXELS = ("samples", 3, 32, 32)
+INTERLEAVED = ("gpt_oss", "inkling_mm_model")  # rows of gate and up take turns in the files
 # transformers doesn't find these under the names that it saves them with, but without the first "model.".
 PREFIXED = ("shieldgemma2",)
 # What a model wants besides text: shapes of random numbers; a mask is zeros where no picture is.

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.zoo import table
+
 # The most used types of text models that its CPU build could run.
 TYPES = (
     *(
@@ -147,9 +149,15 @@ def _int8(model: Any) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo.in_vllm")
     parser.add_argument("--only", default="", metavar="REGEX")
+    parser.add_argument("--docs", action="store_true", help="write the section of docs/models.md; everything must run")
     options = parser.parse_args()
-    for model_type, outcome in outcomes(re.compile(options.only), 120):
+    found = []
+    for model_type, outcome in outcomes(re.compile(options.only), 180):
         print(model_type, outcome, flush=True)
+        found.append((model_type, outcome))
+    if options.docs:
+        page = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+        page.write_text(table.with_other_section(page.read_text(), table.in_vllm(found)))
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def _faults(
         restored[name] = number * (scale.t() if name in conv1d else scale)
     missing = {name: before[name] for name in before.keys() - restored.keys()}
     apart = {name: restored[name] for name in restored.keys() - before.keys()}
-    again = together(missing, apart, interleaved=model.config.model_type == "gpt_oss")
+    again = together(missing, apart, interleaved=model.config.model_type in configs.INTERLEAVED)
     restored = {name: tensor for name, tensor in restored.items() if name not in again.used} | again.tensors
     if lost := before.keys() - restored.keys():
         faults.append(f"tensors are lost: {_some(lost)}")

@@ -12,10 +12,13 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from tests.zoo import configs
 from tests.zoo.judge import ABSENT, ERROR, Verdict, judge
+
+_towers = ExitStack()
 
 
 def run(only: re.Pattern[str], limit: float) -> Iterator[Verdict]:
@@ -44,7 +47,9 @@ def import_all() -> None:
     import qtool.engines.native.execute
     import qtool.engines.native.prepare
     import qtool.recipe.load  # noqa: F401
+    from qtool.model.towers import without_timm
 
+    _towers.enter_context(without_timm())  # for good: transformers itself builds none of these models without
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

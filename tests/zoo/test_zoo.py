@@ -11,16 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.zoo.judge import ERROR, HOLLOW, RIGHT, Verdict
+from tests.zoo import configs
+from tests.zoo.judge import ERROR, HOLLOW, REFUSED, RIGHT, Verdict
 from tests.zoo.table import registry
 
 SAMPLE = (
     "llama|qwen2_moe|qwen3_next|mixtral|gpt_oss|granitemoe|nemotron_h|llama4_text|gemma2|gpt_neox|falcon|phi3|"
-    "deepseek_v2|cohere2|olmo2"
+    "deepseek_v2|cohere2|olmo2|gpt2"
 )
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 240.0
-LEAST_RIGHT = 140
+LEAST_RIGHT = {"text": 165, "image": 75}
 
 
 def run(only: str, folder: Path) -> list[Verdict]:
@@ -49,7 +50,9 @@ def test_every_type_is_right_or_refused(tmp_path: Path) -> None:
     verdicts = run("", tmp_path)
     assert not _of(verdicts, ERROR)
     assert not _of(verdicts, HOLLOW)
-    assert sum(v.result == RIGHT for v in verdicts if v.kind == "text") >= LEAST_RIGHT
+    for kind, least in LEAST_RIGHT.items():
+        assert sum(v.result == RIGHT for v in verdicts if v.kind == kind) >= least
+    assert {v.model_type for v in verdicts if v.result == REFUSED} <= configs.ARGUED.keys()
 
 
 def test_vllms_registry_is_read() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qtool.checkpoint.reader import Checkpoint
+from qtool.files import real
 
 
 def make(checkpoint: Checkpoint, folder: Path) -> Path:
@@ -14,7 +15,7 @@ def make(checkpoint: Checkpoint, folder: Path) -> Path:
     folder.mkdir()
     files = {checkpoint.info(name).file for name in checkpoint.names}
     for file in files:
-        (folder / file.name).symlink_to(file.resolve())
+        (folder / file.name).symlink_to(real(file))
     index = {
         "metadata": {"total_size": checkpoint.nbytes},
         "weight_map": {name: checkpoint.info(name).file.name for name in checkpoint.names},

@@ -13,7 +13,6 @@ from qtool.quant.integer import storage_dtype
 from qtool.quant.rounding import graphs
 from qtool.scheme import QuantizationArgs
 
-REMAINDER = 0.3  # of the rounding noise that it leaves; measured 0.2 to 0.5 on SmolLM2
 _BLOCK = 64
 _WORTH_A_GRAPH = 4 * _BLOCK  # columns
 _DAMPINGS = 20  # each four times the one before: the last is larger than any rounding error
@@ -28,12 +27,20 @@ class GPTQ:
             E|(x + noise)Ŵᵀ - xWᵀ|² is the weight error under hessian + variance·I. At least 0.1 % of the mean
             diagonal is added to keep the factorization stable.
         args: of the weights.
+        tokens: that `hessian` is the mean over; None where it is exact. The correlations of `in` channels in so few
+            tokens are partly chance, and errors that are moved along them come back on other text. So the diagonal is
+            multiplied by 1 + in / tokens, at most 2: a shrinkage estimator, as Ledoit and Wolf's (2004). In a layer of
+            SmolLM2 that took 1 to 12 % of the weights' error on other text with 8192 tokens, and 10 to 57 % with 2048.
 
     Raises ValueError when `hessian` holds NaN or infinite values.
     """
 
-    def __init__(self, hessian: torch.Tensor, damping: float, args: QuantizationArgs) -> None:
+    def __init__(
+        self, hessian: torch.Tensor, damping: float, args: QuantizationArgs, tokens: int | None = None
+    ) -> None:
         diagonal = hessian.diagonal()
+        if tokens is not None:
+            diagonal.mul_(1 + min(1.0, len(diagonal) / tokens))
         self._args = args
         self._order = torch.argsort(diagonal, descending=True, stable=True)
         diagonal.add_(max(damping, 1e-3 * float(diagonal.mean()), 1e-12))

@@ -35,7 +35,7 @@ class _Terms:
     Attributes:
         step: of the activations, squared.
         spread: |W s|².
-        slack: per block, sum over rows of the weights' step², times what rounding leaves of it.
+        slack: per block, sum over rows of the weights' step².
         reach: per block, E|x/s|².
     """
 
@@ -53,18 +53,19 @@ class NoiseModel:
     """The expected squared output error of a quantized group.
 
     Rounding to steps of size d adds noise of variance d²/12 to every element, independent of the rest. So
-    error(s) = mean over tokens of step² · |W s|² + remainder · (sum over rows of step²) · E|x/s|², all / 12,
+    error(s) = mean over tokens of step² · |W s|² + (sum over rows of step²) · E|x/s|², all / 12,
     with steps from the maxima of x/s and W·s. It needs no matrix product, and each channel's s is free. Weights with a
     scale per group of channels have the second term per group; those with one scale count as if each row had its own.
+    GPTQ leaves a fifth to a half of the second term on the text that it saw, and more on other text. Counting all of it
+    gave less error there: 3 to 15 % of the outputs' squared error less than with 0.3 of it, in two layers of SmolLM2.
 
     Args:
         inputs: what is known of x.
         weights: what is known of W.
         scheme: who shares a step, and how many there are.
-        remainder: what rounding leaves of the weights' noise: 1 to nearest, less with GPTQ.
     """
 
-    def __init__(self, inputs: Smoothed, weights: WeightSample, scheme: Scheme, remainder: float) -> None:
+    def __init__(self, inputs: Smoothed, weights: WeightSample, scheme: Scheme) -> None:
         self._float = scheme.activations is None
         # Magnitudes [sides · tokens, in]: with a zero point, of what lies below 0 and then of what lies above it.
         self._sides = 2 if scheme.activations is not None and not scheme.activations.symmetric else 1
@@ -77,9 +78,10 @@ class NoiseModel:
         self._rows = weights.rows.abs()
         self._blocks = column_blocks(scheme.weights, self._rows.shape[1])
         self._energy, self._weight_energy = inputs.energy, weights.energy
-        self._remainder = weights.stride * remainder
+        # Of the sample's rows all, and their steps in units of the activations'.
+        self._factor = float(weights.stride)
         if scheme.activations is not None:
-            self._remainder *= (scheme.activations.steps / scheme.weights.steps) ** 2
+            self._factor *= (scheme.activations.steps / scheme.weights.steps) ** 2
         self._near: tuple[_Peaks, list[_Peaks]] | None = None
 
     def error(self, log_s: torch.Tensor) -> float:
@@ -102,7 +104,7 @@ class NoiseModel:
         terms = self._terms(token_peaks, row_peaks, log_s)
         channels = torch.zeros_like(log_s)
         for near, block, peaks, reach in zip(rows, self._blocks, row_peaks, terms.reach, strict=True):
-            near.scatter(channels[block], peaks.square() * (2 * self._remainder * reach))
+            near.scatter(channels[block], peaks.square() * (2 * self._factor * reach))
         if not self._float:
             halves = self._half_ranges(token_peaks)
             factor = -2 * terms.spread / (len(halves) * self._sides)
@@ -119,7 +121,7 @@ class NoiseModel:
         return _Terms(
             step=step,
             spread=float((self._weight_energy * (2 * log_s).exp()).sum()),
-            slack=[self._remainder * float(peaks.square().sum()) for peaks in row_peaks],
+            slack=[self._factor * float(peaks.square().sum()) for peaks in row_peaks],
             reach=[float((self._energy[block] * (-2 * log_s[block]).exp()).sum()) for block in self._blocks],
         )
 

@@ -11,7 +11,6 @@ from typing import ClassVar
 import torch
 
 from qtool.quant import threads
-from qtool.quant.rounding import gptq
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, per_producer_channel
 from qtool.quant.transforms.diagonal import Diagonal, smoothing_scale
@@ -30,13 +29,12 @@ class OSL:
 
     def __init__(self, policy: Policy) -> None:
         self._scheme = policy.scheme
-        self._remainder = gptq.REMAINDER if policy.rounding.method == "gptq" else 1.0
 
     def fit(self, weights: Weights, group: Group, statistics: InputStatistics) -> Diagonal:
         assert group.fold is not None
         sample, maximum = sample_weights(weights, group, statistics.device)
         act_max, w_max = (per_producer_channel(group.fold, each) for each in (statistics.amax, maximum))
-        model = NoiseModel(statistics.smoothed(None), sample, self._scheme, self._remainder)
+        model = NoiseModel(statistics.smoothed(None), sample, self._scheme)
         return fit(model, act_max, w_max, group.fold.channel_map)
 
 

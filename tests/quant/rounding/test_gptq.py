@@ -50,6 +50,16 @@ def error_under(hessian: torch.Tensor, delta: torch.Tensor) -> float:
     return float((delta.double() @ hessian.double() * delta.double()).sum())
 
 
+@pytest.mark.parametrize(("width", "tokens", "factor"), [(20, None, 1.0), (20, 80, 1.25), (20, 20, 2.0), (20, 4, 2.0)])
+def test_correlations_count_less_with_few_tokens(width: int, tokens: int | None, factor: float) -> None:
+    weight, scale, hessian = problem(12, width, 100)
+    shrunk = hessian.double().numpy() * (1 + (factor - 1) * np.eye(width))
+    damped = shrunk + 1e-3 * float(np.diag(shrunk).mean()) * np.eye(width)
+    expected = optimal_brain(weight.double().numpy(), scale.double().numpy(), damped, CHANNEL)
+    found = GPTQ(hessian.clone(), 0.0, CHANNEL, tokens).round(weight, scale)
+    assert (found.numpy() != expected).mean() < 0.01
+
+
 @pytest.mark.parametrize("width", [5, 64, 150])
 @pytest.mark.parametrize("damping", [0.0, 0.5])
 def test_gptq_is_optimal_brain_quantization(width: int, damping: float) -> None:

@@ -32,13 +32,13 @@ def data(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return x + 0.1, torch.randn(OUT, WIDTH, generator=generator)
 
 
-def noise_model(x: torch.Tensor, weight: torch.Tensor, scheme: Scheme, remainder: float = 1.0) -> NoiseModel:
+def noise_model(x: torch.Tensor, weight: torch.Tensor, scheme: Scheme) -> NoiseModel:
     seen = InputStatistics(stride=1, with_hessian=False)
     seen.update(x)
-    return NoiseModel(seen.smoothed(None), WeightSample(weight, weight.square().sum(dim=0)), scheme, remainder)
+    return NoiseModel(seen.smoothed(None), WeightSample(weight, weight.square().sum(dim=0)), scheme)
 
 
-def expected_error(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor, scheme: Scheme, rest: float) -> torch.Tensor:
+def expected_error(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """The expected squared output error per token when rounding adds noise of variance step²/12; float64."""
     smooth_x, smooth_w = x / t.exp(), w * t.exp()
     from_inputs: Any = 0.0
@@ -56,34 +56,32 @@ def expected_error(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor, scheme: Sc
     for some_w, some_x in zip(smooth_w.split(size, dim=1), smooth_x.split(size, dim=1), strict=True):
         row_steps = 2 * some_w.abs().amax(dim=1) / (2**scheme.weights.num_bits - 1)
         from_weights += (row_steps**2 / 12).sum() * (some_x**2).mean(dim=0).sum()
-    return from_inputs + rest * from_weights
+    return from_inputs + from_weights
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-@pytest.mark.parametrize("remainder", [1.0, 0.3])
-def test_noise_model_is_the_expected_error(scheme: Scheme, remainder: float) -> None:
+def test_noise_model_is_the_expected_error(scheme: Scheme) -> None:
     x, weight = data()
-    model = noise_model(x, weight, scheme, remainder)
+    model = noise_model(x, weight, scheme)
     generator = torch.Generator().manual_seed(9)
     ratios = []
     for _ in range(5):
         t = torch.randn(WIDTH, generator=generator) * 0.7
-        true = expected_error(x.double(), weight.double(), t.double(), scheme, remainder)
+        true = expected_error(x.double(), weight.double(), t.double(), scheme)
         ratios.append(model.error(t) / float(true))
     np.testing.assert_allclose(ratios, ratios[0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-@pytest.mark.parametrize("remainder", [1.0, 0.3])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_gradient(scheme: Scheme, remainder: float, seed: int) -> None:
+def test_gradient(scheme: Scheme, seed: int) -> None:
     x, weight = data(seed)
     t = torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)) * 0.5
-    model = noise_model(x, weight, scheme, remainder)
+    model = noise_model(x, weight, scheme)
     model.focus(t)
     found = model.gradient(t)
     variable = t.double().requires_grad_(True)
-    expected_error(x.double(), weight.double(), variable, scheme, remainder).log().backward()
+    expected_error(x.double(), weight.double(), variable, scheme).log().backward()
     assert variable.grad is not None
     torch.testing.assert_close(found.double(), variable.grad, rtol=1e-3, atol=1e-5)
 
@@ -95,5 +93,5 @@ def test_the_model_predicts_real_rounding() -> None:
     s = torch.ones(64)
     rounded = per_token_product(x.clone(), QuantizedWeight.of(weight.clone(), INT8), INT8)
     measured = float((rounded - real).square().sum(dim=1).mean())
-    predicted = float(expected_error(x.double(), weight.double(), s.log().double(), W8A8_DYNAMIC, 1.0))
+    predicted = float(expected_error(x.double(), weight.double(), s.log().double(), W8A8_DYNAMIC))
     assert measured == pytest.approx(predicted, rel=0.05)

@@ -20,8 +20,8 @@ def test_fit_beats_every_alpha(scheme: Scheme) -> None:
     by_alpha = []
     for step in range(20):
         s = act_max.double() ** (step / 20) / w_max.double() ** (1 - step / 20)
-        by_alpha.append(float(expected_error(x.double(), weight.double(), s.log(), scheme, 1.0)))
-    assert expected_error(x.double(), weight.double(), found.s.double().log(), scheme, 1.0) < 0.99 * min(by_alpha)
+        by_alpha.append(float(expected_error(x.double(), weight.double(), s.log(), scheme)))
+    assert expected_error(x.double(), weight.double(), found.s.double().log(), scheme) < 0.99 * min(by_alpha)
 
 
 def test_fit_shares_s_among_channels_of_one_producer_channel() -> None:
