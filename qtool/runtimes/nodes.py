@@ -20,6 +20,7 @@ from qtool.runtimes import server
 from qtool.runtimes.arguments import SECRETS, is_secret, split
 from qtool.runtimes.description import Hardware
 from qtool.runtimes.launch import choose, kind_of, recipe_of
+from qtool.workers.processes import python
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
@@ -123,7 +124,8 @@ def plan(
             words = (
                 head if i == 0 else [f"--address={nodes[0].address}:{RAY_PORT}", f"--node-ip-address={node.address}"]
             )
-            steps.append(Step(node, "ray", (chosen.python, "-m", "ray.scripts.scripts", "start", *words), env))
+            start, safe = python(chosen.python, "-m", "ray.scripts.scripts", "start", *words)
+            steps.append(Step(node, "ray", tuple(start), {**env, **safe}))
         if i == 0 or not layout.ray:
             own = {**layout.engine(checkpoint, chosen.name, node, nodes[0], rank), **({"headless": True} if i else {})}
             command, more = server.command(checkpoint, runtime, {**own, **arguments}, options, many=True)

@@ -68,7 +68,7 @@ def deepseek(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     config |= {"model_type": "deepseek_v3", "n_routed_experts": 256, "architectures": ["DeepseekV3ForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config))
     for module in (nodes, server):
-        monkeypatch.setattr(module, "choose", lambda *_: Launch("vllm-mindspore", "/opt/python", {}, {}))
+        monkeypatch.setattr(module, "choose", lambda *_, **__: Launch("vllm-mindspore", "/opt/python", {}, {}))
     return Checkpoint.open(folder)
 
 
@@ -119,6 +119,7 @@ def test_four_hosts(deepseek: Checkpoint) -> None:
     steps = planned(deepseek, four)
     assert [step.kind for step in steps] == ["ray"] * 4 + ["serve"]
     assert option(steps[-1], "--data-parallel-backend") == "ray"
+    assert {(step.command[1], step.env["PYTHONSAFEPATH"]) for step in steps} == {("-P", "1")}
     assert (option(steps[-1], "--tensor-parallel-size"), option(steps[-1], "--data-parallel-size")) == ("16", "2")
     steps = planned(deepseek, four, tensor_parallel_size=4)
     assert [step.kind for step in steps] == ["engine"] * 3 + ["serve"]

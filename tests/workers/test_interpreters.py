@@ -201,6 +201,19 @@ MAY = {
 }
 
 
+def test_a_python_is_started_in_one_way_only() -> None:
+    """Wherever `-m` or `-c` stands, it is an argument of what adds `-P` or `-I`."""
+    found = []
+    for file in (ROOT / "qtool").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            parts = node.args if isinstance(node, ast.Call) else getattr(node, "elts", [])
+            if any(isinstance(part, ast.Constant) and part.value in ("-m", "-c") for part in parts):
+                name = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else None
+                if name not in ("python", "isolated_python", "_interpreter"):
+                    found.append(f"{file}:{node.lineno}")  # type: ignore[attr-defined]
+    assert found == []
+
+
 def test_nothing_else_starts_processes() -> None:
     """Whoever starts one elsewhere adds a test above."""
     found = set()
