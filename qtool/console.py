@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # What moves a terminal's cursor, changes its settings, or shows text in another order than it has.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_COMMAND = re.compile(r"\b(qtool|pip|pipx|python|hf) ")  # in a hint: to be copied in one piece
 _LONGEST = 5000  # characters of a line: more than any path has
 
 
@@ -101,7 +102,8 @@ class Console:
         if error.where is not None:
             self._say(f"  at: {one_line(error.where)}", style="red")
         if error.hint is not None:
-            self._say(f"  → {one_line(error.hint)}")
+            hint = one_line(error.hint)
+            self._say(f"  → {hint}", wrap=not _COMMAND.search(hint))
 
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, result: bool = False

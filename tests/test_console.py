@@ -43,6 +43,8 @@ with Console(quiet="quiet" in sys.argv, json="json" in sys.argv) as console:
     if "long" in sys.argv:
         console.warning({WORDS!r} + " {LONG}")
         console.error(InputError({WORDS!r} + " {LONG}"))
+        console.error(InputError("x", hint={WORDS!r}))
+        console.error(InputError("x", hint="Run: qtool " + {WORDS!r}))
         console.table("", ["a name", "b"], [["{LONG}", {WORDS!r}]])
     console.table("Quality", ["model", "kl"], [["a [b]", 0.00971], ["c", 3]])
     console.error(InputError("bad\\nthing", where="file:3", hint="mend it"))
@@ -137,6 +139,8 @@ def test_warnings_and_errors_are_broken_between_words_and_tables_show_all() -> N
         message = [lines[begin][lines[begin].index(first) :], *lines[begin + 1 : end]]  # a bar may have been before it
         assert all(len(line) <= 100 for line in message)
         assert " ".join(message).count("considerably") == 30
+    assert f"  → {WORDS}" not in plain
+    assert f"  → Run: qtool {WORDS}" in plain  # a command is copied in one piece
     title = next(i for i, line in enumerate(lines) if "a name" in line)
     rows = itertools.takewhile(lambda line: line.startswith("│"), lines[title + 2 :])
     assert "".join(row.split("│")[1].strip() for row in rows) == LONG

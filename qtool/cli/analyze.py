@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qtool.calibration.sources import BUILTIN
-from qtool.cli import completion
 from qtool.cli.bundle import expanded
 from qtool.cli.measuring import Measurement, WindowLength
 from qtool.cli.options import MODEL, Offline, Printed, TrustRemoteCode, console, find_model
@@ -24,15 +23,6 @@ if TYPE_CHECKING:
 class Estimate(Measurement):
     """A measurement that is an estimate: less text does."""
 
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RECIPE",
-            help="A recipe's name or file.",
-            show_default="the one that fits the model",
-            autocompletion=completion.recipes,
-        ),
-    ] = None
     windows: Annotated[int, typer.Option(min=1, help="The number of windows of text.")] = 4
     length: WindowLength = 256
     samples: Annotated[int, typer.Option(min=1, help="The number of calibration samples.")] = 16

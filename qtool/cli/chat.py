@@ -83,7 +83,7 @@ def chat(
         conversation = Conversation(job, system=template.system, on_event=event)
         conversation.ready()
         out.end_progress()
-        out.info(COMMANDS)
+        out.info(COMMANDS, prose=True)
         _talk(conversation, out)
         conversation.close()
 
@@ -129,7 +129,7 @@ def _talk(conversation: Conversation, out: Console) -> None:
         if said == "/reset":
             conversation.reset()
         elif said.startswith("/"):
-            out.info(COMMANDS)
+            out.info(COMMANDS, prose=True)
         elif said:
             _answer(conversation, said, out)
 

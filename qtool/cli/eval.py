@@ -198,7 +198,8 @@ def _compare(models: list[str], prediction: Prediction, page: Page, *, trust_rem
     if out.json:
         out.result(found[0] if len(found) == 1 else found)
     if page.report is not None:  # last: a full disk must not cost the figures
-        pages.write(page.report, found, command=shlex.join(["qtool", *sys.argv[1:]]))
+        with console("writing the report"):
+            pages.write(page.report, found, command=shlex.join(["qtool", *sys.argv[1:]]))
         out.info(f"report: {page.report.absolute()}")
 
 

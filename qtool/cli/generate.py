@@ -256,7 +256,8 @@ def _noting(lines: Iterator[Line], checkpoint: Checkpoint, out: Console) -> Iter
     if isinstance(first.request.get("prompt"), str) and has_chat_template(checkpoint):
         out.info(
             "The model continues each prompt as plain text (--raw). "
-            "It has a chat template: --chat asks it as a user does."
+            "It has a chat template: --chat asks it as a user does.",
+            prose=True,
         )
     return itertools.chain([first], lines)
 
@@ -272,4 +273,5 @@ def _run(job: GenerationJob, prompts: Prompts, lines: Iterator[Line], printer: P
     printer.out.end_progress()
     seconds = done.seconds["generate"]
     rate = f", {done.tokens / seconds:.1f} tokens/s" if seconds else ""
-    printer.out.info(f"{done.answers} answers, {done.tokens} tokens in {seconds:.1f} s{rate}")
+    answers = "1 answer" if done.answers == 1 else f"{done.answers} answers"
+    printer.out.info(f"{answers}, {done.tokens} tokens in {seconds:.1f} s{rate}")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import typer
 
 from qtool.checkpoint import formats
-from qtool.cli import completion
 from qtool.cli.bundle import expanded
+from qtool.cli.choices import RECIPES, RecipeName, SampleLength, Samples, SchemeName
 from qtool.cli.options import MODEL, Offline, Printed, TrustRemoteCode, common, console, find_model, resumable, size
 from qtool.errors import InputError, QtoolError
 
@@ -24,35 +24,16 @@ if TYPE_CHECKING:
     from qtool.recipe.schema import Recipe
 
 
-_RECIPES = "the recipe's"
-
-
 @dataclass(frozen=True)
 class Method:
     """How to quantize."""
 
     panel: ClassVar[str] = "Method"
 
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RECIPE",
-            help="A recipe's name or file.",
-            show_default="the one that fits the model",
-            autocompletion=completion.recipes,
-        ),
-    ] = None
-    scheme: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="One of the recipe's schemes, such as w8a8-dynamic.",
-            show_default=_RECIPES,
-            autocompletion=completion.schemes,
-        ),
-    ] = None
+    recipe: RecipeName = None
+    scheme: SchemeName = None
     format: Annotated[
-        formats.Name | None, typer.Option(help="The format of the checkpoint that is written.", show_default=_RECIPES)
+        formats.Name | None, typer.Option(help="The format of the checkpoint that is written.", show_default=RECIPES)
     ] = None
     engine: Annotated[Literal["auto", "native", "golden-stick"], typer.Option(help="The engine that quantizes.")] = (
         "auto"
@@ -70,16 +51,12 @@ class Calibration:
         typer.Option(
             metavar="FILE|builtin|self",
             help="The calibration text: a .txt, .jsonl or .parquet file, the built-in text, or the model's own text.",
-            show_default=_RECIPES,
+            show_default=RECIPES,
         ),
     ] = None
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="The number of calibration samples.", show_default=_RECIPES)
-    ] = None
-    seq_len: Annotated[
-        int | None, typer.Option("--seq-len", min=2, help="The number of tokens in each sample.", show_default=_RECIPES)
-    ] = None
-    seed: Annotated[int | None, typer.Option(help="The seed for all random choices.", show_default=_RECIPES)] = None
+    samples: Samples = None
+    seq_len: SampleLength = None
+    seed: Annotated[int | None, typer.Option(help="The seed for all random choices.", show_default=RECIPES)] = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from qtool.calibration import pictures
+from qtool.calibration import pictures, text
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
 from qtool.model.decoder import DecoderStream
@@ -148,8 +148,8 @@ class _inputs_of:
     """What enters each decoder layer, and the final norm."""
 
     def __init__(self, whole: Any) -> None:
-        text = whole.model.language_model
-        self._modules = [*text.layers, text.norm]
+        decoder = whole.model.language_model
+        self._modules = [*decoder.layers, decoder.norm]
 
     def __enter__(self) -> list[torch.Tensor]:
         seen: list[torch.Tensor] = []
@@ -210,6 +210,14 @@ def _bomb(file: Path) -> None:
 
     header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
     file.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")))
+
+
+def test_pictures_are_not_taken_for_text(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    content = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is this?"}]
+    row = {"messages": [{"role": "user", "content": content}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match="only `qtool quantize` with the native engine"):
+        text.load(str(tmp_path / "rows.jsonl"), tiny_tokenizer, samples=1, seq_len=8, seed=0)
 
 
 def test_text_without_pictures_goes_the_usual_way(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from qtool.cli.helptexts import OPTIONS, Commands, in_panel, placeholder, sectio
 
 PLACEHOLDERS = {
     "ADDRESS", "BASE", "DIR", "FILE", "GLOB", "ID", "ID=BIAS", "JSON", "KEY=VALUE", "MODEL", "N", "NAME", "ORG/NAME",
-    "QUANTIZED", "RECIPE", "REGEX", "SIZE", "TEXT", "URL", "X",
+    "PATH", "QUANTIZED", "RECIPE", "REGEX", "SIZE", "TEXT", "URL", "X",
 }  # fmt: skip
 MANY = 15  # options that need panels
 

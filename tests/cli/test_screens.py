@@ -100,9 +100,11 @@ def test_a_plan(seen: Seen, tiny_llama: Path) -> None:
 def test_eval(seen: Seen, tiny_llama: Path) -> None:
     short = ("--samples", "2", "--seq-len", "16", "--scheme", "w8a8-dynamic")
     seen("quantize", tiny_llama, "--engine", "native", "--output", "made", *short)
-    terminal = seen("eval", tiny_llama, "made", "--windows", "2", "--length", "16")
+    terminal = seen("eval", tiny_llama, "made", "--windows", "2", "--length", "16", "--report", "report.html")
     (figures,) = tables(terminal)
     assert any("KL divergence" in line for line in figures)
+    assert "writing the report " in terminal.drawn
+    assert "report: " in text_of(terminal)
 
 
 def test_tune(seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -137,13 +138,18 @@ def _work(model_type: str, folder: Path) -> bytes:
     except Exception as error:
         while error.__cause__ is not None:
             error = error.__cause__  # type: ignore[assignment]
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".encode()
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f" ({Path(place.filename).name}:{place.lineno})"
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}".encode()
 
 
 def _int8(model: Any) -> int:
     import torch
 
-    return sum(parameter.dtype == torch.int8 for parameter in model.parameters())
+    count = sum(parameter.dtype == torch.int8 for parameter in model.parameters())
+    # A weight whose sizes are no multiples of 32 goes into oneDNN's own memory; its scale remains.
+    own = (dict(module.named_parameters(recurse=False)) for module in model.modules())
+    return count + sum("weight_scale" in parameters and "weight" not in parameters for parameters in own)
 
 
 def main() -> None:

@@ -81,7 +81,7 @@ def markdown(verdicts: Sequence[Verdict]) -> str:
 
 def in_vllm(outcomes: Sequence[tuple[str, str]]) -> str:
     """The section on vLLM, of (type, what came out)."""
-    rows = [f"| {name} | {outcome.replace('|', ' ')[:240]} |" for name, outcome in outcomes]
+    rows = [f"| {name} | {_shortened(outcome.replace('|', ' '), 100)} |" for name, outcome in outcomes]
     return _VLLM_HEAD.format(title=_VLLM, vllm=_vllm_version()) + "\n".join(rows) + "\n"
 
 

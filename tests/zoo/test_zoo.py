@@ -17,8 +17,9 @@ from tests.zoo.table import registry
 
 SAMPLE = (
     "llama|qwen2_moe|qwen3_next|mixtral|gpt_oss|granitemoe|nemotron_h|llama4_text|gemma2|gpt_neox|falcon|phi3|"
-    "deepseek_v2|cohere2|olmo2|gpt2"
+    "deepseek_v2|cohere2|olmo2|gpt2|xlstm"
 )
+PICTURED = "step3p7|ernie4_5_vl_moe"
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 240.0
 LEAST_RIGHT = {"text": 165, "image": 75}
@@ -38,8 +39,8 @@ def _of(verdicts: Sequence[Verdict], *results: str) -> list[str]:
 
 
 def test_a_sample_is_right(tmp_path: Path) -> None:
-    verdicts = run(rf"^text:({SAMPLE})$", tmp_path)
-    assert len(verdicts) == SAMPLE.count("|") + 1
+    verdicts = run(rf"^text:({SAMPLE})$|^image:({PICTURED})$", tmp_path)
+    assert len(verdicts) == SAMPLE.count("|") + PICTURED.count("|") + 2
     assert not [f"{v.model_type}: {v.result}: {v.reason}" for v in verdicts if v.result != RIGHT]
 
 
