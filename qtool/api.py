@@ -21,7 +21,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -87,7 +87,7 @@ def quantize(
         calibration: builtin, self, or a .txt, .jsonl or .parquet file.
         samples, seq_len: calibration samples, and tokens of each.
         seed: for everything random.
-        devices: cards, for golden-stick on Ascend.
+        devices: cards of this machine to use.
         overwrite: replace the output if it exists.
         resume: go on where an earlier run of the same job ended.
         resources: memory in bytes, processes, Ray, threads.
@@ -357,8 +357,10 @@ def inspect(model: Model, *, on_event: OnEvent = warn) -> dict[str, Any]:
     """
     from qtool.checkpoint.reader import Checkpoint
     from qtool.checkpoint.summary import summarize
+    from qtool.runtimes.table import as_it_is
 
-    return summarize(Checkpoint.open(_find(model, on_event).path))
+    checkpoint = Checkpoint.open(_find(model, on_event).path)
+    return summarize(checkpoint) | {"runtimes": [asdict(way) for way in as_it_is(checkpoint)]}
 
 
 def download(

@@ -235,6 +235,7 @@ class Inspected:
     bytes_on_disk: int
     bytes_bf16: int | None
     layers: list[LayerGroup]
+    runtimes: list[Way]
 
 
 @dataclass(frozen=True)

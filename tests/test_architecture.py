@@ -32,7 +32,7 @@ LAYERS = (
     ("qtool.patterns",),
     ("qtool.quant.types",),  # what quantization hands to formats
     ("qtool.scheme", "qtool.workers", "qtool.console", "qtool.configuration"),
-    ("qtool.files", "qtool.memory", "qtool.resources"),
+    ("qtool.files", "qtool.memory", "qtool.resources", "qtool.transfers"),
     ("qtool.locks", "qtool.sizes"),
     ("qtool.errors", "qtool.version"),
 )

@@ -46,6 +46,8 @@ class FloatReader:
             else None
         )
         self._fused = mxfp4.fused(checkpoint)
+        self._sound: set[str] = set()  # tensors of which every number has been found finite, on a device
+        self._doubts: list[tuple[str, torch.Tensor]] | None = None  # to be looked at later, where that is wanted
         self._any_transposed = has_transposed(checkpoint.config)
         self._held: dict[str, torch.Tensor] = {}
         self._held_packed: dict[str, PackedWeight] = {}
@@ -54,13 +56,44 @@ class FloatReader:
     @contextmanager
     def holding(self, names: Iterable[str]) -> Iterator[None]:
         """Within the block these tensors are kept on the device as they are stored, so that no file is read twice."""
+        saved = self._held, self._held_packed
         layers = {name: self._packed(name) for name in names if name not in self._fused}
-        self._held = {name: self._stored(name) for name, layer in layers.items() if layer is None}
-        self._held_packed = {layer: self._format.packed(self.checkpoint, layer) for layer in layers.values() if layer}
+        held = {name: self._stored(name) for name, layer in layers.items() if layer is None}
+        packed = {layer: self._format.packed(self.checkpoint, layer) for layer in layers.values() if layer}
+        self._held, self._held_packed = saved[0] | held, saved[1] | packed
+        del held, packed
         try:
             yield
         finally:
-            self._held, self._held_packed = {}, {}
+            self._held, self._held_packed = saved
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within the block a device is not waited for to tell whether each tensor is finite; when it ends, for all.
+
+        Raises InputError then, for the first that is not. In main memory every tensor is looked at when it is read.
+        """
+        if self._on_cpu or self._doubts is not None:
+            yield
+            return
+        doubts: list[tuple[str, torch.Tensor]] = []
+        self._doubts = doubts
+        try:
+            yield
+        except (InputError, ValueError):  # damage shows elsewhere first, where nobody knows what it comes from
+            self._tell(doubts)
+            raise
+        finally:
+            self._doubts = None
+        self._tell(doubts)
+
+    def _tell(self, doubts: list[tuple[str, torch.Tensor]]) -> None:
+        import torch
+
+        found = torch.stack([flag for _, flag in doubts]).tolist() if doubts else []
+        for (name, _), is_finite in zip(doubts, found, strict=True):
+            if not is_finite:
+                raise self._damaged(name)
 
     @property
     def where(self) -> str:
@@ -139,12 +172,15 @@ class FloatReader:
         own = self.dtype(name)
         dtype = dtype or own
         if not self._is_coded(name):
-            found = self.finite(name, self._held[name] if name in self._held else self._stored(name)).to(dtype)
-            return found.t().contiguous() if self._is_transposed(name) else found
+            whole = self.finite(name, self._held[name] if name in self._held else self._stored(name))
+            self._know_sound(name)
+            whole = whole.to(dtype)
+            return whole.t().contiguous() if self._is_transposed(name) else whole
         shape, step = self.shape(name), self.row_step(name)
         whole = torch.empty(shape, dtype=dtype, device=self._device)
         for start in range(0, shape[0], step):
             whole[start : start + step] = self.rows(name, start, min(start + step, shape[0]))
+        self._know_sound(name)
         return whole
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -230,13 +266,26 @@ class FloatReader:
         import torch
 
         # NaN is both its minimum and its maximum; one pass, no copy, a twentieth of isfinite's time
-        if tensor.numel() and not all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor)):
-            raise InputError(
-                f"tensor {name} holds NaN or infinite values",
-                where=str(self.checkpoint.info(name).file if name in self.checkpoint else self.checkpoint.path),
-                hint="download the model again or repair the tensor; quantizing it would spread the damage",
-            )
+        if not tensor.numel() or name in self._sound:
+            return tensor
+        low, high = torch.aminmax(tensor)
+        if self._doubts is not None:
+            self._doubts.append((name, low.isfinite() & high.isfinite()))
+        elif not (bool(low.isfinite()) and bool(high.isfinite())):
+            raise self._damaged(name)
         return tensor
+
+    def _know_sound(self, name: str) -> None:
+        """Every number of it has been looked at, or will be when `together` ends, which nothing outlives otherwise."""
+        if not self._on_cpu:
+            self._sound |= {name, name + fp8.SCALE_SUFFIX}
+
+    def _damaged(self, name: str) -> InputError:
+        return InputError(
+            f"tensor {name} holds NaN or infinite values",
+            where=str(self.checkpoint.info(name).file if name in self.checkpoint else self.checkpoint.path),
+            hint="download the model again or repair the tensor; quantizing it would spread the damage",
+        )
 
     @cached_property
     def _layers(self) -> frozenset[str]:

@@ -7,6 +7,8 @@ this process's memory for as long as the file is open).
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -129,6 +131,17 @@ class Checkpoint:
         return self._read(info, [(info.offset + start * width, (stop - start) * width)], pinned).reshape(
             -1, *info.shape[1:]
         )
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Have the system read these tensors into its memory while something else goes on, where it can."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for name in names:
+            if name not in self:  # it is made of others
+                continue
+            info = self.info(name)
+            with contextlib.suppress(OSError), info.file.open("rb", buffering=0) as stream:
+                os.posix_fadvise(stream.fileno(), info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def chunks(self, name: str, max_bytes: int) -> Iterator[torch.Tensor]:
         """The numbers of one tensor, flat, in its stored dtype, at most `max_bytes` (a multiple of 8) at a time.

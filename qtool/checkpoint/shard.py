@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,10 +109,11 @@ class Shard:
     def names(self) -> list[str]:
         return [entry.name for entry in self._body + self._tail]
 
-    def fits(self, name: str, tensor: torch.Tensor, max_bytes: int) -> bool:
-        """Whether the header has room for one more name, and the file, of at most `max_bytes`, for one more tensor."""
-        enough_room = self._used + _entry_bytes(name, tensor.ndim) <= self._room
-        return enough_room and 8 + self._room + self.nbytes + tensor.nbytes <= max_bytes
+    def fits(self, tensors: Mapping[str, torch.Tensor], max_bytes: int) -> bool:
+        """Whether the header has room for these names, and the file, of at most `max_bytes`, for these tensors."""
+        used = self._used + sum(_entry_bytes(name, tensor.ndim) for name, tensor in tensors.items())
+        nbytes = self.nbytes + sum(tensor.nbytes for tensor in tensors.values())
+        return used <= self._room and 8 + self._room + nbytes <= max_bytes
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Append a contiguous tensor in main memory. Raises OSError when the disk doesn't take it."""

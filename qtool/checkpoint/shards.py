@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,16 +50,17 @@ class Shards:
         """Size of the tensors so far."""
         return sum(shard.nbytes for shard in self._all)
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Append a contiguous tensor in main memory."""
+    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Append contiguous tensors in main memory, all of them to one shard, in this order."""
         last = self._all[-1] if self._all else None
-        if last is None or last.finished or not last.fits(name, tensor, self._sharding.max_bytes):
+        if last is None or last.finished or not last.fits(tensors, self._sharding.max_bytes):
             self.finish()
             expected = max(_LEAST, self._sharding.expected_tensors - len(self.numbers))
             last = Shard(self._path(len(self._all) + 1), expected)
             self._all.append(last)
-        last.add(name, tensor)
-        self.numbers[name] = len(self._all)
+        for name, tensor in tensors.items():
+            last.add(name, tensor)
+            self.numbers[name] = len(self._all)
 
     def finish(self) -> None:
         """No more tensors go into the last shard."""

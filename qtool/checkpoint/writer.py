@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -51,7 +51,7 @@ class CheckpointWriter:
 
     A context manager: leaving it without `finish` (an error, Ctrl-C) removes everything written, unless it can be
     resumed and something was marked. An InputError before `finish` still removes it, since whoever went on would meet
-    it again. No tensor is kept in memory.
+    it again. No tensor is kept in memory, but those few of `format.together`.
 
     Args:
         output: the folder to make.
@@ -96,6 +96,8 @@ class CheckpointWriter:
         self._folder: PartialFolder | None = folder
         self._linears = Linears()
         self._shards = Shards(folder.path, sharding or Sharding())
+        self._together: tuple[str, ...] = ()
+        self._waiting: dict[str, torch.Tensor] = {}
         self._marks: Marks | None = None
         if resume is not None:
             with disk_errors(self.output):
@@ -127,7 +129,7 @@ class CheckpointWriter:
 
     def __contains__(self, name: str) -> bool:
         """Whether a tensor of this name has been written."""
-        return name in self._shards.numbers
+        return name in self._shards.numbers or name in self._waiting
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -154,6 +156,12 @@ class CheckpointWriter:
         if self._marks is not None:
             with disk_errors(self.output):
                 self._marks.mark(record, needs=needs, obsolete=obsolete)
+
+    def expect(self, names: Iterable[str]) -> None:
+        """All tensors of these names will come, before the next `mark`: those of `format.together` go into one file."""
+        found = set(names).difference(self._shards.numbers)
+        together = tuple(name for name in self.format.together if name in found)
+        self._together = together if len(together) > 1 else ()
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Write a tensor as it is, under its full name ("model.norm.weight").
@@ -185,7 +193,13 @@ class CheckpointWriter:
             raise QtoolError(f"tensor name of {len(name)} characters", where=str(self.output))
         tensor = tensor.detach().cpu().contiguous()
         with disk_errors(self.output, tensor.nbytes):
-            self._shards.add(name, tensor)
+            if name not in self._together:
+                self._shards.add({name: tensor})
+                return
+            self._waiting[name] = tensor
+            if len(self._waiting) == len(self._together):
+                self._shards.add({name: self._waiting[name] for name in self._together})
+                self._waiting = {}
 
     def finish(self, source: Checkpoint | None, config: Mapping[str, Any], report: Mapping[str, Any]) -> Path:
         """Complete the checkpoint and put it at the output path.

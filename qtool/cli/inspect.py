@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,7 +27,7 @@ def inspect(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a checkpoint is: architecture, format, size, and the scheme of every group of layers.
+    """Show what a checkpoint is: architecture, format, size, the scheme of every group of layers, and who reads it.
 
     The command reads headers only, so it is fast for a model of any size. With --tensors it reads every number, in
     constant memory. With --json, tensors are one JSON line each.
@@ -44,7 +45,7 @@ def inspect(
     from qtool.checkpoint.reader import Checkpoint
     from qtool.checkpoint.summary import summarize
     from qtool.errors import InputError
-    from qtool.runtimes import read_by
+    from qtool.runtimes.table import as_it_is
 
     if filter is not None and not tensors:
         raise InputError("goes with --tensors", where="--filter")
@@ -57,16 +58,20 @@ def inspect(
     if tensors:
         _tensors(checkpoint, filter or "")
         return
-    summary = summarize(checkpoint)
+    summary, ways = summarize(checkpoint), as_it_is(checkpoint)
     out = console()
     if json:
-        out.result(summary)
+        out.result(summary | {"runtimes": [asdict(way) for way in ways]})
         return
     format = formats.of(checkpoint)
-    described = f"{format.name}: {format.title}, for {read_by(format.name)}"
+    described = f"{format.name}: {format.title}"
     out.table(summary["path"], ["", ""], _facts(summary | {"format": described}), result=True)
     groups = [(g["layers"], g["count"], g["scheme"], " x ".join(map(str, g["shape"]))) for g in summary["layers"]]
     out.table("Layers", ["layers", "count", "scheme", "shape"], groups, result=True)
+    known = [way for way in ways if not format.is_float or way.answer == "no"]
+    if known:
+        rows = [(f"{way.runtime} {way.version}", way.answer, way.why, way.checked) for way in known]
+        out.table("Runtimes", ["runtime", "reads it", "why, or how", "checked"], rows, result=True)
 
 
 def _tensors(checkpoint: Checkpoint, pattern: str) -> None:

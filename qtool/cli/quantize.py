@@ -93,12 +93,25 @@ class Machine:
     )
     devices: Annotated[
         int | None,
-        typer.Option(min=1, help="The number of Ascend cards, for the engine golden-stick.", show_default=_RECIPES),
+        typer.Option(
+            min=1,
+            help="The number of GPUs or NPUs to quantize on, with a process on each.",
+            show_default="1; with the engine golden-stick the recipe's",
+        ),
     ] = None
     memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE", help="The most memory that each process may use, such as 4GB. Less memory is slower."
+        ),
+    ] = None
+    device_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--device-memory",
+            metavar="SIZE",
+            help="The most memory of a GPU or NPU to use, such as 20GB.",
+            show_default="what is free",
         ),
     ] = None
     workers: Annotated[
@@ -117,7 +130,8 @@ class Machine:
         from qtool.engines.job import Resources
 
         memory = None if self.memory is None else size(self.memory, "--memory")
-        return Resources(memory, self.workers, self.ray, self.threads)
+        on_device = None if self.device_memory is None else size(self.device_memory, "--device-memory")
+        return Resources(memory, self.workers, self.ray, self.threads, on_device)
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ def _write(source: Checkpoint, conversion: Conversion, job: FormatJob, report: R
     form = conversion.target or formats.PLAIN
     done = shown = 0
     with CheckpointWriter(job.output, form, overwrite=job.overwrite, sharding=Sharding(expected_tensors=expected)) as w:
+        w.expect(source.names)
         for tensor in source.names:
             if done >= shown + _SHOWN or not done:
                 report.progress("converting", done, source.nbytes, "bytes")

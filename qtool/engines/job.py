@@ -81,12 +81,14 @@ class Resources:
         workers: processes that quantize, besides the one that runs the layers; 0 does all in that one.
         ray: address of a Ray cluster whose workers quantize instead, or None.
         threads: of each process; None takes the cores there are. The result depends on it in the last bits.
+        device_memory: bytes of a GPU or NPU that each process may take, or None for what is free there.
     """
 
     memory: int | None = None
     workers: int = 0
     ray: str | None = None
     threads: int | None = None
+    device_memory: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ class QuantizationJob:
         model: the checkpoint's folder.
         recipe, scheme: how; the scheme is one of the recipe's.
         device: auto, cpu, cuda or npu.
-        devices: cards, for golden-stick on Ascend; None for the recipe's.
+        devices: cards of this machine; None for one, and with golden-stick for the recipe's.
         trust_remote_code: allow the checkpoint's own modelling code.
     """
 

@@ -77,6 +77,7 @@ def make(
             hint="models whose layers multiply by plain parameters, rather than by linear layers, aren't supported",
         )
     kept, output = kept or {}, formats.get(format_name)
+    symmetric = symmetric or recipe.osl == "exact"  # as Golden Stick
     found = {name: None if name in kept else recipe.policy(scheme, name) for name in {**dict.fromkeys(linears), **kept}}
     policies = {
         name: policy and policy.settled(lambda how: not symmetric and output.expresses(how))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from qtool.checkpoint import formats
 from qtool.runtimes import read_by
+from qtool.runtimes.table import Way
 from qtool.scheme import QuantizationArgs, Scheme
 
 _LICENSE_KEYS = ("license", "license_name", "license_link", "language")
@@ -20,6 +21,7 @@ def card(
     base_readme: str,
     schemes: Iterable[Scheme] = (),
     *,
+    ways: Sequence[Way] = (),
     license: str | None = None,
 ) -> str:
     """README.md as Markdown, with the front matter that hubs read.
@@ -29,6 +31,7 @@ def card(
         report: qtool.json.
         base_readme: the original's README.md, of which the licence and the language are taken; may be empty.
         schemes: of its quantized layers.
+        ways: what each runtime that knows its format makes of it, as `table.as_it_is` says.
         license: as hubs call it; None for the original's.
     """
     origin = report.get("origin") or {}
@@ -47,7 +50,8 @@ def card(
     rows = [
         ("base model", original),
         ("scheme", ", ".join(filter(None, [_described(scheme, precisions.values()), recipe and f"recipe `{recipe}`"]))),
-        ("format", f"`{format}`" + (f", for {read_by(format)}" if format in formats.NAMES else "")),
+        ("format", f"`{format}`" + (f", for {read_by(format)}" if format in formats.NAMES and not ways else "")),
+        *_runtimes(ways),
         ("calibration", _calibration(calibration)),
     ]
     if isinstance(error := report.get("mean_relative_error"), int | float):
@@ -60,15 +64,30 @@ def card(
     title = f"{source}, {'; '.join(precisions.values())}" if source and precisions else name
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
     front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
-    use = _usage(repo, format) if format in formats.NAMES else ""
+    use = _usage(repo, format, ways) if format in formats.NAMES else ""
     facts = f"| | |\n| --- | --- |\n{table}"
     return f"---\n{front}---\n\n# {_cell(title)}\n\n{use}{facts}\n\n`qtool.json` has all the settings.\n"
 
 
-def _usage(repo: str, format: str) -> str:
+def _runtimes(ways: Iterable[Way]) -> Iterator[tuple[str, str]]:
+    """Who runs it, and who doesn't."""
+    answers = {"yes": "runs in", "with a setting": "runs with a setting in", "no": "does not run in"}
+    for answer, words in answers.items():
+        found = [
+            f"{way.runtime} {way.version}" + (f" ({way.why})" if way.why else "")
+            for way in ways
+            if way.answer == answer
+        ]
+        if found:
+            yield words, ", ".join(found)
+
+
+def _usage(repo: str, format: str, ways: Sequence[Way]) -> str:
     """How to run it, for the front page: the commands that need nothing but the repository's name."""
+    if ways and all(way.answer == "no" for way in ways):
+        return ""
     lines = [f'qtool generate {repo} --prompt "I am"']
-    if format == "compressed-tensors":
+    if format == "compressed-tensors" and not any((way.runtime, way.answer) == ("vLLM", "no") for way in ways):
         lines.append(f"vllm serve {repo}")
     return "```bash\n" + "\n".join(lines) + "\n```\n\n"
 

@@ -11,6 +11,7 @@ from qtool.errors import InputError
 from qtool.files import read_json, real
 from qtool.hub.card import card
 from qtool.hub.names import name_problem, shown
+from qtool.runtimes.table import as_it_is
 
 README = "README.md"
 
@@ -78,4 +79,4 @@ def pack(folder: Path, repo: str, given: Given) -> Parcel:
     report = read_json(folder / REPORT)
     if given.base_model is not None:
         report |= {"origin": {"repo": given.base_model}}
-    return Parcel(files, card(repo, report, readme, found, license=given.license))
+    return Parcel(files, card(repo, report, readme, found, ways=as_it_is(checkpoint), license=given.license))

@@ -39,7 +39,7 @@ class Wanted:
         calibration: builtin, self, or a file of text.
         samples, seq_len, seed: of the calibration.
         device: auto, cpu, cuda or npu.
-        devices: cards, for golden-stick on Ascend.
+        devices: cards of this machine to use.
         overwrite: replace the output if it exists.
         resume: go on where an earlier run of the same job ended.
     """

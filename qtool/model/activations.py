@@ -23,14 +23,18 @@ class Activations:
         rows, width: its shape.
         dtype: of its elements.
         keep: what an existing file holds; else it begins as zeros.
+        pinned: read into memory that CUDA copies from while something else goes on, where there is CUDA.
 
     Raises QtoolError, here and later, when the disk is full or fails.
     """
 
-    def __init__(self, path: Path, rows: int, width: int, dtype: torch.dtype, *, keep: bool = False) -> None:
+    def __init__(
+        self, path: Path, rows: int, width: int, dtype: torch.dtype, *, keep: bool = False, pinned: bool = False
+    ) -> None:
         self.path = path
         self.rows, self.width, self.dtype = rows, width, dtype
         self._row_bytes = width * dtype.itemsize
+        self._pinned = pinned and torch.cuda.is_available()
         self._file = -1
         with disk_errors(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o600)
@@ -52,6 +56,10 @@ class Activations:
         """Replace the rows of these numbers, int64 [n], by tensor [n, width]."""
         self._pour(_runs(rows), tensor)
 
+    def add(self, rows: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Add tensor [n, width] to the rows of these numbers, int64 [n], each of which comes once."""
+        self.scatter(rows, self.gather(rows) + tensor)
+
     def remove(self) -> None:
         self.close()
         self.path.unlink(missing_ok=True)
@@ -70,7 +78,7 @@ class Activations:
         self.remove()
 
     def _fill(self, runs: list[tuple[int, int]], count: int) -> torch.Tensor:
-        out = torch.empty(count * self._row_bytes, dtype=torch.uint8)
+        out = torch.empty(count * self._row_bytes, dtype=torch.uint8, pin_memory=self._pinned)
         buffer = out.numpy().data
         for first, length in runs:
             place, end = first * self._row_bytes, (first + length) * self._row_bytes
@@ -94,6 +102,41 @@ class Activations:
                 while place < end:
                     put = os.pwritev(self._file, [content[: end - place]], place)
                     content, place = content[put:], place + put
+
+
+class Resident:
+    """The same matrix in the memory of a device, which it is read to and written from.
+
+    Raises torch.OutOfMemoryError, as everything on a device does.
+    """
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows, self.width, self.dtype = rows, width, dtype
+        self._matrix = torch.zeros(rows, width, dtype=dtype, device=device)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self._matrix[start:stop]
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._matrix.index_select(0, rows.to(self._matrix.device))
+
+    def write(self, start: int, tensor: torch.Tensor) -> None:
+        self._matrix[start : start + len(tensor)] = tensor
+
+    def add(self, rows: torch.Tensor, tensor: torch.Tensor) -> None:
+        device = self._matrix.device
+        self._matrix.index_add_(0, rows.to(device), tensor.to(device))
+
+    def remove(self) -> None:
+        self._matrix = self._matrix[:0].clone()
+
+    def __enter__(self) -> Resident:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
 
 
 def _runs(rows: torch.Tensor) -> list[tuple[int, int]]:

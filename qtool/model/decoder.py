@@ -180,7 +180,8 @@ class DecoderStream:
     def layer(self, index: int) -> Iterator[nn.Module]:
         """The decoder layer with its weights loaded; they are gone when the block ends."""
         layer = self.skeleton_layer(index)
-        state, quantizers = self._load(index)
+        with self.weights.together():
+            state, quantizers = self._load(index)
         layer.load_state_dict(state, strict=True, assign=True)
         state.clear()  # or a change of the layer's type would leave the old tensors in memory
         hooks = [

@@ -76,6 +76,10 @@ class RoutedExperts(nn.Module):
     def expert(self, number: int) -> Expert:
         """An expert with its weights loaded. Raises InputError when a tensor holds NaN."""
         names = self.names[number]
+        with self._loader.weights.together():
+            return self._loaded(names)
+
+    def _loaded(self, names: ExpertNames) -> Expert:
         gate = None if names.gate is None else self._loader.linear(names.gate, self._outer)[0]
         up, quantize = self._loader.linear(names.up, self._outer)
         down, quantize_inner = self._loader.linear(names.down, self._inner)

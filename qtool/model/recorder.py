@@ -9,7 +9,7 @@ from types import TracebackType
 
 import torch
 
-from qtool.model.activations import Activations
+from qtool.model.activations import Activations, Resident
 from qtool.model.experts import Handler, Routing
 
 _STEP = 4096  # tokens that are scored at a time
@@ -38,13 +38,13 @@ class Recorder:
     """Takes the place of the experts while their layer runs: remembers every token's input and routing, adds nothing.
 
     Args:
-        folder: where the inputs go.
+        folder: where the inputs go; None keeps them on the device that they are on.
         tokens: how many there will be.
     """
 
-    def __init__(self, folder: Path, tokens: int) -> None:
-        self._path, self._count = folder / "experts-input", tokens
-        self._opened: Activations | None = None
+    def __init__(self, folder: Path | None, tokens: int) -> None:
+        self._path, self._count = folder and folder / "experts-input", tokens
+        self._opened: Activations | Resident | None = None
         self._tokens = 0
         self._chosen: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
@@ -64,17 +64,18 @@ class Recorder:
         return self._inputs.width
 
     @property
-    def _inputs(self) -> Activations:
+    def _inputs(self) -> Activations | Resident:
         assert self._opened is not None, "the layer has not run"
         return self._opened
 
     def __call__(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self._opened is None:
-            self._opened = Activations(self._path, self._count, hidden.shape[-1], hidden.dtype)
+            size = self._count, hidden.shape[-1], hidden.dtype
+            self._opened = Activations(self._path, *size) if self._path else Resident(*size, hidden.device)
         self._opened.write(self._tokens, hidden)
         self._tokens += len(hidden)
-        self._chosen.append(chosen.cpu())
-        self._weights.append(weights.cpu())
+        self._chosen.append(chosen.clone())
+        self._weights.append(weights.clone())
         return torch.zeros_like(hidden)
 
     def before(self, handler: Handler) -> Handler:
@@ -88,7 +89,7 @@ class Recorder:
 
     def routing(self, count: int) -> Routing:
         """Of all tokens, to `count` experts."""
-        return Routing(torch.cat(self._chosen), torch.cat(self._weights), count)
+        return Routing(torch.cat(self._chosen).cpu(), torch.cat(self._weights).cpu(), count)
 
     def likely(
         self, experts: list[int], counts: list[int], routing: Routing, router: torch.Tensor | None, enough: int

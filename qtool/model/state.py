@@ -40,7 +40,8 @@ class Batch:
             yield Batch(self.ids[rows], tuple(tensor[rows] for tensor in self.state), numbers)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.ids, tuple(tensor.to(device) for tensor in self.state), self.numbers)
+        state = tuple(tensor.to(device, non_blocking=device.type != "cpu") for tensor in self.state)
+        return Batch(self.ids, state, self.numbers)
 
     @classmethod
     def cat(cls, batches: Sequence[Batch]) -> Batch:

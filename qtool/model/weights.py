@@ -77,6 +77,10 @@ class ModelWeights(Protocol):
         """Within the block no file is read twice for these tensors, which are kept as they are stored."""
         ...
 
+    def together(self) -> AbstractContextManager[None]:
+        """Within the block what is read on a device may be damaged; when it ends InputError tells."""
+        ...
+
 
 class StoredWeights:
     """The parameters of a decoder layer or an expert, read from the checkpoint as they are needed.
@@ -119,8 +123,17 @@ class StoredWeights:
 
 def refuse_damage(activations: torch.Tensor, name: str, weights: ModelWeights) -> None:
     """Raises InputError when activations of a layer or linear, or their largest magnitudes, can't be true."""
+    refuse_large(float(largest(activations)), name, weights)
+
+
+def largest(activations: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude, []; NaN where there is one."""
     low, high = activations.aminmax()
-    largest = float(torch.maximum(-low, high))
+    return torch.maximum(-low, high)
+
+
+def refuse_large(largest: float, name: str, weights: ModelWeights) -> None:
+    """Raises InputError when this can't be the largest magnitude of a layer's or linear's activations."""
     if largest <= _LARGEST:  # false for NaN
         return
     size = f"as large as {largest:.0e}" if math.isfinite(largest) else "not finite"

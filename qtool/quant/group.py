@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from qtool.quant import observers
-from qtool.quant.integer import InputQuantizer, asymmetric_parameters, storage_dtype
-from qtool.quant.report import GroupReport, extent, report
+from qtool.quant.integer import InputQuantizer, asymmetric_parameters, storage_dtype, widened
+from qtool.quant.report import GroupReport, extent, extremes, report
 from qtool.quant.rounding.clipping import Scales, ScaleSearch
 from qtool.quant.rounding.errors import ErrorByEnergy
 from qtool.quant.rounding.gptq import GPTQ
@@ -21,11 +21,11 @@ from qtool.quant.types import QuantizedLinear, dequantize
 from qtool.quant.weights import Rows, chunks
 from qtool.recipe.policy import Policy
 from qtool.scheme import Scheme
+from qtool.transfers import Download
 
 _CLIP_RATIOS = (1.0, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8)
 # Weights that are in float32 at a time: what the cache takes; GPTQ needs more rows to be worth its steps.
 _CHUNK, _GPTQ_CHUNK = 1 << 22, 1 << 24
-_GPTQ_CHUNK_ON_DEVICE = 1 << 27  # its steps cost the same for any number of rows there
 _REPORT_TOKENS = 32  # that the reported error of a group is measured on
 
 
@@ -44,6 +44,35 @@ class Storage:
     input_scale: Callable[[float], float]
 
 
+@dataclass(frozen=True)
+class GroupUnderWay:
+    """One group's linears, on their way from the device to main memory."""
+
+    _members: list[str]
+    _policy: Policy
+    _chosen: Diagonal | None
+    _quantizer: InputQuantizer
+    _parts: Sequence[Sequence[str]]
+    _download: Download
+
+    def result(self) -> tuple[dict[str, QuantizedLinear], GroupReport]:
+        """The linears in main memory, and how they came out. Waits for them; may be called in another thread."""
+        figures, *tensors = self._download.result()
+        relative, *extents = figures.tolist()
+        found = iter(tensors)
+        linears = {
+            name: QuantizedLinear(
+                scheme=self._policy.scheme,
+                input_scale=self._quantizer.scale,
+                input_zero_point=self._quantizer.zero_point,
+                **{part: next(found) for part in parts},
+            )
+            for name, parts in zip(self._members, self._parts, strict=True)
+        }
+        before, after = extent(extents[:3]), extent(extents[3:])
+        return linears, report(self._members, self._policy, self._chosen, relative, before, after)
+
+
 @torch.no_grad()
 def quantize_group(
     folded: Folded,
@@ -52,7 +81,8 @@ def quantize_group(
     statistics: InputStatistics,
     chosen: Diagonal | None,
     storage: Storage,
-) -> tuple[dict[str, QuantizedLinear], GroupReport]:
+    at_once: int = 1 << 27,
+) -> GroupUnderWay:
     """Quantize the linears of one group whose policy says so, on the device of its statistics.
 
     Args:
@@ -60,9 +90,7 @@ def quantize_group(
         group, policies: as there.
         statistics: of the group's input.
         storage: what the output format keeps.
-
-    Returns:
-        The linears, in main memory, and how they came out.
+        at_once: how many weights GPTQ rounds at a time on a device, where its steps cost the same for any number.
     """
     policy = policy_of(group, policies)
     assert policy is not None
@@ -70,27 +98,18 @@ def quantize_group(
     inputs = statistics.smoothed(folded.columns(members[0]))
     quantizer = input_quantizer(policy, inputs, storage)
     noisy = quantizer(inputs.sample)
-    rounder = _Rounder(policy, inputs, noisy, storage)
+    rounder = _Rounder(policy, inputs, noisy, storage, at_once)
     few = slice(None, None, max(1, len(inputs.sample) // _REPORT_TOKENS))
     error = _Error(inputs.sample[few], noisy[few])
-    rounded = _round(folded, members, rounder, error)
-    linears = {
-        name: QuantizedLinear(
-            scheme=policy.scheme,
-            weight=integers.cpu(),
-            weight_scale=scale.cpu(),
-            bias=_in_main_memory(folded.vector(f"{name}.bias")),
-            input_scale=quantizer.scale,
-            input_zero_point=quantizer.zero_point,
-        )
-        for name, (integers, scale) in rounded.items()
-    }
-    before = extent(statistics.low, statistics.high)
-    return linears, report(members, policy, chosen, error.relative, before, extent(inputs.low, inputs.high))
-
-
-def _in_main_memory(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.cpu()
+    made = [
+        {"weight": integers, "weight_scale": scale, "bias": folded.vector(f"{name}.bias")}
+        for name, (integers, scale) in _round(folded, members, rounder, error).items()
+    ]
+    parts = [{part: tensor for part, tensor in each.items() if tensor is not None} for each in made]
+    ends = [*extremes(statistics.low, statistics.high), *extremes(inputs.low, inputs.high)]
+    figures = torch.stack([error.relative, *map(widened, ends)])
+    download = Download([figures, *(tensor for each in parts for tensor in each.values())])
+    return GroupUnderWay(members, policy, chosen, quantizer, [[*each] for each in parts], download)
 
 
 class _Rounder:
@@ -101,11 +120,11 @@ class _Rounder:
         chunk: how many weights are best rounded at a time.
     """
 
-    def __init__(self, policy: Policy, inputs: Smoothed, noisy: torch.Tensor, storage: Storage) -> None:
+    def __init__(self, policy: Policy, inputs: Smoothed, noisy: torch.Tensor, storage: Storage, at_once: int) -> None:
         self.args = policy.scheme.weights
         self._gptq: GPTQ | None = None
         if policy.rounding.method == "gptq":
-            noise = float((noisy - inputs.sample).square_().mean())
+            noise = (noisy - inputs.sample).square_().mean()
             self._gptq = GPTQ(inputs.hessian, noise, self.args, inputs.hessian_tokens)
         clip = policy.clip and self.args.type == "int"
         self._search = ScaleSearch(
@@ -116,7 +135,7 @@ class _Rounder:
         )
         self.device = noisy.device
         on_cpu = self.device.type == "cpu"
-        self.chunk = _CHUNK if self._gptq is None else _GPTQ_CHUNK if on_cpu else _GPTQ_CHUNK_ON_DEVICE
+        self.chunk = _CHUNK if self._gptq is None else _GPTQ_CHUNK if on_cpu else at_once
 
     def scale_of_all(self, folded: Folded, name: str) -> Scales | None:
         """The one scale that all rows of a linear share; None where they don't."""
@@ -148,17 +167,18 @@ class _Error:
 
     def __init__(self, sample: torch.Tensor, noisy: torch.Tensor) -> None:
         self._sample, self._noisy = sample, noisy
-        self._error = self._signal = 0.0
+        self._error = self._signal = torch.zeros_like(widened(sample.new_zeros(())))
 
     def add(self, weight: torch.Tensor, rounded: torch.Tensor) -> None:
         """Some rows of a weight [rows, in], and what their integers stand for."""
         reference = self._sample @ weight.t()
-        self._error += float((self._noisy @ rounded.t()).sub_(reference).square_().sum())
-        self._signal += float(reference.square_().sum())
+        self._error = self._error + (self._noisy @ rounded.t()).sub_(reference).square_().sum()
+        self._signal = self._signal + reference.square_().sum()
 
     @property
-    def relative(self) -> float:
-        return self._error / max(self._signal, 1e-30)
+    def relative(self) -> torch.Tensor:
+        """[], on the device."""
+        return self._error / self._signal.clamp(min=1e-30)
 
 
 def _round(

@@ -1,7 +1,7 @@
 """Quantization as `QuantizationArgs` describe it: scales, zero points, rounding.
 
 Scales follow mindspore-gs 1.4.1: symmetric 2·max|w| / steps, asymmetric (max - min) / steps, computed
-in float64 and used in float32 (an int8 has 255 steps). compressed-tensors takes the same.
+in float64 where the device has it, and used in float32 (an int8 has 255 steps). compressed-tensors takes the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def symmetric_scale(amax: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
     Returns:
         float32, same shape; 1 where amax is 0 so that an all-zero row stays representable.
     """
-    scale = (_in_float64(amax) * 2 / args.steps).float().to(amax.device)
+    scale = (widened(amax) * 2 / args.steps).float()
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
@@ -45,12 +45,11 @@ def asymmetric_parameters(
         (scale float32, zero point float32 with integer values in qmin..qmax), same shape as the arguments;
         q = clamp(round(x / scale + zero point)).
     """
-    device = low.device
-    low, high = _in_float64(low).clamp(max=0), _in_float64(high).clamp(min=0)
+    low, high = widened(low).clamp(max=0), widened(high).clamp(min=0)
     scale = (high - low) / args.steps
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     zero_point = torch.round(args.qmin - low / scale).clamp(args.qmin, args.qmax)
-    return scale.float().to(device), zero_point.float().to(device)
+    return scale.float(), zero_point.float()
 
 
 def to_grid(x: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
@@ -89,9 +88,9 @@ def fake_quantize_tensor(
     return (x / scale).add_(zero_point).round_().clamp_(args.qmin, args.qmax).sub_(zero_point).mul_(scale)
 
 
-def _in_float64(x: torch.Tensor) -> torch.Tensor:
-    """Where `x` is, or in main memory where its device has no float64."""
-    return (x if x.device.type in _HAVE_FLOAT64 else x.cpu()).double()
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """In float64; in float32 on a device that has none."""
+    return x.double() if x.device.type in _HAVE_FLOAT64 else x.float()
 
 
 @dataclass(frozen=True)

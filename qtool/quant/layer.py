@@ -81,7 +81,8 @@ def quantize_layer(
     for group in groups:
         first = group.linears[0]
         if policy_of(group, policies) is not None:
-            linears, row = quantize_group(folded, group, policies, statistics[first], found.get(first), storage)
+            made = quantize_group(folded, group, policies, statistics[first], found.get(first), storage)
+            linears, row = made.result()
             result.linears |= linears
             result.groups.append(row)
     changed = {f"{name}.weight": folded.rows(name, 0, folded.shape(name)[0]) for name in folded.linears}

@@ -23,14 +23,15 @@ def static_range(inputs: Smoothed, observer: Observer, args: QuantizationArgs) -
     Returns:
         (minimum, maximum).
     """
-    bottom, top = float(inputs.low.min()), float(inputs.high.max())
+    bottom, top = torch.stack((inputs.low.min(), inputs.high.max())).tolist()
     if observer.method == "minmax":
         return bottom, top
     flat = inputs.sample.flatten()
     if observer.method == "percentile":
         # kthvalue, unlike quantile, takes any number of elements.
         k = max(1, round(flat.numel() * observer.percentile / 100))
-        return -float((-flat).kthvalue(k).values), float(flat.kthvalue(k).values)
+        below, above = torch.stack(((-flat).kthvalue(k).values, flat.kthvalue(k).values)).tolist()
+        return -below, above
     return _least_error_range(flat, bottom, top, args)
 
 

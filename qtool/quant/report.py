@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,11 @@ def report(
     )
 
 
-def extent(low: torch.Tensor, high: torch.Tensor) -> dict[str, float]:
-    """Per-channel extremes [in] in three numbers, for a report."""
-    typical = torch.maximum(low.abs(), high.abs()).median()
-    return {"low": float(low.min()), "high": float(high.max()), "typical": float(typical)}
+def extremes(low: torch.Tensor, high: torch.Tensor) -> list[torch.Tensor]:
+    """Per-channel extremes [in] in three numbers []: the lowest, the highest, the median of the largest magnitudes."""
+    return [low.min(), high.max(), torch.maximum(low.abs(), high.abs()).median()]
+
+
+def extent(found: Sequence[float]) -> dict[str, float]:
+    """The same three for a report."""
+    return dict(zip(("low", "high", "typical"), found, strict=True))

@@ -104,7 +104,6 @@ class Reads:
         limits: what of it the runtime doesn't read.
         source: package version and files that say that it reads `studied`, but for the limits.
         studied: architectures whose way through it was read there.
-        ran: recipes' schemes by architecture, whose checkpoints the tests have the runtime's own code read.
     """
 
     format: str
@@ -112,7 +111,6 @@ class Reads:
     limits: tuple[Limit, ...] = ()
     source: str = ""
     studied: frozenset[str] = frozenset()
-    ran: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def _as_it_is(launch: Launch, checkpoint: Checkpoint) -> Launch:
@@ -139,7 +137,7 @@ class Runtime:
             who reads the checkpoint itself, and it runs only where somebody names it.
         hardware: where it runs.
         plugin_of: the runtime that this one is a part of, and whose name stands for it too.
-        worker: module that runs in its interpreter.
+        worker: module that runs in its interpreter; None for one that qtool doesn't start.
         server: module of its OpenAI server and the words before the model's path; None where it has none.
         servers: the same for one that is spread over several hosts, of which all but one may be without a server.
         first: modules that its worker imports before anything else.
@@ -158,7 +156,7 @@ class Runtime:
     by_conversion: bool = False
     hardware: tuple[Hardware, ...]
     plugin_of: str | None = None
-    worker: str
+    worker: str | None
     server: tuple[str, ...] | None = None
     servers: tuple[str, ...] | None = None
     first: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qtool.errors import InputError
-from qtool.runtimes import llama_cpp, transformers, vllm, vllm_ascend, vllm_mindspore
+from qtool.runtimes import llama_cpp, sglang, transformers, vllm, vllm_ascend, vllm_mindspore
 from qtool.runtimes.description import Limitation, Quantized, Runtime
 from qtool.scheme import Scheme
 
@@ -21,8 +21,10 @@ RUNTIMES = (
 
 # Those that read a checkpoint as it is.
 DIRECT = tuple(runtime for runtime in RUNTIMES if not runtime.by_conversion)
+# With those that qtool doesn't start, and knows something of.
+KNOWN = (*DIRECT, sglang.RUNTIME)
 
-# Who reads a format and is not started by qtool.
+# Who reads a format, is not started by qtool, and was not looked into.
 ELSEWHERE = {"modelslim": ("MindIE",)}
 
 NAMES = ("auto", *(runtime.name for runtime in RUNTIMES))

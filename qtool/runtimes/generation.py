@@ -58,10 +58,12 @@ def stream(
         QtoolError: the worker failed, or died twice.
     """
     launch, decided = prepare(job)
+    worker = launch.runtime.worker
+    assert worker is not None  # `choose` takes none that qtool doesn't start
 
     def work(inputs: Iterator[dict[str, Any]], event: OnEvent) -> dict[str, Any]:
         return workers.run(
-            launch.runtime.worker,
+            worker,
             decided.to_json(),
             python=launch.python,
             on_event=event,

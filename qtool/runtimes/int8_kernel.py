@@ -39,6 +39,7 @@ def register() -> None:
     """Have vLLM in this process take the kernel in place of its own, where it is needed (`vllm.general_plugins`)."""
     allow_tiles()
     decline_cutlass()
+    flatten_rows()
     if not needed():
         return
     from vllm.platforms import current_platform
@@ -71,6 +72,29 @@ def _disabled() -> list[str]:
 
 def _disable(kernel: str) -> None:
     os.environ["VLLM_DISABLED_KERNELS"] = ",".join([*_disabled(), kernel])
+
+
+def flatten_rows() -> None:
+    """Give the int8 product of CPUs with AMX its rows in two dimensions, whatever the model has.
+
+    vLLM 0.32 passes on what comes (scaled_mm/cpu.py, _apply_weights_sgl), and models that it runs through transformers'
+    code, such as GPT-NeoX and OLMo 2, have [1, tokens, in]: "mat1 must be a 2D tensor".
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel as Kernel
+
+    flat = Kernel._apply_weights_sgl
+    if getattr(flat, "flattens", False):
+        return
+
+    def apply(self: Kernel, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return flat(self, layer, x.reshape(-1, x.shape[-1]), bias).reshape(*x.shape[:-1], -1)
+
+    apply.flattens = True  # type: ignore[attr-defined]
+    Kernel._apply_weights_sgl = apply
 
 
 def allow_tiles() -> None:

@@ -87,8 +87,6 @@ def _check(runtime: Runtime, checkpoint: Checkpoint) -> None:
 
     found = schemes(checkpoint)
     quantized = {name for name, scheme in found.items() if scheme is not None}
-    if not quantized:
-        return
     model = Quantized(checkpoint.config, found, float_dtype(checkpoint, quantized))
     for limitation in runtime.limitations(formats.of(checkpoint).name, model):
         if limitation.refuses:

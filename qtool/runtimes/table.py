@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 import shlex
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qtool.runtimes import facts
 from qtool.runtimes.description import Checked, Quantized, Runtime
-from qtool.scheme import W8A8, W8A8_DYNAMIC, Scheme
+from qtool.runtimes.readings import READINGS, Reading
+from qtool.scheme import W8A8, W8A8_ASYMMETRIC, W8A8_DYNAMIC, Scheme
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
+    from qtool.recipe.policy import Policy
 
 Answer = Literal["yes", "with a setting", "no", "unknown"]
 
@@ -32,9 +35,11 @@ class Family:
         """Those of SCHEMES that its recipe has."""
         return _offered(self.architecture, self.model_type)
 
-    def quantized(self, scheme: str, dtype: str) -> Quantized:
+    def quantized(self, scheme: str, format: str, dtype: str) -> Quantized:
         """One of its models, by one of SCHEMES."""
         attention, others = SCHEMES[scheme]
+        if (scheme, format) == ("w8a8", "compressed-tensors") and not self.experts:
+            others = W8A8_ASYMMETRIC  # symmetric: auto
         linears: dict[str, Scheme | None] = {"model.layers.0.self_attn.q_proj": attention}
         if not self.experts:
             linears["model.layers.0.mlp.up_proj"] = others
@@ -61,6 +66,8 @@ SCHEMES: dict[str, tuple[Scheme, Scheme]] = {
     "w8a8-dynamic": (W8A8_DYNAMIC, W8A8_DYNAMIC),
     "w8a8-static": (W8A8, W8A8),
 }
+# What starts a runtime that qtool doesn't, before the path.
+_ELSEWHERE = {"sglang": "python -m sglang.launch_server --model-path"}
 DTYPES = {"BF16": "", "F32": " in float32"}
 
 
@@ -133,7 +140,7 @@ class Way:
 def rows() -> list[Row]:
     """For all families, schemes and formats; those that have the same answer for the same reason are one row."""
     found = []
-    for runtime in facts.DIRECT:
+    for runtime in facts.KNOWN:
         for reads in runtime.reads:
             if reads.format != "float":
                 found += _rows(runtime, reads.format)
@@ -147,48 +154,107 @@ def ways(checkpoint: Checkpoint) -> list[Way]:
         InputError: a config.json or a description that makes no sense.
     """
     from qtool.checkpoint import formats
-    from qtool.checkpoint.summary import float_dtype, schemes
 
-    format, found = formats.of(checkpoint), schemes(checkpoint)
-    quantized = {name: scheme for name, scheme in found.items() if scheme is not None}
-    model = Quantized(checkpoint.config, found, float_dtype(checkpoint, quantized))
+    format, model = formats.of(checkpoint), _model(checkpoint)
     path = _shown(checkpoint.path)
-    result = [way for runtime in facts.readers(format.name) for way in [_way(runtime, format.name, "", model, path)]]
+    result = as_it_is(checkpoint)
     if not format.is_float:
-        targets = [name for name in formats.NAMES if name != format.name] if quantized else []
+        targets = [name for name in formats.NAMES if name != format.name] if any(model.schemes.values()) else []
         return result + [
             way for name in targets for way in _each(name, "", model, f"qtool convert {path} --to {name} | ")
         ]
-    for scheme, planned in _planned(checkpoint).items():
+    for scheme, policies in _planned(checkpoint).items():
         for name in formats.NAMES:
+            settled = {layer: each and each.settled(formats.get(name).expresses) for layer, each in policies.items()}
+            planned = {layer: None if each is None else each.scheme for layer, each in settled.items()}
             wanted = Quantized(checkpoint.config, planned, model.dtype)
             command = f"qtool quantize {path} --scheme {scheme} --format {name} | "
             result += _each(name, scheme, wanted, command)
     return result
 
 
+def as_it_is(checkpoint: Checkpoint) -> list[Way]:
+    """For one model as it is: what each runtime that knows its format makes of it.
+
+    Raises:
+        InputError: a config.json or a description that makes no sense.
+    """
+    from qtool.checkpoint import formats
+
+    format = formats.of(checkpoint)
+    model, path = _model(checkpoint), _shown(checkpoint.path)
+    return [_way(runtime, format.name, "", model, path) for runtime in _knowing(format.name)]
+
+
+def _model(checkpoint: Checkpoint) -> Quantized:
+    from qtool.checkpoint.summary import float_dtype, schemes
+
+    found = schemes(checkpoint)
+    quantized = {name for name, scheme in found.items() if scheme is not None}
+    return Quantized(checkpoint.config, found, float_dtype(checkpoint, quantized))
+
+
+def _knowing(format: str) -> list[Runtime]:
+    """The readers of a format, and those that qtool doesn't start."""
+    others = (runtime for runtime in facts.KNOWN if runtime.worker is None and runtime.reading(format) is not None)
+    return [*facts.readers(format), *others]
+
+
 def markdown() -> str:
     """The page of the documentation that shows `rows`."""
     table = rows()
-    counts = {checked: sum(row.checked == checked for row in table) for checked in ("run", "read", "not")}
+    counts, each = Counter(row.checked for row in table), Counter[Checked]()
+    for row in table:  # in bfloat16
+        each[row.checked] += len(row.schemes) * sum(model.isidentifier() for model in row.models)
     lines = [
         "# Which runtime reads what",
         "",
         "For the families that recipes are for. `qtool runtimes` prints these rows, `qtool runtimes MODEL` what they",
         "mean for one model. `make docs` writes this page.",
         "",
-        f"Of {len(table)} rows {counts['run']} were checked by having the runtime's own code read such a checkpoint in",
-        f"the tests, {counts['read']} by reading its source, and {counts['not']} not at all: *unknown*. *With a",
-        "setting*: qtool makes it where it starts the runtime. MindIE, which is said to read modelslim too, is started",
-        "by others, and nothing of it was checked. `quantize` refuses what could only load as noise; it warns of the",
-        "rest that is *no*, which `convert` refuses.",
+        f"Of {len(table)} rows {counts['run']} were checked by the runtime's own code, which loaded them,",
+        f"{counts['read']} by reading its source, and {counts['not']} not at all: *unknown*. By family and scheme,",
+        f"in bfloat16, that is {each['run']}, {each['read']} and {each['not']}. *With a setting*: qtool makes it where",
+        "it starts the runtime. llama.cpp reads a file that is made first, so it has no rows. SGLang and MindIE are",
+        "started by others; of MindIE, which is said to read modelslim too, nothing was checked. `quantize` refuses",
+        "what could only load as noise; it warns of the rest that is *no*, which `convert` refuses, and",
+        "`generate` and `serve` before they start.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|" + " --- |" * len(COLUMNS),
     ]
     for row in table:
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in row.cells) + " |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *_measured(), ""])
+
+
+def _measured() -> Iterator[str]:
+    """The part of the page about what was counted."""
+    well = [each.counts for each in READINGS if each.well]
+    parameters, tensors = sum(each.parameters for each in well), sum(each.tensors for each in well)
+    yield from (
+        "",
+        "## What their own code made of our checkpoints",
+        "",
+        "A tiny bfloat16 model of each family, quantized as its recipe says, in the hands of the runtime's own",
+        "loading code, on a CPU, with kernels replaced (`tests/checkpoint/readings.py`). *Parameters* are those",
+        "of the runtime's model; *untouched* ones are not, or not wholly, filled from the files. *Read* are",
+        "tensors of the files that the code looked into; into *unread* ones it did not, not counting scales and",
+        "zero points that only repeat what others say; *mistaken* ones went into a parameter of another kind of",
+        "numbers. Of vLLM-MindSpore's native models (Llama, and static Qwen2 and Qwen3) only the quantized",
+        "linears were built.",
+        "",
+        f"Of {len(READINGS)} combinations {len(well)} load whole: {parameters} parameters from {tensors} tensors, none",
+        "untouched, unread or mistaken. The others are *no* above.",
+        "",
+        "| runtime | format | model | scheme | parameters | read | untouched | unread | mistaken | error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    )
+    titles = {runtime.name: runtime.title for runtime in facts.KNOWN}
+    for each in READINGS:
+        counts = ["", "", "", "", ""] if each.error else [str(count) for count in astuple(each.counts)]
+        cells = (titles[each.runtime], each.format, each.architecture, each.scheme, *counts, each.error)
+        yield "| " + " | ".join(cells) + " |"
 
 
 @functools.cache
@@ -205,11 +271,13 @@ def _rows(runtime: Runtime, format: str) -> list[Row]:
         for scheme in family.schemes:
             usual = None
             for dtype, suffix in DTYPES.items():
-                answer, why, source, checked, _ = _judge(runtime, format, scheme, family.quantized(scheme, dtype))
+                answer, why, source, checked, _ = _judge(
+                    runtime, format, scheme, family.quantized(scheme, format, dtype)
+                )
                 key = (answer, why, source, checked)
-                if key != usual:
+                if key[:2] != usual:  # another dtype, another answer
                     grouped.setdefault(key, {}).setdefault(family.architecture + suffix, []).append(scheme)
-                usual = usual or key
+                usual = usual or key[:2]
     return [
         Row(runtime.title, runtime.version, format, models, schemes, *key)
         for key, by_model in grouped.items()
@@ -230,27 +298,32 @@ def _judge(
 ) -> tuple[Answer, str, str, Checked, tuple[str, ...]]:
     """Answer, why, source, how it was checked, and the sentences about this model."""
     limits = runtime.limits(format, model)
-    refused = [found for found in limits if found[1].fatal or found[1].unread]
+    refused = [found for found in limits if found[1].refuses]
     counting = refused or limits
+    reads, read = runtime.reading(format), _reading(runtime, format, scheme, model)
+    by_running: Checked = "run" if read and model.dtype != "F32" else "read"  # those that were run are bfloat16
     if counting:
         why, source = (
             "; ".join(dict.fromkeys(getattr(limit, key) for limit, _ in counting)) for key in ("why", "source")
         )
         said = tuple(limitation.text for _, limitation in counting)
-        return "no" if refused else "with a setting", why, source, "read", said
-    reads = runtime.reading(format)
-    if reads is not None and scheme in reads.ran.get(model.architecture, ()):
-        return "yes", "", reads.source, "run", ()
-    if reads is not None and model.architecture in reads.studied:
-        return "yes", "", reads.source, "read", ()
+        return "no" if refused else "with a setting", why, source, by_running, said
+    if read or (reads is not None and model.architecture in reads.studied):
+        return "yes", "", reads.source if reads else "", by_running, ()
     return "unknown", "", "", "not", ()
+
+
+def _reading(runtime: Runtime, format: str, scheme: str, model: Quantized) -> Reading | None:
+    """What the runtime's own code made of such a model, if it was run."""
+    of = (runtime.name, format, model.architecture, scheme)
+    return next((each for each in READINGS if (each.runtime, each.format, each.architecture, each.scheme) == of), None)
 
 
 def _each(format: str, scheme: str, model: Quantized, command: str) -> Iterable[Way]:
     from qtool.checkpoint import formats
 
     problems = formats.get(format).problems(model.schemes)
-    for runtime in facts.readers(format):
+    for runtime in _knowing(format):
         way = _way(runtime, format, scheme, model, "-", command)
         if problems:
             way = Way(runtime.title, runtime.version, format, scheme, "no", problems[0].text, "", "", "read")
@@ -258,8 +331,10 @@ def _each(format: str, scheme: str, model: Quantized, command: str) -> Iterable[
 
 
 def _way(runtime: Runtime, format: str, scheme: str, model: Quantized, path: str, command: str = "") -> Way:
-    answer, _, source, checked, said = _judge(runtime, format, scheme, model)
+    answer, _, source, checked, said = _judge(runtime, format, scheme or _alike(model), model)
     how = f"{command}qtool {'serve' if runtime.server else 'generate'} {path} --runtime {runtime.name}"
+    if runtime.worker is None:
+        how = f"{command}xargs {_ELSEWHERE[runtime.name]}" if command else f"{_ELSEWHERE[runtime.name]} {path}"
     return Way(
         runtime.title,
         runtime.version,
@@ -273,18 +348,22 @@ def _way(runtime: Runtime, format: str, scheme: str, model: Quantized, path: str
     )
 
 
-def _planned(checkpoint: Checkpoint) -> dict[str, dict[str, Scheme | None]]:
+def _alike(model: Quantized) -> str:
+    """Which of SCHEMES a model's layers have; empty for none."""
+    found = {scheme for scheme in model.schemes.values() if scheme is not None}
+    if found == {W8A8, W8A8_ASYMMETRIC}:
+        return "w8a8"
+    return next((name for name, schemes in SCHEMES.items() if found == set(schemes)), "")
+
+
+def _planned(checkpoint: Checkpoint) -> dict[str, dict[str, Policy | None]]:
     """How each scheme of the recipe that fits a float model would quantize its linears."""
     from qtool.checkpoint import formats
     from qtool.recipe.load import match
 
     recipe, _ = match(checkpoint.config)
     linears = [name for name in formats.of(checkpoint).layers(checkpoint) if any(map(str.isdigit, name.split(".")))]
-    found = {}
-    for scheme in recipe.schemes:
-        policies = {name: recipe.policy(scheme, name) for name in linears}
-        found[scheme] = {name: None if policy is None else policy.scheme for name, policy in policies.items()}
-    return found
+    return {scheme: {name: recipe.policy(scheme, name) for name in linears} for scheme in recipe.schemes}
 
 
 def _shown(path: Path) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from qtool.runtimes.description import Limit, Limitation, Quantized, Reads, Runtime
 
-_ALL = ("w8a8", "w8a8-dynamic", "w8a8-static")
-
 
 def _experts(model: Quantized) -> Limitation | None:
     routed = [name for name in model.schemes if ".experts." in name]
@@ -42,12 +40,7 @@ RUNTIME = Runtime(
                 ),
                 Limit("no such model", "transformers 5.19.0: models/auto/configuration_auto.py", _unknown),
             ),
-            ran={
-                "LlamaForCausalLM": _ALL,
-                "MistralForCausalLM": _ALL,
-                "Qwen2ForCausalLM": _ALL,
-                "Qwen3ForCausalLM": _ALL,
-            },
+            source="transformers 5.19.0: quantizers/quantizer_compressed_tensors.py",
         ),
     ),
     others=True,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 from qtool.runtimes.description import Limit, Limitation, Quantized, Reads, Runtime
-from qtool.scheme import W8A8_ASYMMETRIC
+from qtool.scheme import W8A8_ASYMMETRIC, W8A8_DYNAMIC
 
 
 def _bytes_beside_floats(model: Quantized) -> Limitation | None:
@@ -31,17 +33,34 @@ def _symmetric_experts(model: Quantized) -> Limitation | None:
 
 
 def _other_names(model: Quantized) -> Limitation | None:
-    if model.architecture != _RENAMED or not any(scheme is not None for scheme in model.schemes.values()):
+    found = {scheme for scheme in model.schemes.values() if scheme is not None}
+    if model.architecture != _RENAMED or not found - {W8A8_DYNAMIC}:
         return None
     return Limitation(
-        f"vLLM doesn't load quantized layers of {_RENAMED}: it gives them other names, and finds none of its targets",
+        f"vLLM gives the layers of {_RENAMED} other names than the files, so it finds them only where all are dynamic "
+        "int8",
         unread=True,
-        hint="vLLM-MindSpore reads it: --scheme w8a8-static --format golden-stick.",
+        hint="Quantize the original with --scheme w8a8-dynamic.",
     )
 
 
+def _kept_float(model: Quantized) -> Limitation | None:
+    if model.config.get("model_type") not in _MAMBA:
+        return None
+    found = [name for name, scheme in model.schemes.items() if scheme is not None and _MIXER.search(name)]
+    if not found:
+        return None
+    return Limitation(
+        f"{len(found)} linears of Mamba layers are quantized ({found[0]}, ...), which vLLM has as floats only",
+        unread=True,
+        hint="In a recipe, leave them float: layers: '.*\\.(in_proj|x_proj|dt_proj|out_proj)', quantize: false.",
+    )
+
+
+# Model types whose layers are Mamba's first version.
+_MAMBA = ("falcon_mamba", "jamba", "mamba")
+_MIXER = re.compile(r"\.(mamba|mixer)\.(in_proj|x_proj|dt_proj|out_proj)$")
 _RENAMED = "TeleChat2ForCausalLM"
-_ALL = ("w8a8", "w8a8-dynamic", "w8a8-static")
 
 RUNTIME = Runtime(
     name="vllm",
@@ -64,21 +83,18 @@ RUNTIME = Runtime(
                     _symmetric_experts,
                 ),
                 Limit(
-                    "ValueError: its layers have other names than the targets",
-                    "vllm 0.32.0: model_executor/models/telechat2.py (hf_to_vllm_mapper)",
+                    "ValueError: its layers have other names than the targets, so it finds them by their class alone",
+                    "vllm 0.32.0: model_executor/models/telechat2.py (hf_to_vllm_mapper, _split_key_value)",
                     _other_names,
                 ),
+                Limit(
+                    "the linears of Mamba 1 are float: a weight_scale finds no parameter",
+                    "vllm 0.32.0: model_executor/layers/mamba/mamba_mixer.py (in_proj, x_proj, dt_proj, out_proj "
+                    "without quant_config)",
+                    _kept_float,
+                ),
             ),
-            ran={
-                "DeepseekV3ForCausalLM": ("w8a8", "w8a8-dynamic"),
-                "Glm4MoeForCausalLM": _ALL,
-                "LlamaForCausalLM": _ALL,
-                "MistralForCausalLM": _ALL,
-                "MixtralForCausalLM": _ALL,
-                "Qwen2ForCausalLM": _ALL,
-                "Qwen3ForCausalLM": _ALL,
-                "Qwen3MoeForCausalLM": _ALL,
-            },
+            source="vllm 0.32.0: model_executor/layers/quantization/compressed_tensors",
         ),
     ),
     others=True,

@@ -59,12 +59,11 @@ def _other_names(model: Quantized) -> Limitation | None:
     return Limitation(
         f"vllm-ascend doesn't load {_RENAMED} in modelslim format: it asks for the layers by other names",
         unread=True,
-        hint="vLLM-MindSpore reads it: --scheme w8a8-static --format golden-stick.",
+        hint="vLLM reads it: quantize the original with --scheme w8a8-dynamic --format compressed-tensors.",
     )
 
 
 _RENAMED = "TeleChat2ForCausalLM"
-_ALL = ("w8a8", "w8a8-dynamic", "w8a8-static")
 
 RUNTIME = Runtime(
     name="vllm-ascend",
@@ -105,15 +104,6 @@ RUNTIME = Runtime(
                     "Qwen3MoeForCausalLM",
                 }
             ),
-            {
-                "Glm4MoeForCausalLM": ("w8a8-static",),
-                "LlamaForCausalLM": _ALL,
-                "MistralForCausalLM": _ALL,
-                "MixtralForCausalLM": ("w8a8-static",),
-                "Qwen2ForCausalLM": _ALL,
-                "Qwen3ForCausalLM": _ALL,
-                "Qwen3MoeForCausalLM": ("w8a8-static",),
-            },
         ),
     ),
     hardware=("ascend",),

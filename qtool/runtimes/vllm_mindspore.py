@@ -47,6 +47,8 @@ MINDFORMERS = (
 )
 # Those of them that ask how their layers are quantized (get_quant_config); the others put int8 into float parameters.
 ASKING = ("DeepseekV3ForCausalLM", "Qwen3ForCausalLM", "TeleChat2ForCausalLM")
+# Of this model MindFormers doesn't find a matrix, key_value, quantized or not; its place keeps what it was made with.
+UNFOUND = "TeleChat2ForCausalLM"
 # Those of them that load `weight_scale` into what holds it there, `w_scale` (convert_name).
 DYNAMIC = ("DeepseekV3ForCausalLM",)
 # Native models with experts, which assert a method that neither W8A8 nor FLOAT is.
@@ -147,7 +149,7 @@ def reading(named: str, *, dynamic: bool) -> list[str]:
     `dynamic` says whether some of its layers have dynamic activations. MindOne's never do.
     """
     native = named in NATIVE and named not in EXPERTS and not dynamic
-    mindformers = named in (DYNAMIC if dynamic else ASKING)
+    mindformers = named in (DYNAMIC if dynamic else ASKING) and named != UNFOUND
     return ["native"] * native + ["mindformers"] * mindformers
 
 
@@ -195,9 +197,30 @@ def _unasked(model: Quantized) -> Limitation | None:
     )
 
 
+def _unfound(model: Quantized) -> Limitation | None:
+    if model.architecture != UNFOUND:
+        return None
+    return Limitation(
+        f"vLLM-MindSpore runs {UNFOUND} through MindFormers, which doesn't load its key_value: it would generate noise",
+        fatal=True,
+        hint="vLLM reads it: quantize the original with --scheme w8a8-dynamic --format compressed-tensors.",
+    )
+
+
+def _unnormed(model: Quantized) -> Limitation | None:
+    if model.architecture != "Glm4MoeForCausalLM" or not model.config.get("use_qk_norm") or _any(model):
+        return None
+    return Limitation(
+        "vLLM-MindSpore runs Glm4MoeForCausalLM through MindFormers, which doesn't load q_norm and k_norm, and this "
+        "model has them (use_qk_norm): it would generate noise",
+        fatal=True,
+        hint="Use --runtime vllm-ascend or vllm.",
+    )
+
+
 def _unscaled(model: Quantized) -> Limitation | None:
     named = model.architecture
-    if not _unread(model) or named not in ASKING:
+    if not _unread(model) or named not in ASKING or named == UNFOUND:
         return None
     return Limitation(
         f"{_which(model.dynamic)} would have dynamic activations (W8A8_DYNAMIC), but vLLM-MindSpore runs those "
@@ -233,7 +256,19 @@ def _native(model: Quantized) -> Limitation | None:
 
 _MINDFORMERS = "mindformers 1.7.0: models"
 _PLUGIN = "vllm-mindspore 0.5.1: model_executor"
+_UNFOUND = Limit(
+    "MindFormers has no name for key_value: it is skipped, and what it belongs to keeps its initial values",
+    f"{_MINDFORMERS}/telechat2/utils.py (weight_mapping), parallel_core/inference/base_models/gpt/gpt_model.py "
+    "(load_weights, load_default_param)",
+    _unfound,
+)
+_UNNORMED = Limit(
+    "MindFormers has no name for q_norm and k_norm: they are skipped",
+    f"{_MINDFORMERS}/glm4_moe/utils.py (weight_mapping), parallel_core/inference/base_models/gpt/gpt_model.py",
+    _unnormed,
+)
 _LIMITS = (
+    _UNFOUND,
     Limit(
         "MindFormers' model ignores the quantization: it loads int8 weights into float parameters",
         f"{_MINDFORMERS}/{{qwen2,qwen3_moe,glm4,glm4_moe}}/modeling_*_infer.py (no get_quant_config; GPTModel without "
@@ -247,7 +282,7 @@ _LIMITS = (
         "are skipped, so the scales keep their initial values",
         "mindformers 1.7.0: parallel_core/inference/quantization/golden_stick/a8dynw8.py (w_scale), "
         "parallel_core/inference/base_models/gpt/gpt_model.py (load_weights, load_default_param), "
-        "models/{qwen3/utils.py,telechat2/utils.py,telechat2/modeling_telechat2_infer.py} (no such name; "
+        "models/qwen3/utils.py (no such name; "
         "models/deepseek3/modeling_deepseek_v3_infer.py has it)",
         _unscaled,
     ),
@@ -272,16 +307,14 @@ RUNTIME = Runtime(
     version="0.5.1",
     summary="vLLM on Ascend, through MindSpore",
     reads=(
-        Reads("float"),
+        Reads("float", limits=(_UNFOUND, _UNNORMED)),
         Reads(
             _FORMAT,
             {"quantization": "golden-stick"},
             _LIMITS,
             f"{_PLUGIN}/layers/quantization/golden_stick; {_MINDFORMERS}/{{deepseek3,qwen3}}/"
             "modeling_*_infer.py (get_quant_config), parallel_core/inference/quantization/golden_stick",
-            # TeleChat2: whether MindFormers finds its key_value, which it has no name for, is open.
             frozenset({"DeepseekV3ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}),
-            {"LlamaForCausalLM": ("w8a8-static",)},
         ),
     ),
     hardware=("ascend",),

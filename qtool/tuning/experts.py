@@ -197,7 +197,7 @@ class ExpertNoise:
                     if not any(policies.values()):
                         continue
                     linears = ExpertLinears(names, policies, expert_groups(module.apply_gate, has_gate=GATE in names))
-                    expert = SmoothedExpert(linears, ExpertSamples(seen, inner), weights, context.format)
+                    expert = SmoothedExpert(linears, ExpertSamples(seen, inner), weights, context.format, context.rows)
                     self._add(tally, number, module, names, expert)
         found = Measured([], [])
         for way, tally in tallies.items():
@@ -210,7 +210,7 @@ class ExpertNoise:
     def _add(
         self, tally: Tally, number: int, module: RoutedExperts, names: Mapping[str, str], expert: SmoothedExpert
     ) -> None:
-        linears = {part: linear for made, _ in expert.quantize() for part, linear in made.items()}
+        linears = {part: linear for made, _ in expert.quantize() for part, linear in made.result()[0].items()}
         weights = {part: expert.folded.rows(part, 0, expert.folded.shape(part)[0]) for part in names}
         biases = {part: expert.folded.vector(f"{part}.bias") for part in names}
         for passage, by_output in self.runs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
-from qtool.checkpoint.writer import CheckpointWriter
+from qtool.checkpoint.writer import CheckpointWriter, Sharding
 from qtool.quant.types import QuantizedLinear
 from qtool.recipe.load import match
 from tests import families
@@ -44,6 +45,7 @@ def make(architecture: str, folder: Path, tokenizer: Any) -> Path:
             )
         if (later := _RENAMED.get(architecture)) is not None:  # the same tensors in a model of another type
             config = json.loads((made / "config.json").read_text())
+            config.pop("attention_bias", None)  # Llama's; no other has the key
             (made / "config.json").write_text(json.dumps(config | {"model_type": later}))
         return made
     return {"Glm4vForConditionalGeneration": _glm4v, "TeleChat2ForCausalLM": _telechat2}[architecture](
@@ -56,26 +58,31 @@ def schemes(model: Path) -> tuple[str, ...]:
     return tuple(match(Checkpoint.open(model).config)[0].schemes)
 
 
-def quantize(source: Path, target: Path, format: str, scheme: str) -> dict[str, QuantizedLinear]:
+def quantize(
+    source: Path, target: Path, format: str, scheme: str, sharding: Sharding | None = None
+) -> dict[str, QuantizedLinear]:
     """By the scheme of the model's recipe; static layers get one input scale. Returns the layers."""
     checkpoint, form = Checkpoint.open(source), formats.get(format)
     recipe, _ = match(checkpoint.config)
     layers = formats.of(checkpoint).layers(checkpoint)
     made: dict[str, QuantizedLinear] = {}
-    with CheckpointWriter(target, form) as writer:
+    with CheckpointWriter(target, form, sharding=sharding) as writer:
+        writer.expect(checkpoint.names)
         for tensor in checkpoint.names:
             owner, _, part = tensor.rpartition(".")
             policy = recipe.policy(scheme, owner) if owner in layers and "embed" not in owner else None
+            policy = policy and policy.settled(form.expresses)
             if policy is None:
                 writer.add(tensor, checkpoint.tensor(tensor))
             elif part == "weight":
                 static = policy.scheme.is_static
-                made[owner] = round_layer(
+                rounded = round_layer(
                     checkpoint.tensor(tensor),
                     checkpoint.tensor(f"{owner}.bias") if f"{owner}.bias" in checkpoint else None,
                     (form.storable_scale(0.05, torch.bfloat16), 11) if static else None,
                     partial(form.storable_weight_scale, scheme=policy.scheme, dtype=torch.bfloat16),
                 )
+                made[owner] = dataclasses.replace(rounded, scheme=policy.scheme)
                 writer.add_linear(owner, made[owner], torch.bfloat16)
         writer.finish(checkpoint, checkpoint.config, {"made_by": "a test"})
     return made

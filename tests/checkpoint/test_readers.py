@@ -6,94 +6,71 @@ not so, qtool says so beforehand.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from qtool.runtimes import table
+from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.writer import Sharding
+from qtool.runtimes import facts, readings, table
+from tests import families
 from tests.checkpoint import served
-from tests.managed import REPOSITORY, unpacked
+from tests.checkpoint.readings import READERS, Reader, make, read, run
 
-HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def folders(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    """Compressed-tensors checkpoints by architecture and scheme."""
-    return made("compressed-tensors", tiny_tokenizer, tmp_path_factory)
+_MARKS = {"vllm": pytest.mark.vllm, "transformers": pytest.mark.slow}
 
 
-def made(format: str, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    base = tmp_path_factory.mktemp("served")
-    found = {}
-    for architecture in served.ARCHITECTURES:
-        model = served.make(architecture, base / architecture / "float", tokenizer)
-        for scheme in served.schemes(model):
-            if scheme in table.SCHEMES:
-                target = base / architecture / scheme
-                served.quantize(model, target, format, scheme)
-                found[architecture, scheme] = target
-    return found
+def _marked() -> list[Any]:
+    marks = (_MARKS.get(reader.runtime, pytest.mark.peers) for reader in READERS)
+    return [pytest.param(each, marks=mark, id=each.script) for each, mark in zip(READERS, marks, strict=True)]
 
 
-def read(script: str, folders: dict[tuple[str, str], Path], *packages: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    command = [sys.executable, HERE / script, *folders.values()]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, *packages)))}
-    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [line["model"] for line in lines] == list(map(str, folders.values()))
-    return dict(zip(folders, lines, strict=True))
-
-
-def check(
-    runtime: str,
-    found: dict[tuple[str, str], dict[str, Any]],
-    inaccessible: str = "",
-    format: str = "compressed-tensors",
-) -> None:
+def test_the_table_says_what_was_read() -> None:
+    """What the runtimes' own code made of the files is the answer that qtool gives of them."""
     answers = {
-        (model, scheme): row.answer
+        (row.runtime, row.format, model, scheme): (row.answer, row.checked)
         for row in table.rows()
-        if (row.runtime, row.format) == (runtime, format)
         for model in row.models
         for scheme in row.schemes
     }
-    counted = 0
-    for (architecture, scheme), result in found.items():
-        well = "error" not in result and not result["untouched"] and not result["unread"]
-        expected = {"yes": True, "with a setting": True, "no": False}.get(answers[architecture, scheme])
-        if expected is None:  # nobody knows: this machine can't build it
-            assert architecture == inaccessible
-            continue
-        assert well == expected, (architecture, scheme, result)
-        counted += result.get("parameters", 0) if well else 0
-    assert counted > 300  # it did build models
+    titles = {runtime.name: runtime.title for runtime in facts.KNOWN}
+    for reading in readings.READINGS:
+        found = answers[titles[reading.runtime], reading.format, reading.architecture, reading.scheme]
+        assert found == (("yes", "run") if reading.well else ("no", "run")) or found == ("with a setting", "run"), (
+            reading
+        )
+        assert reading.counts.parameters or reading.error
+    assert {reader.runtime for reader in READERS} == {reading.runtime for reading in readings.READINGS}
 
 
-@pytest.mark.vllm
-def test_vllm(folders: dict[tuple[str, str], Path]) -> None:
-    check("vLLM", read("vllm_reads.py", folders), inaccessible="Glm4vForConditionalGeneration")  # needs torchvision
-
-
-@pytest.mark.slow
-def test_transformers(folders: dict[tuple[str, str], Path]) -> None:
-    check("transformers", read("transformers_reads.py", folders), inaccessible="Glm4vForConditionalGeneration")
+@pytest.mark.parametrize("reader", _marked())
+def test_every_family(reader: Reader, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """The runtime's own code finds what is written down of it in qtool/runtimes/readings.py."""
+    folders = make(reader, tmp_path, tiny_tokenizer)
+    found = read(reader, folders, tmp_path / "work")
+    known = {(each.runtime, each.architecture, each.scheme): each for each in readings.READINGS}
+    assert len(found) > 2
+    for reading, line in found:
+        assert reading == known[reading.runtime, reading.architecture, reading.scheme], line
 
 
 @pytest.mark.peers
-def test_vllm_ascend(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
-    experts = {family.architecture for family in table.FAMILIES if family.experts}
-    folders = {
-        (architecture, scheme): folder
-        for (architecture, scheme), folder in made("modelslim", tiny_tokenizer, tmp_path_factory).items()
-        if architecture != "Glm4vForConditionalGeneration"  # needs torchvision
-        # and quantized experts a method that isn't run here
-        and (architecture not in experts or scheme == "w8a8-static")
-    }
-    check("vllm-ascend", read("vllm_ascend_reads.py", folders, unpacked("vllm-ascend==0.18.0")), format="modelslim")
+def test_the_last_norm_is_the_models_own(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """MindFormers loads that of DeepSeek-V3's layer 61, which predicts one token further, into the same parameter."""
+    (reader,) = (each for each in READERS if each.script == "mindformers_reads.py")
+    model = served.make("DeepseekV3ForCausalLM", tmp_path / "float", tiny_tokenizer)
+    norm, further = "model.norm.weight", "model.layers.61.shared_head.norm.weight"
+    tensors = families.load(model)
+    tensors |= {norm: torch.full_like(tensors[norm], 2), further: torch.full_like(tensors[norm], 3)}
+    # as they lie in the files of DeepSeek-R1: one in an early file, one in the last
+    early = dict(list(tensors.items())[:20]) | {norm: tensors.pop(norm)}
+    families.save({name: tensor for name, tensor in tensors.items() if name not in early} | early, model, shards=3)
+    served.quantize(model, tmp_path / "made", "golden-stick", "w8a8", Sharding(700_000, 64))
+    made = Checkpoint.open(tmp_path / "made")
+    assert len({made.info(name).file for name in made.names}) > 1
+    assert made.info(norm).file == made.info(further).file
+    (line,) = run(reader, [tmp_path / "made"], tmp_path / "work")
+    assert line["norm"] == 2
+    assert not line["untouched"]

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from qtool.checkpoint.formats.targets import targets
+from qtool.checkpoint.formats.targets import is_plain, targets
 from qtool.scheme import W8A8_DYNAMIC, Scheme
 
 
@@ -38,6 +38,27 @@ def test_layers_are_named_for_every_runtime(text: str, tower: str) -> None:
 def test_a_model_without_towers_is_named_as_before() -> None:
     schemes: dict[str, Scheme | None] = {f"model.layers.{i}.mlp.up_proj": W8A8_DYNAMIC if i else None for i in range(3)}
     assert targets(schemes, W8A8_DYNAMIC) == [r"re:model\.layers\.(1|2)\.mlp\.up_proj$"]
+
+
+_AROUND: dict[str, Scheme | None] = {"model.embed_tokens": None, "lm_head": None}
+
+
+@pytest.mark.parametrize(
+    ("beside", "plain"),
+    [
+        ({}, True),
+        ({"model.layers.0.mlp.gate": None}, False),  # a router
+        ({"model.layers.0.mlp.experts.0.up_proj": W8A8_DYNAMIC}, False),
+        ({"model.layers.1.self_attn.q_proj": None}, False),
+        ({"lm_head": W8A8_DYNAMIC}, False),  # is no Linear to runtimes
+        ({"visual.blocks.0.attn.qkv": None}, False),
+        ({"multi_modal_projector.linear_1": None}, False),  # runtimes may have another name for it
+    ],
+)
+def test_what_the_class_alone_can_name(beside: dict[str, Scheme | None], plain: bool) -> None:
+    parts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    schemes: dict[str, Scheme | None] = {f"model.layers.0.{part}": W8A8_DYNAMIC for part in parts}
+    assert is_plain(schemes | _AROUND | beside) == plain
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,28 @@ def test_more_tensors_than_expected(tmp_path: Path) -> None:
     assert all(torch.equal(checkpoint.tensor(name), tensor) for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+@pytest.mark.parametrize("name", ["golden-stick", "compressed-tensors"])
+def test_what_must_lie_in_one_file(tmp_path: Path, names: tuple[str, str], name: str) -> None:
+    """MindFormers would take one for the other where they lie in two (see tests/checkpoint/test_readers.py)."""
+    full = {"a": "model.layers.61.shared_head.norm.weight", "b": "model.norm.weight"}
+    tensors = {full[names[0]]: torch.ones(4), "x": torch.ones(900), full[names[1]]: torch.zeros(4), "y": torch.ones(4)}
+    form = formats.get(name)
+    with CheckpointWriter(tmp_path / "m", form, sharding=Sharding(8192 + 3600 + 20, 16)) as writer:
+        writer.expect(tensors)
+        for tensor, value in tensors.items():
+            assert tensor not in writer
+            writer.add(tensor, value)
+            assert tensor in writer
+        writer.finish(None, {"architectures": ["DeepseekV3ForCausalLM"]}, {})
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    files = {each: checkpoint.info(each).file.name for each in tensors}
+    assert len(set(files.values())) == 2
+    assert (files[full["a"]] == files[full["b"]]) == (name == "golden-stick")
+    for each, value in tensors.items():
+        assert torch.equal(checkpoint.tensor(each), value)
+
+
 def test_views_are_written_as_they_look(tmp_path: Path) -> None:
     table = torch.arange(12.0).reshape(3, 4)
     output = write(tmp_path / "m", {"t": table.t(), "s": table[1:, ::2]})

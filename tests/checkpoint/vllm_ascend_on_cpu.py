@@ -67,10 +67,17 @@ allow_tiles()  # no plugin does it here
 import torch  # noqa: E402
 import torch_npu  # type: ignore[import-not-found]  # noqa: E402
 import vllm.model_executor.layers.fused_moe as fused_moe  # noqa: E402
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts  # noqa: E402
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
-fused_moe.FusedMoE = getattr(fused_moe, "FusedMoE", type("FusedMoE", (), {}))  # vLLM 0.32 has renamed it
+fused_moe.FusedMoE = RoutedExperts  # as vLLM 0.32 calls what makes the experts' parameters
+
+import vllm_ascend.distributed.parallel_state  # type: ignore[import-not-found]  # noqa: E402
+import vllm_ascend.ops.fused_moe.fused_moe  # type: ignore[import-not-found]  # noqa: E402
+
+vllm_ascend.distributed.parallel_state.get_mc2_group = object  # no group of cards
+vllm_ascend.ops.fused_moe.fused_moe.AscendUnquantizedFusedMoEMethod = fused_moe.UnquantizedFusedMoEMethod
 
 import vllm_ascend.ops.linear  # type: ignore[import-not-found]  # noqa: E402
 import vllm_ascend.quantization.method_adapters as adapters  # type: ignore[import-not-found]  # noqa: E402

@@ -1,6 +1,7 @@
 """What vllm-ascend 0.18 takes of checkpoints: python vllm_ascend_reads.py FOLDER..., lines of JSON as of vllm_reads.
 
-All that reads linear layers is the plugin's own, as in vllm_ascend_on_cpu; its method for experts is not among it.
+All that reads linear layers and quantized experts is the plugin's own, as in vllm_ascend_on_cpu; float experts have
+vLLM's method.
 """
 
 from __future__ import annotations

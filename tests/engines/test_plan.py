@@ -50,7 +50,10 @@ def test_exact_osl_is_for_channels(make_model: Callable[..., Path]) -> None:
     checkpoint = Checkpoint.open(make_model("llama"))
     with pytest.raises(InputError, match="osl: exact"):
         plan.make(checkpoint, recipe("exact", weights={"group_size": 32}), "s", "compressed-tensors", LINEARS)
-    plan.make(checkpoint, recipe("exact"), "s", "compressed-tensors", LINEARS)
+    automatic = recipe("exact", activations={"mode": "dynamic", "symmetric": "auto"})
+    for how in (recipe("exact"), automatic):
+        made = plan.make(checkpoint, how, "s", "compressed-tensors", LINEARS)
+        assert set(made.schemes.values()) == {W8A8_DYNAMIC}
 
 
 ZERO_POINTS = {  # formats whose readers take a zero point per token

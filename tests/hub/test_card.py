@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from qtool.hub.card import card, front_matter
+from qtool.runtimes.table import Answer, Way
 from qtool.scheme import W8A8, W8A8_DYNAMIC, QuantizationArgs, Scheme
 
 INT4 = QuantizationArgs(num_bits=4, strategy="group", group_size=32)
@@ -31,6 +32,23 @@ def test_the_precision_is_the_checkpoints(schemes: list[Scheme], tags: list[str]
     assert yaml.safe_load(text.split("---\n")[1])["tags"] == ["qtool", *tags, "golden-stick"]
     assert words in text
     assert "for vLLM-MindSpore" in text
+
+
+def test_who_runs_it_and_who_does_not() -> None:
+    report = {"scheme": "w8a8", "format": "compressed-tensors"}
+    answers: list[tuple[str, Answer, str]] = [
+        ("vLLM", "no", "other names"),
+        ("SGLang", "yes", ""),
+        ("MLX", "unknown", ""),
+    ]
+    ways = [Way(name, "1.0", "compressed-tensors", "", answer, why, "", "", "read") for name, answer, why in answers]
+    text = card("me/test", report, "", ways=ways)
+    assert "| runs in | SGLang 1.0 |" in text
+    assert "| does not run in | vLLM 1.0 (other names) |" in text
+    assert "MLX" not in text
+    assert "qtool generate me/test" in text
+    assert "vllm serve" not in text
+    assert "qtool generate" not in card("me/test", report, "", ways=ways[:1])
 
 
 @pytest.mark.parametrize("readme", ["", "no matter", "---\n", "---\n: [\n---\n", "---\n- a list\n---\n", "---\n1\n"])

@@ -110,6 +110,9 @@ class Rotated:
     def holding(self, names: Iterable[str]) -> AbstractContextManager[None]:
         return self._inner.holding(names)
 
+    def together(self) -> AbstractContextManager[None]:
+        return self._inner.together()
+
 
 def rotated_on_disk(model: Path, folder: Path) -> Path:
     """The same, of whole matrices, by other formulas: x·Q enters, so W·diag(gain)·Q reads it, and Qᵀ·W writes to it."""
@@ -162,8 +165,7 @@ def quantized(stream: DecoderStream, ids: torch.Tensor) -> dict[str, QuantizedLi
         folded, scales = smooth(weights, groups, policies, statistics, torch.float32)
         for group in groups:
             first = group.linears[0]
-            linears, _ = quantize_group(folded, group, policies, statistics[first], scales.get(first), storage)
-            found |= linears
+            found |= quantize_group(folded, group, policies, statistics[first], scales.get(first), storage).result()[0]
     return found
 
 

@@ -44,7 +44,7 @@ def test_every_shipped_recipe_is_valid_and_named_after_its_file(name: str) -> No
     recipe = load.load(name)
     assert recipe.name == name
     assert set(recipe.schemes) >= ({"w8a8"} if name == "golden-stick-osl" else {"w8a8", "w8a8-dynamic"})
-    assert recipe.default_scheme == ("w8a8-static" if name == "telechat2" else "w8a8")
+    assert recipe.default_scheme == ("w8a8-dynamic" if name == "telechat2" else "w8a8")
     assert recipe.source
     assert recipe.generate.temperature == 0
 

@@ -20,7 +20,8 @@ from qtool.engines import plan
 from qtool.environments.table import ENGINES
 from qtool.errors import InputError
 from qtool.recipe.load import load
-from qtool.runtimes import vllm_ascend, vllm_mindspore
+from qtool.runtimes import facts, vllm_ascend, vllm_mindspore
+from qtool.runtimes.description import Quantized
 from qtool.scheme import W8A8, W8A8_ASYMMETRIC, W8A8_DYNAMIC, Scheme
 from tests.managed import unpacked
 
@@ -31,6 +32,7 @@ QWEN3_MOE = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"
 QWEN3_VL_MOE = {"architectures": ["Qwen3VLMoeForConditionalGeneration"], "model_type": "qwen3_vl_moe"}
 GLM4_MOE = {"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe"}
 DEEPSEEK = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
+TELECHAT2 = {"architectures": ["TeleChat2ForCausalLM"], "model_type": "telechat"}
 MIXTRAL = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
 Q_PROJ, EXPERT = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.0.up_proj"
 
@@ -66,6 +68,11 @@ def test_who_reads_what() -> None:
         ("golden-stick", DEEPSEEK, {Q_PROJ: W8A8, EXPERT: W8A8_DYNAMIC}, "BF16", None, False, False),
         ("golden-stick", MIXTRAL, {Q_PROJ: W8A8}, "BF16", "doesn't load for MixtralForCausalLM", False, True),
         ("golden-stick", LLAMA, {Q_PROJ: W8A8_DYNAMIC}, "BF16", "support them for LlamaForCausalLM", False, True),
+        ("golden-stick", TELECHAT2, {Q_PROJ: W8A8}, "BF16", "doesn't load its key_value", True, False),
+        ("golden-stick", TELECHAT2, {Q_PROJ: W8A8_DYNAMIC}, "BF16", "doesn't load its key_value", True, False),
+        ("float", TELECHAT2, {Q_PROJ: None}, "BF16", "doesn't load its key_value", True, False),
+        ("float", GLM4_MOE, {Q_PROJ: None}, "BF16", None, False, False),
+        ("float", GLM4_MOE | {"use_qk_norm": True}, {Q_PROJ: None}, "BF16", "(use_qk_norm)", True, False),
         ("golden-stick", {}, {Q_PROJ: W8A8_DYNAMIC}, None, "doesn't load for this model", False, True),
         ("modelslim", LLAMA, {Q_PROJ: W8A8_DYNAMIC}, "F32", None, False, False),
         ("modelslim", LLAMA, {Q_PROJ: W8A8}, "BF16", None, False, False),
@@ -92,6 +99,36 @@ def test_problems(
     for problem in found:
         assert str(says) in problem.text
         assert (problem.fatal, problem.unread) == (fatal, unread)
+
+
+MAMBA = {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba"}
+UP_PROJ, X_PROJ = "model.layers.0.mlp.up_proj", "backbone.layers.0.mixer.x_proj"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "format", "config", "schemes", "says"),
+    [
+        ("vllm", "compressed-tensors", MAMBA, {X_PROJ: W8A8_DYNAMIC}, "Mamba layers are quantized"),
+        ("vllm", "compressed-tensors", MAMBA, {X_PROJ: None, UP_PROJ: W8A8_DYNAMIC}, None),
+        ("vllm", "compressed-tensors", MAMBA | {"model_type": "bamba"}, {X_PROJ: W8A8_DYNAMIC}, None),
+        ("vllm", "compressed-tensors", TELECHAT2, {Q_PROJ: W8A8_DYNAMIC}, None),
+        ("vllm", "compressed-tensors", TELECHAT2, {Q_PROJ: W8A8, UP_PROJ: W8A8_DYNAMIC}, "only where all are dynamic"),
+        ("sglang", "compressed-tensors", LLAMA, {Q_PROJ: W8A8_DYNAMIC, UP_PROJ: W8A8_DYNAMIC}, None),
+        ("sglang", "compressed-tensors", LLAMA, {Q_PROJ: W8A8, UP_PROJ: W8A8_DYNAMIC}, "dynamic int8 throughout"),
+        ("sglang", "compressed-tensors", LLAMA, {Q_PROJ: W8A8_DYNAMIC, UP_PROJ: None}, "dynamic int8 throughout"),
+        ("sglang", "compressed-tensors", QWEN3_MOE, {EXPERT: W8A8_DYNAMIC}, "on Ascend alone"),
+        ("sglang", "compressed-tensors", TELECHAT2, {Q_PROJ: W8A8_DYNAMIC}, "no TeleChat2"),
+    ],
+)
+def test_what_one_runtime_does_not_read(
+    runtime: str, format: str, config: dict[str, Any], schemes: dict[str, Scheme | None], says: str | None
+) -> None:
+    (known,) = (each for each in facts.KNOWN if each.name == runtime)
+    found = known.limitations(format, Quantized(config, schemes, "BF16"))
+    assert len(found) == (says is not None)
+    for limitation in found:
+        assert limitation.unread
+        assert str(says) in limitation.text
 
 
 def test_quantize_refuses_what_nothing_would_load(tiny_llama: Path, tmp_path: Path) -> None:

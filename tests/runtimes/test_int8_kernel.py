@@ -103,6 +103,37 @@ AS_AVX2 = os.environ.get("ATEN_CPU_CAPABILITY") == "avx2"
 FOR_AVX2 = pytest.mark.skipif("amx_int8" in machine.cpu_flags() and not AS_AVX2, reason="its torch product is for AVX2")
 
 
+@pytest.mark.vllm
+@pytest.mark.skipif("amx_int8" not in machine.cpu_flags(), reason="the product is for AMX")
+def test_rows_in_three_dimensions() -> None:
+    """Models that vLLM runs through transformers' code have [1, tokens, in], which its own product refuses."""
+    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
+    from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import Int8ScaledMMLinearLayerConfig
+
+    int8_kernel.register()
+    int8_kernel.register()  # once more changes nothing
+    config = Int8ScaledMMLinearLayerConfig(is_channelwise=True, is_static_input_scheme=False, input_symmetric=True)
+    generator = torch.Generator().manual_seed(0)
+    layer: Any = torch.nn.Module()
+    layer.bias, layer.logical_widths = None, [64]
+    weight = torch.randint(-127, 128, (64, 128), generator=generator, dtype=torch.int8)
+    scale = torch.rand(64, 1, generator=generator) * 0.01
+    parameters = {"weight": weight.clone(), "weight_scale": scale.clone(), "input_scale": None}
+    for name, tensor in (parameters | {"input_zero_point": None, "azp_adj": None}).items():
+        made = None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
+        layer.register_parameter(name, made)
+    kernel = CPUInt8ScaledMMLinearKernel(
+        config, ["weight", "weight_scale", "input_scale", "input_zero_point", "azp_adj"]
+    )
+    kernel.process_weights_after_loading(layer)
+    x = torch.randn(2, 3, 128, generator=generator).bfloat16()
+    found, flat = kernel.apply_weights(layer, x), kernel.apply_weights(layer, x.reshape(6, 128))
+    assert found.shape == (2, 3, 64)
+    assert torch.equal(found.reshape(6, 64), flat)
+    expected = x.float() @ (weight.float() * scale).t()
+    torch.testing.assert_close(found.float(), expected, rtol=2.0**-6, atol=0.015 * float(expected.abs().max()))
+
+
 def test_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     def cpu(flags: str) -> bool:
         monkeypatch.setattr(machine, "cpu_flags", lambda: set(flags.split()))

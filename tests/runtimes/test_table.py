@@ -30,7 +30,7 @@ def test_the_page_is_up_to_date() -> None:
 def test_every_family_scheme_and_format_has_its_row() -> None:
     model_types = {name for recipe in map(load.load, load.names()) for name in recipe.match.model_type}
     assert model_types == {family.model_type for family in table.FAMILIES}
-    for runtime in facts.DIRECT:
+    for runtime in facts.KNOWN:
         for reads in runtime.reads:
             if reads.format != "float":
                 for family in table.FAMILIES:
@@ -42,18 +42,24 @@ def test_every_family_scheme_and_format_has_its_row() -> None:
     ("runtime", "model", "scheme", "answer", "checked"),
     [
         ("vLLM", "LlamaForCausalLM", "w8a8", "yes", "run"),
-        ("transformers", "MixtralForCausalLM", "w8a8", "no", "read"),
-        ("vLLM", "TeleChat2ForCausalLM", "w8a8-static", "no", "read"),
+        ("transformers", "MixtralForCausalLM", "w8a8", "no", "run"),
+        ("vLLM", "TeleChat2ForCausalLM", "w8a8-static", "no", "run"),
+        ("vLLM", "TeleChat2ForCausalLM", "w8a8-dynamic", "yes", "run"),
         ("vLLM", "Glm4vForConditionalGeneration", "w8a8", "unknown", "not"),
-        ("transformers", "Qwen3MoeForCausalLM", "w8a8-static", "no", "read"),
+        ("transformers", "Qwen3MoeForCausalLM", "w8a8-static", "no", "run"),
         ("vLLM-MindSpore", "LlamaForCausalLM", "w8a8-static", "yes", "run"),
-        ("vLLM-MindSpore", "LlamaForCausalLM", "w8a8", "no", "read"),
-        ("vLLM-MindSpore", "Qwen2ForCausalLM", "w8a8-static", "with a setting", "read"),
-        ("vLLM-MindSpore", "Qwen3ForCausalLM", "w8a8-dynamic", "no", "read"),
-        ("vLLM-MindSpore", "Qwen3MoeForCausalLM", "w8a8-static", "no", "read"),
-        ("vLLM-MindSpore", "DeepseekV3ForCausalLM", "w8a8", "yes", "read"),
-        ("vllm-ascend", "MixtralForCausalLM", "w8a8", "no", "read"),
-        ("vllm-ascend", "Qwen3MoeForCausalLM", "w8a8", "yes", "read"),
+        ("vLLM-MindSpore", "LlamaForCausalLM", "w8a8", "no", "run"),
+        ("vLLM-MindSpore", "Qwen2ForCausalLM", "w8a8-static", "with a setting", "run"),
+        ("vLLM-MindSpore", "Qwen3ForCausalLM", "w8a8-dynamic", "no", "run"),
+        ("vLLM-MindSpore", "Qwen3MoeForCausalLM", "w8a8-static", "no", "run"),
+        ("vLLM-MindSpore", "TeleChat2ForCausalLM", "w8a8-static", "no", "run"),
+        ("vLLM-MindSpore", "DeepseekV3ForCausalLM", "w8a8", "yes", "run"),
+        ("vLLM-MindSpore", "MixtralForCausalLM", "w8a8", "no", "read"),
+        ("vllm-ascend", "MixtralForCausalLM", "w8a8", "no", "run"),
+        ("vllm-ascend", "Qwen3MoeForCausalLM", "w8a8", "yes", "run"),
+        ("SGLang", "LlamaForCausalLM", "w8a8-dynamic", "yes", "run"),
+        ("SGLang", "LlamaForCausalLM", "w8a8", "no", "run"),
+        ("SGLang", "Qwen3MoeForCausalLM", "w8a8-dynamic", "no", "run"),
         ("vllm-ascend", "LlamaForCausalLM in float32", "w8a8-static", "no", "read"),
     ],
 )
@@ -81,8 +87,15 @@ def test_what_can_serve_a_float_model(run_qtool: Callable[..., Any], tiny_tokeni
     ways = json.loads(done.stdout)
     as_it_is = [way for way in ways if not way["scheme"]]
     assert {way["format"] for way in as_it_is} == {"float"}
-    assert {way["runtime"] for way in as_it_is} == {runtime.title for runtime in facts.DIRECT}
-    found = {(way["format"], way["scheme"]): way for way in ways if way["runtime"] not in ("transformers",)}
+    assert {way["runtime"] for way in as_it_is} == {runtime.title for runtime in facts.KNOWN}
+    found = {(way["format"], way["scheme"]): way for way in ways if way["runtime"] not in ("transformers", "SGLang")}
+    sglang = {way["scheme"]: way for way in ways if way["runtime"] == "SGLang"}
+    assert {scheme: sglang[scheme]["answer"] for scheme in table.SCHEMES} == {
+        "w8a8": "no",
+        "w8a8-dynamic": "yes",
+        "w8a8-static": "no",
+    }
+    assert sglang["w8a8-dynamic"]["how"].endswith("| xargs python -m sglang.launch_server --model-path")
     noise, static = found["golden-stick", "w8a8"], found["golden-stick", "w8a8-static"]
     assert (noise["answer"], noise["how"]) == ("no", "")
     assert "doesn't load their scales" in noise["why"]
@@ -102,10 +115,15 @@ def test_what_can_serve_a_float_model(run_qtool: Callable[..., Any], tiny_tokeni
 def test_what_can_serve_a_quantized_model(run_qtool: Callable[..., Any], quantize_tiny: Callable[..., Path]) -> None:
     model = quantize_tiny("w8a8-static")
     ways = json.loads(run_qtool("runtimes", "-", "--json", stdin=f"{model}\n").stdout)
-    assert [way["format"] for way in ways] == ["compressed-tensors", "compressed-tensors", "golden-stick", "modelslim"]
+    assert [way["format"] for way in ways] == [*["compressed-tensors"] * 3, "golden-stick", "modelslim"]
     assert ways[0]["how"] == f"qtool serve {model} --runtime vllm"
     assert ways[1]["how"] == f"qtool generate {model} --runtime transformers"
-    assert ways[2]["how"] == f"qtool convert {model} --to golden-stick | qtool serve - --runtime vllm-mindspore"
+    assert (ways[2]["runtime"], ways[2]["answer"], ways[2]["how"]) == ("SGLang", "no", "")
+    assert ways[3]["how"] == f"qtool convert {model} --to golden-stick | qtool serve - --runtime vllm-mindspore"
+    assert json.loads(run_qtool("inspect", model, "--json").stdout)["runtimes"] == ways[:3]
+    shown = run_qtool("inspect", model)
+    assert "SGLang 0.5.23" in shown.stdout
+    assert "dynamic int8 throughout" in " ".join(shown.stdout.split())
     model = quantize_tiny("w8a8-dynamic")
     ways = json.loads(run_qtool("runtimes", model, "--json").stdout)
     assert [way["answer"] for way in ways if way["format"] == "golden-stick"] == ["no"]

@@ -129,7 +129,13 @@ class Format(ABC):
 
 
 class Writable(Format):
-    """A format that qtool writes."""
+    """A format that qtool writes.
+
+    Attributes:
+        together: full names of small tensors that must lie in one file, in this order, if a model has them.
+    """
+
+    together: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def shard_name(self, i: int, n: int) -> str:

@@ -10,8 +10,8 @@ activations also `input_scale` [1] and `input_zero_point` int8 [1]; the layer's 
 Weights of 4 bits, and those beside float activations, are packed: vLLM 0.32 takes the latter only so, and the former
 besides as int8 for ARM processors alone (compressed_tensors.py and kernels/linear/mixed_precision).
 
-Which layer is which stands in config.json, as groups of targets: module names, or regexes after `re:` that must match
-from the start of a name.
+Which layer is which stands in config.json, as groups of targets: module names, regexes after `re:` that must match
+from the start of a name, or a class of modules, Linear.
 
 Scales: vLLM 0.32 holds them in float32, whatever it reads; transformers 5.19 (compressed-tensors 0.17) casts
 them to the model's dtype. So that both compute with the same numbers, a scale is stored in the model's dtype
@@ -39,7 +39,7 @@ from qtool.checkpoint.formats.base import (
 from qtool.checkpoint.formats.packing import WIDTHS, pack, unpack, words
 from qtool.checkpoint.formats.scales import check_scales, round_to
 from qtool.checkpoint.formats.stored import Stored
-from qtool.checkpoint.formats.targets import targets
+from qtool.checkpoint.formats.targets import is_plain, targets
 from qtool.errors import InputError
 from qtool.quant.types import QuantizedLinear
 from qtool.scheme import (
@@ -140,6 +140,9 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
         ignore = targets(schemes, None)
         if "lm_head" not in schemes:
             ignore.append("lm_head")  # tied to the embedding, or absent: either way not quantized
+        # SGLang 0.5.23 finds fused layers by their class alone (compressed_tensors/utils.py, find_matched_target); vLLM
+        # 0.32 gives those of TeleChat2 other names than the files.
+        by_class = present == [W8A8_DYNAMIC] and is_plain(schemes)
         quantization = {
             "quant_method": self.name,
             "format": "mixed-precision" if mixed else layouts[0],
@@ -148,7 +151,7 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
             "kv_cache_scheme": None,
             "config_groups": {
                 f"group_{i}": {
-                    "targets": targets(schemes, scheme, config.get("model_type")),
+                    "targets": ["Linear"] if by_class else targets(schemes, scheme, config.get("model_type")),
                     "weights": _written(scheme.weights),
                     "input_activations": _written(scheme.activations),
                     "output_activations": None,

@@ -34,6 +34,9 @@ class GoldenStick(DescribedFormat):
     name = "golden-stick"
     title = "W8A8 of MindSpore Golden Stick"
     files = (DESCRIPTION,)
+    # MindFormers 1.7.0 loads both into the decoder's last norm (models/deepseek3/utils.py, weight_mapping), a file's
+    # tensors by their names: of one file, model.norm is what stays; of two, which file the folder happens to list last.
+    together = ("model.layers.61.shared_head.norm.weight", "model.norm.weight")
 
     def shard_name(self, i: int, n: int) -> str:
         return f"quant-model-{i:05d}-of-{n:05d}.safetensors"

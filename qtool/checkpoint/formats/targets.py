@@ -11,6 +11,14 @@ from qtool.scheme import Scheme
 # model_type of families whose class in vLLM 0.32 doesn't say what its fused layers are made of: it has no
 # packed_modules_mapping, and asks for these layers under their own names.
 _WHOLE = frozenset(("gptj", "stablelm"))
+_PLAIN = frozenset(
+    (
+        *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")),
+        *(f"self_attention.{name}" for name in ("query", "key_value", "dense")),
+        *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")),
+    )
+)
+_AROUND = ("embed_tokens", "word_embeddings", "lm_head")
 
 
 def targets(schemes: Mapping[str, Scheme | None], scheme: Scheme | None, model_type: object = None) -> list[str]:
@@ -33,6 +41,17 @@ def targets(schemes: Mapping[str, Scheme | None], scheme: Scheme | None, model_t
         else:
             found += _by_layer(names, wanted)
     return found
+
+
+def is_plain(schemes: Mapping[str, Scheme | None]) -> bool:
+    """Whether a model's decoder layers have the linears of attention and of a dense feed-forward block, all of them
+    quantized, and no others, and the model has nothing else but float embeddings and lm_head. Then "Linear", the class,
+    means those layers to every runtime."""
+    return all(
+        (scheme is not None and _ending(name) in _PLAIN)
+        or (scheme is None and _ending(name) == name and name.rpartition(".")[2] in _AROUND)
+        for name, scheme in schemes.items()
+    )
 
 
 def _pattern(ending: str, *, whole: bool) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -10,6 +11,8 @@ from qtool.checkpoint import formats
 from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.formats import QuantizedFormat
 from qtool.checkpoint.reader import Checkpoint
+from qtool.engines.native import device
+from qtool.engines.native.device import ELEMENTS, Room
 from qtool.model.decoder import DecoderStream
 from qtool.quant.group import Storage
 
@@ -21,10 +24,12 @@ class Context:
     Attributes:
         model: the float model.
         format: of the output.
+        rows: how many elements of a weight are rounded at a time on a device.
     """
 
     model: DecoderStream
     format: QuantizedFormat
+    rows: Room = field(default_factory=lambda: Room(ELEMENTS, ELEMENTS, print))
 
     def storage(self, weight: str) -> Storage:
         """What the output keeps of the numbers of this weight's layer."""
@@ -42,6 +47,8 @@ class Setup:
         trust_remote_code: allow the checkpoint's own modelling code.
         format: name of the output's format.
         threads: how many to compute with; results depend on it in the last bits.
+        device_memory: bytes of the device that a process may take; None for whatever is there.
+        elements: of a weight, to be rounded at a time on a device.
     """
 
     path: str
@@ -50,14 +57,28 @@ class Setup:
     trust_remote_code: bool
     format: str
     threads: int
+    device_memory: int | None = None
+    elements: int = ELEMENTS
 
-    def open(self) -> Context:
-        """In a process that has nothing yet. Raises InputError when the checkpoint can't be opened any more."""
+    def open(self, card: int | None = None) -> Context:
+        """In a process that has nothing yet. Raises InputError when the checkpoint can't be opened any more.
+
+        Args:
+            card: the number of the device to compute on, of several.
+        """
         torch.set_num_threads(self.threads)
+        if card is not None:
+            device.use(self.device, card)
+        device.limit(self.device, self.device_memory)
         return self.of(Checkpoint.open(self.path))
 
-    def of(self, checkpoint: Checkpoint) -> Context:
-        """With a checkpoint that is open.
+    @property
+    def decisive(self) -> dict[str, object]:
+        """What decides about the bytes of the output."""
+        return vars(self) | {"dtype": str(self.dtype), "path": "", "device_memory": None, "elements": 0}
+
+    def of(self, checkpoint: Checkpoint, tell: Callable[[str], None] = print) -> Context:
+        """With a checkpoint that is open; `tell` hears when less goes to the device at a time than was planned.
 
         Everything reads the model through these weights, so what changes the whole model wraps them here.
         """
@@ -68,7 +89,10 @@ class Setup:
             trust_remote_code=self.trust_remote_code,
             weights=FloatReader(checkpoint, self.device, as_float=True),
         )
-        return Context(model, formats.get(self.format))
+        few = min(self.elements, 1 << 18)
+        message = "the device's memory ran out: from here on {} million numbers of a weight are rounded at a time"
+        room = Room(self.elements, few, lambda size: tell(message.format(round(size / 1e6, 1))))
+        return Context(model, formats.get(self.format), room)
 
 
 def storage(output_format: QuantizedFormat, dtype: torch.dtype) -> Storage:

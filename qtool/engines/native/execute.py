@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qtool import memory
+from qtool import memory, transfers
 from qtool.calibration import pictures
 from qtool.calibration.text import Calibration, load
 from qtool.calibration.tokenizer import load_tokenizer
@@ -25,6 +25,7 @@ from qtool.engines.native.schedule import Schedule
 from qtool.engines.report import CalibrationUsed, QuantizationReport, QuantizationResult
 from qtool.errors import InputError
 from qtool.files import check_free_space
+from qtool.transfers import Behind
 from qtool.version import __version__
 
 if TYPE_CHECKING:
@@ -46,8 +47,9 @@ def execute(prepared: Prepared, report: Report) -> QuantizationResult:
     if calibration.inputs:
         model.show(calibration.inputs, calibration.ids.shape[1])
     writer = _writer(prepared, calibration)
-    with writer, executor.make(job.resources, prepared.context, prepared.setup) as units:
-        output, ledger = PieceWriter(writer, model, prepared.context.format), Ledger(writer)
+    workers = executor.make(job.resources, prepared.context, prepared.setup, cards=prepared.cards)
+    with writer, workers as units, Behind(thread=transfers.asynchronous(model.device)) as writing:
+        output, ledger = PieceWriter(writer, model, prepared.context.format, writing), Ledger(writer)
         output.write_outside()  # first, so that damage in it shows at once
         Schedule(prepared, output, ledger, units, report).run(calibration.ids)
         made = _report(prepared, calibration, ledger)
@@ -107,7 +109,7 @@ def _key(prepared: Prepared, calibration: Calibration) -> str:
     parts = {
         "qtool": __version__,
         "versions": _versions(),
-        "setup": vars(setup) | {"dtype": str(setup.dtype), "path": ""},
+        "setup": setup.decisive,
         "config": checkpoint.config,
         "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         "policies": [policy.model_dump(mode="json") for policy in recipe.schemes[prepared.job.scheme]],

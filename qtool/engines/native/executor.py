@@ -11,7 +11,7 @@ import logging
 import multiprocessing
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -37,8 +37,8 @@ _HINT = "use fewer --workers or a smaller --memory; what is finished is kept"
 class Opener(Protocol):
     """How another process comes to its context. Equal ones come to the same."""
 
-    def open(self) -> Any:
-        """The context. Raises InputError."""
+    def open(self, card: int | None = None) -> Any:
+        """The context, on this card of several. Raises InputError."""
         ...
 
 
@@ -56,8 +56,14 @@ class Executor(Protocol):
         ...
 
 
-def check(resources: Resources) -> None:
-    """Raises InputError when workers and Ray are both asked for, or Ray isn't installed."""
+def check(resources: Resources, cards: int = 1) -> None:
+    """Raises InputError for more than one of workers, Ray and several cards, or when Ray isn't installed."""
+    if cards > 1 and (resources.workers or resources.ray):
+        raise InputError(
+            "--devices runs a process on each card, and takes neither --workers nor --ray",
+            where="command line",
+            hint="give one of them",
+        )
     if resources.workers and resources.ray:
         raise InputError("--workers and --ray exclude each other", where="command line", hint="give one of them")
     if resources.ray and importlib.util.find_spec("ray") is None:
@@ -65,18 +71,22 @@ def check(resources: Resources) -> None:
 
 
 @contextmanager
-def make(resources: Resources, context: Any, setup: Opener) -> Iterator[Executor]:
+def make(resources: Resources, context: Any, setup: Opener, cards: int = 1) -> Iterator[Executor]:
     """The executor for these resources.
 
     Args:
         context: for units that run in this process.
         setup: how others come to theirs.
+        cards: with several, a process on each runs the units.
 
     Raises InputError as `check`, and QtoolError when the cluster can't be reached.
     """
-    check(resources)
+    check(resources, cards)
     if resources.ray:
         with _ray(resources.ray, setup) as executor:
+            yield executor
+    elif cards > 1:
+        with Processes(cards, setup, cards=range(cards)) as executor:
             yield executor
     elif resources.workers:
         with Processes(resources.workers, setup) as executor:
@@ -98,11 +108,15 @@ class Here:
 
 
 class Processes:
-    """Processes on this machine, which end with this one."""
+    """Processes on this machine, which end with this one.
 
-    def __init__(self, count: int, setup: Opener) -> None:
+    Args:
+        cards: one for each process to compute on.
+    """
+
+    def __init__(self, count: int, setup: Opener, cards: Sequence[int] = ()) -> None:
         self.ahead = 2 * count
-        self._count, self._setup = count, setup
+        self._count, self._setup, self._cards = count, setup, cards
         self._pool = self._new_pool()
 
     def __enter__(self) -> Processes:
@@ -139,11 +153,12 @@ class Processes:
             return self._pool, self._pool.submit(_run, content)
 
     def _new_pool(self) -> ProcessPoolExecutor:
+        spawn = multiprocessing.get_context("spawn")
+        cards = spawn.SimpleQueue()
+        for card in self._cards:
+            cards.put(card)
         return ProcessPoolExecutor(
-            self._count,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=end_with_parent,
-            initargs=(os.getpid(),),
+            self._count, mp_context=spawn, initializer=_start, initargs=(os.getpid(), bool(self._cards), cards)
         )
 
 
@@ -192,6 +207,17 @@ class Ray:
         return wait
 
 
+_card: int | None = None  # that this process computes on, of several
+
+
+def _start(parent: int, has_card: bool, cards: Any) -> None:
+    """At the start of a process. Each takes one of the cards."""
+    global _card
+    end_with_parent(parent)
+    if has_card:
+        _card = cards.get()
+
+
 def _run(content: bytes) -> bytes:
     """In the process that does the work."""
     setup, unit, task = pickle.loads(content)
@@ -202,6 +228,6 @@ def _run(content: bytes) -> bytes:
 def _opened(setup: Opener) -> Any:
     """Once in a process. Raises QtoolError, since the job itself could open it before."""
     try:
-        return setup.open()
+        return setup.open(_card)
     except InputError as error:
         raise QtoolError(error.what, where=error.where, hint=error.hint) from error

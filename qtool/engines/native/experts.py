@@ -5,21 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import nn
 
 from qtool.checkpoint.formats import QuantizedFormat
 from qtool.engines.native.context import storage
+from qtool.engines.native.device import Room
 from qtool.model.observe import sample_stride
 from qtool.model.weights import ModelWeights, StoredWeights, refuse_damage
-from qtool.quant.group import needs_hessian, policy_of, quantize_group
+from qtool.quant.group import GroupUnderWay, needs_hessian, policy_of, quantize_group
 from qtool.quant.layer import smooth
-from qtool.quant.report import GroupReport
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups
-from qtool.quant.types import QuantizedLinear
 from qtool.recipe.schema import Policy
 
 PARTS = GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
@@ -70,8 +69,14 @@ class SmoothedExpert:
     """
 
     def __init__(
-        self, linears: ExpertLinears, samples: ExpertSamples, weights: ModelWeights, output_format: QuantizedFormat
+        self,
+        linears: ExpertLinears,
+        samples: ExpertSamples,
+        weights: ModelWeights,
+        output_format: QuantizedFormat,
+        rows: Room,
     ) -> None:
+        self._rows = rows
         policies = linears.policies
         first = [part for part in linears.names if part != DOWN]
         statistics = {
@@ -95,17 +100,17 @@ class SmoothedExpert:
             self._groups = [Group(group.linears) for group in linears.groups]  # nothing to find a smoothing scale from
         self.folded, self._found = smooth(own, self._groups, policies, self._observed, self._storage.dtype)
 
-    def quantize(self) -> Iterator[tuple[dict[str, QuantizedLinear], GroupReport | None]]:
-        """The linears of each group that its policy quantizes; no report where no token was seen."""
+    def quantize(self) -> Iterator[tuple[GroupUnderWay, bool]]:
+        """(the linears, whether tokens were seen) of each group that its policy quantizes."""
         for group in self._groups:
             if policy_of(group, self._policies) is None:
                 continue
             name = group.linears[0]
             seen = self._observed.get(name) or InputStatistics.empty(self.folded.shape(name)[1]).to(self._device)
-            linears, report = quantize_group(
-                self.folded, group, self._policies, seen, self._found.get(name), self._storage
+            made = self._rows.fit(
+                partial(quantize_group, self.folded, group, self._policies, seen, self._found.get(name), self._storage)
             )
-            yield linears, report if name in self._observed else None
+            yield made, name in self._observed
 
 
 def _statistics(policies: Sequence[Policy | None], x: torch.Tensor | None) -> InputStatistics | None:

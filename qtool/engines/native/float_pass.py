@@ -9,13 +9,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from qtool.model.activations import Activations
+from qtool.model.activations import Activations, Resident
 from qtool.model.decoder import DecoderStream
 from qtool.model.experts import Handler
 from qtool.model.observe import observe
 from qtool.model.state import Batch, State
 from qtool.model.statefile import StateFile
-from qtool.model.weights import refuse_damage
+from qtool.model.weights import largest, refuse_damage, refuse_large
 from qtool.quant.statistics import InputStatistics
 
 
@@ -52,31 +52,34 @@ class FloatPass:
 
         Raises InputError when activations can't be true: the weights before them are damaged.
         """
-        name, weights, start = self.model.layer_name(self.index), self.model.weights, 0
+        name, start = self.model.layer_name(self.index), 0
+        check = _Check(self.model)
         for batch in observe(self.model, self.index, layer, self._batches(), statistics, experts):
-            self._refuse_damage(batch.state)
+            check.add(name, batch.state)
             self.leaving.write(start, batch.state)
             start += len(batch.ids)
         for linear, seen in statistics.items():
-            refuse_damage(seen.amax, f"{name}.{linear}", weights)
+            check.add(f"{name}.{linear}", (seen.amax,))
+        check.finish()
 
     def runs(self, layer: nn.Module) -> list[Callable[[], torch.Tensor]]:
         """For each sample a call of the layer on it, of a decoder that hands on hidden states and nothing else."""
         batch = Batch(self.ids, self.hidden.read(0, len(self.ids)))
         return [partial(self._output, layer, sample) for sample in batch.split(1)]
 
-    def add(self, sums: Activations) -> None:
+    def add(self, sums: Activations | Resident) -> None:
         """Add what the layer's experts give to the hidden states that leave the layer. Raises InputError as `run`."""
-        length = self.ids.shape[1]
-        for rows in self._samples():
-            hidden, *others = self.leaving.read(rows.start, rows.stop)
+        length, check = self.ids.shape[1], _Check(self.model)
+        places = [*self._samples()]
+        for rows, (hidden, *others) in zip(places, self.leaving.reads(places), strict=True):
             output, added = (
                 each.reshape(-1, sums.width).to(self.model.device)
                 for each in (hidden, sums.read(rows.start * length, rows.stop * length))
             )
             output = output.float() + added
-            self._refuse_damage((output,))
+            check.add(self.model.layer_name(self.index), (output,))
             self.leaving.write(rows.start, (output.reshape(hidden.shape), *others))
+        check.finish()
 
     def pass_on(self) -> None:
         """What leaves a layer that text doesn't go through is what enters it."""
@@ -86,19 +89,38 @@ class FloatPass:
     def _output(self, layer: nn.Module, batch: Batch) -> torch.Tensor:
         return self.model.run(self.index, layer, batch).hidden
 
-    def _refuse_damage(self, state: State) -> None:
-        for tensor in state:
-            if tensor.is_floating_point():
-                refuse_damage(tensor, self.model.layer_name(self.index), self.model.weights)
-
     def _samples(self) -> Iterator[slice]:
         step, count = max(1, self.batch_tokens // self.ids.shape[1]), len(self.ids)
         for start in range(0, count, step):
             yield slice(start, min(start + step, count))
 
     def _batches(self) -> Iterator[Batch]:
-        for rows in self._samples():
-            yield Batch(self.ids[rows], self.hidden.read(rows.start, rows.stop), range(rows.start, rows.stop))
+        places = [*self._samples()]
+        for rows, state in zip(places, self.hidden.reads(places), strict=True):
+            yield Batch(self.ids[rows], state, range(rows.start, rows.stop))
+
+
+class _Check:
+    """Refuses activations that can't be true: at once, but on a device only at the end, so that it isn't waited for."""
+
+    def __init__(self, model: DecoderStream) -> None:
+        self._weights, self._at_once = model.weights, model.device.type == "cpu"
+        self._found: list[tuple[str, torch.Tensor]] = []
+
+    def add(self, name: str, state: State) -> None:
+        """What a layer or linear of this name gives or takes."""
+        for tensor in state:
+            if tensor.is_floating_point():
+                if self._at_once:
+                    refuse_damage(tensor, name, self._weights)
+                else:
+                    self._found.append((name, largest(tensor).float()))
+
+    def finish(self) -> None:
+        names = [name for name, _ in self._found]
+        sizes = torch.stack([size for _, size in self._found]).tolist() if names else []
+        for name, size in zip(names, sizes, strict=True):
+            refuse_large(size, name, self._weights)
 
 
 class Replay:
@@ -108,7 +130,7 @@ class Replay:
         sums: the output of all of them, per token in the order in which the layer sees them.
     """
 
-    def __init__(self, sums: Activations) -> None:
+    def __init__(self, sums: Activations | Resident) -> None:
         self._sums, self._tokens = sums, 0
 
     def __call__(self, hidden: torch.Tensor, _chosen: torch.Tensor, _weights: torch.Tensor) -> torch.Tensor:

@@ -89,10 +89,10 @@ class Ledger:
         self._writer.mark(record, needs=[end.leaving], obsolete=[end.hidden])
 
     def _count_layer(self, groups: Sequence[QuantizedGroup], experts: Sequence[ExpertTokens]) -> None:
-        self.layers += 1
+        self._units = {}  # before `layers`: another thread may ask meanwhile
         self.groups += groups
         self.experts += experts
-        self._units = {}
+        self.layers += 1
 
 
 def _summarized(reports: list[GroupReport]) -> list[GroupReport]:

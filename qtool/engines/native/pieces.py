@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from qtool.checkpoint.writer import CheckpointWriter
 from qtool.model.decoder import DecoderStream
 from qtool.quant.report import GroupReport
 from qtool.quant.types import QuantizedLinear
+from qtool.transfers import Behind
 
 
 class Linear(NamedTuple):
@@ -31,7 +33,7 @@ class Float(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a lot of experts adds to the layer's output: float32 [n, hidden], for the task's tokens."""
+    """What a lot of experts adds to the layer's output: float32 [n, hidden], for the task's tokens, where these are."""
 
     tensor: torch.Tensor
 
@@ -65,10 +67,11 @@ class PieceWriter:
         writer: of the output.
         model: the float model.
         format: of the output.
+        behind: does the writing.
     """
 
-    def __init__(self, writer: CheckpointWriter, model: DecoderStream, format: QuantizedFormat) -> None:
-        self._writer, self._model, self._format = writer, model, format
+    def __init__(self, writer: CheckpointWriter, model: DecoderStream, format: QuantizedFormat, behind: Behind) -> None:
+        self._writer, self._model, self._format, self._behind = writer, model, format, behind
 
     def write(self, pieces: Iterable[Piece]) -> Written:
         """Write what a unit gives, one by one: there may be more of it than memory."""
@@ -78,21 +81,32 @@ class PieceWriter:
             match piece:
                 case Linear(name, linear):
                     dtype, transposed = weights.dtype(f"{name}.weight"), is_transposed(config, name)
-                    self._writer.add_linear(name, linear, dtype, transposed=transposed)
+                    self._behind.do(partial(self._writer.add_linear, name, linear, dtype, transposed=transposed))
                 case Float(name, tensor):
                     matrix = name.endswith(".weight") and is_transposed(config, name.removesuffix(".weight"))
-                    self._writer.add(name, (tensor.t() if matrix else tensor).to(weights.dtype(name)))
+                    stored = (tensor.t() if matrix else tensor).to(weights.dtype(name))
+                    self._behind.do(partial(self._writer.add, name, stored))
                 case Row(report):
                     written.reports.append(report)
                 case Output(tensor):
                     written.output = tensor
         return written
 
+    def then(self, work: Callable[[], None]) -> None:
+        """Do this once all that was given so far is written."""
+        self._behind.do(work)
+
+    def wait(self) -> None:
+        """Until all that was given so far is written."""
+        self._behind.wait()
+
     def write_outside(self) -> None:
         """Write what lies outside of the decoder layers. Raises InputError when that is damaged."""
         layers = tuple(f"{self._model.layer_name(index)}." for index in range(self._model.depth))
-        for name in self._model.weights.names:
-            if not name.startswith(layers) and name not in self._writer:
+        outside = [name for name in self._model.weights.names if not name.startswith(layers)]
+        self._writer.expect(outside)
+        for name in outside:
+            if name not in self._writer:
                 self._writer.add(name, self._model.weights.unchanged(name))
 
     def write_rest(self, layer: str) -> None:

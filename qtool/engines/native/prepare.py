@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from qtool.engines import plan
 from qtool.engines.job import QuantizationJob
 from qtool.engines.native import device, estimate, executor
 from qtool.engines.native.context import Context, Setup
+from qtool.engines.native.device import DevicePlan
 from qtool.engines.native.estimate import ResourceEstimate
 from qtool.engines.plan import QuantizationPlan
 from qtool.engines.report import DryRun, EstimatedResources
@@ -36,6 +37,7 @@ class Prepared:
         context: how this one has.
         plan: what becomes of which linear.
         estimate: what it will take, and how many tokens go through a layer at a time.
+        on_device: how much goes to the device at a time; None in main memory.
         output_bytes: of the output's tensors.
         started: when preparing began, by `time.perf_counter`.
     """
@@ -45,8 +47,14 @@ class Prepared:
     context: Context
     plan: QuantizationPlan
     estimate: ResourceEstimate
+    on_device: DevicePlan | None
     output_bytes: int
     started: float
+
+    @property
+    def cards(self) -> int:
+        """How many to compute on."""
+        return self.job.devices or 1
 
     @property
     def model(self) -> DecoderStream:
@@ -85,8 +93,8 @@ def prepare(job: QuantizationJob, report: Report) -> Prepared:
     checkpoint = Checkpoint.open(job.model)
     plan.refuse_quantized(checkpoint)
     setup = _setup(job, checkpoint)
-    executor.check(job.resources)
-    context = setup.of(checkpoint)
+    executor.check(job.resources, job.devices or 1)
+    context = setup.of(checkpoint, report.warning)
     linears, kept = context.model.linears(), selection.kept_float(context.model)
     planned = plan.make(checkpoint, job.recipe, job.scheme, job.output.format, linears, kept, context.model.weights)
     context.model.prologue(torch.tensor([[0, 1]]))  # what can't be run shows before any work, and in a dry run
@@ -94,19 +102,26 @@ def prepare(job: QuantizationJob, report: Report) -> Prepared:
         _refuse_unusual(job, context.model)
     for warning in planned.warnings:
         report.warning(warning)
+    several = job.devices if (job.devices or 1) > 1 else 0
+    needed = estimate.estimate(
+        context.model,
+        planned.policies,
+        job.calibration,
+        exact=job.recipe.osl == "exact",
+        limit=job.resources.memory,
+        processes=job.resources.workers or several or (_CLUSTER if job.resources.ray else 0),
+    )
+    on_device = _on_device(job, context, planned, needed.batch_tokens, report)
+    if on_device is not None:
+        setup = replace(setup, elements=on_device.elements)
+        context.rows.size = on_device.elements
     return Prepared(
         job=job,
         setup=setup,
         context=context,
         plan=planned,
-        estimate=estimate.estimate(
-            context.model,
-            planned.policies,
-            job.calibration,
-            exact=job.recipe.osl == "exact",
-            limit=job.resources.memory,
-            processes=job.resources.workers or (_CLUSTER if job.resources.ray else 0),
-        ),
+        estimate=needed,
+        on_device=on_device,
         output_bytes=plan.output_bytes(context.model.weights, planned.schemes),
         started=started,
     )
@@ -117,6 +132,8 @@ def _setup(job: QuantizationJob, checkpoint: Checkpoint) -> Setup:
     torch.manual_seed(job.calibration.seed)
     torch.set_num_threads(job.resources.threads or torch.get_num_threads())
     chosen = device.choose(job.device, exact=exact)
+    device.check_cards(chosen, job.devices)
+    device.limit(chosen, job.resources.device_memory)
     return Setup(
         path=str(checkpoint.path),
         dtype=device.compute_dtype(chosen, exact=exact),
@@ -124,7 +141,27 @@ def _setup(job: QuantizationJob, checkpoint: Checkpoint) -> Setup:
         trust_remote_code=job.trust_remote_code,
         format=job.output.format,
         threads=torch.get_num_threads(),
+        device_memory=job.resources.device_memory,
     )
+
+
+def _on_device(
+    job: QuantizationJob, context: Context, planned: QuantizationPlan, batch_tokens: int, report: Report
+) -> DevicePlan | None:
+    """How the job fits into the device's memory. Says so when it may not."""
+    kind = context.model.device.type
+    free = device.free_bytes(kind, job.resources.device_memory)
+    if free is None:
+        return None
+    if why := device.reduced_precision():
+        report.warning(why)
+    found = device.plan(context.model, planned.policies, job.calibration, batch_tokens, free)
+    if found.needed > free:
+        report.warning(
+            f"up to {found.needed / 1e9:.1f} GB of the device's memory may be needed, {free / 1e9:.1f} GB are free; "
+            f"what doesn't fit goes there in smaller parts, which takes longer"
+        )
+    return found
 
 
 def _refuse_unusual(job: QuantizationJob, model: DecoderStream) -> None:

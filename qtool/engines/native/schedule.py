@@ -10,21 +10,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from qtool import transfers
 from qtool.engines.native import lots, units
+from qtool.engines.native.device import Room
 from qtool.engines.native.exact import quantize_exactly
 from qtool.engines.native.executor import Executor, Pending
 from qtool.engines.native.float_pass import FloatPass, Replay
 from qtool.engines.native.ledger import DENSE, LayerEnd, Ledger
 from qtool.engines.native.pieces import PieceWriter
 from qtool.engines.native.units import DenseTask, LayerLinears
-from qtool.model.activations import Activations
+from qtool.model.activations import Activations, Resident
 from qtool.model.observe import sample_stride
 from qtool.model.probe import Probed, probe
 from qtool.model.recorder import Recorder
@@ -62,7 +64,7 @@ class _LotUnit:
     name: str
     quantized: bool
     tokens: torch.Tensor
-    sums: Activations
+    sums: Activations | Resident
 
 
 _Waiting = _DenseUnit | _LotUnit | LayerEnd
@@ -87,6 +89,12 @@ class Schedule:
         self._model = prepared.model
         self._waiting: deque[_Waiting] = deque()
         self._groups: dict[Any, Probed] = {}
+        planned, here = prepared.on_device, not executor.ahead
+        # What units of this process find on the device needs no way back to it.
+        self._keeps_weights = here and planned is not None and planned.keeps_weights
+        self._keeps_tokens = here and planned is not None and planned.keeps_tokens
+        batch = prepared.estimate.batch_tokens if planned is None else planned.batch_tokens
+        self._tokens = Room(batch, prepared.job.calibration.seq_len, self._take_less)
 
     def run(self, ids: torch.Tensor) -> None:
         """Write every layer that isn't finished.
@@ -101,10 +109,13 @@ class Schedule:
         if done == 0:
             hidden.write(0, model.prologue(ids).state)
         self._report.progress("quantize", done, model.depth, "layers")
-        batch_tokens = ids.shape[1] if model.is_shown else self._prepared.estimate.batch_tokens
+        if model.is_shown:
+            self._tokens.size = ids.shape[1]  # a picture's states go through layers with it alone
         for index in range(done, model.depth):
             leaving = self._states(index + 1, ids)
-            floats = FloatPass(model, index, ids, batch_tokens, hidden, leaving)
+            floats = FloatPass(model, index, ids, self._tokens.size, hidden, leaving)
+            if index + 1 < model.depth and transfers.asynchronous(model.device):
+                model.checkpoint.expect(f"{name}.weight" for name in model.layer_linears(index + 1).values())
             if model.is_idle(index):
                 floats.pass_on()
                 self._waiting.append(self._end(floats))
@@ -116,16 +127,23 @@ class Schedule:
             self._settle(2 * self._layers_ahead)  # each layer waits twice: for its linears, and to be finished
             hidden = leaving
         self._settle(0)
+        self._output.wait()
         hidden.close()
 
     @cached_property
     def _layers_ahead(self) -> int:
         return self._prepared.estimate.layers_ahead
 
+    def _take_less(self, tokens: int) -> None:
+        """The device's memory ran out."""
+        self._keeps_weights = self._keeps_tokens = False
+        self._report.warning(f"the device's memory ran out: from here on {tokens} tokens go through a layer at a time")
+
     def _states(self, index: int, ids: torch.Tensor) -> StateFile:
         """What enters a layer, or leaves the one before it."""
         samples, length = ids.shape
-        return StateFile(self._ledger.folder / f"hidden-{index}", samples, self._model.entering(index, length))
+        path, layout = self._ledger.folder / f"hidden-{index}", self._model.entering(index, length)
+        return StateFile(path, samples, layout, threads=transfers.asynchronous(self._model.device))
 
     # ------------------------------------------------------------------ one layer
 
@@ -133,11 +151,12 @@ class Schedule:
         """Run a layer and hand out the units of it that aren't finished."""
         index, routed = floats.index, self._model.routed(floats.index)
         with ExitStack() as stack:
-            recorder = stack.enter_context(Recorder(self._ledger.folder, floats.tokens)) if routed else None
+            if self._keeps_weights:
+                weights = (f"{linear}.weight" for linear in self._model.layer_linears(index).values())
+                stack.enter_context(self._model.weights.holding(weights))
             with self._model.layer(index) as layer:
                 linears, added = self._linears(index, layer)
-                statistics = _statistics(linears, sample_stride(floats.tokens))
-                floats.run(layer, statistics if added else {}, recorder)
+                statistics, recorder = self._run(floats, layer, linears, added, stack)
                 router = layer.get_parameter(routed.router).float() if routed and routed.router else None
             experts: list[ExpertTokens] = []
             if recorder and not added:
@@ -145,6 +164,7 @@ class Schedule:
                 self._experts_within(floats, found, statistics)
                 experts = [found.tokens(self._model.layer_name(index))]
                 recorder = None
+            floats.leaving.flush()
             # The layer's weights are gone: a unit reads what it needs of them.
             if linears.groups and not self._ledger.is_finished(index, DENSE):
                 task = DenseTask(linears, statistics)
@@ -158,6 +178,25 @@ class Schedule:
                 self._experts(floats, found)
                 experts = [found.tokens(self._model.layer_name(index))]
         self._waiting.append(self._end(floats, experts=experts))
+
+    def _run(
+        self, floats: FloatPass, layer: nn.Module, linears: LayerLinears, added: bool, stack: ExitStack
+    ) -> tuple[dict[str, InputStatistics], Recorder | None]:
+        """Run a layer once: what is known of its linears' inputs, and what goes into its routed experts if it has any.
+
+        Begun again with fewer tokens at a time when the device's memory runs out.
+        """
+        routed = self._model.routed(floats.index)
+
+        def run(tokens: int) -> tuple[dict[str, InputStatistics], Recorder | None]:
+            statistics, recorder = _statistics(linears, sample_stride(floats.tokens)), None
+            if routed:
+                recorder = Recorder(None if self._keeps_tokens else self._ledger.folder, floats.tokens)
+                stack.enter_context(recorder)
+            replace(floats, batch_tokens=tokens).run(layer, statistics if added else {}, recorder)
+            return statistics, recorder
+
+        return self._tokens.fit(run)
 
     def _exact_layer(self, floats: FloatPass) -> None:
         """Run a layer and write it, Golden Stick's way."""
@@ -199,10 +238,11 @@ class Schedule:
             floats.run(layer, statistics, Replay(sums))
 
     @contextmanager
-    def _sums(self, floats: FloatPass, routed: lots.RoutedLayer) -> Iterator[Activations]:
+    def _sums(self, floats: FloatPass, routed: lots.RoutedLayer) -> Iterator[Activations | Resident]:
         """Write a layer's experts but those that are finished; what all of them give, [tokens, hidden]."""
-        path = self._ledger.folder / "experts"
-        with Activations(path, floats.tokens, routed.recorder.width, torch.float32) as sums:
+        size = floats.tokens, routed.recorder.width, torch.float32
+        resident = Resident(*size, self._model.device) if self._keeps_tokens else None
+        with resident or Activations(self._ledger.folder / "experts", *size) as sums:
             for lot in routed.lots():
                 quantize = not self._ledger.is_finished(routed.index, lot.name)
                 task = routed.task(lot, quantize=quantize)
@@ -223,20 +263,27 @@ class Schedule:
     def _finish(self, waiting: _Waiting) -> None:
         match waiting:
             case _DenseUnit(pieces):
-                self._ledger.finish_unit(DENSE, self._output.write(pieces()).reports)
+                written = self._output.write(pieces())
+                self._output.then(partial(self._ledger.finish_unit, DENSE, written.reports))
             case _LotUnit():
                 self._finish_lot(waiting)
-            case LayerEnd(name):
-                self._output.write_rest(name)
-                self._ledger.finish_layer(waiting)
-                self._report.progress("quantize", self._ledger.layers, self._model.depth, "layers")
+            case LayerEnd(experts=[]):
+                self._output.then(partial(self._finish_layer, waiting))
+            case LayerEnd():
+                self._output.wait()  # experts that stay float may be cut out of one tensor on the device
+                self._finish_layer(waiting)
+
+    def _finish_layer(self, end: LayerEnd) -> None:
+        self._output.write_rest(end.name)
+        self._ledger.finish_layer(end)
+        self._report.progress("quantize", self._ledger.layers, self._model.depth, "layers")
 
     def _finish_lot(self, lot: _LotUnit) -> None:
         written = self._output.write(lot.pieces())
         if written.output is not None:
-            lot.sums.scatter(lot.tokens, lot.sums.gather(lot.tokens) + written.output)
+            lot.sums.add(lot.tokens, written.output)
         if lot.quantized:
-            self._ledger.finish_unit(lot.name, written.reports)
+            self._output.then(partial(self._ledger.finish_unit, lot.name, written.reports))
 
 
 def _statistics(linears: LayerLinears, stride: int, *, with_hessian: bool = True) -> dict[str, InputStatistics]:

@@ -6,22 +6,28 @@ its results one by one. So it gives the same in this process, in another, and on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from qtool import transfers
 from qtool.engines.native.context import Context
 from qtool.engines.native.experts import GATE, ExpertLinears, ExpertSamples, SmoothedExpert, expert_groups
 from qtool.engines.native.pieces import Float, Linear, Output, Piece, Row
 from qtool.model.recorder import ExpertInputs
 from qtool.model.weights import StoredWeights
-from qtool.quant.group import policy_of, quantize_group
+from qtool.quant.group import GroupUnderWay, policy_of, quantize_group
 from qtool.quant.layer import smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group
 from qtool.quant.transforms import Folded
 from qtool.recipe.schema import Policy
+from qtool.transfers import Download
+
+Coming = Callable[[], Iterator[Piece]]
+"""Waits for what a device has been asked for."""
 
 
 @dataclass(frozen=True)
@@ -79,33 +85,62 @@ class ExpertTask:
     quantize: bool
 
 
-@torch.no_grad()
 def quantize_dense(context: Context, task: DenseTask) -> Iterator[Piece]:
     """Linears and reports of every group, and what smoothing changed in the rest."""
+    return _behind(context, _dense(context, task))
+
+
+def quantize_experts(context: Context, task: ExpertTask) -> Iterator[Piece]:
+    """Linears and reports of every expert, then the output of all of them together."""
+    return _behind(context, _experts(context, task))
+
+
+def _behind(context: Context, all_coming: Iterator[Coming]) -> Iterator[Piece]:
+    """The pieces of one after the other; a device is asked for the next before the last is waited for."""
+    waiting: Coming | None = None
+    at_once = not transfers.asynchronous(context.model.device)  # or twice as much would be in memory
+    for coming in all_coming:
+        if waiting is not None:
+            yield from waiting()
+        waiting = coming
+        if at_once:
+            yield from waiting()
+            waiting = None
+    if waiting is not None:
+        yield from waiting()
+
+
+@torch.no_grad()
+def _dense(context: Context, task: DenseTask) -> Iterator[Coming]:
     linears, policies = task.linears, task.linears.policies
     weights = StoredWeights(context.model.weights, linears.stored)
     storage = context.storage(linears.first_weight)
     statistics = {name: seen.to(context.model.device) for name, seen in task.statistics.items()}
-    folded, found = smooth(weights, linears.groups, policies, statistics, storage.dtype)
+    together = context.model.weights.together
+    with together():
+        folded, found = smooth(weights, linears.groups, policies, statistics, storage.dtype)
     for group in linears.groups:
         name = group.linears[0]
         if policy_of(group, policies) is None:
             continue
-        made, report = quantize_group(folded, group, policies, statistics[name], found.get(name), storage)
-        for linear, quantized in made.items():
-            yield Linear(linears.name(linear), quantized)
-        yield Row(report)
+        with together():
+            made = context.rows.fit(
+                partial(quantize_group, folded, group, policies, statistics[name], found.get(name), storage)
+            )
+        yield partial(_pieces, made, {linear: linears.name(linear) for linear in group.linears})
     for name in folded.linears:
         if policies.get(name) is None:
             yield _folded_weight(context, folded, name, linears.stored[f"{name}.weight"])
-    for name, tensor in folded.changed.items():
-        if name.endswith(".weight") or policies.get(name.removesuffix(".bias")) is None:
-            yield Float(linears.stored[name], tensor.cpu())
+    changed = {
+        linears.stored[name]: tensor
+        for name, tensor in folded.changed.items()
+        if name.endswith(".weight") or policies.get(name.removesuffix(".bias")) is None
+    }
+    yield partial(_floats, [*changed], Download([*changed.values()]))
 
 
 @torch.no_grad()
-def quantize_experts(context: Context, task: ExpertTask) -> Iterator[Piece]:
-    """Linears and reports of every expert, then the output of all of them together."""
+def _experts(context: Context, task: ExpertTask) -> Iterator[Coming]:
     model, inputs = context.model, task.inputs
     module = model.routed(task.layer)
     assert module is not None
@@ -114,6 +149,8 @@ def quantize_experts(context: Context, task: ExpertTask) -> Iterator[Piece]:
     per_expert = zip(task.experts, task.policies, inputs.tokens, inputs.weights, inputs.extra, strict=True)
     for number, policies, tokens, weights, extra in per_expert:
         names = module.names[number].parts
+        if number + 1 < len(module.names) and transfers.asynchronous(model.device):
+            model.checkpoint.expect(f"{name}.weight" for name in module.names[number + 1].parts.values())
         with model.weights.holding([f"{name}.weight" for name in names.values()]):
             tokens, weights = tokens.to(x.device), weights.to(x.device)
             seen = x[torch.cat((tokens, extra.to(x.device)))] if len(extra) else x[tokens]
@@ -128,27 +165,45 @@ def quantize_experts(context: Context, task: ExpertTask) -> Iterator[Piece]:
             if task.quantize:
                 linears = ExpertLinears(names, policies, expert_groups(module.apply_gate, has_gate=GATE in names))
                 yield from _quantize_expert(context, linears, ExpertSamples(seen, inner))
-    yield Output(output.cpu())
+    # Tokens that stay on the device take up there what is added to them.
+    yield partial(_output, Download([output])) if inputs.x.device != output.device else lambda: iter([Output(output)])
 
 
-def _quantize_expert(context: Context, linears: ExpertLinears, samples: ExpertSamples) -> Iterator[Piece]:
-    expert = SmoothedExpert(linears, samples, context.model.weights, context.format)
-    for made, report in expert.quantize():
-        for part, quantized in made.items():
-            yield Linear(linears.names[part], quantized)
-        if report is not None:
-            yield Row(report)
+def _quantize_expert(context: Context, linears: ExpertLinears, samples: ExpertSamples) -> Iterator[Coming]:
+    expert = SmoothedExpert(linears, samples, context.model.weights, context.format, context.rows)
+    for made, was_seen in expert.quantize():
+        yield partial(_pieces, made, linears.names, reported=was_seen)
     folded = expert.folded
     for part in folded.linears:
         if linears.policies[part] is None:
             yield _folded_weight(context, folded, part, f"{linears.names[part]}.weight")
-    for name, tensor in folded.changed.items():
-        part = name.removesuffix(".bias")
-        if linears.policies[part] is None:
-            yield Float(f"{linears.names[part]}.bias", tensor.cpu())
+    changed = {
+        f"{linears.names[part]}.bias": tensor
+        for name, tensor in folded.changed.items()
+        if linears.policies[part := name.removesuffix(".bias")] is None
+    }
+    yield partial(_floats, [*changed], Download([*changed.values()]))
 
 
-def _folded_weight(context: Context, folded: Folded, name: str, stored: str) -> Float:
+def _pieces(made: GroupUnderWay, names: dict[str, str], *, reported: bool = True) -> Iterator[Piece]:
+    quantized, report = made.result()
+    for linear, numbers in quantized.items():
+        yield Linear(names[linear], numbers)
+    if reported:
+        yield Row(report)
+
+
+def _floats(names: Sequence[str], download: Download) -> Iterator[Piece]:
+    for name, tensor in zip(names, download.result(), strict=True):
+        yield Float(name, tensor)
+
+
+def _output(download: Download) -> Iterator[Piece]:
+    (tensor,) = download.result()
+    yield Output(tensor)
+
+
+def _folded_weight(context: Context, folded: Folded, name: str, stored: str) -> Coming:
     """A float linear that took a scale up, in the type that it is stored in."""
     whole = folded.rows(name, 0, folded.shape(name)[0])
-    return Float(stored, whole.to(context.model.weights.dtype(stored)).cpu())
+    return partial(_floats, [stored], Download([whole.to(context.model.weights.dtype(stored))]))

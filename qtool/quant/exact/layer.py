@@ -17,7 +17,7 @@ from qtool.quant.exact.replay import Recording
 from qtool.quant.exact.search import CLIP_RATIOS, CLIP_TOKENS, search
 from qtool.quant.group import Storage, input_quantizer, policy_of
 from qtool.quant.layer import LayerResult
-from qtool.quant.report import extent, report
+from qtool.quant.report import extent, extremes, report
 from qtool.quant.rounding.clipping import Scales, ScaleSearch
 from qtool.quant.rounding.errors import ErrorOnTokens
 from qtool.quant.rounding.nearest import clamp_rows, round_to_nearest
@@ -176,7 +176,8 @@ def _round(layer: nn.Module, work: _Work, storage: Storage, result: LayerResult)
     error = (noisy[few] @ dequantize(integers, scales.scale, args).t()).sub_(reference).square_().sum()
     relative = float(error / reference.square_().sum().clamp(min=1e-30))
     s = work.diagonal.s if work.diagonal is not None else torch.ones_like(inputs.low)
-    before, after = extent(inputs.low * s, inputs.high * s), extent(inputs.low, inputs.high)
+    ends = ((inputs.low * s, inputs.high * s), (inputs.low, inputs.high))
+    before, after = (extent(torch.stack(extremes(*each)).tolist()) for each in ends)
     result.groups.append(report(work.members, work.policy, work.diagonal, relative, before, after))
     start = 0
     for name in work.members:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from qtool.quant.integer import symmetric_scale
+from qtool.quant.integer import symmetric_scale, widened
 from qtool.quant.rounding.errors import ErrorInGroups, RowError, ScaleError
 from qtool.quant.rounding.nearest import round_to_nearest
 from qtool.scheme import QuantizationArgs
@@ -66,16 +66,16 @@ class ScaleSearch:
         peak = torch.stack([part.abs().amax() for part in parts()]).amax()[None]
         bounds = torch.cat([peak * ratio for ratio in self.ratios])
         scales = self.storable(symmetric_scale(bounds, self.args))
-        errors = torch.zeros(len(bounds), dtype=torch.float64)
+        errors = torch.zeros_like(widened(bounds))
         if len(bounds) > 1 and self.error is not None:
             for part in parts():
                 every = torch.arange(len(part), device=part.device)
                 for i in range(len(bounds)):
                     scale, bound = (each[i].expand(len(part)) for each in (scales, bounds))
                     q = round_to_nearest(part, scale, bound, self.args)
-                    errors[i] += float(self.error(q.mul_(scale[:, None]).sub_(part), every).sum())
-        best = int(errors.argmin())
-        return Scales(scales[best : best + 1], bounds[best : best + 1])
+                    errors[i] += self.error(q.mul_(scale[:, None]).sub_(part), every).sum()
+        best = errors.argmin()[None]
+        return Scales(scales.index_select(0, best), bounds.index_select(0, best))
 
     def _of_blocks(self, weight: torch.Tensor) -> Scales:
         """[rows, blocks of columns], without a search: what floating point loses hardly depends on the scale."""
@@ -99,6 +99,14 @@ class ScaleSearch:
             narrower = peak * ratio
             step = self.storable(symmetric_scale(narrower, self.args))
             delta = round_to_nearest(weight, step, narrower, self.args).mul_(step[:, None]).sub_(weight)
+            if weight.device.type != "cpu":  # it is faster at all rows than at finding out which ones matter
+                every = torch.arange(len(delta), device=delta.device)
+                error = row_error(delta, every)
+                better = error < least
+                least, scale, bound = (
+                    torch.where(better, new, old) for new, old in ((error, least), (step, scale), (narrower, bound))
+                )
+                continue
             rows = (row_error.at_least(delta) < least).nonzero()[:, 0]
             error = row_error(delta, rows)
             rows = rows[better := error < least[rows]]

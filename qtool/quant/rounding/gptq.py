@@ -6,10 +6,13 @@ columns is nobody else's business.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from qtool.quant import threads
-from qtool.quant.integer import storage_dtype
+from qtool.quant.integer import storage_dtype, widened
 from qtool.quant.rounding import graphs
 from qtool.scheme import QuantizationArgs
 
@@ -23,7 +26,7 @@ class GPTQ:
 
     Args:
         hessian: float32 [in, in], the mean of xᵀx, which is the Hessian up to a factor; overwritten.
-        damping: added to its diagonal. The variance of the activations' own quantization noise belongs here:
+        damping: [], added to its diagonal. The variance of the activations' own quantization noise belongs here:
             E|(x + noise)Ŵᵀ - xWᵀ|² is the weight error under hessian + variance·I. At least 0.1 % of the mean
             diagonal is added to keep the factorization stable.
         args: of the weights.
@@ -36,14 +39,14 @@ class GPTQ:
     """
 
     def __init__(
-        self, hessian: torch.Tensor, damping: float, args: QuantizationArgs, tokens: int | None = None
+        self, hessian: torch.Tensor, damping: float | torch.Tensor, args: QuantizationArgs, tokens: int | None = None
     ) -> None:
         diagonal = hessian.diagonal()
         if tokens is not None:
             diagonal.mul_(1 + min(1.0, len(diagonal) / tokens))
         self._args = args
         self._order = torch.argsort(diagonal, descending=True, stable=True)
-        diagonal.add_(max(damping, 1e-3 * float(diagonal.mean()), 1e-12))
+        diagonal.add_((1e-3 * widened(diagonal.mean())).clamp(min=damping).clamp(min=1e-12))
         self._inverse = _inverse_factor(hessian, self._order)
 
     def round(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -69,72 +72,86 @@ class GPTQ:
 
     def _block_rounder(self, work: torch.Tensor, grouped: bool) -> graphs.Function:
         """What rounds one block after the other of `work` [in, out]; all of a shape but the last."""
+        function = partial(_round_block, self._args)
         if graphs.usable(work.device) and len(work) >= _WORTH_A_GRAPH:
             few = work[:_BLOCK]
             examples = [few, few.new_ones(_BLOCK, _BLOCK), *([few] if grouped else [])]
-            return graphs.Captured(self._round_block, examples)
-        return self._round_block
+            return graphs.captured((self._args, grouped, work.shape[1], work.device), function, examples)
+        return function
 
-    def _round_block(
-        self, block: torch.Tensor, factor: torch.Tensor, steps: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Round the columns [few, out] of a block, which is overwritten, one by one.
 
-        Args:
-            factor: float32 [few, few], of the inverse.
-            steps: the scale of each element, float32 [few, out]; None where the block is in its units.
+def _round_block(
+    args: QuantizationArgs, block: torch.Tensor, factor: torch.Tensor, steps: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round the columns [few, out] of a block, which is overwritten, one by one.
 
-        Returns:
-            (int8 [few, out], which are the bits of a float8, too; errors to move on, float32 [few, out]).
-        """
-        quantized, errors = torch.empty(block.shape, dtype=torch.int8, device=block.device), torch.empty_like(block)
-        # Numbers are faster than tensors on a CPU; on a device they would have to be waited for.
-        floats = self._args.type == "float"
-        pivots = factor.diagonal().tolist() if block.device.type == "cpu" else factor.diagonal().unbind()
-        with threads.single():
-            for i, pivot in enumerate(pivots):
-                column = block[i] if steps is None else block[i] / steps[i]
-                if floats:
-                    stored = column.clamp(self._args.qmin, self._args.qmax).to(storage_dtype(self._args))
-                    quantized[i], q = stored.view(torch.int8), stored.float()
-                else:
-                    q = column.round().clamp_(self._args.qmin, self._args.qmax)
-                    quantized[i] = q
-                error = torch.sub(block[i], q if steps is None else q.mul_(steps[i]), out=errors[i]).div_(pivot)
-                if i + 1 < len(pivots):
-                    block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
-        return quantized, errors
+    Args:
+        args: of the weight.
+        factor: float32 [few, few], of the inverse.
+        steps: the scale of each element, float32 [few, out]; None where the block is in its units.
+
+    Returns:
+        (int8 [few, out], which are the bits of a float8, too; errors to move on, float32 [few, out]).
+    """
+    quantized, errors = torch.empty(block.shape, dtype=torch.int8, device=block.device), torch.empty_like(block)
+    # Numbers are faster than tensors on a CPU; on a device they would have to be waited for.
+    pivots = factor.diagonal().tolist() if block.device.type == "cpu" else factor.diagonal().unbind()
+    with threads.single():
+        for i, pivot in enumerate(pivots):
+            column = block[i] if steps is None else block[i] / steps[i]
+            if args.type == "float":
+                stored = column.clamp(args.qmin, args.qmax).to(storage_dtype(args))
+                quantized[i], q = stored.view(torch.int8), stored.float()
+            else:
+                q = column.round().clamp_(args.qmin, args.qmax)
+                quantized[i] = q
+            error = torch.sub(block[i], q if steps is None else q.mul_(steps[i]), out=errors[i]).div_(pivot)
+            if i + 1 < len(pivots):
+                block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
+    return quantized, errors
 
 
 def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Upper U with Uᵀ U = the inverse of `hessian` with rows and columns in this order.
+    """Upper U with Uᵀ U = the inverse of `hessian` with rows and columns in this order; `hessian` is overwritten.
 
-    On a device whose memory that is too much for it is computed in main memory.
+    There are three matrices of its size at once.
 
     Raises ValueError when `hessian` holds NaN or infinite values.
     """
+    hessian.copy_(_with_memory(lambda matrix, order: matrix[order][:, order], hessian, order))
+    hessian.copy_(_with_memory(_upper_factor, hessian))
+    return _with_memory(_inverse_of_upper, hessian)
+
+
+def _with_memory(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """What a function gives; computed in main memory where the device's is too small for it."""
+    device = tensors[0].device
     try:
-        return _factor_of_inverse(hessian[order][:, order])
+        return function(*tensors)
     except torch.OutOfMemoryError:
-        if hessian.device.type == "cpu":
+        if device.type == "cpu":
             raise
-    here, order = hessian.cpu(), order.cpu()
-    return _factor_of_inverse(here[order][:, order]).to(hessian.device)
+    return function(*(tensor.cpu() for tensor in tensors)).to(device)
 
 
-def _factor_of_inverse(hessian: torch.Tensor) -> torch.Tensor:
-    """Upper U with Uᵀ U = hessian⁻¹; more damping for as long as rounding makes `hessian` indefinite.
+def _upper_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """Upper R with R Rᵀ = hessian; more damping for as long as rounding makes `hessian` indefinite.
 
-    With rows and columns reversed, hessian = L Lᵀ; reversed back L is an upper R with hessian = R Rᵀ, and U = R⁻¹.
+    With rows and columns reversed hessian is L Lᵀ, and R is L reversed back.
 
     Raises ValueError when `hessian` holds NaN or infinite values.
     """
-    damping = float(hessian.diagonal().mean()) * 1e-3
+    damping = widened(hessian.diagonal().mean()) * 1e-3
     for _ in range(_DAMPINGS):
         lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed:
-            identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            return lower.flip(0, 1)
         hessian.diagonal().add_(damping)
-        damping *= 4
+        damping = damping * 4
     raise ValueError("the Hessian is not finite")
+
+
+def _inverse_of_upper(upper: torch.Tensor) -> torch.Tensor:
+    # Column after column, as LAPACK has it: so it is solved in place.
+    inverse = torch.eye(len(upper), dtype=upper.dtype, device=upper.device).mT
+    return torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)

@@ -6,16 +6,45 @@ once; it runs the same kernels in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
 Function = Callable[..., tuple[torch.Tensor, ...]]
+_MOST = 8  # recordings that are kept
+_kept: dict[Hashable, Function] = {}
+_refused = False  # what can't be recorded once won't be another time
 
 
 def usable(device: torch.device) -> bool:
     """Whether graphs can be captured there."""
-    return device.type == "cuda" and torch.cuda.is_available()
+    return device.type == "cuda" and torch.cuda.is_available() and not _refused
+
+
+def recorded(function: Function, examples: Sequence[torch.Tensor]) -> Function:
+    """The recording of a function, as `Captured`; the function itself where CUDA can't record it."""
+    global _refused
+    try:
+        return Captured(function, examples)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # an operation that waits for the device, in this version of torch
+        _refused = True
+        return function
+
+
+def captured(key: Hashable, function: Function, examples: Sequence[torch.Tensor]) -> Function:
+    """The recording of a function that depends on its arguments alone, and on what `key` holds: made once."""
+    found = _kept.pop(key, None) or recorded(function, examples)
+    _kept[key] = found
+    if len(_kept) > _MOST:
+        del _kept[next(iter(_kept))]
+    return found
+
+
+def forget() -> None:
+    """Give back what recordings hold of the device's memory."""
+    _kept.clear()
 
 
 class Captured:
@@ -38,8 +67,14 @@ class Captured:
             function(*self._arguments)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._results = function(*self._arguments)
+        # Unlike torch.cuda.graph this empties no caches; and what other threads do meanwhile is none of its business.
+        with torch.cuda.stream(stream):
+            self._graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._results = function(*self._arguments)
+            finally:
+                self._graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
 
     def __call__(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The arguments stay as they are; the results are overwritten by the next call."""

@@ -58,5 +58,4 @@ def smoothing_scale(act_max: torch.Tensor, w_max: torch.Tensor, alpha: float) ->
     SmoothQuant's (Xiao et al., arXiv 2211.10438, equation 4); OSL tries several exponents of it.
     """
     s = (act_max.pow(alpha) / w_max.pow(1 - alpha)).clamp_(min=_FLOOR)
-    s[(act_max == 0) | (w_max == 0)] = 1
-    return s
+    return s.masked_fill_((act_max == 0) | (w_max == 0), 1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qtool.quant.integer import widened
 from qtool.quant.rounding.clipping import column_blocks
 from qtool.quant.statistics import Smoothed
 from qtool.scheme import Scheme
@@ -32,6 +33,8 @@ class WeightSample:
 class _Terms:
     """The parts of an error, up to a factor that all have in common. Rows and channels that share scales are a block.
 
+    Numbers [], `widened`; none is looked at here, so that a device need not be waited for.
+
     Attributes:
         step: of the activations, squared.
         spread: |W s|².
@@ -39,14 +42,15 @@ class _Terms:
         reach: per block, E|x/s|².
     """
 
-    step: float
-    spread: float
-    slack: list[float]
-    reach: list[float]
+    step: torch.Tensor
+    spread: torch.Tensor
+    slack: list[torch.Tensor]
+    reach: list[torch.Tensor]
 
     @property
-    def error(self) -> float:
-        return self.step * self.spread + sum(a * b for a, b in zip(self.slack, self.reach, strict=True))
+    def error(self) -> torch.Tensor:
+        rounding = torch.stack([a * b for a, b in zip(self.slack, self.reach, strict=True)])
+        return self.step * self.spread + rounding.sum()
 
 
 class NoiseModel:
@@ -84,16 +88,20 @@ class NoiseModel:
             self._factor *= (scheme.activations.steps / scheme.weights.steps) ** 2
         self._near: tuple[_Peaks, list[_Peaks]] | None = None
 
-    def error(self, log_s: torch.Tensor) -> float:
-        """The model's error at log s [in], up to a constant factor."""
+    def error(self, log_s: torch.Tensor) -> torch.Tensor:
+        """The model's error [] at log s [in], up to a constant factor; float64 where the device has it."""
         token_peaks = (self._tokens * (-log_s).exp()).amax(dim=1)
         row_peaks = [(self._rows[:, block] * log_s[block].exp()).amax(dim=1) for block in self._blocks]
         return self._terms(token_peaks, row_peaks, log_s).error
 
     def focus(self, log_s: torch.Tensor) -> None:
         """Restrict `gradient` to the largest channels of each token and row around `log_s`."""
-        rows = [_Peaks(self._rows[:, block], log_s[block]) for block in self._blocks]
-        self._near = _Peaks(self._tokens, -log_s), rows
+        if self._near is None:
+            self._near = _Peaks(self._tokens), [_Peaks(self._rows[:, block]) for block in self._blocks]
+        tokens, rows = self._near
+        tokens.focus(-log_s)
+        for near, block in zip(rows, self._blocks, strict=True):
+            near.focus(log_s[block])
 
     def gradient(self, log_s: torch.Tensor) -> torch.Tensor:
         """Gradient of log(error) by log_s [in]."""
@@ -117,12 +125,12 @@ class NoiseModel:
 
     def _terms(self, token_peaks: torch.Tensor, row_peaks: list[torch.Tensor], log_s: torch.Tensor) -> _Terms:
         # Steps are in units of those of symmetric activations, 2 max / steps.
-        step = 0.0 if self._float else float(self._half_ranges(token_peaks).square().mean())
+        spread = widened((self._weight_energy * (2 * log_s).exp()).sum())
         return _Terms(
-            step=step,
-            spread=float((self._weight_energy * (2 * log_s).exp()).sum()),
-            slack=[self._factor * float(peaks.square().sum()) for peaks in row_peaks],
-            reach=[float((self._energy[block] * (-2 * log_s[block]).exp()).sum()) for block in self._blocks],
+            step=torch.zeros_like(spread) if self._float else widened(self._half_ranges(token_peaks).square().mean()),
+            spread=spread,
+            slack=[self._factor * widened(peaks.square().sum()) for peaks in row_peaks],
+            reach=[widened((self._energy[block] * (-2 * log_s[block]).exp()).sum()) for block in self._blocks],
         )
 
     def _half_ranges(self, token_peaks: torch.Tensor) -> torch.Tensor:
@@ -139,13 +147,24 @@ def add_at(channels: torch.Tensor, places: torch.Tensor, amounts: torch.Tensor) 
 
 
 class _Peaks:
-    """Row maxima of |a| · exp(t), from each row's largest few channels."""
+    """Row maxima of |a| · exp(t), from each row's largest few channels.
 
-    def __init__(self, magnitudes: torch.Tensor, t: torch.Tensor) -> None:
-        candidates = min(_CANDIDATES, magnitudes.shape[1])
-        self._channels = (magnitudes * t.exp()).topk(candidates, dim=1, sorted=False).indices
-        self._magnitudes = magnitudes.gather(1, self._channels)
+    Args:
+        all_magnitudes: |a|, float32 [rows, channels].
+    """
+
+    def __init__(self, all_magnitudes: torch.Tensor) -> None:
+        self._all = all_magnitudes
+        size = len(all_magnitudes), min(_CANDIDATES, all_magnitudes.shape[1])
+        self._channels = torch.empty(size, dtype=torch.int64, device=all_magnitudes.device)
+        self._magnitudes = all_magnitudes.new_empty(size)
         self._at = self._channels[:, :1]
+
+    def focus(self, t: torch.Tensor) -> None:
+        """Look at the channels that are largest at t, from here on."""
+        # In place: a recording of what is done with these tensors stays true.
+        self._channels.copy_((self._all * t.exp()).topk(self._channels.shape[1], dim=1, sorted=False).indices)
+        self._magnitudes.copy_(self._all.gather(1, self._channels))
 
     def values(self, t: torch.Tensor) -> torch.Tensor:
         """The maxima [rows]; remembers where they are."""

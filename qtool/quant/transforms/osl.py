@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 
 from qtool.quant import threads
+from qtool.quant.rounding import graphs
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, per_producer_channel
 from qtool.quant.transforms.diagonal import Diagonal, smoothing_scale
@@ -22,6 +23,7 @@ ALPHAS = tuple(i / 20 for i in range(20))
 _CHUNK = 1 << 22  # weights that are in float32 at a time: what the cache takes
 _MODEL_ROWS = 1 << 24  # elements of the rows that the noise model looks at
 _STEPS, _RATE, _REFRESH = 40, 0.05, 20
+_MEAN, _SQUARE, _EPSILON = 0.9, 0.999, 1e-8  # Adam's, as torch.optim.Adam has them
 
 
 class OSL:
@@ -61,21 +63,44 @@ def fit(model: NoiseModel, act_max: torch.Tensor, w_max: torch.Tensor, channel_m
         act_max, w_max: float32 [in], as for `smoothing_scale`.
         channel_map: int64 [in]; channels that fold into the same producer channel share one s.
     """
-    least, alpha, log_s = min(
-        ((model.error(t := smoothing_scale(act_max, w_max, alpha).log()), alpha, t) for alpha in ALPHAS[::2]),
-        key=lambda found: found[0],
-    )
-    unique, inverse = channel_map.to(log_s.device).unique(return_inverse=True)
+    alphas = ALPHAS[::2]
+    starts = torch.stack([smoothing_scale(act_max, w_max, alpha).log() for alpha in alphas])
+    errors = torch.stack([model.error(log_s) for log_s in starts])
+    log_s = starts.index_select(0, errors.argmin()[None])[0]
+    refined = _descended(model, log_s, channel_map)
+    *tried, error = torch.cat((errors, model.error(refined)[None])).tolist()  # the device is waited for here only
+    least = min(tried)
+    alpha = alphas[tried.index(least)]
+    return Diagonal(refined.exp(), alpha, error) if error < least else Diagonal(log_s.exp(), alpha, least)
+
+
+def _descended(model: NoiseModel, log_s: torch.Tensor, channel_map: torch.Tensor) -> torch.Tensor:
+    """From log_s [in] down the model's gradient with Adam (Kingma and Ba, arXiv 1412.6980)."""
+    unique, inverse = channel_map.cpu().unique(return_inverse=True)
+    inverse = inverse.to(log_s.device)
     shared = torch.zeros(len(unique), device=log_s.device)
     shared[inverse] = log_s
-    optimizer = torch.optim.Adam([shared], lr=_RATE)
-    for step in range(_STEPS):
-        if step % _REFRESH == 0:
+    start, mean, square = shared.clone(), torch.zeros_like(shared), torch.zeros_like(shared)
+
+    def step(size: torch.Tensor, correction: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        slope = add_at(torch.zeros_like(shared), inverse, model.gradient(shared[inverse]))
+        mean.lerp_(slope, 1 - _MEAN)
+        square.mul_(_SQUARE).addcmul_(slope, slope, value=1 - _SQUARE)
+        return (shared.add_(size * mean / (square.sqrt() / correction).add_(_EPSILON)),)
+
+    factors = [
+        (-_RATE * (1 - i / _STEPS) / (1 - _MEAN ** (i + 1)), (1 - _SQUARE ** (i + 1)) ** 0.5) for i in range(_STEPS)
+    ]
+    sizes, corrections = torch.tensor(factors, device=log_s.device).unbind(1)
+    model.focus(log_s)
+    run: graphs.Function = step
+    if graphs.usable(log_s.device):
+        run = graphs.recorded(step, (sizes[0], corrections[0]))
+        for tensor, value in ((shared, start), (mean, 0), (square, 0)):  # it has tried one step
+            tensor.copy_(value) if isinstance(value, torch.Tensor) else tensor.fill_(value)
+    for i in range(_STEPS):
+        if i and i % _REFRESH == 0:
             model.focus(shared[inverse])
         with threads.single():
-            shared.grad = add_at(torch.zeros_like(shared), inverse, model.gradient(shared[inverse]))
-            optimizer.param_groups[0]["lr"] = _RATE * (1 - step / _STEPS)
-            optimizer.step()
-    refined = shared[inverse]
-    error = model.error(refined)
-    return Diagonal(refined.exp(), alpha, error) if error < least else Diagonal(log_s.exp(), alpha, least)
+            run(sizes[i], corrections[i])
+    return shared[inverse]

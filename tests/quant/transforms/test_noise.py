@@ -68,7 +68,7 @@ def test_noise_model_is_the_expected_error(scheme: Scheme) -> None:
     for _ in range(5):
         t = torch.randn(WIDTH, generator=generator) * 0.7
         true = expected_error(x.double(), weight.double(), t.double(), scheme)
-        ratios.append(model.error(t) / float(true))
+        ratios.append(float(model.error(t)) / float(true))
     np.testing.assert_allclose(ratios, ratios[0], rtol=1e-4)
 
 
