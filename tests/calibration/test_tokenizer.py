@@ -45,3 +45,22 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, tiny_tokenizer: An
             load_tokenizer(tmp_path, trust_remote_code=False)
         assert raised.value.where == str(tmp_path / name)
         (tmp_path / name).write_bytes(content)
+
+
+def test_ids_that_no_vocabulary_has(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """The library would make a list of all up to there."""
+    tiny_tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    value = json.loads(file.read_text())
+    value["model"]["vocab"][list(value["model"]["vocab"])[-1]] = 10**9
+    file.write_text(json.dumps(value))
+    with pytest.raises(InputError, match="token id 1000000000"):
+        load_tokenizer(tmp_path, trust_remote_code=False)
+
+
+def test_settings_that_are_looked_at_late(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    tiny_tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "x"}))
+    with pytest.raises(ForeignError, match="no usable tokenizer"):
+        load_tokenizer(tmp_path, trust_remote_code=False)
