@@ -171,7 +171,7 @@ class Console:
                 redirect_stderr=False,
                 refresh_per_second=10,
             )
-            self._live.start()
+            self._live.start(refresh=True)  # what is being done is seen even if it takes no time
 
     def end_progress(self) -> None:
         """Take the bar away and give the terminal back."""
