@@ -634,14 +634,14 @@ def test_a_folder_shows_its_format(
     checkpoint = Checkpoint.open(make_folder(content))
     found = formats.of(checkpoint)
     assert found.name == name
-    assert found.is_float == (name in ("float", "fp8", "gptq", "awq"))
+    assert found.is_float == (name in ("float", "fp8", "gptq", "awq", "mxfp4"))
     assert not {str(file) for file in companions(checkpoint)} & set(files)
 
 
 def test_every_format_is_known_by_its_name_and_says_what_it_is() -> None:
     names = [each.name for each in formats.FORMATS]
     assert len(set(names)) == len(names)
-    assert set(formats.NAMES) == {name for name in names if name not in ("float", "fp8", "gptq", "awq")}
+    assert set(formats.NAMES) == {name for name in names if name not in ("float", "fp8", "gptq", "awq", "mxfp4")}
     assert all(each.title for each in formats.FORMATS)
     for name in formats.NAMES:
         assert formats.get(name).name == name

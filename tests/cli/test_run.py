@@ -303,19 +303,22 @@ def test_killed_while_it_quantizes_and_changed(
     arguments = command(write_recipe(tmp_path, also="[]"), tiny_llama, "--work", "job")
     process = launcher.start(arguments, cwd=tmp_path, env=qtool_environment, stderr=subprocess.DEVNULL)
     output = tmp_path / "job" / f"{tiny_llama.name}-w8a8-static"
-    left = None
+    left = handle = None
     while left is None and process.poll() is None:
         for folder in output.parent.glob(f".{output.name}.partial-*"):
             with contextlib.suppress(FileNotFoundError):
                 found = journal.read(folder)
                 left = folder.stat().st_ino if found and found[1] else None
+                handle = os.open(folder, os.O_RDONLY) if left else None  # else another folder may get its number
     process.kill()
     process.wait()
     assert left is not None
+    assert handle is not None
     assert not output.exists(), "it was too quick"
     done = run_qtool(*command(write_recipe(tmp_path, also="[]", **change), tiny_llama, "--work", "job"), cwd=tmp_path)
     assert done.code == 0, done.stderr
     assert (output.stat().st_ino == left) is goes_on
+    os.close(handle)
     assert not list(output.parent.glob(".*"))
 
 
