@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qtool.checkpoint.companions import is_companion
+from qtool.checkpoint.companions import candidates, is_companion
 from qtool.errors import ForeignError, InputError, foreign
 
 _MOST_BYTES = 200_000_000  # of a file; the largest vocabularies take 40 MB
@@ -45,7 +45,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
 
 def _check_sizes(folder: Path) -> None:
     """Libraries read these files whole, however large they are."""
-    for file in sorted(folder.iterdir()):
+    for file in sorted(candidates(folder)):
         if is_companion(file.name) and file.is_file() and file.stat().st_size > _MOST_BYTES:
             raise InputError(f"has {file.stat().st_size:,} bytes, too many for a tokenizer's file", where=str(file))
 

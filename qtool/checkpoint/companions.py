@@ -33,13 +33,9 @@ def companions(checkpoint: Checkpoint, *, code: bool = False) -> list[Path]:
             stranger's folder could so take any of the user's files along.
     """
     folder = checkpoint.path
-    found = [*folder.iterdir()]
-    templates = folder / "additional_chat_templates"
-    if templates.is_dir():
-        found += templates.iterdir()
     files = sorted(
         file
-        for file in found
+        for file in candidates(folder)
         if file.is_file()
         and file.name not in _OWN
         and not file.name.startswith(".")
@@ -51,6 +47,12 @@ def companions(checkpoint: Checkpoint, *, code: bool = False) -> list[Path]:
             hint = "If the file belongs to the model, replace the link with a copy of the file."
             raise InputError(f"this link leads out of the model's folder, to {real(file)}", where=str(file), hint=hint)
     return [file.relative_to(folder) for file in files]
+
+
+def candidates(folder: Path) -> list[Path]:
+    """What may be one: all in the folder, and in that of further chat templates, which transformers reads too."""
+    templates = folder / "additional_chat_templates"
+    return [*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]
 
 
 def _is_own(folder: Path, file: Path) -> bool:

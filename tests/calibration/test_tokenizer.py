@@ -37,14 +37,17 @@ def test_an_empty_vocabulary_is_no_tokenizer(tmp_path: Path) -> None:
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, tiny_tokenizer: Any) -> None:
     tiny_tokenizer.save_pretrained(tmp_path)
-    for name in ("tokenizer.json", "added_tokens.json"):
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name in ("tokenizer.json", "added_tokens.json", "additional_chat_templates/x.jinja"):
         content = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else b"{}"
         (tmp_path / name).write_bytes(content)
         os.truncate(tmp_path / name, 2 << 30)  # a hole
         with pytest.raises(InputError, match="too many for a tokenizer's file") as raised:
             load_tokenizer(tmp_path, trust_remote_code=False)
         assert raised.value.where == str(tmp_path / name)
-        (tmp_path / name).write_bytes(content)
+        (tmp_path / name).unlink()
+        if content != b"{}":
+            (tmp_path / name).write_bytes(content)
 
 
 def test_ids_that_no_vocabulary_has(tmp_path: Path, tiny_tokenizer: Any) -> None:
