@@ -59,7 +59,7 @@ class FloatReader:
         saved = self._held, self._held_packed
         layers = {name: self._packed(name) for name in names if name not in self._fused}
         held = {name: self._stored(name) for name, layer in layers.items() if layer is None}
-        packed = {layer: self._format.packed(self.checkpoint, layer) for layer in layers.values() if layer}
+        packed = {layer: self._packing.packed(self.checkpoint, layer) for layer in layers.values() if layer}
         self._held, self._held_packed = saved[0] | held, saved[1] | packed
         del held, packed
         try:
@@ -121,7 +121,7 @@ class FloatReader:
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises InputError when there is no such tensor."""
         if layer := self._packed(name):
-            return self._format.packed_shape(self.checkpoint, layer)
+            return self._packing.packed_shape(self.checkpoint, layer)
         if name in self._fused:
             return mxfp4.shape(self.checkpoint, name)
         shape = tuple(self.checkpoint.info(name).shape)
@@ -151,7 +151,7 @@ class FloatReader:
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor in the float model."""
         if layer := self._packed(name):
-            return math.prod(self._format.packed_shape(self.checkpoint, layer)) * self._packed_dtype.itemsize
+            return math.prod(self._packing.packed_shape(self.checkpoint, layer)) * self._packed_dtype.itemsize
         if name in self._fused:
             return math.prod(mxfp4.shape(self.checkpoint, name)) * self._packed_dtype.itemsize
         info = self.checkpoint.info(name)
@@ -291,12 +291,18 @@ class FloatReader:
     def _layers(self) -> frozenset[str]:
         """Those whose weights are packed, by their names without ".weight"."""
         format, checkpoint = self._format, self.checkpoint
-        if not format.packed_parts:
+        if not isinstance(format, formats.PackedFormat):
             return frozenset()
         owners = {
             name.rpartition(".")[0] for name in checkpoint.names if name.rpartition(".")[2] in format.weight_parts
         }
         return frozenset(owner for owner in owners if format.is_packed(checkpoint, owner))
+
+    @property
+    def _packing(self) -> formats.PackedFormat:
+        """For layers that are packed."""
+        assert isinstance(self._format, formats.PackedFormat)
+        return self._format
 
     def _float_name(self, name: str) -> str | None:
         """What a float model calls a tensor of this one; None where it has no such tensor."""
@@ -304,7 +310,7 @@ class FloatReader:
             if (stem := name.removesuffix(part)) != name and stem in self._fused:
                 return stem if part == mxfp4.BLOCKS else None
         owner, _, part = name.rpartition(".")
-        if owner not in self._layers or part not in self._format.packed_parts:
+        if owner not in self._layers or part not in self._packing.packed_parts:
             return name
         return f"{owner}.weight" if part in self._format.weight_parts else None
 
@@ -325,7 +331,7 @@ class FloatReader:
         if layer in self._held_packed:
             return self._held_packed[layer]
         if self._last is None or self._last[0] != layer:  # it is read in several pieces
-            self._last = (layer, self._format.packed(self.checkpoint, layer))
+            self._last = (layer, self._packing.packed(self.checkpoint, layer))
         return self._last[1]
 
     def _range(self, name: str, start: int, stop: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.conversion.job import FormatJob
 from qtool.files import check_free_space, disk_errors, draft, sync
 from qtool.gguf.layers import Layers
-from qtool.gguf.writer import Found, write
+from qtool.gguf.writer import write
 from qtool.workers import hide_media_packages
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     report.progress("starting", 0, 0)
     source, output = Checkpoint.open(wanted.source), Path(wanted.output)
     companions(source)
-    layers = Layers.of(source)
+    layers = Layers(source)
     check_free_space(output, source.nbytes + source.nbytes // 10)
     new = draft(output)
     try:
@@ -50,8 +50,6 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     finally:
         new.unlink(missing_ok=True)
     labels = Counter(scheme.label for scheme in layers.schemes.values())
-    for warning in _warnings(layers, found):
-        report.warning(warning)
     return {
         "from": layers.format.name,
         "to": "gguf",
@@ -63,13 +61,3 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 2),
         "output": wanted.output,
     }
-
-
-def _warnings(layers: Layers, found: Found) -> list[str]:
-    warnings = []
-    if any(scheme.is_static for scheme in layers.schemes.values()):
-        warnings.append("llama.cpp finds the scales of activations itself: those from calibration are left out")
-    if found.rounded:
-        more = f" and {len(found.rounded) - 3} more" if len(found.rounded) > 3 else ""
-        warnings.append(f"{', '.join(found.rounded[:3])}{more}: rounded anew, since llama.cpp cuts them in another way")
-    return warnings

@@ -111,7 +111,7 @@ def make(
     left = _left_float(policies, kept, read)
     warnings = [*_much_float(left), *(str(limitation) for limitation in limitations)]
     source = formats.of(checkpoint)
-    if any(source.is_packed(checkpoint, name) for name in linears):
+    if any(source.has_lost(checkpoint, name) for name in linears):
         warnings.append(f"the source is quantized already ({source.name}); what that lost stays lost")
     return QuantizationPlan(policies, kept, left, warnings)
 

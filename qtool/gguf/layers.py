@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qtool.checkpoint import formats
@@ -11,6 +10,7 @@ from qtool.checkpoint.formats import QuantizedFormat
 from qtool.checkpoint.formats.stored import Stored
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.summary import quantized_layers
+from qtool.checkpoint.transposed import is_transposed
 from qtool.errors import InputError
 from qtool.gguf.blocks import block_type
 
@@ -21,29 +21,26 @@ if TYPE_CHECKING:
     from qtool.scheme import Scheme
 
 
-@dataclass(frozen=True)
 class Layers:
-    """A checkpoint as the converter is to see it: a float model.
+    """A checkpoint as the converter is to see it: a float model, whose tensors lie as they do in the files.
 
     Attributes:
+        format: of the checkpoint.
         schemes: of the quantized layers, by their names without ".weight".
+
+    Raises InputError for a format that qtool doesn't read.
     """
 
-    source: Checkpoint
-    format: formats.Format
-    schemes: Mapping[str, Scheme]
-
-    @classmethod
-    def of(cls, source: Checkpoint) -> Layers:
-        """Raises InputError for a format that qtool doesn't read."""
-        form = formats.of(source)
-        if form is formats.PLAIN:
-            return cls(source, form, {})
-        if not isinstance(form, QuantizedFormat):
+    def __init__(self, source: Checkpoint) -> None:
+        self.source, self.format = source, formats.of(source)
+        self.schemes: Mapping[str, Scheme] = {}
+        self._last: tuple[str, QuantizedLinear] | None = None  # it is asked for three times
+        if isinstance(self.format, QuantizedFormat):
+            self.schemes = quantized_layers(source, self.format)
+        elif self.format is not formats.PLAIN:
             hint = f"It reads {', '.join(formats.NAMES)}, and float models."
-            what = f"quantized with {form.name}, which qtool doesn't convert"
+            what = f"quantized with {self.format.name}, which qtool doesn't convert"
             raise InputError(what, where=str(source.path), hint=hint)
-        return cls(source, form, quantized_layers(source, form))
 
     def names(self) -> Iterator[str]:
         """Of every tensor of the float model."""
@@ -60,34 +57,34 @@ class Layers:
         return self.schemes.get(owner) if part == "weight" else None
 
     def shape(self, name: str) -> tuple[int, ...]:
-        scheme = self.scheme(name)
-        if scheme is None:
+        if self.scheme(name) is None:
             return tuple(self.source.info(name).shape)
-        return self._quantized.shape(self._stored(name), scheme)
+        return self._as_stored(name, self._matrix(name))
+
+    def scales_shape(self, name: str) -> tuple[int, ...]:
+        """Of a quantized tensor's scales: [out, parts], where `parts` is how many a row has."""
+        return self._as_stored(name, (self._matrix(name)[0], self._parts(name)))
 
     def blocks(self, name: str) -> str | None:
         """The ggml type that holds this tensor's integers, or None."""
         scheme = self.scheme(name)
-        return block_type(scheme.weights, self.shape(name)[1]) if scheme else None
-
-    def parts(self, name: str) -> int:
-        """How many scales a row of a quantized tensor has."""
-        scheme = self.scheme(name)
-        assert scheme is not None
-        return self.shape(name)[1] // scheme.weights.group_size if scheme.weights.group_size else 1
+        return block_type(scheme.weights, self._matrix(name)[1]) if scheme else None
 
     def values(self, name: str) -> torch.Tensor:
         """As it is, or float32 of a quantized tensor."""
-        return self.source.tensor(name) if self.scheme(name) is None else self._linear(name).dequantize()
+        if self.scheme(name) is None:
+            return self.source.tensor(name)
+        return self._turned(name, self._linear(name).dequantize())
 
     def integers(self, name: str) -> torch.Tensor:
-        """float32 [out, in]."""
-        return self._linear(name).weight.float()
+        """float32, of a quantized tensor."""
+        return self._turned(name, self._linear(name).weight.float())
 
     def scales(self, name: str) -> torch.Tensor:
-        """float32 [out, parts]."""
+        """float32, as `scales_shape` says."""
         scale = self._linear(name).weight_scale.float()
-        return (scale if scale.dim() == 2 else scale[:, None]).expand(self.shape(name)[0], self.parts(name))
+        whole = scale if scale.dim() == 2 else scale[:, None]
+        return self._turned(name, whole.expand(self._matrix(name)[0], self._parts(name)))
 
     @property
     def _quantized(self) -> QuantizedFormat:
@@ -97,7 +94,26 @@ class Layers:
     def _stored(self, name: str) -> Stored:
         return Stored(self.source, name.removesuffix(".weight"))
 
+    def _matrix(self, name: str) -> tuple[int, int]:
+        """(out, in) of a quantized tensor."""
+        return self._quantized.shape(self._stored(name), self._known(name))
+
+    def _parts(self, name: str) -> int:
+        return self._matrix(name)[1] // (self._known(name).weights.group_size or self._matrix(name)[1])
+
+    def _known(self, name: str) -> Scheme:
+        return self.schemes[name.removesuffix(".weight")]
+
     def _linear(self, name: str) -> QuantizedLinear:
-        scheme = self.scheme(name)
-        assert scheme is not None
-        return self._quantized.read(self._stored(name), scheme)
+        if self._last is None or self._last[0] != name:
+            self._last = (name, self._quantized.read(self._stored(name), self._known(name)))
+        return self._last[1]
+
+    def _is_turned(self, name: str) -> bool:
+        return is_transposed(self.source.config, name.removesuffix(".weight"))
+
+    def _as_stored(self, name: str, shape: tuple[int, int]) -> tuple[int, ...]:
+        return shape[::-1] if self._is_turned(name) else shape
+
+    def _turned(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.t().contiguous() if self._is_turned(name) else matrix

@@ -42,7 +42,7 @@ class Found:
 
 
 def write(layers: Layers, file: Path, report: Report) -> Found:
-    """Make `file`, which is not there yet.
+    """Make `file`, which is not there yet. What is lost on the way is a warning.
 
     Raises:
         InputError: llama.cpp's converter doesn't know the model, or fails on it.
@@ -54,6 +54,8 @@ def write(layers: Layers, file: Path, report: Report) -> Found:
     logging.getLogger("hf-to-gguf").setLevel(logging.WARNING)
     with foreign("llama.cpp's converter can't convert this model", where=where), torch.inference_mode():
         _converter(layers, file, found, report).write()
+    for warning in _warnings(layers, found):
+        report.warning(warning)
     return found
 
 
@@ -135,9 +137,8 @@ def _converter(layers: Layers, file: Path, found: Found, report: Report) -> Any:
 
         def _shadowed(self, original: str, name: str, bid: int | None) -> tuple[list[Any], list[Any]]:
             """What becomes of a tensor's integers and scales; nothing where the converter needs what these are not."""
-            (rows, columns), parts = layers.shape(original), layers.parts(original)
-            integers = lazy(layers.integers, original, (rows, columns), torch.float32)
-            scales = lazy(layers.scales, original, (rows, parts), torch.float32)
+            integers = lazy(layers.integers, original, layers.shape(original), torch.float32)
+            scales = lazy(layers.scales, original, layers.scales_shape(original), torch.float32)
             first, second = self._shadows
             try:
                 return list(first.modify_tensors(integers, name, bid)), list(second.modify_tensors(scales, name, bid))
@@ -188,3 +189,13 @@ def _packed(kind: str, found: Found, integers: np.ndarray, scales: np.ndarray, v
     found.integers += integers.size
     found.scale_rounding = max(found.scale_rounding, packed.scale_rounding)
     return packed.blocks
+
+
+def _warnings(layers: Layers, found: Found) -> list[str]:
+    warnings = []
+    if any(scheme.is_static for scheme in layers.schemes.values()):
+        warnings.append("llama.cpp finds the scales of activations itself: those from calibration are left out")
+    if found.rounded:
+        more = f" and {len(found.rounded) - 3} more" if len(found.rounded) > 3 else ""
+        warnings.append(f"{', '.join(found.rounded[:3])}{more}: rounded anew, since llama.cpp cuts them in another way")
+    return warnings

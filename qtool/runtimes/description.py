@@ -13,6 +13,21 @@ if TYPE_CHECKING:
     from qtool.errors import InputError
     from qtool.runtimes.launch import Launch
 
+DECODING = frozenset(
+    {
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+        "stop_token_ids",
+        "ignore_eos",
+    }
+)
+"""What of vLLM's SamplingParams every way of decoding can do."""
+
 Hardware = Literal["cpu", "cuda", "ascend"]
 Checked = Literal["run", "read", "not"]
 

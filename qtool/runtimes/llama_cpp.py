@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from typing import TYPE_CHECKING
 
-from qtool.runtimes.description import Reads, Runtime
+from qtool.runtimes.description import DECODING, Reads, Runtime
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
@@ -34,22 +34,7 @@ RUNTIME = Runtime(
     by_conversion=True,
     hardware=("cpu",),
     worker="qtool.runtimes.worker.llama_cpp",
-    sampling=frozenset(
-        {
-            "max_tokens",
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-            "seed",
-            "stop",
-            "stop_token_ids",
-            "ignore_eos",
-        }
-    ),
+    sampling=DECODING | {"presence_penalty", "frequency_penalty", "stop"},
     vllm=False,
     adapt=_with_file,
 )

@@ -157,7 +157,7 @@ def ways(checkpoint: Checkpoint) -> list[Way]:
 
     format, model = formats.of(checkpoint), _model(checkpoint)
     path = _shown(checkpoint.path)
-    result = as_it_is(checkpoint)
+    result = [_way(runtime, format.name, "", model, path) for runtime in _knowing(format.name)]
     if not format.is_float:
         targets = [name for name in formats.NAMES if name != format.name] if any(model.schemes.values()) else []
         return result + [

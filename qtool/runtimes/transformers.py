@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qtool.runtimes.description import Limit, Limitation, Quantized, Reads, Runtime
+from qtool.runtimes.description import DECODING, Limit, Limitation, Quantized, Reads, Runtime
 
 
 def _experts(model: Quantized) -> Limitation | None:
@@ -46,18 +46,6 @@ RUNTIME = Runtime(
     others=True,
     hardware=("cpu",),
     worker="qtool.runtimes.worker.transformers",
-    sampling=frozenset(
-        {
-            "max_tokens",
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "seed",
-            "stop_token_ids",
-            "ignore_eos",
-        }
-    ),
+    sampling=DECODING,
     vllm=False,
 )

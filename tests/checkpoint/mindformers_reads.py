@@ -13,19 +13,16 @@ for on a CPU. Nothing is computed.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import json
 import logging
 import re
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 
@@ -37,30 +34,6 @@ SPARE = re.compile(r"\.(weight_offset|w_offset)$")
 SPARE_OF_STATIC = re.compile(r"\.(weight_scale|w_scale)$")
 
 
-class Replaced(types.ModuleType):
-    """A module that has whatever is asked of it."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        setattr(self, name, MagicMock(name=f"{self.__name__}.{name}"))
-        return self.__dict__[name]
-
-
-class Replacer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        unused = fullname.partition(".")[0] in UNUSED
-        return importlib.machinery.ModuleSpec(fullname, self, is_package=True) if unused else None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return Replaced(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        module.__path__ = []
-
-
 def module(name: str, **content: Any) -> types.ModuleType:
     made = types.ModuleType(name)
     made.__dict__.update(content, __path__=[])
@@ -68,7 +41,10 @@ def module(name: str, **content: Any) -> types.ModuleType:
     return made
 
 
-sys.meta_path.append(Replacer())
+sys.path.insert(0, str(Path(__file__).parent))
+from replacing import Replacer  # type: ignore[import-not-found]  # noqa: E402
+
+sys.meta_path.append(Replacer(UNUSED))
 import deprecated  # type: ignore[import-untyped]  # noqa: E402
 
 deprecated.deprecated = lambda *_, **__: lambda function: function

@@ -9,17 +9,12 @@ Nothing is computed.
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.machinery
 import json
 import os
 import socket
 import sys
-import types
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 os.environ["SGLANG_ENABLE_TORCH_COMPILE"] = "0"
 
@@ -56,33 +51,8 @@ MODULES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 
-
-class Replaced(types.ModuleType):
-    """A module that has whatever is asked of it."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        setattr(self, name, MagicMock(name=f"{self.__name__}.{name}"))
-        return self.__dict__[name]
-
-
-class Replacer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self._names = names
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        wanted = any(fullname == name or fullname.startswith(f"{name}.") for name in self._names)
-        return importlib.machinery.ModuleSpec(fullname, self, is_package=True) if wanted else None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return Replaced(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        module.__path__ = []
-
+sys.path.insert(0, str(Path(__file__).parent))
+from replacing import Replacer  # type: ignore[import-not-found]  # noqa: E402
 
 sys.modules.pop("torchvision", None)
 sys.meta_path.insert(0, Replacer((*REPLACED, "torchvision")))
@@ -105,7 +75,6 @@ from sglang.srt.utils import custom_op  # type: ignore[import-not-found]  # noqa
 
 custom_op.register_custom_op = lambda op=None, **_: op if op is not None else lambda function: function
 
-sys.path.insert(0, str(Path(__file__).parent))
 from watching import Watched, empty, is_untouched, watched  # type: ignore[import-not-found]  # noqa: E402
 
 

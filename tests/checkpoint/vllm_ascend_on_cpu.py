@@ -9,14 +9,10 @@ torch.save.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import json
 import os
 import sys
-import types
-from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 from unittest.mock import MagicMock
 
 UNUSED = (
@@ -28,32 +24,10 @@ UNUSED = (
     "vllm_ascend.ops",
 )
 
+sys.path.insert(0, str(Path(__file__).parent))
+from replacing import Replacer  # type: ignore[import-not-found]  # noqa: E402
 
-class Replaced(types.ModuleType):
-    """A module that has whatever is asked of it."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        setattr(self, name, MagicMock(name=f"{self.__name__}.{name}"))
-        return self.__dict__[name]
-
-
-class Replacer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        unused = any(fullname == name or fullname.startswith(f"{name}.") for name in UNUSED)
-        return importlib.machinery.ModuleSpec(fullname, self, is_package=True) if unused else None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return Replaced(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        module.__path__ = []
-
-
-sys.meta_path.insert(0, Replacer())
+sys.meta_path.insert(0, Replacer(UNUSED))
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_PLUGINS": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 from qtool.workers import hide_media_packages  # noqa: E402

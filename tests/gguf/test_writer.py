@@ -20,21 +20,13 @@ from qtool.errors import InputError
 from qtool.quant.types import QuantizedLinear
 from qtool.workers import Event
 from tests.checkpoint import conftest
+from tests.cli.test_convert import LAYERS
 from tests.managed import managed_python
 
 pytestmark = pytest.mark.peers
 
 Quantize = Callable[..., dict[str, QuantizedLinear]]
-# Tensors of a layer by llama.cpp's names and ours.
-NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+LINEARS = {name: ours for name, ours in LAYERS.items() if "norm" not in name}
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +81,7 @@ def test_a_llama_keeps_its_integers(
     assert result["integers"] == sum(layer.weight.numel() for layer in made.values())
     assert (result["to"], result["rounded"]) == (GGUF, [])
     written = tensors(tmp_path / "model.gguf")
-    for name, ours in NAMES.items():
+    for name, ours in LINEARS.items():
         for layer in range(2):
             linear = made[f"model.layers.{layer}.{ours}"]
             heads = {"attn_q": 4, "attn_k": 2}.get(name)

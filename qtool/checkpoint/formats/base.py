@@ -65,7 +65,6 @@ class Format(ABC):
         config_keys: of config.json that belong to the format and not to the model.
         weight_parts: last parts of the names of tensors that hold a weight; each linear layer has one of them.
         is_float: `FloatReader` reads it, and it can be quantized.
-        packed_parts: last parts of the names of tensors that hold a packed weight or say how to read it.
     """
 
     name: str
@@ -74,7 +73,6 @@ class Format(ABC):
     config_keys: ClassVar[tuple[str, ...]] = ("quantization_config",)
     weight_parts: ClassVar[tuple[str, ...]] = ("weight",)
     is_float: ClassVar[bool] = False
-    packed_parts: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def detect(self, config: Mapping[str, Any], files: Container[str]) -> bool:
@@ -100,17 +98,9 @@ class Format(ABC):
         """Whether this model can be quantized."""
         return self.is_float
 
-    def is_packed(self, checkpoint: Checkpoint, name: str) -> bool:
-        """Whether a layer's weight lies in the files as something else, but can be read as the floats it stands for."""
+    def has_lost(self, checkpoint: Checkpoint, name: str) -> bool:
+        """Whether integers or FP4 stand for a layer's weight, which is read as floats and has lost precision."""
         return False
-
-    def packed_shape(self, checkpoint: Checkpoint, name: str) -> tuple[int, int]:
-        """(out, in) of a packed layer. Raises InputError as `packed`."""
-        raise NotImplementedError
-
-    def packed(self, checkpoint: Checkpoint, name: str) -> PackedWeight:
-        """A packed layer's weight. Raises InputError for tensors that don't fit together."""
-        raise NotImplementedError
 
     def weight(self, checkpoint: Checkpoint, name: str) -> TensorInfo:
         """Where a layer's weight lies. Raises InputError when there is no such layer."""
@@ -126,6 +116,31 @@ class Format(ABC):
             if part in self.weight_parts and len(info.shape) == 2:
                 found[name] = info
         return found
+
+
+class PackedFormat(Format):
+    """A format that may hold weights as something else, which is read as the floats that it stands for.
+
+    Attributes:
+        packed_parts: last parts of the names of tensors that hold a packed weight or say how to read it.
+    """
+
+    packed_parts: ClassVar[frozenset[str]]
+
+    @abstractmethod
+    def is_packed(self, checkpoint: Checkpoint, name: str) -> bool:
+        """Whether a layer's weight lies so."""
+
+    @abstractmethod
+    def packed_shape(self, checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+        """(out, in) of a packed layer. Raises InputError as `packed`."""
+
+    @abstractmethod
+    def packed(self, checkpoint: Checkpoint, name: str) -> PackedWeight:
+        """A packed layer's weight. Raises InputError for tensors that don't fit together."""
+
+    def has_lost(self, checkpoint: Checkpoint, name: str) -> bool:
+        return self.is_packed(checkpoint, name)
 
 
 class Writable(Format):

@@ -32,6 +32,7 @@ from qtool.checkpoint.formats import fp4
 from qtool.checkpoint.formats.base import (
     Description,
     HuggingFaceFiles,
+    PackedFormat,
     QuantizedFormat,
     UnknownScheme,
     quantization_method,
@@ -69,7 +70,7 @@ _FLOAT_WEIGHTS = (FP8_DYNAMIC.weights, FP8_BLOCK.weights)
 _FIELDS = tuple(field.name for field in dataclasses.fields(QuantizationArgs))
 
 
-class CompressedTensors(HuggingFaceFiles, QuantizedFormat):
+class CompressedTensors(HuggingFaceFiles, QuantizedFormat, PackedFormat):
     name = "compressed-tensors"
     title = "integers and float8 of compressed-tensors"
     schemes = (W8A8, W8A8_DYNAMIC, W8A8_ASYMMETRIC, W8A16, W4A16, W4A8, FP8_DYNAMIC, FP8_BLOCK)

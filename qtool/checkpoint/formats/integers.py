@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qtool.checkpoint.dtypes import FLOATS
-from qtool.checkpoint.formats.base import Format, quantization_method
+from qtool.checkpoint.formats.base import PackedFormat, quantization_method
 from qtool.checkpoint.formats.packed import Columns
 from qtool.errors import InputError
 from qtool.scheme import Scheme
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
 
 
-class ColumnFormat(Format):
+class ColumnFormat(PackedFormat):
     """Weights of 4 or 8 bits, float activations; read as a float model."""
 
     is_float = True
     weight_parts = ("weight", "qweight")
-    packed_parts: ClassVar[frozenset[str]] = frozenset(("qweight", "qzeros", "scales", "g_idx"))
+    packed_parts = frozenset(("qweight", "qzeros", "scales", "g_idx"))
 
     def detect(self, config: Mapping[str, Any], files: Container[str]) -> bool:
         return quantization_method(config) == self.name
@@ -54,9 +54,6 @@ class ColumnFormat(Format):
                 raise self._misfit(checkpoint, name, f"g_idx {list(index.shape)}")
         codes = self.unpack(checkpoint.tensor(f"{name}.qweight"), bits)
         return Columns(codes, self.unpack_zeros(checkpoint, zeros, bits), scales, index)
-
-    @abstractmethod
-    def packed_shape(self, checkpoint: Checkpoint, name: str) -> tuple[int, int]: ...
 
     @abstractmethod
     def unpack(self, words: torch.Tensor, bits: int) -> torch.Tensor:

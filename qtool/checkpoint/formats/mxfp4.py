@@ -36,7 +36,7 @@ class Mxfp4(Format):
     def scheme(self, checkpoint: Checkpoint, name: str) -> Scheme | None:
         return None
 
-    def is_packed(self, checkpoint: Checkpoint, name: str) -> bool:
+    def has_lost(self, checkpoint: Checkpoint, name: str) -> bool:
         # Experts have names of their own only once they are read one by one.
         module = name.rpartition(".experts.")[0]
         return bool(module) and f"{module}.experts.down_proj{BLOCKS}" in checkpoint

@@ -53,7 +53,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
 
 def _make(front: Front, file: Path, report: Report) -> None:
     """The GGUF file. Raises InputError for a model that llama.cpp doesn't know."""
-    layers = Layers.of(Checkpoint.open(front.job.model))
+    layers = Layers(Checkpoint.open(front.job.model))
     file.parent.mkdir(parents=True, exist_ok=True)
     check_free_space(file, layers.source.nbytes, "the cache, XDG_CACHE_HOME")
     new = file.with_name(f".{os.getpid()}.gguf")
@@ -99,7 +99,9 @@ def _answer_all(server: Any, front: Front, slots: int, meter: Meter) -> None:
                 break
             task = pool.submit(_answer, server, front, request, meter)
             task.add_done_callback(lambda _: free.release())
-            running = [each for each in running if not each.done() or each.exception()] + [task]
+            running.append(task)
+            while running and running[0].done():
+                running.pop(0).result()  # what has failed would fail for all
         for task in running:
             task.result()
 
