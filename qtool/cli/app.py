@@ -82,6 +82,25 @@ class LazyGroup(typer.core.TyperGroup):
                 ctx.default_map = {name: defaults.of(self.commands[name], name)}
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = _in_plain_words(error)
+            raise
+
+
+def _in_plain_words(error: typer.BadParameter) -> str:
+    """What is wrong with an option's value. Typer has pydantic look at it, and would show pydantic's own words."""
+    if error.__cause__ is None:
+        return error.message
+    from pydantic import ValidationError
+
+    from qtool.recipe.words import worded
+
+    found = error.__cause__
+    return worded(found.errors(include_url=False)[0]) if isinstance(found, ValidationError) else error.message
+
 
 def _print_version(value: bool) -> None:
     if value:
