@@ -68,6 +68,10 @@ def test_what_the_class_alone_can_name(beside: dict[str, Scheme | None], plain: 
         ("stablelm", "self_attn.q_proj", "self_attn.qkv_proj"),
         ("gptj", "attn.k_proj", "attn.qkv_proj"),
         ("lfm2", "conv.in_proj", "short_conv.in_proj"),
+        ("jamba", "self_attn.o_proj", "o_proj"),
+        ("granitemoehybrid", "mamba.in_proj", "mixer.in_proj"),
+        ("falcon_h1", "mamba.in_proj", "mixer.in_proj"),
+        ("gpt_oss", "self_attn.o_proj", "attn.o_proj"),
         ("llama", "mlp.gate_proj", None),
     ],
 )
