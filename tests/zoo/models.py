@@ -40,7 +40,7 @@ def make(
     settings = configs.settings(config_class())
     for part in (settings, settings.get("text_config", {})):
         part |= {name: size for name, size in (sizes or {}).items() if name in part}
-    settings = configs.merged(settings, more or {})
+    settings = configs.merged(settings, {**(more or {})})
     config = config_class(**settings)
     config.dtype = torch.bfloat16
     torch.manual_seed(0)
