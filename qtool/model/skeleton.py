@@ -181,14 +181,27 @@ def _as_linears(model: nn.Module, config: Mapping[str, Any]) -> None:
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool, where: str) -> Any:
     checkpoint.check_claims()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoConfig
-
     hint = "check model_type; a newer transformers may know it; custom code needs --trust-remote-code"
     with foreign("transformers can't build this model", where=where, hint=hint):
-        config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
+        config = _configuration(checkpoint, trust_remote_code)
         config._attn_implementation = None  # sdpa where every part of the model has it, else what it has
         with torch.device("meta"), without_timm():
             model = auto_class(config).from_config(
                 copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
             )
         return model.eval()
+
+
+def _configuration(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    """transformers' own; for a model_type that it doesn't know that of the class which config.json names, by which vLLM
+    goes as well: Kimi-K2 is a DeepseekV3ForCausalLM of model_type kimi_k2."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    named = (checkpoint.config.get("architectures") or [""])[0]
+    known = getattr(getattr(transformers, str(named), None), "config_class", None)
+    if checkpoint.config.get("model_type") in CONFIG_MAPPING or known is None:
+        return transformers.AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
+    config = known.from_pretrained(str(checkpoint.path))
+    config.auto_map = {}  # no code that comes with the model is needed
+    return config
