@@ -193,15 +193,17 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool, 
 
 
 def _configuration(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    """transformers' own; for a model_type that it doesn't know that of the class which config.json names, by which vLLM
-    goes as well: Kimi-K2 is a DeepseekV3ForCausalLM of model_type kimi_k2."""
+    """transformers' own. A type that it doesn't know may come with code for a class that it has: Kimi-K2, of model_type
+    kimi_k2, is a DeepseekV3ForCausalLM. Then the class's configuration is taken, and no code of the model's runs."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    named = (checkpoint.config.get("architectures") or [""])[0]
+    own = checkpoint.config.get("auto_map")
+    (named, *_) = [*(checkpoint.config.get("architectures") or ()), ""]
     known = getattr(getattr(transformers, str(named), None), "config_class", None)
-    if checkpoint.config.get("model_type") in CONFIG_MAPPING or known is None:
+    brought = {str(each).rpartition(".")[2] for each in own.values()} if isinstance(own, dict) else set()
+    if checkpoint.config.get("model_type") in CONFIG_MAPPING or named not in brought or known is None:
         return transformers.AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
     config = known.from_pretrained(str(checkpoint.path))
-    config.auto_map = {}  # no code that comes with the model is needed
+    config.auto_map = {}
     return config

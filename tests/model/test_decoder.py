@@ -97,16 +97,21 @@ def test_a_tower_for_pictures_is_left_out(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_a_type_that_only_the_named_class_tells(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    """As Kimi-K2 is published: DeepSeek-V3 under another model_type, with code of its own for it."""
+def test_a_type_whose_class_transformers_has(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """As Kimi-K2 is published: DeepSeek-V3 under another model_type, with code for it."""
     model = families.make(tmp_path / "model", "deepseek_v3", tiny_tokenizer)
     linears = [DecoderStream(Checkpoint.open(model), dtype=torch.float32).layer_linears(i) for i in range(2)]
-    config = json.loads((model / "config.json").read_text())
-    own = {"AutoConfig": "configuration_deepseek.DeepseekV3Config", "AutoModelForCausalLM": "modeling_deepseek.X"}
-    (model / "config.json").write_text(json.dumps(config | {"model_type": "kimi_k2", "auto_map": own}))
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "kimi_k2"}
+
+    def opened(brought: str, trust: bool = False) -> DecoderStream:
+        own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": f"own.{brought}"}
+        (model / "config.json").write_text(json.dumps(config | {"auto_map": own}))
+        (model / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        return DecoderStream(Checkpoint.open(model), dtype=torch.float32, trust_remote_code=trust)
+
     for trust in (False, True):
-        stream = DecoderStream(Checkpoint.open(model), dtype=torch.float32, trust_remote_code=trust)
+        stream = opened("DeepseekV3ForCausalLM", trust)
         assert [stream.layer_linears(i) for i in range(2)] == linears
-    (model / "config.json").write_text(json.dumps(config | {"model_type": "nobody", "architectures": ["Nobody"]}))
     with pytest.raises(InputError, match="can't build this model"):
-        DecoderStream(Checkpoint.open(model), dtype=torch.float32)
+        opened("OtherForCausalLM")
+    assert not (tmp_path / "ran").exists()
