@@ -2,8 +2,8 @@
 
 Prints a line of JSON as vllm_reads does. Reading, and what is done to the weights before the first token, are the
 plugin's own. OUT has the matrices [..., in, out] that its kernels multiply by, by their documentation: int32 words of
-eight int4, the first in the lowest bits, times a scale for each group, which experts have as the bits of a float32 in an
-int64. It has the experts' `scale_bias` too.
+eight int4, the first in the lowest bits, times a scale for each group, which experts have as the bits of a float32 in
+an int64. It has the experts' `scale_bias` too.
 """
 
 from __future__ import annotations
