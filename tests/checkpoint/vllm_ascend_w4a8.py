@@ -27,8 +27,10 @@ def main(folder: str, output: str) -> None:
     def look(model: torch.nn.Module) -> None:
         for name, module in model.named_modules():
             scheme = getattr(getattr(module, "quant_method", None), "quant_method", None)
+            if scheme is None:
+                continue
             if type(scheme).__name__ == "AscendW4A8DynamicLinearMethod":
-                module.quant_method.process_weights_after_loading(module)
+                scheme.process_weights_after_loading(module)
                 found[name] = _matrix(module.weight, module.weight_scale_second)
             elif type(scheme).__name__ == "AscendW4A8DynamicFusedMoEMethod":
                 scheme.process_weights_after_loading(module)

@@ -32,7 +32,7 @@ CACHE_TYPES = ("kv_cache_type", "kv_quant_type")
 class DescribedFormat(QuantizedFormat):
     """Its `files` are one file: the description."""
 
-    schemes = (W8A8, W8A8_DYNAMIC)
+    schemes: ClassVar[tuple[Scheme, ...]] = (W8A8, W8A8_DYNAMIC)
     parts = frozenset(
         ("weight", "weight_scale", "weight_offset", "input_scale", "input_offset", "deq_scale", "quant_bias", "bias")
     )

@@ -46,8 +46,9 @@ def scheme(group_size: object) -> Scheme | None:
         group_size = 256  # vllm-ascend's default
     if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 0:
         return None
-    strategy = "group" if group_size else "channel"
-    return Scheme(QuantizationArgs(num_bits=4, strategy=strategy, group_size=group_size or None), W4A8.activations)
+    if not group_size:
+        return Scheme(QuantizationArgs(num_bits=4, strategy="channel"), W4A8.activations)
+    return Scheme(QuantizationArgs(num_bits=4, strategy="group", group_size=group_size), W4A8.activations)
 
 
 def misfit(name: str, shape: tuple[int, int]) -> str | None:
