@@ -75,7 +75,7 @@ def _bits(model: Any) -> float:
     total = count = 0
     for name, module in model.named_modules():
         quantizer = getattr(module, "weight_quantizer", None)
-        if quantizer is not None and "lm_head" not in name:
+        if quantizer is not None and "lm_head" not in name and "embed" not in name:
             bits = 16 if not quantizer.is_enabled else quantizer.num_bits
             total += module.weight.numel() * (8 if isinstance(bits, tuple) else bits)
             count += module.weight.numel()

@@ -15,8 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from _common import DEFAULT_MODEL, table
-
 from qtool.checkpoint.reader import Checkpoint
 from qtool.engines.job import OutputFolder, QuantizationJob
 from qtool.evaluation import job as evaluation
@@ -26,6 +24,7 @@ from qtool.jobs.quantize import with_scheme
 from qtool.recipe.load import load
 from qtool.tuning.tune import SCHEME, Goal, TuningJob, propose, sensitivities
 from qtool.tuning.wanted import Wanted, start
+from tests.benchmarks._common import DEFAULT_MODEL, table
 
 UNIFORM = ("w4a16-g64", "w8a8-dynamic", "w8a8")
 

@@ -112,7 +112,10 @@ def test_tune(seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
     short = ("--windows", "2", "--length", "16", "--samples", "2", "--seq-len", "16", "--budget", "2")
     terminal = seen("tune", tiny_llama, "--max-size", "110%", "--output", "tuned.yaml", *short)
     assert [line for line in terminal.lines if line][-1] == str(tmp_path / "tuned.yaml")
-    figures, *changed = tables(terminal)
+    figures, frontier, *changed = tables(terminal)
+    sizes = [float(line.split()[1]) for line in frontier[3:-1]]
+    assert 2 <= len(sizes) <= 8
+    assert sizes == sorted(sizes)
     assert [line.split()[1] for line in figures[3:-1]] == ["reference", "tuned"]
     count = int(re.search(r"(\d+) groups of linears changed", terminal.text)[1])  # type: ignore[index]
     assert len(changed) == min(count, 1)
