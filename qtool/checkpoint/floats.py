@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from qtool.checkpoint.formats.packed import PackedWeight
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.quant.types import QuantizedLinear
+    from qtool.quant.types import QuantizedCache, QuantizedLinear
 
 
 class FloatReader:
@@ -47,7 +47,8 @@ class FloatReader:
         )
         self._fused = mxfp4.fused(checkpoint)
         self._sound: set[str] = set()  # tensors of which every number has been found finite, on a device
-        self._doubts: list[tuple[str, torch.Tensor]] | None = None  # to be looked at later, where that is wanted
+        # To be looked at later, where that is wanted: the least and the largest number of each.
+        self._doubts: list[tuple[str, torch.Tensor, torch.Tensor]] | None = None
         self._any_transposed = has_transposed(checkpoint.config)
         self._held: dict[str, torch.Tensor] = {}
         self._held_packed: dict[str, PackedWeight] = {}
@@ -76,7 +77,7 @@ class FloatReader:
         if self._on_cpu or self._doubts is not None:
             yield
             return
-        doubts: list[tuple[str, torch.Tensor]] = []
+        doubts: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         self._doubts = doubts
         try:
             yield
@@ -87,12 +88,19 @@ class FloatReader:
             self._doubts = None
         self._tell(doubts)
 
-    def _tell(self, doubts: list[tuple[str, torch.Tensor]]) -> None:
+    def _tell(self, doubts: list[tuple[str, torch.Tensor, torch.Tensor]]) -> None:
         import torch
 
-        found = torch.stack([flag for _, flag in doubts]).tolist() if doubts else []
-        for (name, _), is_finite in zip(doubts, found, strict=True):
-            if not is_finite:
+        if not doubts:
+            return
+        ends = [end for _, *both in doubts for end in both]
+        # Each type by itself: a number must not become infinite in another.
+        flags = {
+            dtype: iter(torch.stack([end for end in ends if end.dtype == dtype]).isfinite().tolist())
+            for dtype in {end.dtype for end in ends}
+        }
+        for name, low, high in doubts:
+            if not (next(flags[low.dtype]) and next(flags[high.dtype])):
                 raise self._damaged(name)
 
     @property
@@ -244,6 +252,13 @@ class FloatReader:
             return None
         return self._format.read_linear(self.checkpoint, name)
 
+    def cache(self, name: str) -> QuantizedCache | None:
+        """How the keys and values of an attention module are kept, by its name; None where they stay float.
+
+        Raises InputError as `linear`.
+        """
+        return None if self._as_float else self._format.read_cache(self.checkpoint, name)
+
     def row_step(self, name: str, elements: int = 1 << 22) -> int:
         """How many rows to read at a time for about so many elements, in whole blocks."""
         height = self._block[0] if self._block else 1
@@ -270,7 +285,7 @@ class FloatReader:
             return tensor
         low, high = torch.aminmax(tensor)
         if self._doubts is not None:
-            self._doubts.append((name, low.isfinite() & high.isfinite()))
+            self._doubts.append((name, low, high))
         elif not (bool(low.isfinite()) and bool(high.isfinite())):
             raise self._damaged(name)
         return tensor
@@ -310,6 +325,8 @@ class FloatReader:
             if (stem := name.removesuffix(part)) != name and stem in self._fused:
                 return stem if part == mxfp4.BLOCKS else None
         owner, _, part = name.rpartition(".")
+        if part in self._format.cache_parts:
+            return None
         if owner not in self._layers or part not in self._packing.packed_parts:
             return name
         return f"{owner}.weight" if part in self._format.weight_parts else None

@@ -127,7 +127,7 @@ def test_an_impossible_size_is_refused_before_anything_is_measured(
 ) -> None:
     terminal = seen("tune", tiny_llama, "--max-size", size, code=2)
     said = " ".join(terminal.text.split())
-    assert re.search(rf"this scheme makes at least \d+\.\d kB, and {told}", said), said
+    assert re.search(rf"these precisions make at least \d+\.\d kB, and {told}", said), said
     assert "backward" not in terminal.drawn
 
 
