@@ -199,8 +199,8 @@ def _configuration(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     own = checkpoint.config.get("auto_map")
-    (named, *_) = [*(checkpoint.config.get("architectures") or ()), ""]
-    known = getattr(getattr(transformers, str(named), None), "config_class", None)
+    named = str((checkpoint.config.get("architectures") or [""])[0])
+    known = getattr(getattr(transformers, named, None), "config_class", None)
     brought = {str(each).rpartition(".")[2] for each in own.values()} if isinstance(own, dict) else set()
     if checkpoint.config.get("model_type") in CONFIG_MAPPING or named not in brought or known is None:
         return transformers.AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
