@@ -29,8 +29,8 @@ def convert(
         Target | None,
         typer.Option(
             metavar="NAME",
-            help=f"The format to convert to: {', '.join((*formats.TARGETS, GGUF))}, or {SAFETENSORS}, which alone a GGUF "
-            "file can become.",
+            help=f"The format to convert to: {', '.join((*formats.TARGETS, GGUF))}, or {SAFETENSORS}, which is for GGUF "
+            "files alone.",
         ),
     ] = None,
     output: Annotated[
