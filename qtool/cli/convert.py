@@ -29,7 +29,7 @@ def convert(
         Target | None,
         typer.Option(
             metavar="NAME",
-            help=f"The format to convert to: {', '.join((*formats.TARGETS, GGUF))}, or {SAFETENSORS}, which is for GGUF "
+            help=f"The new format: {', '.join((*formats.TARGETS, GGUF))}, or {SAFETENSORS}, which is for GGUF "
             "files alone.",
         ),
     ] = None,
