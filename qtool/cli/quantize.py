@@ -219,6 +219,8 @@ def quantize(
         )
         decided = jobs.decide(found.path, wanted)
         out.info(decided.why, prose=True)
+        if decided.advice is not None:
+            out.info(decided.advice, prose=True)
         if run.dry_run:
             _plan(decided, out)
         else:

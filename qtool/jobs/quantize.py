@@ -15,6 +15,7 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import check_output, tidy
 from qtool.engines.job import CalibrationText, CalibrationTokens, OutputFolder, QuantizationJob, Resources
 from qtool.engines.report import DryRun, QuantizationResult
+from qtool.environments import machine
 from qtool.errors import InputError
 from qtool.files import expand
 from qtool.recipe.load import load, match
@@ -73,11 +74,13 @@ class Decided:
         engine: native or golden-stick.
         job: for the engine.
         why: the choices in one line.
+        advice: what may suit this machine better, if anything.
     """
 
     engine: str
     job: QuantizationJob
     why: str
+    advice: str | None = None
 
 
 def decide(model: Path, wanted: Wanted) -> Decided:
@@ -117,7 +120,24 @@ def decide(model: Path, wanted: Wanted) -> Decided:
         resources=wanted.resources,
     )
     engine, why = engines.choose(job) if wanted.engine == "auto" else (wanted.engine, _ASKED)
-    return Decided(engine, job, f"recipe {recipe.name} ({reason}), scheme {scheme}, engine {engine} ({why})")
+    said = f"recipe {recipe.name} ({reason}), scheme {scheme}, engine {engine} ({why})"
+    return Decided(engine, job, said, advice(job, blackwell=machine.is_blackwell()))
+
+
+def advice(job: QuantizationJob, *, blackwell: bool) -> str | None:
+    """What to try where vLLM by itself has no kernel for what a job makes; None where there is nothing to say.
+
+    Args:
+        blackwell: a GPU of this machine is one of NVIDIA's Blackwell generation.
+    """
+    inputs = [policy.scheme.activations for policy in job.recipe.schemes[job.scheme] if policy.quantize]
+    integers = any(each is not None and each.type == "int" for each in inputs)
+    if not (blackwell and integers and job.output.format == "compressed-tensors"):
+        return None
+    return (
+        "vLLM 0.32 by itself has no int8 kernel for the Blackwell GPU here, where qtool has it take Triton's: "
+        "--scheme fp8-dynamic, or fp8-block, runs on vLLM's own"
+    )
 
 
 def with_scheme(recipe: Recipe, wanted: str | None) -> tuple[Recipe, str]:
