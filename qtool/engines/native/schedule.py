@@ -32,7 +32,7 @@ from qtool.model.probe import Probed, probe
 from qtool.model.recorder import Recorder
 from qtool.model.statefile import StateFile
 from qtool.quant.cache import CacheStatistics
-from qtool.quant.group import needs_hessian, policy_of
+from qtool.quant.group import needs_hessian
 from qtool.quant.report import GroupReport
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import signature
@@ -293,7 +293,9 @@ class Schedule:
 def _statistics(linears: LayerLinears, stride: int, *, with_hessian: bool = True) -> dict[str, InputStatistics]:
     """Empty ones of every group that is quantized, by its first linear; Hessians only where they are needed."""
     return {
-        group.linears[0]: InputStatistics(stride=stride, with_hessian=with_hessian and needs_hessian(policy))
+        group.linears[0]: InputStatistics(
+            stride=stride, with_hessian=with_hessian and any(map(needs_hessian, policies))
+        )
         for group in linears.groups
-        if (policy := policy_of(group, linears.policies)) is not None
+        if (policies := [policy for name in group.linears if (policy := linears.policies[name]) is not None])
     }
