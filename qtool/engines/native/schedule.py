@@ -216,7 +216,7 @@ class Schedule:
     ) -> LayerEnd:
         floats.leaving.flush()  # before the layer counts as finished: whoever resumes needs it
         name = self._model.layer_name(floats.index)
-        return LayerEnd(name, floats.hidden.paths, floats.leaving.paths, reports, experts)
+        return LayerEnd(name, floats.hidden.path, floats.leaving.path, reports, experts)
 
     def _linears(self, index: int, layer: nn.Module) -> tuple[LayerLinears, bool]:
         """Of a loaded layer; and whether what its routed experts give is simply added to what leaves it."""
