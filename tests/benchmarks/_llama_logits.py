@@ -6,8 +6,8 @@ usage: _llama_logits.py logits GGUF WINDOWS.json FOLDER      writes FOLDER/0.npy
 
 xllamacpp offers neither. But its library exports llama.cpp's C functions, and this calls them. What they take and give
 by value are structures whose beginning is known and whose size is not, so room is left: on x86-64 both lie on the stack
-or behind a pointer, and the callee takes what it knows. llama_model_quantize is not exported; `q4_k_m` follows its rules
-(llama-quant.cpp) for a Llama without experts, with ggml_quantize_chunk.
+or behind a pointer, and the callee takes what it knows. llama_model_quantize is not exported; `q4_k_m` follows its
+rules (llama-quant.cpp) for a Llama without experts, with ggml_quantize_chunk.
 """
 
 from __future__ import annotations
