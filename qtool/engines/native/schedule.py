@@ -165,7 +165,6 @@ class Schedule:
                 self._experts_within(floats, found, statistics)
                 experts = [found.tokens(self._model.layer_name(index))]
                 recorder = None
-            floats.leaving.flush()
             # The layer's weights are gone: a unit reads what it needs of them.
             if linears.groups and not self._ledger.is_finished(index, DENSE):
                 task = DenseTask(linears, statistics, caches)
@@ -215,8 +214,9 @@ class Schedule:
     def _end(
         self, floats: FloatPass, *, reports: Sequence[GroupReport] = (), experts: Sequence[ExpertTokens] = ()
     ) -> LayerEnd:
+        floats.leaving.flush()  # before the layer counts as finished: whoever resumes needs it
         name = self._model.layer_name(floats.index)
-        return LayerEnd(name, floats.hidden.path, floats.leaving.path, reports, experts)
+        return LayerEnd(name, floats.hidden.paths, floats.leaving.paths, reports, experts)
 
     def _linears(self, index: int, layer: nn.Module) -> tuple[LayerLinears, bool]:
         """Of a loaded layer; and whether what its routed experts give is simply added to what leaves it."""
