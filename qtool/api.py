@@ -64,6 +64,7 @@ def quantize(
     scheme: str | None = None,
     format: str | None = None,
     engine: Literal["auto", "native", "golden-stick"] = "auto",
+    effort: Literal["normal", "high"] | None = None,
     calibration: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
@@ -84,6 +85,7 @@ def quantize(
         recipe: a recipe's name or file; None for the one that matches the model.
         scheme: one of the recipe's.
         format: of the checkpoint.
+        effort: normal, or high for a checkpoint nearer to the original in several times the time.
         calibration: builtin, self, or a .txt, .jsonl or .parquet file.
         samples, seq_len: calibration samples, and tokens of each.
         seed: for everything random.
@@ -104,6 +106,7 @@ def quantize(
         scheme=scheme,
         format=format,
         engine=engine,
+        effort=effort,
         calibration=calibration,
         samples=samples,
         seq_len=seq_len,

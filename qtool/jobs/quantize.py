@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from qtool import engines, workers
 from qtool.calibration import sources
@@ -36,6 +37,7 @@ class Wanted:
         scheme: one of the recipe's.
         format: of the checkpoint.
         engine: auto, native or golden-stick.
+        effort: normal or high.
         calibration: builtin, self, or a file of text.
         samples, seq_len, seed: of the calibration.
         device: auto, cpu, cuda or npu.
@@ -50,6 +52,7 @@ class Wanted:
     scheme: str | None = None
     format: str | None = None
     engine: str = "auto"
+    effort: Literal["normal", "high"] | None = None
     calibration: str | None = None
     samples: int | None = None
     seq_len: int | None = None
@@ -90,6 +93,8 @@ def decide(model: Path, wanted: Wanted) -> Decided:
     config = checkpoint.config
     recipe, reason = match(config) if wanted.recipe is None else (load(wanted.recipe), _ASKED)
     recipe, scheme = with_scheme(recipe, wanted.scheme)
+    if wanted.effort is not None:
+        recipe = recipe.model_copy(update={"effort": wanted.effort})
     beside = wanted.beside or folder
     output = expand(wanted.output or beside.with_name(f"{beside.name}-{scheme}")).absolute()
     job = QuantizationJob(

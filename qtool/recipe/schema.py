@@ -177,6 +177,10 @@ class Recipe(Strict):
     osl: Literal["fast", "exact"] = Field(
         default="fast", description="exact repeats Golden Stick 1.4.1 step for step; fast searches better and cheaper"
     )
+    effort: Literal["normal", "high"] = Field(
+        default="normal",
+        description="high weighs errors by how much they change what the model says, which takes gradients and time",
+    )
     default_scheme: str = "w8a8"
     schemes: dict[str, list[Policy]] = Field(min_length=1)
     calibration: Calibration = Calibration()

@@ -18,10 +18,10 @@ from qtool.engines.native.prepare import prepare
 from qtool.evaluation.comparison import compare
 from qtool.evaluation.job import ComparisonJob, EvaluationText
 from qtool.model.decoder import DecoderStream
+from qtool.model.gradients import gradients, replaced
 from qtool.model.state import Batch
 from qtool.recipe.load import load
 from qtool.recipe.schema import Policy, Recipe
-from qtool.tuning.experts import gradients, replaced
 from qtool.tuning.job import Sensitivities, SensitivityJob
 from qtool.tuning.worker import main
 from tests import families, simulate

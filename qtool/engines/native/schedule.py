@@ -23,6 +23,7 @@ from qtool.engines.native.device import Room
 from qtool.engines.native.exact import quantize_exactly
 from qtool.engines.native.executor import Executor, Pending
 from qtool.engines.native.float_pass import FloatPass, Replay
+from qtool.engines.native.importance import Backward, Importances
 from qtool.engines.native.ledger import DENSE, LayerEnd, Ledger
 from qtool.engines.native.pieces import PieceWriter
 from qtool.engines.native.units import DenseTask, LayerLinears
@@ -32,6 +33,7 @@ from qtool.model.probe import Probed, probe
 from qtool.model.recorder import Recorder
 from qtool.model.statefile import StateFile
 from qtool.quant.group import needs_hessian, policy_of
+from qtool.quant.importance import Importance
 from qtool.quant.report import GroupReport
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import signature
@@ -67,6 +69,7 @@ class _LotUnit:
     sums: Activations | Resident
 
 
+_GRADIENT_SHARE = 4  # of the tokens that go through a layer at a time go through it with gradients
 _Waiting = _DenseUnit | _LotUnit | LayerEnd
 
 
@@ -89,6 +92,7 @@ class Schedule:
         self._model = prepared.model
         self._waiting: deque[_Waiting] = deque()
         self._groups: dict[Any, Probed] = {}
+        self._importances = Importances(ledger.folder) if prepared.job.recipe.effort == "high" else None
         planned, here = prepared.on_device, not executor.ahead
         # What units of this process find on the device needs no way back to it.
         self._keeps_weights = here and planned is not None and planned.keeps_weights
@@ -105,6 +109,8 @@ class Schedule:
         Raises InputError where weights are damaged, and QtoolError.
         """
         model, done = self._model, self._ledger.layers
+        if self._importances is not None and not self._ledger.is_weighed:
+            self._weigh(ids, self._importances)
         hidden = self._states(done, ids)
         if done == 0:
             hidden.write(0, model.prologue(ids).state)
@@ -129,6 +135,13 @@ class Schedule:
         self._settle(0)
         self._output.wait()
         hidden.close()
+
+    def _weigh(self, ids: torch.Tensor, importances: Importances) -> None:
+        """Find out how much errors of each linear matter."""
+        batch = max(ids.shape[1], self._tokens.size // _GRADIENT_SHARE)
+        Backward(self._model, ids, batch, self._linears, importances, self._report).run()
+        paths = [importances.path(index) for index in range(self._model.depth)]
+        self._ledger.finish_importance([path for path in paths if path.exists()])
 
     @cached_property
     def _layers_ahead(self) -> int:
@@ -187,9 +200,10 @@ class Schedule:
         Begun again with fewer tokens at a time when the device's memory runs out.
         """
         routed = self._model.routed(floats.index)
+        importance = self._importances.of(floats.index) if self._importances else {}
 
         def run(tokens: int) -> tuple[dict[str, InputStatistics], Recorder | None]:
-            statistics, recorder = _statistics(linears, sample_stride(floats.tokens)), None
+            statistics, recorder = _statistics(linears, sample_stride(floats.tokens), importance=importance), None
             if routed:
                 recorder = Recorder(None if self._keeps_tokens else self._ledger.folder, floats.tokens)
                 stack.enter_context(recorder)
@@ -286,10 +300,20 @@ class Schedule:
             self._output.then(partial(self._ledger.finish_unit, lot.name, written.reports))
 
 
-def _statistics(linears: LayerLinears, stride: int, *, with_hessian: bool = True) -> dict[str, InputStatistics]:
+def _statistics(
+    linears: LayerLinears,
+    stride: int,
+    *,
+    with_hessian: bool = True,
+    importance: Mapping[str, Importance] | None = None,
+) -> dict[str, InputStatistics]:
     """Empty ones of every group that is quantized, by its first linear; Hessians only where they are needed."""
     return {
-        group.linears[0]: InputStatistics(stride=stride, with_hessian=with_hessian and needs_hessian(policy))
+        group.linears[0]: InputStatistics(
+            stride=stride,
+            with_hessian=with_hessian and needs_hessian(policy),
+            importance=(importance or {}).get(group.linears[0]),
+        )
         for group in linears.groups
         if (policy := policy_of(group, linears.policies)) is not None
     }
