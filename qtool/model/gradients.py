@@ -104,8 +104,9 @@ def gradients(
             given = expert.output(expert.inner(x))
         for draw, all_tokens in enumerate(by_output):
             g = all_tokens[tokens]
-            by_weights[draw, tokens, places] = (g * given.detach()).sum(dim=-1)
-            by_hidden[draw].index_add_(0, tokens, grad([given], [x], [g * weights], draw + 1 < len(seeds))[0])
+            by_weights[draw, tokens, places] = (g * given.detach()).sum(dim=-1).float()
+            (by_x,) = grad([given], [x], [g * weights], draw + 1 < len(seeds))
+            by_hidden[draw].index_add_(0, tokens, by_x.float())
     found = [
         grad([output, passage.hidden, passage.weights], by, [seed, *rest], draw + 1 < len(seeds))
         for draw, (seed, *rest) in enumerate(zip(seeds, by_hidden, by_weights, strict=True))
