@@ -100,10 +100,10 @@ def prepare(job: QuantizationJob, report: Report) -> Prepared:
     linears, kept = context.model.linears(), selection.kept_float(context.model)
     planned = plan.make(checkpoint, job.recipe, job.scheme, job.output.format, linears, kept, context.model.weights)
     context.model.prologue(torch.tensor([[0, 1]]))  # what can't be run shows before any work, and in a dry run
-    if job.recipe.osl == "exact":
-        _refuse_unusual(job, context.model)
     if job.recipe.effort == "high":
         _refuse_gradients(job, context.model)
+    if job.recipe.osl == "exact":
+        _refuse_unusual(job, context.model)
     for warning in planned.warnings:
         report.warning(warning)
     several = job.devices if (job.devices or 1) > 1 else 0
