@@ -57,7 +57,10 @@ def test_squared_gradients_are_those_of_autograd(model: Path, tmp_path: Path) ->
     for index in range(2):
         groups = found.of(index)
         qkv = [gradients[f"{index}.self_attn.{name}_proj"].flatten(0, 1).square() for name in "qkv"]
-        tokens, rows = sum(each.sum(dim=1) for each in qkv), torch.cat([each.sum(dim=0) for each in qkv])
+        tokens, rows = (
+            torch.stack([each.sum(dim=1) for each in qkv]).sum(dim=0),
+            torch.cat([each.sum(dim=0) for each in qkv]),
+        )
         for made, squares in ((groups["self_attn.q_proj"].tokens, tokens), (groups["self_attn.q_proj"].rows, rows)):
             torch.testing.assert_close(made, 0.9 * squares / squares.mean() + 0.1, rtol=2e-3, atol=1e-4)
 

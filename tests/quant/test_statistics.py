@@ -66,9 +66,7 @@ def test_tokens_that_matter_more_weigh_more(with_hessian: bool) -> None:
     statistics = InputStatistics(stride=4, with_hessian=with_hessian, importance=importance)
     for part in parts:
         statistics.update(part)
-    every = range(72)
-    if with_hessian:
-        every = [*range(0, 36, 2), *range(36 + 1, 72, 2)]
+    every = [*range(0, 36, 2), *range(36 + 1, 72, 2)] if with_hessian else [*range(72)]
     tokens, w = torch.cat(parts).reshape(-1, 5).double().numpy()[every], weights.double().numpy()[every]
     energy = (w[:, None] * tokens**2).sum(0) / w.sum()
     np.testing.assert_allclose(statistics.energy.numpy(), energy, rtol=1e-4)

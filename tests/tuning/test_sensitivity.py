@@ -203,12 +203,12 @@ def test_what_the_recipe_leaves_float_is_left_out(tiny_llama: Path) -> None:
 
 def test_drawn_tokens_follow_the_model(tiny_llama: Path) -> None:
     """The variance of log p's gradient by the logits is that of tokens drawn from p, draw by draw."""
-    from qtool.tuning import backward
+    from qtool.model.gradients import _draw
 
     stream = DecoderStream(Checkpoint.open(tiny_llama), dtype=torch.float32)
     hidden = torch.randn(1, 1, 64).expand(4000, 1, 64).reshape(4000, 64)
     with torch.no_grad():
-        drawn, normalizer = backward._draw(stream, hidden)
+        drawn, normalizer = _draw(stream, hidden, 2)
         logits = stream.head.logits(hidden[:1], stream.head.rows(0, stream.head.vocabulary))[0]
     assert normalizer[0] == pytest.approx(float(logits.logsumexp(0)), rel=1e-5)
     shares = torch.bincount(drawn.flatten(), minlength=stream.head.vocabulary) / drawn.numel()

@@ -143,8 +143,8 @@ class Backward:
                 for name, by in zip(outputs, found[1:], strict=True):
                     sums[name].add(by)
         groups = [(group.linears[0], [sums[name] for name in group.linears]) for group in linears.groups]
-        found = {first: _together(members, self.ids.numel()) for first, members in groups}
-        content = {name: each for name, each in found.items() if each is not None}
+        together = {first: _together(members, self.ids.numel()) for first, members in groups}
+        content = {name: each for name, each in together.items() if each is not None}
         tokens = {f"{name}.tokens": each.tokens for name, each in content.items()}
         save_file(tokens | {f"{name}.rows": each.rows for name, each in content.items()}, self.importances.path(index))
 
