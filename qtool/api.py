@@ -63,6 +63,7 @@ def quantize(
     recipe: str | None = None,
     scheme: str | None = None,
     format: str | None = None,
+    kv_cache: Literal["fp8", "int8", "float"] | None = None,
     engine: Literal["auto", "native", "golden-stick"] = "auto",
     effort: Literal["normal", "high"] | None = None,
     calibration: str | None = None,
@@ -86,6 +87,7 @@ def quantize(
         scheme: one of the recipe's.
         format: of the checkpoint.
         effort: normal, or high for a checkpoint nearer to the original in several times the time.
+        kv_cache: how the runtime keeps keys and values.
         calibration: builtin, self, or a .txt, .jsonl or .parquet file.
         samples, seq_len: calibration samples, and tokens of each.
         seed: for everything random.
@@ -105,6 +107,7 @@ def quantize(
         recipe=recipe,
         scheme=scheme,
         format=format,
+        kv_cache=kv_cache,
         engine=engine,
         effort=effort,
         calibration=calibration,

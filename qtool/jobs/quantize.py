@@ -36,6 +36,7 @@ class Wanted:
         recipe: a recipe's name or file; None for the one that matches the model.
         scheme: one of the recipe's.
         format: of the checkpoint.
+        kv_cache: how keys and values are kept: fp8, int8 or float.
         engine: auto, native or golden-stick.
         effort: normal or high.
         calibration: builtin, self, or a file of text.
@@ -51,6 +52,7 @@ class Wanted:
     recipe: str | None = None
     scheme: str | None = None
     format: str | None = None
+    kv_cache: Literal["fp8", "int8", "float"] | None = None
     engine: str = "auto"
     effort: Literal["normal", "high"] | None = None
     calibration: str | None = None
@@ -95,6 +97,9 @@ def decide(model: Path, wanted: Wanted) -> Decided:
     recipe, scheme = with_scheme(recipe, wanted.scheme)
     if wanted.effort is not None:
         recipe = recipe.model_copy(update={"effort": wanted.effort})
+    if wanted.kv_cache is not None:
+        kept = None if wanted.kv_cache == "float" else wanted.kv_cache
+        recipe = recipe.model_copy(update={"kv_cache": kept})
     beside = wanted.beside or folder
     output = expand(wanted.output or beside.with_name(f"{beside.name}-{scheme}")).absolute()
     job = QuantizationJob(

@@ -32,6 +32,7 @@ from qtool.model.observe import sample_stride
 from qtool.model.probe import Probed, probe
 from qtool.model.recorder import Recorder
 from qtool.model.statefile import StateFile
+from qtool.quant.cache import CacheStatistics
 from qtool.quant.group import needs_hessian, policy_of
 from qtool.quant.importance import Importance
 from qtool.quant.report import GroupReport
@@ -169,7 +170,7 @@ class Schedule:
                 stack.enter_context(self._model.weights.holding(weights))
             with self._model.layer(index) as layer:
                 linears, added = self._linears(index, layer)
-                statistics, recorder = self._run(floats, layer, linears, added, stack)
+                statistics, caches, recorder = self._run(floats, layer, linears, added, stack)
                 router = layer.get_parameter(routed.router).float() if routed and routed.router else None
             experts: list[ExpertTokens] = []
             if recorder and not added:
@@ -177,10 +178,9 @@ class Schedule:
                 self._experts_within(floats, found, statistics)
                 experts = [found.tokens(self._model.layer_name(index))]
                 recorder = None
-            floats.leaving.flush()
             # The layer's weights are gone: a unit reads what it needs of them.
             if linears.groups and not self._ledger.is_finished(index, DENSE):
-                task = DenseTask(linears, statistics)
+                task = DenseTask(linears, statistics, caches)
                 self._waiting.append(_DenseUnit(self._executor.submit(units.quantize_dense, task)))
                 del task
             del statistics
@@ -194,21 +194,24 @@ class Schedule:
 
     def _run(
         self, floats: FloatPass, layer: nn.Module, linears: LayerLinears, added: bool, stack: ExitStack
-    ) -> tuple[dict[str, InputStatistics], Recorder | None]:
-        """Run a layer once: what is known of its linears' inputs, and what goes into its routed experts if it has any.
+    ) -> tuple[dict[str, InputStatistics], dict[str, CacheStatistics], Recorder | None]:
+        """Run a layer once: what is known of its linears' inputs, and of its keys and values where these are to be
+        quantized, and what goes into its routed experts if it has any.
 
         Begun again with fewer tokens at a time when the device's memory runs out.
         """
-        routed = self._model.routed(floats.index)
+        routed, attention = self._model.routed(floats.index), self._model.attention(floats.index)
         importance = self._importances.of(floats.index) if self._importances else {}
+        observed = [attention[0]] if attention and self._prepared.context.cache is not None else []
 
-        def run(tokens: int) -> tuple[dict[str, InputStatistics], Recorder | None]:
+        def run(tokens: int) -> tuple[dict[str, InputStatistics], dict[str, CacheStatistics], Recorder | None]:
             statistics, recorder = _statistics(linears, sample_stride(floats.tokens), importance=importance), None
+            caches = {name: CacheStatistics() for name in observed}
             if routed:
                 recorder = Recorder(None if self._keeps_tokens else self._ledger.folder, floats.tokens)
                 stack.enter_context(recorder)
-            replace(floats, batch_tokens=tokens).run(layer, statistics if added else {}, recorder)
-            return statistics, recorder
+            replace(floats, batch_tokens=tokens).run(layer, statistics if added else {}, recorder, caches)
+            return statistics, caches, recorder
 
         return self._tokens.fit(run)
 
@@ -225,8 +228,9 @@ class Schedule:
     def _end(
         self, floats: FloatPass, *, reports: Sequence[GroupReport] = (), experts: Sequence[ExpertTokens] = ()
     ) -> LayerEnd:
+        floats.leaving.flush()  # before the layer counts as finished: whoever resumes needs it
         name = self._model.layer_name(floats.index)
-        return LayerEnd(name, floats.hidden.path, floats.leaving.path, reports, experts)
+        return LayerEnd(name, floats.hidden.paths, floats.leaving.paths, reports, experts)
 
     def _linears(self, index: int, layer: nn.Module) -> tuple[LayerLinears, bool]:
         """Of a loaded layer; and whether what its routed experts give is simply added to what leaves it."""
