@@ -33,7 +33,7 @@ from qtool.model.probe import Probed, probe
 from qtool.model.recorder import Recorder
 from qtool.model.statefile import StateFile
 from qtool.quant.cache import CacheStatistics
-from qtool.quant.group import needs_hessian, policy_of
+from qtool.quant.group import needs_hessian
 from qtool.quant.importance import Importance
 from qtool.quant.report import GroupReport
 from qtool.quant.statistics import InputStatistics
@@ -315,9 +315,9 @@ def _statistics(
     return {
         group.linears[0]: InputStatistics(
             stride=stride,
-            with_hessian=with_hessian and needs_hessian(policy),
+            with_hessian=with_hessian and any(map(needs_hessian, policies)),
             importance=(importance or {}).get(group.linears[0]),
         )
         for group in linears.groups
-        if (policy := policy_of(group, linears.policies)) is not None
+        if (policies := [policy for name in group.linears if (policy := linears.policies[name]) is not None])
     }
