@@ -75,42 +75,51 @@ class Backward:
 
     def run(self) -> None:
         """Write the file of every layer. Raises InputError for models whose experts can't be followed."""
-        depth, folder = self.model.depth, self.importances.folder
-        passing = [self._states(folder / f"passing-{index}", index) for index in range(depth + 1)]
-        gradient = self._states(folder / "gradient", depth)
-        try:
-            self._forward(passing)
-            self._head(passing[depth], gradient)
+        depth = self.model.depth
+        self._forward()
+        with self._states("gradient", depth, last=True) as gradient:
+            with self._states(f"passing-{depth}", depth, last=True) as leaving:
+                self._head(leaving, gradient)
             for index in reversed(range(depth)):
                 self.report.progress("gradients", depth - 1 - index, depth, "layers")
-                if not self.model.is_idle(index):
-                    self._layer(index, passing[index], gradient)
-            self.report.progress("gradients", depth, depth, "layers")
-        finally:
-            for states in (*passing, gradient):
-                states.close()
-                states.path.unlink(missing_ok=True)
+                with self._states(f"passing-{index}", index, last=True) as entering:
+                    if not self.model.is_idle(index):
+                        self._layer(index, entering, gradient)
+        self.report.progress("gradients", depth, depth, "layers")
 
-    def _states(self, path: Path, index: int) -> StateFile:
-        layout = self.model.entering(index, self.ids.shape[1])
-        return StateFile(path, len(self.ids), layout, threads=transfers.asynchronous(self.model.device))
+    @contextmanager
+    def _states(self, name: str, index: int, *, last: bool = False) -> Iterator[StateFile]:
+        """What enters layer `index`, or is shaped like it; after the last use the files are removed."""
+        path, layout = self.importances.folder / name, self.model.entering(index, self.ids.shape[1])
+        states = StateFile(path, len(self.ids), layout, threads=transfers.asynchronous(self.model.device))
+        try:
+            yield states
+        finally:
+            states.close()
+            for file in states.paths if last else []:
+                file.unlink(missing_ok=True)
 
     def _samples(self) -> Iterator[slice]:
         step = max(1, self.batch_tokens // self.ids.shape[1])
         for start in range(0, len(self.ids), step):
             yield slice(start, min(start + step, len(self.ids)))
 
-    def _forward(self, passing: list[StateFile]) -> None:
+    def _forward(self) -> None:
         model = self.model
-        passing[0].write(0, model.prologue(self.ids).state)
+        with self._states("passing-0", 0) as first:
+            first.write(0, model.prologue(self.ids).state)
         for index in range(model.depth):
             self.report.progress("forward", index, model.depth, "layers")
-            floats = FloatPass(model, index, self.ids, self.batch_tokens, passing[index], passing[index + 1])
-            if model.is_idle(index):
-                floats.pass_on()
-                continue
-            with model.layer(index) as layer:
-                floats.run(layer, {})
+            with (
+                self._states(f"passing-{index}", index) as entering,
+                self._states(f"passing-{index + 1}", index + 1) as leaving,
+            ):
+                floats = FloatPass(model, index, self.ids, self.batch_tokens, entering, leaving)
+                if model.is_idle(index):
+                    floats.pass_on()
+                else:
+                    with model.layer(index) as layer:
+                        floats.run(layer, {})
         self.report.progress("forward", model.depth, model.depth, "layers")
 
     def _head(self, leaving: StateFile, gradient: StateFile) -> None:
