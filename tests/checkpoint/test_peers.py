@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.fake_quantized import FakeQuantized
-from tests.managed import REPOSITORY, unpacked
+from tests.managed import REPOSITORY, VLLM_ASCEND, unpacked
 
 pytestmark = pytest.mark.peers
 
@@ -31,7 +31,7 @@ def test_vllm_ascend_reads_modelslim(
     source = make_model(model_type, num_attention_heads=2, num_key_value_heads=1)  # heads of 32 in Qwen2 too
     made = quantize_folder(source, tmp_path / "quantized", "modelslim", mode)
     ids = torch.randint(4, 500, (48,), generator=torch.Generator().manual_seed(0))
-    path = os.pathsep.join(map(str, (REPOSITORY, unpacked("vllm-ascend==0.18.0"))))
+    path = os.pathsep.join(map(str, (REPOSITORY, unpacked(VLLM_ASCEND))))
     command = [HERE / "vllm_ascend_on_cpu.py", tmp_path / "quantized", json.dumps(ids.tolist()), tmp_path / "logits.pt"]
     done = subprocess.run(
         [sys.executable, *map(str, command)], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
