@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 
-_MOST = 4  # things that wait to be written: each may hold a whole weight in int8
+# What waits to be written, at most: a disk that is being synced takes nothing for a second at times. A larger thing
+# waits alone.
+_MOST_BYTES = 1 << 29
 
 T = TypeVar("T")
 
@@ -58,32 +60,44 @@ def mark(device: torch.device) -> Any:
 
 
 class Behind:
-    """Does one thing after the other in a thread of its own, a few behind its caller; nothing more once one has failed.
+    """Does things in threads of its own, behind its caller, by as much as main memory is given for; nothing more once
+    one has failed.
 
     A context manager; leaving it without an error waits for all.
 
     Args:
-        thread: False does everything at once, in the caller's.
+        threads: 1 does one thing after the other, more do them in any order; 0 does all at once, in the caller's.
     """
 
-    def __init__(self, *, thread: bool) -> None:
-        self._pool = ThreadPoolExecutor(1) if thread else None
-        self._under_way: deque[Future[None]] = deque()
+    def __init__(self, *, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads) if threads else None
+        self._under_way: deque[tuple[Future[None], int]] = deque()
+        self._bytes = 0
         self._failed = False
 
-    def do(self, work: Callable[[], None]) -> None:
-        """Raises what this or earlier work does, here or in a later call."""
+    def do(self, work: Callable[[], None], nbytes: int = 0) -> None:
+        """Raises what this or earlier work does, here or in a later call.
+
+        Args:
+            nbytes: that it holds in main memory.
+        """
         if self._pool is None:
             work()
             return
-        while len(self._under_way) >= _MOST:
-            self._under_way.popleft().result()
-        self._under_way.append(self._pool.submit(self._run, work))
+        while self._under_way and self._bytes + nbytes > _MOST_BYTES:
+            self._wait_for_first()
+        self._under_way.append((self._pool.submit(self._run, work), nbytes))
+        self._bytes += nbytes
+
+    def _wait_for_first(self) -> None:
+        future, nbytes = self._under_way.popleft()
+        self._bytes -= nbytes
+        future.result()
 
     def wait(self) -> None:
         """Until all is done. Raises what one of them did."""
         while self._under_way:
-            self._under_way.popleft().result()
+            self._wait_for_first()
 
     def _run(self, work: Callable[[], None]) -> None:
         if self._failed:
@@ -110,20 +124,20 @@ class Behind:
                 self._pool.shutdown()
 
 
-def ahead(read: Callable[[T], Any], places: Iterable[T], *, thread: bool) -> Iterator[Any]:
-    """What `read` gives for each of the places, the next one read by a thread while this one is made use of.
+def ahead(read: Callable[[T], Any], places: Iterable[T], *, threads: int) -> Iterator[Any]:
+    """What `read` gives for each of the places, the next ones read by threads while this one is made use of.
 
     Args:
-        thread: False reads when it is asked for, in the caller's.
+        threads: so many are under way; 0 reads when it is asked for, in the caller's.
     """
-    if not thread:
+    if not threads:
         yield from map(read, places)
         return
-    with ThreadPoolExecutor(1) as pool:
-        coming: Future[Any] | None = None
+    with ThreadPoolExecutor(threads) as pool:
+        coming: deque[Future[Any]] = deque()
         for place in places:
-            found, coming = coming, pool.submit(read, place)
-            if found is not None:
-                yield found.result()
-        if coming is not None:
-            yield coming.result()
+            coming.append(pool.submit(read, place))
+            if len(coming) > threads:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()

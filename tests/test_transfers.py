@@ -12,10 +12,10 @@ from qtool.transfers import Behind, Download, ahead
 from tests.engines.accelerator import Accelerator
 
 
-@pytest.mark.parametrize("thread", [False, True])
-def test_work_behind_is_done_in_order(thread: bool) -> None:
+@pytest.mark.parametrize("threads", [0, 1])
+def test_work_behind_is_done_in_order(threads: int) -> None:
     done: list[int] = []
-    with Behind(thread=thread) as behind:
+    with Behind(threads=threads) as behind:
         for i in range(20):
             behind.do(partial(done.append, i))
         behind.wait()
@@ -26,14 +26,14 @@ def test_work_behind_is_done_in_order(thread: bool) -> None:
 
 def test_no_more_waits_than_memory_has_room_for() -> None:
     go_on, done = threading.Event(), list[int]()
-    with Behind(thread=True) as behind:
+    with Behind(threads=1) as behind:
 
         def wait() -> None:
             go_on.wait()
 
         def give() -> None:
             for i in range(9):
-                behind.do(partial(done.append, i))
+                behind.do(partial(done.append, i), nbytes=1 << 28)
 
         behind.do(wait)
         caller = threading.Thread(target=give)
@@ -45,15 +45,38 @@ def test_no_more_waits_than_memory_has_room_for() -> None:
     assert done == [*range(9)]
 
 
-@pytest.mark.parametrize("thread", [False, True])
-def test_nothing_is_done_after_a_failure(thread: bool) -> None:
+def test_what_is_larger_than_the_room_waits_alone() -> None:
+    done: list[int] = []
+    with Behind(threads=1) as behind:
+        for i in range(3):
+            behind.do(partial(done.append, i), nbytes=1 << 40)
+            assert done[:i] == [*range(i)]
+    assert done == [0, 1, 2]
+
+
+def test_several_threads_behind() -> None:
+    """Each waits for the others: one thread alone would wait for ever."""
+    all_there, done = threading.Barrier(3, timeout=60), list[int]()
+
+    def work(i: int) -> None:
+        all_there.wait()
+        done.append(i)
+
+    with Behind(threads=3) as behind:
+        for i in range(3):
+            behind.do(partial(work, i))
+    assert sorted(done) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_nothing_is_done_after_a_failure(threads: int) -> None:
     done: list[int] = []
 
     def fail() -> None:
         raise OSError("the disk is full")
 
     def all_of_it() -> None:
-        with Behind(thread=thread) as behind:
+        with Behind(threads=threads) as behind:
             behind.do(fail)
             behind.do(partial(done.append, 1))
             behind.do(partial(done.append, 2))
@@ -63,20 +86,20 @@ def test_nothing_is_done_after_a_failure(thread: bool) -> None:
     assert done == []
 
 
-@pytest.mark.parametrize("thread", [False, True])
-def test_reading_ahead(thread: bool) -> None:
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_reading_ahead(threads: int) -> None:
     read: list[int] = []
 
     def double(place: int) -> int:
         read.append(place)
         return 2 * place
 
-    found = ahead(double, range(5), thread=thread)
+    found = ahead(double, range(5), threads=threads)
     assert next(found) == 0
     assert [*found] == [2, 4, 6, 8]
-    assert read == [0, 1, 2, 3, 4]
+    assert sorted(read) == [0, 1, 2, 3, 4]
     with pytest.raises(ZeroDivisionError):
-        [*ahead(lambda place: 1 // place, [1, 0], thread=thread)]
+        [*ahead(lambda place: 1 // place, [1, 0], threads=threads)]
 
 
 def test_downloads_are_there_when_they_are_waited_for() -> None:

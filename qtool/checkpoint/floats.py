@@ -47,7 +47,8 @@ class FloatReader:
         )
         self._fused = mxfp4.fused(checkpoint)
         self._sound: set[str] = set()  # tensors of which every number has been found finite, on a device
-        self._doubts: list[tuple[str, torch.Tensor]] | None = None  # to be looked at later, where that is wanted
+        # To be looked at later, where that is wanted: the least and the largest number of each.
+        self._doubts: list[tuple[str, torch.Tensor, torch.Tensor]] | None = None
         self._any_transposed = has_transposed(checkpoint.config)
         self._held: dict[str, torch.Tensor] = {}
         self._held_packed: dict[str, PackedWeight] = {}
@@ -76,7 +77,7 @@ class FloatReader:
         if self._on_cpu or self._doubts is not None:
             yield
             return
-        doubts: list[tuple[str, torch.Tensor]] = []
+        doubts: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         self._doubts = doubts
         try:
             yield
@@ -87,12 +88,19 @@ class FloatReader:
             self._doubts = None
         self._tell(doubts)
 
-    def _tell(self, doubts: list[tuple[str, torch.Tensor]]) -> None:
+    def _tell(self, doubts: list[tuple[str, torch.Tensor, torch.Tensor]]) -> None:
         import torch
 
-        found = torch.stack([flag for _, flag in doubts]).tolist() if doubts else []
-        for (name, _), is_finite in zip(doubts, found, strict=True):
-            if not is_finite:
+        if not doubts:
+            return
+        ends = [end for _, *both in doubts for end in both]
+        # Each type by itself: a number must not become infinite in another.
+        flags = {
+            dtype: iter(torch.stack([end for end in ends if end.dtype == dtype]).isfinite().tolist())
+            for dtype in {end.dtype for end in ends}
+        }
+        for name, low, high in doubts:
+            if not (next(flags[low.dtype]) and next(flags[high.dtype])):
                 raise self._damaged(name)
 
     @property
@@ -270,7 +278,7 @@ class FloatReader:
             return tensor
         low, high = torch.aminmax(tensor)
         if self._doubts is not None:
-            self._doubts.append((name, low.isfinite() & high.isfinite()))
+            self._doubts.append((name, low, high))
         elif not (bool(low.isfinite()) and bool(high.isfinite())):
             raise self._damaged(name)
         return tensor

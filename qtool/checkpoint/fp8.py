@@ -77,5 +77,7 @@ def _dequantize(rows: torch.Tensor, factors: torch.Tensor, out: torch.Tensor) ->
     fields = rows.view(torch.int8).to(torch.int16).bitwise_left_shift_(_SHIFT).bitwise_and_(_FIELDS)
     torch.mul(fields.view(torch.bfloat16), factors, out=out)
     shifted = rows.view(torch.uint8) << 1
-    if rows.numel() and int(shifted.amax()) == _NAN:
+    if rows.device.type != "cpu":  # to look there would be to wait for it
+        out.masked_fill_(shifted == _NAN, float("nan"))
+    elif rows.numel() and int(shifted.amax()) == _NAN:
         out[shifted == _NAN] = float("nan")

@@ -13,7 +13,7 @@ import typer
 
 from qtool.cli import sampling
 from qtool.cli.bundle import expanded
-from qtool.cli.generation import ChatTemplateKwargs, Running, Thinking, template_kwargs
+from qtool.cli.generation import ChatTemplateKwargs, Running, Thinking, preferred, template_kwargs
 from qtool.cli.options import MODEL, Shown, console, find_model
 from qtool.errors import InputError
 
@@ -74,7 +74,7 @@ def chat(
     from qtool.runtimes.conversation import Conversation
 
     with console("starting") as out:
-        job = _job(Checkpoint.open(find_model(model, out).path), template, asked, running)
+        job = _job(Checkpoint.open(find_model(model, out).path), template, asked, running, out)
 
         def event(event: dict[str, Any]) -> None:
             if event.get("stage") != "generate":  # the text shows how far it is
@@ -88,16 +88,18 @@ def chat(
         conversation.close()
 
 
-def _job(checkpoint: Checkpoint, template: Template, asked: Mapping[str, Any], running: Running) -> GenerationJob:
+def _job(
+    checkpoint: Checkpoint, template: Template, asked: Mapping[str, Any], running: Running, out: Console
+) -> GenerationJob:
     from qtool import runtimes
-    from qtool.checkpoint import formats
     from qtool.runtimes import sampling
     from qtool.runtimes.arguments import parse
 
-    chosen = runtimes.choose(running.runtime, formats.of(checkpoint).name)
     recipe = sampling.of_recipe(checkpoint)
     words = {name: value for name, value in recipe.given().items() if name != "max_tokens"}  # meant for a prompt
     arguments = parse(running.set_ or ())
+    prompting = runtimes.Prompting(1, asked, arguments, recipe.reasoning_parser)
+    chosen = preferred(running, checkpoint, prompting, out)
     runtimes.check(chosen, asked, arguments)
     return runtimes.GenerationJob(
         model=str(checkpoint.path),

@@ -15,7 +15,7 @@ import typer
 
 from qtool.cli import sampling
 from qtool.cli.bundle import expanded
-from qtool.cli.generation import ChatTemplateKwargs, Running, Thinking, template_kwargs
+from qtool.cli.generation import ChatTemplateKwargs, Running, Thinking, preferred, template_kwargs
 from qtool.cli.options import MODEL, Printed, console, find_model, resumable
 from qtool.cli.printers import Printer, ToFile, ToPipe, ToTerminal
 from qtool.errors import InputError
@@ -130,11 +130,13 @@ def generate(
     _check(model, prompts, output, chat)
 
     from qtool.checkpoint.reader import Checkpoint
+    from qtool.runtimes import requests
 
     with console("starting") as out, contextlib.ExitStack() as stack:
         checkpoint = Checkpoint.open(find_model(model, out).path)
         as_text = sys.stdout.isatty() and not printed.json and output.output is None
-        job = _job(checkpoint, chat, asked, running, as_text=as_text)
+        count = requests.count(prompts.sources) or None
+        job = _job(checkpoint, chat, asked, running, out, prompts=count, as_text=as_text)
         if not prompts.prompt:
             out.end_progress()  # somebody may be typing
         lines = _lines(prompts, job, chat.system)
@@ -183,17 +185,24 @@ def _check_apart(prompts: list[str], output: Path | None) -> None:
 
 
 def _job(
-    checkpoint: Checkpoint, chat: Chat, asked: Mapping[str, Any], running: Running, *, as_text: bool
+    checkpoint: Checkpoint,
+    chat: Chat,
+    asked: Mapping[str, Any],
+    running: Running,
+    out: Console,
+    *,
+    prompts: int | None,
+    as_text: bool,
 ) -> GenerationJob:
     """The job, with what the recipe and the model wish for. Whatever is wrong shows before anybody types prompts."""
     from qtool import runtimes
-    from qtool.checkpoint import formats
     from qtool.runtimes import sampling
     from qtool.runtimes.arguments import parse
 
     recipe, words = sampling.of_recipe(checkpoint), sampling.of_model(checkpoint)
-    chosen = runtimes.choose(running.runtime, formats.of(checkpoint).name)
-    arguments = parse(running.set_ or ())
+    arguments, parser = parse(running.set_ or ()), chat.reasoning_parser or recipe.reasoning_parser
+    thinking = parser if chat.reasoning_parser or not as_text else None
+    chosen = preferred(running, checkpoint, runtimes.Prompting(prompts, asked, arguments, thinking), out)
     runtimes.check(chosen, asked, arguments, chat.reasoning_parser)
     splits = chosen.runtime.vllm and not as_text
     return runtimes.GenerationJob(
@@ -204,7 +213,7 @@ def _job(
         chat=runtimes.ChatSettings(
             required=bool(chat.chat) or chat.system is not None,
             template_kwargs=template_kwargs(chat.enable_thinking, chat.chat_template_kwargs),
-            reasoning_parser=(chat.reasoning_parser or recipe.reasoning_parser) if splits else None,
+            reasoning_parser=parser if splits else None,
         ),
         extras=runtimes.Extras(pieces=as_text),
         trust_remote_code=running.trust_remote_code,

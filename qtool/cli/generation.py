@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from qtool.cli.options import Offline, TrustRemoteCode
 from qtool.errors import InputError
 from qtool.runtimes.facts import NAMES, RUNTIMES
+
+if TYPE_CHECKING:
+    from qtool.checkpoint.reader import Checkpoint
+    from qtool.console import Console
+    from qtool.runtimes import Launch, Prompting
 
 
 def _runtime(names: Iterable[str]) -> Any:
@@ -51,6 +56,16 @@ class Running:
     set_: Set = None
     offline: Offline = False
     trust_remote_code: TrustRemoteCode = False
+
+
+def preferred(running: Running, checkpoint: Checkpoint, prompting: Prompting, out: Console) -> Launch:
+    """Who does it; where `auto` had a choice, what it chose is said, and why."""
+    from qtool import runtimes
+
+    found = runtimes.prefer(running.runtime, checkpoint, prompting, out.event)
+    if found.why is not None:
+        out.info(found.why, prose=True)
+    return found.launch
 
 
 def template_kwargs(thinking: bool | None, further: str | None) -> dict[str, Any]:

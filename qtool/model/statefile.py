@@ -13,6 +13,8 @@ from qtool.model.activations import Activations
 from qtool.model.state import State
 from qtool.transfers import Behind, Download, ahead
 
+_THREADS = 4  # one copies about 3 GB/s to or from the system's memory of files, on a server's processor
+
 
 class StateFile:
     """The states of some samples, one after the other.
@@ -33,8 +35,8 @@ class StateFile:
         self._layout = list(layout)
         self._sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in self._layout]
         self._rows = Activations(path, samples, sum(self._sizes), torch.uint8, keep=True, pinned=threads)
-        self._threads = threads
-        self._writing = Behind(thread=threads)
+        self._threads = _THREADS if threads else 0
+        self._writing = Behind(threads=self._threads)
 
     def read(self, start: int, stop: int) -> State:
         """Of samples start to stop, as they were written last."""
@@ -47,7 +49,7 @@ class StateFile:
         Each is read before it is asked for, so only what is at places that were given already may be written meanwhile.
         """
         self._writing.wait()
-        return ahead(self._read, places, thread=self._threads)
+        return ahead(self._read, places, threads=self._threads)
 
     def _read(self, place: slice) -> State:
         start, stop = place.start, place.stop
@@ -68,7 +70,7 @@ class StateFile:
                 raise ValueError(f"a state of {tuple(tensor.shape[1:])} per sample where {shape} are expected")
             parts.append(tensor.detach().to(dtype))
         if parts:
-            self._writing.do(partial(self._put, start, Download(parts)))
+            self._writing.do(partial(self._put, start, Download(parts)), sum(part.nbytes for part in parts))
 
     def _put(self, start: int, download: Download) -> None:
         parts = [part.reshape(len(part), -1).contiguous().view(torch.uint8) for part in download.result()]

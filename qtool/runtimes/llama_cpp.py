@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qtool.runtimes.description import DECODING, Reads, Runtime
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from qtool.runtimes.launch import Launch
 
 
-def _with_file(launch: Launch, checkpoint: Checkpoint) -> Launch:
+def file_of(checkpoint: Checkpoint) -> Path:
     """The file that llama.cpp reads lies in qtool's cache, made once for each content of a checkpoint."""
     from platformdirs import user_cache_path
 
@@ -21,8 +22,11 @@ def _with_file(launch: Launch, checkpoint: Checkpoint) -> Launch:
 
     times = [file.stat().st_mtime_ns for file in sorted(checkpoint.path.glob("*.safetensors"))]
     key = hashlib.sha256(f"{fingerprint(checkpoint.path)} {times}".encode()).hexdigest()[:16]
-    file = user_cache_path("qtool") / "gguf" / key / f"{checkpoint.path.resolve().name}.gguf"
-    return dataclasses.replace(launch, engine={"file": str(file)})
+    return user_cache_path("qtool") / "gguf" / key / f"{checkpoint.path.resolve().name}.gguf"
+
+
+def _with_file(launch: Launch, checkpoint: Checkpoint) -> Launch:
+    return dataclasses.replace(launch, engine={"file": str(file_of(checkpoint))})
 
 
 RUNTIME = Runtime(

@@ -10,8 +10,9 @@ Numbers: tiny models are quantized on the CPU and on the device with the same ca
 integers and scales, and how far each is from the float model: the mean Kullback-Leibler divergence of its logits over
 windows of other text, with a 95 % interval. The two agree when their intervals meet.
 
-Costs: models of one decoder layer in the real shape. `layer s` is the time from its begin to the end of the process:
-finding its structure, running it, quantizing it, writing it.
+Costs: models of a few equal decoder layers in the real shape. `layer s` is the median time from one layer's begin to
+the next one's, the first and the last left out: what each further layer of a whole model costs. `first` is that of a
+model's first layer, and of its end: finding the layer's structure, recording graphs, writing what still waits.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import json
 import linecache
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -40,6 +42,7 @@ from tests.device.watch import REPOSITORY, Place, Run
 _DEVICE = os.environ.get("CHECK_DEVICE", "cuda")  # "cpu" tries this script itself, with small shapes
 _SMALL = _DEVICE == "cpu"
 _SCHEMES = ("w8a8", "w8a8-dynamic")
+_LAYERS = 4
 _WINDOWS, _WINDOW = 64, 128  # of text that the divergence is measured on
 _SIZES = {"128x512": (128, 512), "128x2048": (128, 2048), "512x2048": (512, 2048)}
 _TIMED = [  # the most telling first
@@ -61,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"only {' and '.join(_QUICK)}")
     parser.add_argument("--only", action="append", choices=_CASES, metavar="NAME", help=f"one of {', '.join(_CASES)}")
+    parser.add_argument("--kernels", action="store_true", help="also what the device computes in the second layer")
     parser.add_argument("--budget", type=float, default=450, help="seconds; what is not done by then is left out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args()
@@ -73,7 +77,7 @@ def main() -> None:
     end = time.time() + options.budget
     figures: dict[str, Any] = {"machine": _machine(), "numbers": [], "costs": []}
     with tempfile.TemporaryDirectory(prefix="qtool-check-") as name:
-        for case in _cases(wanted, Path(name), end):
+        for case in _cases(wanted, Path(name), end, kernels=options.kernels):
             kind = "numbers" if "scheme" in case else "costs"
             figures[kind].append(case)
             if options.json:
@@ -83,7 +87,7 @@ def main() -> None:
     sys.exit(0 if fine else 1)
 
 
-def _cases(wanted: list[str], folder: Path, end: float) -> Iterator[dict[str, Any]]:
+def _cases(wanted: list[str], folder: Path, end: float, *, kernels: bool) -> Iterator[dict[str, Any]]:
     tiny = [name.removeprefix("numbers-") for name in wanted if name.startswith("numbers-")]
     if tiny:
         yield from _numbers(tiny, folder)
@@ -93,7 +97,7 @@ def _cases(wanted: list[str], folder: Path, end: float) -> Iterator[dict[str, An
             if left < 10:
                 print(f"{name}: left out, no time", file=sys.stderr)
                 continue
-            yield _cost(name, folder, end)
+            yield _cost(name, folder, end, kernels=kernels)
 
 
 # ---------------------------------------------------------------- numbers
@@ -192,24 +196,25 @@ def _mean(values: list[float]) -> float:
 # ---------------------------------------------------------------- costs
 
 
-def _cost(name: str, folder: Path, end: float) -> dict[str, Any]:
+def _cost(name: str, folder: Path, end: float, *, kernels: bool) -> dict[str, Any]:
     shape, _, size = name.rpartition("-")
     samples, length = (8, 64) if _SMALL else _SIZES[size]
     begin = time.time()
     source, text = folder / shape, folder / f"{size}.txt"
     if not source.exists():
-        models.layer(source, shape, small=_SMALL)
+        models.layers(source, shape, count=_LAYERS, small=_SMALL)
     if not text.exists():
         models.text(text, samples * length)
     made = time.time() - begin
     options: list[str | Path] = ["--device", _DEVICE, "--calibration", text]
     options += ["--samples", str(samples), "--seq-len", str(length), *models.SHAPES[shape].options]
     output = folder / name
-    run = watch.quantize(source, output, options, max(5.0, end - time.time()))
+    run = watch.quantize(source, output, options, max(5.0, end - time.time()), kernels=kernels)
     _remove(output)
-    said = run.error or f"{run.layer_seconds:.1f} s"
+    said = run.error or f"{run.seconds:.1f} s"
     print(f"{name}: {said} (weights made in {made:.1f} s)", file=sys.stderr, flush=True)
-    about = {"name": name, "samples": samples, "seq_len": length, "layers": 1}
+    about = {"name": name, "samples": samples, "seq_len": length, "layers": _LAYERS}
+    about |= {"pace": statistics.median(run.paces) if run.paces else None}
     return about | vars(run) | {"start": _described(run.start), "places": _described(run.places)}
 
 
@@ -268,11 +273,23 @@ def _show(figures: dict[str, Any]) -> None:
         ]
         print(table(["model", "scheme", "linears", "equal integers: least", "mean"], kinds), end="\n\n")
     if figures["costs"]:
-        columns = ["layer, calibration", "seconds", "layer s", "device busy", "peak GB: host", "tensors on device"]
+        columns = [
+            "layer, calibration",
+            "seconds",
+            "layer s",
+            "first",
+            "device busy",
+            "peak GB: host",
+            "tensors on device",
+        ]
         columns += ["device in all", ""]
         print(table(columns, [_cost_row(case) for case in figures["costs"]]), end="\n\n")
         rows = [row for case in figures["costs"] for row in _place_rows(case)]
         print(table(["layer, calibration", "function", "seconds", "share", "its longest line"], rows))
+        most = [(case["name"], each) for case in figures["costs"] for each in case["kernels"][: 2 * _LONGEST]]
+        if most:
+            rows = [[name, kernel[:90], f"{seconds:.3f}", str(count)] for name, (kernel, seconds, count) in most]
+            print(table(["layer, calibration", "on the device, in the second layer", "seconds", "times"], rows))
 
 
 def _numbers_row(case: dict[str, Any]) -> list[str]:
@@ -297,7 +314,8 @@ def _cost_row(case: dict[str, Any]) -> list[str]:
     return [
         case["name"],
         f"{case['seconds']:.1f}",
-        f"{case['layer_seconds'] / case['layers']:.1f}",
+        "" if case["pace"] is None else f"{case['pace']:.2f}",
+        "" if case["pace"] is None else f"{case['layer_seconds'] - (case['layers'] - 1) * case['pace']:.1f}",
         "" if case["load"] is None else f"{100 * case['load']:.0f} %",
         f"{case['host_bytes'] / 1e9:.2f}",
         f"{case['device_bytes'] / 1e9:.2f}",
@@ -312,7 +330,7 @@ def _place_rows(case: dict[str, Any]) -> list[list[str]]:
     before = max(case["seconds"] - case["layer_seconds"], 1e-9)
     for places, most, total, name in (
         (case["start"], _LONGEST // 3, before, f"({case['name']})"),
-        (case["places"], _LONGEST, max(case["layer_seconds"], 1e-9), case["name"]),
+        (case["places"], _LONGEST, max(sum(case["paces"]) or case["layer_seconds"], 1e-9), case["name"]),
     ):
         for place in places[:most]:
             (line, seconds), *_ = place["lines"].items()

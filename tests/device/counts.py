@@ -97,7 +97,7 @@ def count(shape: str, folder: Path, samples: int, length: int, *, small: bool = 
 
     source, text = folder / shape, folder / f"{samples}x{length}.txt"
     if not source.exists():
-        models.layer(source, shape, small=small)
+        models.layers(source, shape, count=1, small=small)
     models.text(text, samples * length)
     options = models.SHAPES[shape].options
     recipe: Recipe = load(options[1] if options else "default")

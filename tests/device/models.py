@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file, save_file
 
 from tests import families
 from tests.benchmarks import giant
@@ -14,6 +17,7 @@ TINY = ("llama", "qwen3_moe", "deepseek_v3")
 # Of 256, each of the real size: all of them take 11 GB of disk. With one expert per token instead of 8 each sees as
 # many tokens as in the whole layer, which then costs eight times as much but for attention.
 R1_EXPERTS = 32
+_FIRST = "model.layers.0."
 _WORDS = 10240  # more than any layer is wide, so that its inputs span all directions
 
 
@@ -60,8 +64,15 @@ def tiny(folder: Path, model_type: str, tokenizer: Any) -> Path:
     return families.make(folder, model_type, tokenizer, **more)
 
 
-def layer(folder: Path, name: str, *, small: bool) -> Path:
-    """A model of one layer of SHAPES with random weights. Its tokenizer knows the words of `text`."""
+def layers(folder: Path, name: str, *, count: int, small: bool) -> Path:
+    """A model of so many equal layers of SHAPES with random weights. Its tokenizer knows the words of `text`."""
+    _layer(folder, name, small=small)
+    if count > 1:
+        _repeat(folder, count)
+    return folder
+
+
+def _layer(folder: Path, name: str, *, small: bool) -> Path:
     shape = SHAPES[name]
     changes = shape.small if small else shape.changes
     if shape.model_type == "deepseek_v3":
@@ -70,6 +81,32 @@ def layer(folder: Path, name: str, *, small: bool) -> Path:
         return folder
     more: dict[str, Any] = {"num_hidden_layers": 1, "max_position_embeddings": 8192}
     return families.make(folder, shape.model_type, _tokenizer(), **changes, **more)
+
+
+def _repeat(folder: Path, count: int) -> None:
+    """Give a model of one layer so many that are equal."""
+    files = sorted(folder.glob("*.safetensors"))
+    index: dict[str, str] = {}
+    for file in files:
+        tensors = load_file(file)
+        index |= dict.fromkeys(tensors, file.name)
+        for number in range(1, count):
+            copies = {
+                name.replace(_FIRST, f"model.layers.{number}."): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(_FIRST)
+            }
+            if copies:
+                copy = f"layer-{number}-{file.name}"
+                save_file(copies, folder / copy, metadata={"format": "pt"})
+                index |= dict.fromkeys(copies, copy)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": count}))
+    if len(files) == 1:  # beside an index this name would be read alone
+        files[0].rename(folder / "layer-0.safetensors")
+        renamed = {name: "layer-0.safetensors" if file == files[0].name else file for name, file in index.items()}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": renamed}))
 
 
 def text(file: Path, tokens: int) -> Path:

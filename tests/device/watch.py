@@ -13,10 +13,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+_IDLE = {"Report.beat.<locals>.go_on"}  # sleeps most of the time
 _QUERY = ["--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits", "--id=0", "-lms", "100"]
 
 
@@ -45,32 +47,40 @@ class Run:
     Attributes:
         seconds: all of it.
         layer_seconds: from the first layer's begin to the end of the process.
+        paces: seconds from one layer's begin to the next one's, of all but the first and the last.
         host_bytes: peak resident set of its largest process.
         device_bytes: peak of torch's tensors on the device.
         device_used: peak of the device's memory in use, over what was before, as nvidia-smi says; None without one.
-        load: share of the layers' time that the device computed, 0 to 1, as nvidia-smi says; None without one.
+        load: share of the time that the device computed, 0 to 1, as nvidia-smi says, from the second layer's begin to
+            the last one's, or in all layers where these are few; None without one.
+        kernels: (kernel or copy, seconds, how many) of the second layer, the longest first, if they were asked for.
         start: where the time before the layers went, the longest first.
-        places: where the layers' time went.
+        places: where the time went in which `load` was seen.
         error: the end of what it said, if it failed or was stopped; "" otherwise.
     """
 
     seconds: float
     layer_seconds: float
+    paces: list[float]
     host_bytes: int
     device_bytes: int
     device_used: int | None
     load: float | None
+    kernels: list[tuple[str, float, int]]
     start: list[Place]
     places: list[Place]
     error: str
 
 
-def quantize(model: Path, output: Path, options: Sequence[str | Path], limit: float | None = None) -> Run:
+def quantize(
+    model: Path, output: Path, options: Sequence[str | Path], limit: float | None = None, *, kernels: bool = False
+) -> Run:
     """Run `qtool quantize MODEL --output OUTPUT OPTIONS`.
 
     Args:
         output: its neighbours OUTPUT.samples and OUTPUT.state are for this function.
         limit: seconds after which it is stopped.
+        kernels: whether to say what the device computes.
     """
     samples, state = output.with_suffix(".samples"), output.with_suffix(".state")
     samples.mkdir()
@@ -82,7 +92,7 @@ def quantize(model: Path, output: Path, options: Sequence[str | Path], limit: fl
         "XDG_STATE_HOME": str(state),
         "HF_HUB_OFFLINE": "1",
         "NO_COLOR": "1",
-    }
+    } | ({"QTOOL_CHECK_KERNELS": "1"} if kernels else {})
     command = [sys.executable, "-m", "qtool", "quantize", model, "--output", output, *options]
     said: list[tuple[float, str]] = []
     with _device(watched="cuda" in options) as seen:
@@ -112,17 +122,21 @@ def quantize(model: Path, output: Path, options: Sequence[str | Path], limit: fl
     found = [json.loads(file.read_text()) for file in samples.glob("*.json")]
     shutil.rmtree(samples)
     shutil.rmtree(state, ignore_errors=True)
-    loads = [load for moment, load, _ in seen if first <= moment <= end]
+    begins = sorted(moment for one in found for moment in one["layer_begins"])
+    steady = (begins[1], begins[-1]) if len(begins) > 2 else (first, end)
+    loads = [load for moment, load, _ in seen if steady[0] <= moment <= steady[1]]
     memory = [used for moment, _, used in seen if moment >= begin]
     return Run(
         seconds=end - begin,
         layer_seconds=end - first,
+        paces=[after - before for before, after in pairwise(begins[1:])],
         host_bytes=max((one["host_bytes"] for one in found), default=0),
         device_bytes=max((one["device_bytes"] for one in found), default=0),
         device_used=max(memory) - min(memory) if memory else None,
         load=sum(loads) / len(loads) if loads else None,
+        kernels=[tuple(each) for one in found for each in one["kernels"]],
         start=_places(found, begin, first),
-        places=_places(found, first, end),
+        places=_places(found, *steady),
         error=error,
     )
 
@@ -131,12 +145,14 @@ def _listen(pipe: IO[str], said: list[tuple[float, str]]) -> None:
     said += ((time.time(), line.rstrip()) for line in pipe)
 
 
-def _places(found: Sequence[dict[str, list[list[str | int]]]], begin: float, end: float) -> list[Place]:
+def _places(found: Sequence[dict[str, Any]], begin: float, end: float) -> list[Place]:
     places: dict[tuple[str, str, str], Place] = {}
     for one in found:
         for moment, seconds, number in one["samples"]:
             if begin <= float(moment) < end:
                 file, function, line, thread = one["places"][int(number)]
+                if function in _IDLE:
+                    continue
                 key = (str(file), str(function), str(thread))
                 places.setdefault(key, Place(*key)).lines[int(line)] += float(seconds)
     return sorted(places.values(), key=lambda place: -place.seconds)

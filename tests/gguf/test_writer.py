@@ -13,9 +13,11 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file
 
-from qtool import runtimes
+from qtool import runtimes, workers
+from qtool.checkpoint.reader import Checkpoint
 from qtool.cli.convert import GGUF
 from qtool.conversion import to_gguf
+from qtool.environments import machine
 from qtool.errors import InputError
 from qtool.quant.types import QuantizedLinear
 from qtool.workers import Event
@@ -155,3 +157,27 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_an_input_error(tmp_path: Pa
     with pytest.raises(InputError, match=r"llama\.cpp's converter can't convert this model"):
         to_gguf(tiny_llama, tmp_path / "model.gguf", overwrite=False, on_event=lambda event: None)
     assert list(tmp_path.glob("*model.gguf*")) == []
+
+
+def test_auto_takes_what_it_can_and_leaves_the_rest_to_vllm(
+    tmp_path: Path,
+    with_pieces: Callable[..., Path],
+    quantize_folder: Quantize,
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "has_cuda", lambda: False)
+
+    def preferred(model: Path) -> tuple[str, str | None]:
+        found = runtimes.prefer("auto", Checkpoint.open(model), runtimes.Prompting(1), lambda event: None)
+        return found.launch.name, found.why
+
+    quantize_folder(with_pieces("llama"), tmp_path / "source", "compressed-tensors", "dynamic")
+    assert preferred(tmp_path / "source")[0] == "llama-cpp"
+    (made,) = (tmp_path / "cache").rglob("*.gguf")
+    assert gguf.GGMLQuantizationType.Q8_0 in {tensor.tensor_type for tensor in tensors(made).values()}
+    first = preferred(tiny_llama)
+    assert first[0] == "vllm"
+    assert "converter can't convert this model" in (first[1] or "")
+    monkeypatch.setattr(workers, "run", None)  # what it can't take is known without another try
+    assert preferred(tiny_llama) == first

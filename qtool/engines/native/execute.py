@@ -48,7 +48,7 @@ def execute(prepared: Prepared, report: Report) -> QuantizationResult:
         model.show(calibration.inputs, calibration.ids.shape[1])
     writer = _writer(prepared, calibration)
     workers = executor.make(job.resources, prepared.context, prepared.setup, cards=prepared.cards)
-    with writer, workers as units, Behind(thread=transfers.asynchronous(model.device)) as writing:
+    with writer, workers as units, Behind(threads=int(transfers.asynchronous(model.device))) as writing:
         output, ledger = PieceWriter(writer, model, prepared.context.format, writing), Ledger(writer)
         output.write_outside()  # first, so that damage in it shows at once
         Schedule(prepared, output, ledger, units, report).run(calibration.ids)

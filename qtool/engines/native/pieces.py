@@ -81,11 +81,12 @@ class PieceWriter:
             match piece:
                 case Linear(name, linear):
                     dtype, transposed = weights.dtype(f"{name}.weight"), is_transposed(config, name)
-                    self._behind.do(partial(self._writer.add_linear, name, linear, dtype, transposed=transposed))
+                    add = partial(self._writer.add_linear, name, linear, dtype, transposed=transposed)
+                    self._behind.do(add, linear.weight.nbytes)
                 case Float(name, tensor):
                     matrix = name.endswith(".weight") and is_transposed(config, name.removesuffix(".weight"))
                     stored = (tensor.t() if matrix else tensor).to(weights.dtype(name))
-                    self._behind.do(partial(self._writer.add, name, stored))
+                    self._behind.do(partial(self._writer.add, name, stored), stored.nbytes)
                 case Row(report):
                     written.reports.append(report)
                 case Output(tensor):

@@ -5,21 +5,17 @@ The tokenizer, the template, the context and the stop tokens are the checkpoint'
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Semaphore
 from typing import Any
 
-from qtool.checkpoint.reader import Checkpoint
 from qtool.environments import machine
 from qtool.errors import InputError, QtoolError, foreign
-from qtool.files import check_free_space, disk_errors, sync
-from qtool.gguf.layers import Layers
-from qtool.gguf.writer import write
 from qtool.runtimes.job import WorkerJob
 from qtool.runtimes.worker.front import Front, Prepared, failure
+from qtool.runtimes.worker.gguf_file import make
 from qtool.runtimes.worker.meter import Meter
 from qtool.workers import Report, hide_media_packages
 
@@ -38,7 +34,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     meter.lap("import")
     file = Path(front.job.engine["file"])
     if not file.exists():
-        _make(front, file, report)
+        make(Path(front.job.model), file, report)
         meter.lap("convert")
     slots = 1 if front.job.one_at_a_time else max(1, min(_SLOTS, front.job.expected or _SLOTS))
     front.limit(_context(front, slots))
@@ -49,21 +45,6 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     _answer_all(server, front, slots, meter)
     front.warn()
     return meter.end("llama-cpp")
-
-
-def _make(front: Front, file: Path, report: Report) -> None:
-    """The GGUF file. Raises InputError for a model that llama.cpp doesn't know."""
-    layers = Layers(Checkpoint.open(front.job.model))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    check_free_space(file, layers.source.nbytes, "the cache, XDG_CACHE_HOME")
-    new = file.with_name(f".{os.getpid()}.gguf")
-    try:
-        with disk_errors(file, layers.source.nbytes):
-            write(layers, new, report)
-            sync(new)
-            new.replace(file)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _context(front: Front, slots: int) -> int:
