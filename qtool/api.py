@@ -63,6 +63,7 @@ def quantize(
     recipe: str | None = None,
     scheme: str | None = None,
     format: str | None = None,
+    kv_cache: Literal["fp8", "int8", "float"] | None = None,
     engine: Literal["auto", "native", "golden-stick"] = "auto",
     calibration: str | None = None,
     samples: int | None = None,
@@ -84,6 +85,7 @@ def quantize(
         recipe: a recipe's name or file; None for the one that matches the model.
         scheme: one of the recipe's.
         format: of the checkpoint.
+        kv_cache: how the runtime keeps keys and values.
         calibration: builtin, self, or a .txt, .jsonl or .parquet file.
         samples, seq_len: calibration samples, and tokens of each.
         seed: for everything random.
@@ -103,6 +105,7 @@ def quantize(
         recipe=recipe,
         scheme=scheme,
         format=format,
+        kv_cache=kv_cache,
         engine=engine,
         calibration=calibration,
         samples=samples,

@@ -234,6 +234,7 @@ class Inspected:
     bytes: int
     bytes_on_disk: int
     bytes_bf16: int | None
+    kv_cache: str | None
     layers: list[LayerGroup]
     runtimes: list[Way]
 

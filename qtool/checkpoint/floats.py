@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from qtool.checkpoint.formats.packed import PackedWeight
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.quant.types import QuantizedLinear
+    from qtool.quant.types import QuantizedCache, QuantizedLinear
 
 
 class FloatReader:
@@ -252,6 +252,13 @@ class FloatReader:
             return None
         return self._format.read_linear(self.checkpoint, name)
 
+    def cache(self, name: str) -> QuantizedCache | None:
+        """How the keys and values of an attention module are kept, by its name; None where they stay float.
+
+        Raises InputError as `linear`.
+        """
+        return None if self._as_float else self._format.read_cache(self.checkpoint, name)
+
     def row_step(self, name: str, elements: int = 1 << 22) -> int:
         """How many rows to read at a time for about so many elements, in whole blocks."""
         height = self._block[0] if self._block else 1
@@ -318,6 +325,8 @@ class FloatReader:
             if (stem := name.removesuffix(part)) != name and stem in self._fused:
                 return stem if part == mxfp4.BLOCKS else None
         owner, _, part = name.rpartition(".")
+        if part in self._format.cache_parts:
+            return None
         if owner not in self._layers or part not in self._packing.packed_parts:
             return name
         return f"{owner}.weight" if part in self._format.weight_parts else None

@@ -13,7 +13,7 @@ from qtool.checkpoint.formats import Format, QuantizedFormat
 from qtool.checkpoint.formats.stored import Stored
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
-from qtool.scheme import Scheme
+from qtool.scheme import Scheme, cache_name
 
 
 def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -21,7 +21,8 @@ def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Keys: path, architecture, model_type, format, dtype, parameters (None where weights are packed in a way qtool
     doesn't know), tensors, files, bytes (of tensors), bytes_on_disk (of their files), bytes_bf16 (the same model in
-    bfloat16), and layers: one entry per group of matrices whose names differ in numbers only.
+    bfloat16), kv_cache (how keys and values are kept; None for floats), and layers: one entry per group of matrices
+    whose names differ in numbers only.
     """
     infos = [checkpoint.info(name) for name in checkpoint.names]
     files = {info.file for info in infos}
@@ -43,8 +44,21 @@ def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "bytes_on_disk": sum(file.stat().st_size for file in files),
         "bytes_bf16": None if parameters is None else 2 * parameters,
+        "kv_cache": kept_cache(checkpoint),
         "layers": _groups(checkpoint, format, found),
     }
+
+
+def kept_cache(checkpoint: Checkpoint) -> str | None:
+    """How keys and values are kept, by its name in `qtool.scheme.CACHES`; None for floats.
+
+    "unknown" is a way that qtool can't read.
+    """
+    try:
+        args = formats.of(checkpoint).cache_scheme(checkpoint)
+    except formats.UnknownScheme:
+        return "unknown"
+    return None if args is None else cache_name(args)
 
 
 def schemes(checkpoint: Checkpoint) -> dict[str, Scheme | None]:
@@ -79,7 +93,7 @@ def quantized_layers(source: Checkpoint, form: QuantizedFormat) -> dict[str, Sch
         stored = Stored(source, owner)
         if owner not in schemes and part == "weight" and source.info(tensor).dtype == "I8":
             raise stored.error("its weight is int8, but nothing says how it is quantized")
-        if owner in schemes and part not in form.parts:
+        if owner in schemes and part not in form.parts | form.cache_parts:
             raise stored.error(f"has a tensor {part!r}, which is none of {form.name}'s that qtool knows")
     return schemes
 
@@ -102,7 +116,7 @@ def _parameters(checkpoint: Checkpoint, format: Format, quantized: Mapping[str, 
     count = sum(math.prod(_shape(checkpoint, format, name, scheme)) for name, scheme in quantized.items())
     for name in checkpoint.names:
         owner, _, part = name.rpartition(".")
-        if owner not in quantized or part == "bias":
+        if (owner not in quantized or part == "bias") and part not in format.cache_parts:
             count += math.prod(checkpoint.info(name).shape)
     return count
 

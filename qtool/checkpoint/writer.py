@@ -23,7 +23,7 @@ from qtool.files import disk_errors, encode_json, expand
 if TYPE_CHECKING:
     import torch
 
-    from qtool.quant.types import QuantizedLinear
+    from qtool.quant.types import QuantizedCache, QuantizedLinear
 
 _MAX_NAME = 1000
 _SCRATCH = "scratch"
@@ -184,6 +184,12 @@ class CheckpointWriter:
         self._linears.add(name, linear.scheme, (linear.input_scale, linear.input_zero_point))
         for full_name, tensor in self.format.tensors(name, linear, dtype).items():
             self._write(full_name, tensor.t() if transposed and full_name == f"{name}.weight" else tensor)
+
+    def add_cache(self, name: str, cache: QuantizedCache) -> None:
+        """Write how the keys and values of an attention module, by its name, are kept. Raises QtoolError as `add`."""
+        assert isinstance(self.format, QuantizedFormat)
+        for full_name, tensor in self.format.cache_tensors(name, cache).items():
+            self._write(full_name, tensor)
 
     def _write(self, name: str, tensor: torch.Tensor) -> None:
         self._open()

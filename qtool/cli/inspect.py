@@ -141,6 +141,7 @@ def _facts(summary: dict[str, Any]) -> list[list[str]]:
         "dtype": summary["dtype"],
         "parameters": None if parameters is None else f"{parameters:,}",
         "size": f"{sizes.show(summary['bytes_on_disk'])} in {files}",
+        "key/value cache": summary["kv_cache"],
         "in bfloat16": float_bytes
         and f"{sizes.show(float_bytes)}, so this is {summary['bytes'] / float_bytes:.0%} of it",
     }

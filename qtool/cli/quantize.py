@@ -35,6 +35,14 @@ class Method:
     format: Annotated[
         formats.Name | None, typer.Option(help="The format of the checkpoint that is written.", show_default=RECIPES)
     ] = None
+    kv_cache: Annotated[
+        Literal["fp8", "int8", "float"] | None,
+        typer.Option(
+            "--kv-cache",
+            help="How the runtime keeps keys and values: fp8 in compressed-tensors, int8 in modelslim.",
+            show_default=RECIPES,
+        ),
+    ] = None
     engine: Annotated[Literal["auto", "native", "golden-stick"], typer.Option(help="The engine that quantizes.")] = (
         "auto"
     )

@@ -14,7 +14,7 @@ from qtool.checkpoint.norms import idle_biases
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.summary import float_dtype, quantized_layers
 from qtool.errors import InputError
-from qtool.scheme import W8A8_ASYMMETRIC, W8A8_DYNAMIC, Scheme
+from qtool.scheme import W8A8_ASYMMETRIC, W8A8_DYNAMIC, Scheme, cache_name
 
 _WITH_BIASES = "modelslim"  # whose readers know norms with a bias
 _MAX_ROUNDING = 2**-8  # relative; more than that and the dtype's range is too short for the scale
@@ -80,11 +80,17 @@ def plan(source: Checkpoint, to: str) -> Conversion:
     form.check_only_linears(source, schemes)
     dtype = float_dtype(source, schemes) or "BF16"
     idle = frozenset(idle_biases(source, f"the model in {to}") if to != _WITH_BIASES else ())
+    cache = form.cache_scheme(source)
     if to == DEQUANTIZED:
-        return Conversion(form, None, schemes, dtype, left_out=idle)
+        lost = () if cache is None else (f"keys and values are kept as floats, not as {cache_name(cache)}",)
+        cached = {name for name in source.names if name.rpartition(".")[2] in form.cache_parts}
+        return Conversion(form, None, schemes, dtype, lost, left_out=idle | cached)
     target = formats.get(to)
-    schemes, lost = _without_zero_points(schemes, target)
-    warnings = [*lost, *_expressible(source, target, schemes, dtype)]
+    if cache is not None:
+        what = f"keys and values are kept as {cache_name(cache)}, which is not converted to {to}"
+        raise InputError(what, where=str(source.path), hint=f"--to {DEQUANTIZED} leaves it out.")
+    schemes, without = _without_zero_points(schemes, target)
+    warnings = [*without, *_expressible(source, target, schemes, dtype)]
     conversion = Conversion(form, target, schemes, dtype)
     rounding = _check_inputs(source, conversion, target)
     return Conversion(form, target, schemes, dtype, tuple(warnings), rounding, idle)

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from qtool.model.weights import ModelWeights
 
 
+_CACHES = {
+    "fp8": "FP8, one scale for the keys and one for the values of a layer",
+    "int8": "int8, a scale and a zero point for each channel",
+}
 _MUCH = 0.05  # of the weights of the decoder's linears may stay float without a warning
 
 
@@ -35,12 +39,14 @@ class QuantizationPlan:
         kept: why some of these stay float whatever the recipe says.
         left_float: what stays float, with its share.
         warnings: what the output's runtimes may not like.
+        cache: how keys and values are kept, by its name; None for floats.
     """
 
     policies: dict[str, Policy | None]
     kept: Mapping[str, str]
     left_float: list[LeftFloat]
     warnings: list[str]
+    cache: str | None = None
 
     @property
     def schemes(self) -> dict[str, Scheme | None]:
@@ -93,18 +99,24 @@ def make(
     schemes, read = _schemes(policies), weights or FloatReader(checkpoint)
     for name, how in schemes.items():
         if how is not None:
-            _check_scales(name, how, read.shape(f"{name}.weight"), where)
+            out, width = read.shape(f"{name}.weight")
+            _check_scales(name, how, (out, width), where)
+            if output.expresses(how) and (why := output.misfit(name, (out, width), how)) is not None:
+                raise InputError(f"{name}: {why}", where=where, hint="leave this layer float, or in 8 bits")
             if recipe.osl == "exact" and not _knows_exact(how):
                 what = f"osl: exact is Golden Stick's search, which does not support {how.label}"
                 raise InputError(what, where=where, hint="use osl: fast")
     problems = output.problems(schemes)
+    if recipe.cache is not None and (problem := output.cache_problem(recipe.cache)) is not None:
+        problems.append(problem)
     if problems:
         raise InputError(
             problems[0].text + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""),
             where=f"{where}, format {format_name}",
             hint=problems[0].hint,
         )
-    limitations = runtimes.problems(format_name, checkpoint.config, schemes, float_dtype(checkpoint, ()))
+    dtype = float_dtype(checkpoint, ())
+    limitations = runtimes.problems(format_name, checkpoint.config, schemes, dtype, recipe.kv_cache)
     for limitation in limitations:
         if limitation.fatal:
             raise InputError(limitation.text, where=f"{where}, format {format_name}", hint=limitation.hint)
@@ -113,7 +125,7 @@ def make(
     source = formats.of(checkpoint)
     if any(source.has_lost(checkpoint, name) for name in linears):
         warnings.append(f"the source is quantized already ({source.name}); what that lost stays lost")
-    return QuantizationPlan(policies, kept, left, warnings)
+    return QuantizationPlan(policies, kept, left, warnings, recipe.kv_cache)
 
 
 def _left_float(
@@ -196,7 +208,8 @@ def summary(plan: QuantizationPlan) -> list[LayersSummary]:
         key = (pattern, policy.model_dump_json() if policy else "")
         counts[key] += 1
         described[key] = LayersSummary(pattern, counts[key], describe(policy))
-    return list(described.values())
+    cache = [] if plan.cache is None else [LayersSummary("keys and values", 1, _CACHES[plan.cache])]
+    return [*described.values(), *cache]
 
 
 def describe(policy: Policy | None) -> str:

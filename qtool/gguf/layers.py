@@ -46,6 +46,8 @@ class Layers:
         """Of every tensor of the float model."""
         for name in self.source.names:
             owner, _, part = name.rpartition(".")
+            if part in self.format.cache_parts:
+                continue  # llama.cpp keeps keys and values as its own options say
             if owner not in self.schemes or part == "bias":
                 yield name
             elif part in self._quantized.weight_parts:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from qtool import engines, workers
 from qtool.calibration import sources
@@ -35,6 +36,7 @@ class Wanted:
         recipe: a recipe's name or file; None for the one that matches the model.
         scheme: one of the recipe's.
         format: of the checkpoint.
+        kv_cache: how keys and values are kept: fp8, int8 or float.
         engine: auto, native or golden-stick.
         calibration: builtin, self, or a file of text.
         samples, seq_len, seed: of the calibration.
@@ -49,6 +51,7 @@ class Wanted:
     recipe: str | None = None
     scheme: str | None = None
     format: str | None = None
+    kv_cache: Literal["fp8", "int8", "float"] | None = None
     engine: str = "auto"
     calibration: str | None = None
     samples: int | None = None
@@ -90,6 +93,9 @@ def decide(model: Path, wanted: Wanted) -> Decided:
     config = checkpoint.config
     recipe, reason = match(config) if wanted.recipe is None else (load(wanted.recipe), _ASKED)
     recipe, scheme = with_scheme(recipe, wanted.scheme)
+    if wanted.kv_cache is not None:
+        kept = None if wanted.kv_cache == "float" else wanted.kv_cache
+        recipe = recipe.model_copy(update={"kv_cache": kept})
     beside = wanted.beside or folder
     output = expand(wanted.output or beside.with_name(f"{beside.name}-{scheme}")).absolute()
     job = QuantizationJob(

@@ -1,7 +1,8 @@
 """A decoder model run one layer at a time, with at most one layer's weights in memory, and of its experts one.
 
 A quantized checkpoint runs as its runtimes would, in float: weights are dequantized as a layer is loaded, and
-what enters a quantized linear goes through the integers of its static or per-token scale.
+what enters a quantized linear goes through the integers of its static or per-token scale. So do keys and values, where
+the checkpoint says how they are kept.
 
 What the layers are called with (masks, rotary embeddings, whatever the architecture hands down) comes from the model's
 own forward, which runs around them: see `model.loop`.
@@ -18,7 +19,7 @@ from torch import nn
 from qtool.checkpoint.floats import FloatReader
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError, foreign
-from qtool.model import experts, pictures
+from qtool.model import caches, experts, pictures
 from qtool.model.architectures import Architecture
 from qtool.model.experts import RoutedExperts
 from qtool.model.head import Head
@@ -27,6 +28,7 @@ from qtool.model.loop import DecoderLoop
 from qtool.model.skeleton import Skeleton
 from qtool.model.state import Batch
 from qtool.model.weights import ModelWeights
+from qtool.quant.cache import CacheQuantizer
 from qtool.quant.topology import linear_layers
 
 _TOKENS = 8192  # that go through the prologue at a time
@@ -168,6 +170,16 @@ class DecoderStream:
                 found[name] = stored
         return found
 
+    def attention(self, index: int) -> tuple[str, str] | None:
+        """The module of a layer that fills the cache with keys and values: its name inside the layer, and in the
+        checkpoint. None where there is none, or text doesn't go through it."""
+        name = None if self.is_idle(index) else caches.attention(self.skeleton_layer(index))
+        if name is None:
+            return None
+        value = f"{caches.value_linear(name)}.weight"
+        owner, _, _ = self.stored(index, value).removesuffix(".weight").rpartition(".")
+        return name, owner
+
     def shared_parameters(self, index: int) -> set[str]:
         """The parameters of a layer that other layers have as well, by their names inside the layer."""
         prefix = f"{self._skeleton.layers_name}.{index}."
@@ -189,7 +201,8 @@ class DecoderStream:
             for name, quantize in quantizers.items()
         ]
         try:
-            yield layer.requires_grad_(False)
+            with caches.kept(layer, self._caches(index)):
+                yield layer.requires_grad_(False)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -266,6 +279,12 @@ class DecoderStream:
             yield
         finally:
             self._calling = saved
+
+    def _caches(self, index: int) -> dict[str, caches.Keeping]:
+        """What keys and values go through, where the checkpoint says how they are kept."""
+        found = self.attention(index)
+        cache = None if found is None else self.weights.cache(found[1])
+        return {} if found is None or cache is None else {found[0]: CacheQuantizer(cache)}
 
     def _load(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, Quantizer]]:
         """(a layer's parameters, what the input of its quantized linears goes through), by their names inside it."""

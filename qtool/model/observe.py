@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qtool.errors import QtoolError
+from qtool.model.caches import Keeping, kept
 from qtool.model.decoder import DecoderStream
 from qtool.model.experts import Handler, handled
 from qtool.model.state import Batch
@@ -33,6 +34,7 @@ def observe(
     batches: Iterable[Batch],
     statistics: Mapping[str, InputStatistics] | None = None,
     experts: Handler | None = None,
+    caches: Mapping[str, Keeping] | None = None,
 ) -> Iterator[Batch]:
     """Run one decoder layer on batch after batch.
 
@@ -42,6 +44,7 @@ def observe(
         batches: what enters the layer.
         statistics: count what enters the linears of these names inside the layer.
         experts: what a call of the layer's routed experts does; None has them called.
+        caches: what becomes of the keys and values of the attention modules of these names inside the layer.
 
     Yields:
         What leaves the layer for each batch.
@@ -49,6 +52,7 @@ def observe(
     routed = stream.routed(index)
     with ExitStack() as stack:
         stack.enter_context(_counting(layer, statistics or {}))
+        stack.enter_context(kept(layer, caches or {}))
         if routed is not None and experts is not None:
             stack.enter_context(handled(routed, experts))
         for batch in batches:

@@ -17,6 +17,7 @@ import torch
 from qtool.model.architectures import FusedExperts
 from qtool.model.names import ExpertNames, Names
 from qtool.model.weights import ModelWeights
+from qtool.quant.types import QuantizedCache
 
 _STEP = 1 << 22  # numbers to read at a time
 _KEPT = 2  # experts' blocks in memory: gate and up, and down
@@ -100,6 +101,9 @@ class Unfused:
 
     def linear(self, name: str) -> Any:
         return None if f"{name}.weight" in self._slices else self._inner.linear(name)
+
+    def cache(self, name: str) -> QuantizedCache | None:
+        return self._inner.cache(name)
 
     def row_step(self, name: str) -> int:
         if name not in self._slices:

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from qtool.errors import InputError
-from qtool.quant.types import QuantizedLinear
+from qtool.quant.types import QuantizedCache, QuantizedLinear
 
 _LARGEST = 1e15  # that an activation can be: squares of it, summed over all tokens, are still float32
 
@@ -67,6 +67,10 @@ class ModelWeights(Protocol):
 
     def linear(self, name: str) -> QuantizedLinear | None:
         """A quantized linear by its name without ".weight"; None when it is float."""
+        ...
+
+    def cache(self, name: str) -> QuantizedCache | None:
+        """How the keys and values of an attention module are kept, by its name; None where they stay float."""
         ...
 
     def row_step(self, name: str) -> int:

@@ -57,6 +57,34 @@ class QuantizedLinear:
         return dequantize(numbers, scale, args)
 
 
+@dataclass(frozen=True)
+class CacheScales:
+    """How keys, or values, of one layer are kept: q = clamp(round(x / scale) + zero_point).
+
+    Attributes:
+        scale: float32 [1], or [channels] of all heads, one after the other; positive.
+        zero_point: float32 of the same shape, whole numbers; 0 where the range is symmetric.
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+
+@dataclass(frozen=True)
+class QuantizedCache:
+    """How the keys and values of one attention layer are kept, free of any file format.
+
+    Attributes:
+        args: what the numbers are, and what shares a scale.
+        keys: as they enter the cache, after the rotary embedding.
+        values: likewise.
+    """
+
+    args: QuantizationArgs
+    keys: CacheScales
+    values: CacheScales
+
+
 def dequantize(numbers: torch.Tensor, scale: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
     """float32 [out, in] of stored numbers [out, in].
 

@@ -16,7 +16,7 @@ from qtool.checkpoint import formats
 from qtool.recipe.policy import Policy
 from qtool.recipe.strict import Strict
 from qtool.recipe.words import FORM, FORMS, NAME, REPOSITORY
-from qtool.scheme import named
+from qtool.scheme import CACHES, QuantizationArgs, named
 
 _MODEL = "w8a8-dynamic"  # no layer of it is float or static because of what one runtime wants
 NonEmpty = Annotated[str, Field(min_length=1)]
@@ -177,6 +177,9 @@ class Recipe(Strict):
     osl: Literal["fast", "exact"] = Field(
         default="fast", description="exact repeats Golden Stick 1.4.1 step for step; fast searches better and cheaper"
     )
+    kv_cache: Literal["fp8", "int8"] | None = Field(
+        default=None, description="how keys and values are kept in the cache; without it, as floats"
+    )
     default_scheme: str = "w8a8"
     schemes: dict[str, list[Policy]] = Field(min_length=1)
     calibration: Calibration = Calibration()
@@ -211,6 +214,11 @@ class Recipe(Strict):
         model = self.schemes.get(_MODEL, self.schemes[self.default_scheme])
         made = [policy.with_scheme(scheme) if policy.quantize else policy for policy in model]
         return self.model_copy(update={"schemes": {**self.schemes, name: made}})
+
+    @property
+    def cache(self) -> QuantizationArgs | None:
+        """How keys and values are kept in the cache; None for floats."""
+        return None if self.kv_cache is None else CACHES[self.kv_cache]
 
     def policy(self, scheme: str, linear: str) -> Policy | None:
         """The first policy of `scheme` that matches the linear's whole name, or None (it stays float).

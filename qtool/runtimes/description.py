@@ -40,11 +40,14 @@ class Quantized:
         config: its config.json.
         schemes: every linear layer's scheme by its name without ".weight"; None where it stays float.
         dtype: safetensors code of its float tensors; None where nobody knows.
+        cache: how keys and values are kept, by its name in `qtool.scheme.CACHES`; "unknown" for a way that qtool can't
+            read, None for floats.
     """
 
     config: Mapping[str, Any]
     schemes: Mapping[str, Scheme | None]
     dtype: str | None = None
+    cache: str | None = None
 
     @property
     def architecture(self) -> str:
@@ -119,6 +122,7 @@ class Reads:
         limits: what of it the runtime doesn't read.
         source: package version and files that say that it reads `studied`, but for the limits.
         studied: architectures whose way through it was read there.
+        caches: how it keeps keys and values where the files say so, by their names in `qtool.scheme.CACHES`.
     """
 
     format: str
@@ -126,6 +130,7 @@ class Reads:
     limits: tuple[Limit, ...] = ()
     source: str = ""
     studied: frozenset[str] = frozenset()
+    caches: frozenset[str] = frozenset()
 
 
 def _as_it_is(launch: Launch, checkpoint: Checkpoint) -> Launch:
@@ -195,5 +200,21 @@ class Runtime:
     def limits(self, format: str, model: Quantized) -> list[tuple[Limit, Limitation]]:
         """The same, each with what is known of it."""
         reads = self.reading(format)
-        found = ((limit, limit.find(model)) for limit in (reads.limits if reads else ()))
+        if reads is None:
+            return []
+        found = ((limit, limit.find(model)) for limit in (*reads.limits, self._cache_limit(reads)))
         return [(limit, limitation) for limit, limitation in found if limitation is not None]
+
+    def _cache_limit(self, reads: Reads) -> Limit:
+        """Keys and values that it keeps only as floats."""
+
+        def find(model: Quantized) -> Limitation | None:
+            if model.cache is None or model.cache in reads.caches:
+                return None
+            return Limitation(
+                f"keys and values are to be kept as {model.cache}, which {self.title} doesn't read of {reads.format}",
+                unread=True,
+                hint="Quantize the original without --kv-cache.",
+            )
+
+        return Limit("the cache keeps keys and values in another way", reads.source, find)

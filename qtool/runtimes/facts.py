@@ -51,7 +51,11 @@ def read_by(format: str) -> str:
 
 
 def problems(
-    format: str, config: Mapping[str, Any], schemes: Mapping[str, Scheme | None], dtype: str | None = None
+    format: str,
+    config: Mapping[str, Any],
+    schemes: Mapping[str, Scheme | None],
+    dtype: str | None = None,
+    cache: str | None = None,
 ) -> list[Limitation]:
     """What the readers of a format don't read of a model; empty when all is well.
 
@@ -61,8 +65,9 @@ def problems(
         config: the model's config.json.
         schemes: every linear layer's scheme by its name without ".weight"; None where it stays float.
         dtype: safetensors code of the float tensors, such as BF16.
+        cache: how keys and values are kept, by its name in `qtool.scheme.CACHES`; None for floats.
     """
-    model = Quantized(config, schemes, dtype)
+    model = Quantized(config, schemes, dtype, cache)
     found = [runtime.limitations(format, model) for runtime in readers(format)]
     read = any(not any(limitation.refuses for limitation in limitations) for limitations in found)
     return [each for limitations in found for each in limitations if each.fatal or not (each.unread and read)]

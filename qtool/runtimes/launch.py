@@ -83,11 +83,11 @@ def adapted(launch: Launch, checkpoint: Checkpoint) -> Launch:
 def _check(runtime: Runtime, checkpoint: Checkpoint) -> None:
     """Raises InputError where the runtime is known not to load this checkpoint, or to load noise."""
     from qtool.checkpoint import formats
-    from qtool.checkpoint.summary import float_dtype, schemes
+    from qtool.checkpoint.summary import float_dtype, kept_cache, schemes
 
     found = schemes(checkpoint)
     quantized = {name for name, scheme in found.items() if scheme is not None}
-    model = Quantized(checkpoint.config, found, float_dtype(checkpoint, quantized))
+    model = Quantized(checkpoint.config, found, float_dtype(checkpoint, quantized), kept_cache(checkpoint))
     for limitation in runtime.limitations(formats.of(checkpoint).name, model):
         if limitation.refuses:
             raise InputError(limitation.text, where=str(checkpoint.path), hint=limitation.hint)

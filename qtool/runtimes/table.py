@@ -187,11 +187,11 @@ def as_it_is(checkpoint: Checkpoint) -> list[Way]:
 
 
 def _model(checkpoint: Checkpoint) -> Quantized:
-    from qtool.checkpoint.summary import float_dtype, schemes
+    from qtool.checkpoint.summary import float_dtype, kept_cache, schemes
 
     found = schemes(checkpoint)
     quantized = {name for name, scheme in found.items() if scheme is not None}
-    return Quantized(checkpoint.config, found, float_dtype(checkpoint, quantized))
+    return Quantized(checkpoint.config, found, float_dtype(checkpoint, quantized), kept_cache(checkpoint))
 
 
 def _knowing(format: str) -> list[Runtime]:
@@ -225,7 +225,28 @@ def markdown() -> str:
     ]
     for row in table:
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in row.cells) + " |")
-    return "\n".join([*lines, *_measured(), ""])
+    return "\n".join([*lines, *_caches(), *_measured(), ""])
+
+
+def _caches() -> Iterator[str]:
+    """The part of the page about keys and values."""
+    yield from (
+        "",
+        "## Keys and values in the cache",
+        "",
+        "Where a checkpoint says that keys and values are kept in 8 bits (`quantize --kv-cache`):",
+        "",
+        "| runtime | format | keeps them as | but |",
+        "| --- | --- | --- | --- |",
+    )
+    for runtime in facts.KNOWN:
+        for reads in runtime.reads:
+            if reads.format == "float":
+                continue
+            cache = ", ".join(sorted(reads.caches)) or "floats alone: such a checkpoint is refused"
+            model = Quantized({}, {}, "BF16", min(reads.caches, default=None))
+            but = "; ".join(found.text for found in runtime.limitations(reads.format, model) if reads.caches)
+            yield f"| {runtime.title} {runtime.version} | {reads.format} | {cache} | {but} |"
 
 
 def _measured() -> Iterator[str]:

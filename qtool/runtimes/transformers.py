@@ -41,6 +41,7 @@ RUNTIME = Runtime(
                 Limit("no such model", "transformers 5.19.0: models/auto/configuration_auto.py", _unknown),
             ),
             source="transformers 5.19.0: quantizers/quantizer_compressed_tensors.py",
+            caches=frozenset({"fp8"}),
         ),
     ),
     others=True,

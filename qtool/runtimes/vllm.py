@@ -95,6 +95,7 @@ RUNTIME = Runtime(
                 ),
             ),
             source="vllm 0.32.0, 0.33.0: model_executor/layers/quantization/compressed_tensors",
+            caches=frozenset({"fp8"}),
         ),
     ),
     others=True,

@@ -70,6 +70,35 @@ def _other_names(model: Quantized) -> Limitation | None:
     )
 
 
+def _whole_channels(model: Quantized) -> Limitation | None:
+    found = [
+        name
+        for name, scheme in model.schemes.items()
+        if scheme is not None
+        and (scheme.weights.num_bits, scheme.weights.strategy) == (4, "channel")
+        and ".experts." not in name
+    ]
+    if not found:
+        return None
+    return Limitation(
+        f"{len(found)} linears have int4 weights with one scale per output channel, which vllm-ascend reads of routed "
+        "experts alone",
+        fatal=True,
+        hint="Use groups: --scheme w4a8-g128, say.",
+    )
+
+
+def _unloaded_cache(model: Quantized) -> Limitation | None:
+    if model.cache != "int8" or model.architecture in _CACHED:
+        return None
+    return Limitation(
+        f"vllm-ascend loads the scales of int8 keys and values for {', '.join(_CACHED)} alone",
+        unread=True,
+        hint="Quantize the original without --kv-cache.",
+    )
+
+
+_CACHED = ("Glm4MoeForCausalLM", "MiniMaxM2ForCausalLM", "Qwen3ForCausalLM")
 _RENAMED = "TeleChat2ForCausalLM"
 
 RUNTIME = Runtime(
@@ -99,8 +128,19 @@ RUNTIME = Runtime(
                     "vllm: telechat2.py",
                     _other_names,
                 ),
+                Limit(
+                    "ZeroDivisionError: a linear of 4 bits has groups",
+                    "vllm-ascend 0.23.0.post1: quantization/methods/w4a8.py (get_pergroup_param)",
+                    _whole_channels,
+                ),
+                Limit(
+                    "the scales of keys and values are loaded for GLM-4.5 MoE, MiniMax-M2 and Qwen3 alone",
+                    "vllm-ascend 0.23.0.post1: patch/worker/patch_gqa_c8.py, quantization/methods/kv_c8.py",
+                    _unloaded_cache,
+                ),
             ),
-            "vllm-ascend 0.23.0.post1: quantization/modelslim_config.py, quantization/methods/w8a8_{static,dynamic}.py",
+            "vllm-ascend 0.23.0.post1: quantization/modelslim_config.py, "
+            "quantization/methods/{w8a8_static,w8a8_dynamic,w4a8}.py",
             frozenset(
                 {
                     "DeepseekV3ForCausalLM",
@@ -112,6 +152,7 @@ RUNTIME = Runtime(
                     "Qwen3MoeForCausalLM",
                 }
             ),
+            frozenset({"int8"}),
         ),
     ),
     hardware=("ascend",),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from qtool.scheme.description import QuantizationArgs, Scheme, Strategy
 from qtool.scheme.presets import (
+    CACHES,
     FP8_BLOCK,
+    FP8_CACHE,
     FP8_DYNAMIC,
+    INT8_CACHE,
     PRESETS,
     W4A8,
     W4A16,
@@ -13,13 +16,17 @@ from qtool.scheme.presets import (
     W8A8_ASYMMETRIC,
     W8A8_DYNAMIC,
     W8A16,
+    cache_name,
     name_of,
     named,
 )
 
 __all__ = [
+    "CACHES",
     "FP8_BLOCK",
+    "FP8_CACHE",
     "FP8_DYNAMIC",
+    "INT8_CACHE",
     "PRESETS",
     "W4A8",
     "W4A16",
@@ -30,6 +37,7 @@ __all__ = [
     "QuantizationArgs",
     "Scheme",
     "Strategy",
+    "cache_name",
     "name_of",
     "named",
 ]

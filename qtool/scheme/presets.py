@@ -40,6 +40,15 @@ FP8_BLOCK = Scheme(
 )
 """e4m3 weights, blocks of 128 x 128 with one scale; e4m3 activations with a scale for 128 channels of a token."""
 
+FP8_CACHE = QuantizationArgs(type="float", strategy="tensor")
+"""e4m3 keys and values in the cache, each with one scale for a layer, from calibration."""
+
+INT8_CACHE = QuantizationArgs(strategy="channel", symmetric=False)
+"""int8 keys and values in the cache, with a scale and a zero point for each channel of a head, from calibration."""
+
+CACHES = {"fp8": FP8_CACHE, "int8": INT8_CACHE}
+"""What keys and values can be kept as, by its name."""
+
 PRESETS = {
     "W8A8": W8A8,
     "W8A8-dynamic": W8A8_DYNAMIC,
@@ -57,6 +66,11 @@ _SHARED = re.compile(r"(?P<name>.+)-(?:g(?P<size>[1-9]\d{0,5})|channel)", re.IGN
 def name_of(scheme: Scheme) -> str | None:
     """The usual name of a scheme; None where it has none."""
     return next((name for name, preset in PRESETS.items() if preset == scheme), None)
+
+
+def cache_name(args: QuantizationArgs) -> str:
+    """What `CACHES` calls this way to keep keys and values. Raises KeyError for another."""
+    return {known: name for name, known in CACHES.items()}[args]
 
 
 def named(name: str) -> Scheme | None:

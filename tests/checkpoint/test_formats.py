@@ -22,7 +22,7 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.writer import CheckpointWriter, Sharding
 from qtool.errors import InputError, QtoolError
 from qtool.quant.types import QuantizedLinear
-from qtool.scheme import W8A8, W8A8_DYNAMIC, QuantizationArgs, Scheme
+from qtool.scheme import W8A8, W8A8_DYNAMIC, QuantizationArgs, Scheme, named
 from tests.fake_quantized import FakeQuantized
 
 Layers = dict[str, QuantizedLinear]
@@ -657,3 +657,61 @@ def test_the_size_of_a_layer_is_estimated(
     layer = random_layer(48, 64, static=static)
     made = formats.get(name).tensors("q", layer, torch.float32).values()
     assert sum(tensor.nbytes for tensor in made) == formats.get(name).nbytes((48, 64), layer.scheme)
+
+
+# ------------------------------------------------------------------ int4 of modelslim
+
+
+def int4(out: int, width: int, group: int | None, seed: int = 0) -> QuantizedLinear:
+    """Random integers of 4 bits; scales are bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-8, 8, (out, width), generator=generator, dtype=torch.int8)
+    shape = (out,) if group is None else (out, width // group)
+    scale = (torch.rand(shape, generator=generator) / 64 + 1e-3).bfloat16().float()
+    scheme = named("w4a8-channel" if group is None else f"w4a8-g{group}")
+    assert scheme is not None
+    return QuantizedLinear(scheme, weight, scale)
+
+
+@pytest.mark.parametrize("group", [None, 32])
+@pytest.mark.parametrize(("name", "parts"), [("up_proj", 1), ("down_proj", 16)])
+def test_modelslim_of_four_bits(tmp_path: Path, group: int | None, name: str, parts: int) -> None:
+    form, layer, full = formats.get("modelslim"), int4(16, 64, group), f"model.layers.0.mlp.{name}"
+    with CheckpointWriter(tmp_path / "m", form) as writer:
+        writer.add_linear(full, layer, torch.bfloat16)
+        writer.finish(None, {"dtype": "bfloat16"}, {})
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    assert_same(linear(checkpoint, full), layer)
+    description = json.loads((tmp_path / "m" / "quant_model_description.json").read_text())
+    wanted = {"version": "1.0.0", "model_quant_type": "W4A8_DYNAMIC", "group_size": group or 0}
+    assert wanted.items() <= description.items()
+    assert {description[each] for each in checkpoint.names} == {"W4A8_DYNAMIC"}
+    packed = checkpoint.tensor(f"{full}.weight").numpy().astype(np.int16)
+    np.testing.assert_array_equal(((packed & 15) ^ 8) - 8, layer.weight.numpy()[::2])  # the low bits first
+    np.testing.assert_array_equal(packed >> 4, layer.weight.numpy()[1::2])
+    scale = layer.weight_scale.numpy().reshape(16, -1)
+    values = layer.weight.numpy() * np.repeat(scale, 64 // scale.shape[1], axis=1)
+    bias = 8 * values.reshape(16, parts, -1).sum(axis=2)
+    np.testing.assert_allclose(checkpoint.tensor(f"{full}.scale_bias").numpy(), bias, rtol=1e-5, atol=1e-6)
+    for part in ("weight_scale", "weight_scale_second"):  # a runtime holds them in the model's dtype
+        if f"{full}.{part}" in checkpoint:
+            stored = checkpoint.tensor(f"{full}.{part}")
+            assert torch.equal(stored.bfloat16().float(), stored)
+
+
+def test_modelslim_has_one_group_size() -> None:
+    schemes = {f"model.layers.0.mlp.{part}_proj": named(f"w4a8-g{size}") for part, size in (("up", 32), ("down", 64))}
+    (problem,) = (each for each in formats.get("modelslim").problems(schemes) if "group_size" in each.text)
+    assert "not 32 and 64" in problem.text
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "says"), [("up_proj", (12, 64), "8 output"), ("o_proj", (16, 40), "16 cards")]
+)
+def test_shapes_that_four_bits_do_not_fit(name: str, shape: tuple[int, int], says: str) -> None:
+    scheme = named("w4a8-g8")
+    assert scheme is not None
+    form = formats.get("modelslim")
+    assert says in str(form.misfit(name, shape, scheme))
+    assert form.misfit("up_proj", (16, 40), scheme) is None
+    assert form.misfit(name, shape, W8A8_DYNAMIC) is None

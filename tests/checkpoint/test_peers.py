@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from qtool.checkpoint import formats
+from qtool.checkpoint.reader import Checkpoint
+from tests import families
 from tests.fake_quantized import FakeQuantized
 from tests.managed import REPOSITORY, VLLM_ASCEND, unpacked
 
@@ -48,6 +52,57 @@ def test_vllm_ascend_reads_modelslim(
     assert noise > 0.01 * plain.norm()  # quantization does show
     # it computes in bfloat16, which adds noise of its own
     assert float((found[:, : expected.shape[1]] - expected).norm()) < 0.7 * noise
+
+
+def nibbles(tensors: dict[str, Any], name: str) -> tuple[Any, Any]:
+    """A layer of 4 bits in modelslim's files, by their own words: integers and scales of each, [out, in]."""
+    packed = tensors[f"{name}.weight"].astype(np.int16)
+    fields = np.stack((packed & 15, (packed >> 4) & 15), axis=1).reshape(2 * len(packed), -1)
+    scale = tensors[f"{name}.weight_scale"] * tensors[f"{name}.weight_scale_second"]
+    return np.where(fields > 7, fields - 16, fields), np.repeat(scale, fields.shape[1] // scale.shape[1], axis=1)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_vllm_ascend_reads_four_bits(
+    model_type: str, tiny_tokenizer: Any, run_qtool: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Its matrices, made ready for its kernels, are what the files stand for and what qtool meant."""
+    source = families.make(tmp_path / "float", model_type, tiny_tokenizer)
+    options = ("--scheme", "w4a8-g32", "--format", "modelslim", "--samples", "4", "--seq-len", "64")
+    done = run_qtool("quantize", source, "--output", tmp_path / "made", "--engine", "native", *options)
+    assert done.code == 0, done.stderr
+    path = os.pathsep.join(map(str, (REPOSITORY, unpacked(VLLM_ASCEND))))
+    command = [sys.executable, *map(str, (HERE / "vllm_ascend_w4a8.py", tmp_path / "made", tmp_path / "out.npz"))]
+    read = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True)
+    assert read.returncode == 0, read.stderr[-3000:]
+    line = json.loads(read.stdout.splitlines()[-1])
+    assert not line["untouched"]
+    assert not line["unread"]
+    stored = {
+        name: each for file in (tmp_path / "made").glob("*.safetensors") for name, each in load_file(file).items()
+    }
+    tensors = {name: (each.float() if each.dtype == torch.bfloat16 else each).numpy() for name, each in stored.items()}
+    checkpoint = Checkpoint.open(tmp_path / "made")
+    form, found = formats.of(checkpoint), np.load(tmp_path / "out.npz")
+    assert len(found)
+    fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    fused |= {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}
+    for key in found:
+        owner, _, part = key.removesuffix(".bias").rpartition(".")
+        experts = range(len(found[key])) if part in ("w13", "w2") else [None]
+        prefix = owner.removesuffix(".routed_experts")
+        for expert in experts:
+            expected = []
+            for part_of in fused.get(part, (part,)):
+                name = f"{prefix}.{part_of}" if expert is None else f"{prefix}.{expert}.{part_of}"
+                integers, scale = nibbles(tensors, name)
+                linear = form.read_linear(checkpoint, name)
+                assert linear is not None
+                np.testing.assert_array_equal(linear.dequantize().numpy(), (integers * scale).astype(np.float32))
+                expected.append(8 * (integers * scale).sum(1) if key.endswith(".bias") else (integers * scale).T)
+            given = found[key] if expert is None else found[key][expert]
+            # the sixteen parts of a bias are summed in another order
+            np.testing.assert_allclose(given, np.concatenate(expected, axis=-1), rtol=1e-5, atol=1e-4)
 
 
 def test_vllm_mindspore_reads_golden_stick(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import sys
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -19,6 +20,7 @@ UNUSED = (
     "torch_npu",
     "vllm_ascend.ascend_config",
     "vllm_ascend.ascend_forward_context",
+    "vllm_ascend.attention",
     "vllm_ascend.distributed",
     "vllm_ascend.flash_common3_context",
     "vllm_ascend.ops",
@@ -41,10 +43,12 @@ allow_tiles()  # no plugin does it here
 import torch  # noqa: E402
 import torch_npu  # type: ignore[import-not-found]  # noqa: E402
 import vllm.model_executor.layers.fused_moe as fused_moe  # noqa: E402
+import vllm_ascend.attention.attention_v1  # type: ignore[import-not-found]  # noqa: E402
 import vllm_ascend.distributed.parallel_state  # type: ignore[import-not-found]  # noqa: E402
 import vllm_ascend.ops.fused_moe.fused_moe  # type: ignore[import-not-found]  # noqa: E402
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl  # noqa: E402
 
 vllm_ascend.distributed.parallel_state.get_mc2_group = object  # no group of cards
 vllm_ascend.ops.fused_moe.fused_moe.AscendUnquantizedFusedMoEMethod = fused_moe.UnquantizedFusedMoEMethod
@@ -93,6 +97,10 @@ torch_npu.npu_dynamic_quant = npu_dynamic_quant
 library = torch.library.Library("vllm", "FRAGMENT")
 library.define("quantize(Tensor x, Tensor scale, Tensor reciprocal, Tensor offset) -> Tensor")
 library.impl("quantize", quantize, "CPU")
+
+# What it computes attention with is Ascend's; what it loads of an int8 cache is its own patch of vLLM's models.
+vllm_ascend.attention.attention_v1.AscendC8AttentionBackendImpl = CPUAttentionBackendImpl
+runpy.run_path(str(Path(vllm_ascend.utils.__file__).parent / "patch/worker/patch_gqa_c8.py"))
 
 # One card, no special layout of weights, nothing fetched ahead.
 for switch in ("oproj_tp_enable", "mlp_tp_enable", "flashcomm2_enable", "enable_dsa_cp_with_layer_shard"):

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 os.environ |= {"VLLM_PLUGINS": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -60,7 +61,10 @@ AutoConfig.register("telechat", TeleChat2Config)
 OPTIONAL = re.compile(r"\.attn\.([qkv]|prob)_(scale|zero_point)$")
 
 
-def read(folder: str, quantization: str | None = None) -> dict[str, Any]:
+def read(
+    folder: str, quantization: str | None = None, look: Callable[[torch.nn.Module], None] | None = None
+) -> dict[str, Any]:
+    """What of a folder is loaded. `look` gets the model afterwards."""
     config = EngineArgs(
         model=folder, dtype="bfloat16", enforce_eager=True, quantization=quantization, max_model_len=128
     ).create_engine_config()
@@ -77,6 +81,8 @@ def read(folder: str, quantization: str | None = None) -> dict[str, Any]:
             Watched.looked_into = set()
             loader = get_model_loader(config.load_config)
             model.load_weights(watched(loader.get_all_weights(config.model_config, model), names))
+            if look is not None:
+                look(model)
         finally:
             cleanup_dist_env_and_memory()
     wanted = {name: parameter for name, parameter in parameters.items() if not OPTIONAL.search(name)}

@@ -370,14 +370,14 @@ REFUSALS: dict[str, tuple[str, str, Callable[[Path], object], str, str]] = {
         "static",
         lambda m: quantization(m, kv_cache_scheme={"num_bits": 8}),
         "modelslim",
-        "key/value cache",
+        "keys and values are quantized, but not in the way",
     ),
     "another quantized cache": (
         "modelslim",
         "static",
         lambda m: description(m, DESCRIPTION, kv_cache_type="C8"),
         "compressed-tensors",
-        "key/value cache",
+        "keys and values are kept as int8, which is not converted",
     ),
     "four bits": (
         "modelslim",

@@ -23,7 +23,7 @@ from qtool.quant.group import Storage, quantize_group
 from qtool.quant.layer import smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import linear_layers
-from qtool.quant.types import QuantizedLinear
+from qtool.quant.types import QuantizedCache, QuantizedLinear
 from qtool.recipe.schema import Policy
 
 WIDTH = 64
@@ -102,6 +102,9 @@ class Rotated:
         return self.tensor(name)
 
     def linear(self, name: str) -> QuantizedLinear | None:
+        return None
+
+    def cache(self, name: str) -> QuantizedCache | None:
         return None
 
     def row_step(self, name: str) -> int:

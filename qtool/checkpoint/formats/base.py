@@ -15,7 +15,7 @@ from qtool.checkpoint.formats.fused import disagreements
 from qtool.checkpoint.formats.scales import round_to
 from qtool.checkpoint.formats.stored import Stored
 from qtool.errors import InputError
-from qtool.scheme import Scheme
+from qtool.scheme import QuantizationArgs, Scheme, cache_name
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qtool.checkpoint.formats.packed import PackedWeight
     from qtool.checkpoint.header import TensorInfo
     from qtool.checkpoint.reader import Checkpoint
-    from qtool.quant.types import QuantizedLinear
+    from qtool.quant.types import QuantizedCache, QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Format(ABC):
         config_keys: of config.json that belong to the format and not to the model.
         weight_parts: last parts of the names of tensors that hold a weight; each linear layer has one of them.
         is_float: `FloatReader` reads it, and it can be quantized.
+        cache_parts: last parts of the names of tensors that say how keys and values are kept.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Format(ABC):
     config_keys: ClassVar[tuple[str, ...]] = ("quantization_config",)
     weight_parts: ClassVar[tuple[str, ...]] = ("weight",)
     is_float: ClassVar[bool] = False
+    cache_parts: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def detect(self, config: Mapping[str, Any], files: Container[str]) -> bool:
@@ -92,6 +94,17 @@ class Format(ABC):
         """
         self.weight(checkpoint, name)
         self.scheme(checkpoint, name)
+        return None
+
+    def cache_scheme(self, checkpoint: Checkpoint) -> QuantizationArgs | None:
+        """How the keys and values of a model are kept, one of `qtool.scheme.CACHES`; None where they stay float.
+
+        Raises UnknownScheme for ways that qtool can't represent.
+        """
+        return None
+
+    def read_cache(self, checkpoint: Checkpoint, name: str) -> QuantizedCache | None:
+        """The same for an attention module by its name, with scales. Raises InputError for tensors that don't fit."""
         return None
 
     def is_source(self, checkpoint: Checkpoint) -> bool:
@@ -172,11 +185,13 @@ class QuantizedFormat(Writable):
 
     Attributes:
         schemes: that it can express.
+        caches: how it can say that keys and values are kept.
         parts: the last parts of the names of all tensors that it may keep of a layer.
         scale_parts: those of them that hold weight scales; the first that is there counts.
     """
 
     schemes: ClassVar[tuple[Scheme, ...]]
+    caches: ClassVar[tuple[QuantizationArgs, ...]] = ()
     parts: ClassVar[frozenset[str]]
     scale_parts: ClassVar[tuple[str, ...]] = ("weight_scale",)
 
@@ -190,6 +205,10 @@ class QuantizedFormat(Writable):
 
         Raises QtoolError when a scale is not a positive finite number.
         """
+
+    def cache_tensors(self, name: str, cache: QuantizedCache) -> dict[str, torch.Tensor]:
+        """The tensors that say how an attention module's keys and values are kept, by their full names."""
+        raise NotImplementedError
 
     @abstractmethod
     def read(self, stored: Stored, scheme: Scheme) -> QuantizedLinear:
@@ -213,7 +232,17 @@ class QuantizedFormat(Writable):
         """About how many bytes the tensors of a layer [out, in] take, but for its bias."""
 
     def check_only_linears(self, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> None:
-        """Raises InputError where something else than these linear layers is quantized, such as the cache."""
+        """Raises InputError where something else is quantized than these linear layers, and keys and values."""
+
+    def cache_problem(self, cache: QuantizationArgs) -> Inexpressible | None:
+        """Why this format can't say that keys and values are kept so; None where it can."""
+        if cache in self.caches:
+            return None
+        known = ", ".join(map(cache_name, self.caches))
+        return Inexpressible(
+            f"{self.name} can't say that keys and values are kept as {cache_name(cache)}",
+            hint=f"{self.name} has {known}" if known else "leave out --kv-cache, or take another --format",
+        )
 
     def problems(self, schemes: Mapping[str, Scheme | None]) -> list[Inexpressible]:
         """What this format can't express of a plan (layer name → scheme, None: float); empty when all is well."""
@@ -231,6 +260,10 @@ class QuantizedFormat(Writable):
         ]
         fused = "give the same policy to all layers that the runtime fuses"
         return found + [Inexpressible(text, hint=fused) for text in disagreements(schemes)]
+
+    def misfit(self, name: str, shape: tuple[int, int], scheme: Scheme) -> str | None:
+        """Why a layer of this name and shape (out, in) can't be of a scheme that the format has; None where it can."""
+        return None
 
     def storable_scale(self, value: float, dtype: torch.dtype) -> float:
         """The static input scale that a runtime will compute with when given `value` in a model of `dtype`. Whoever

@@ -13,6 +13,9 @@ besides as int8 for ARM processors alone (compressed_tensors.py and kernels/line
 Which layer is which stands in config.json, as groups of targets: module names, regexes after `re:` that must match
 from the start of a name, or a class of modules, Linear.
 
+Keys and values: `kv_cache_scheme` says how they are kept, and `k_scale` and `v_scale` float32 [1] of an attention
+module what a step is worth. vLLM 0.32 takes e4m3 alone (compressed_tensors.py, CompressedTensorsKVCacheMethod).
+
 Scales: vLLM 0.32 holds them in float32, whatever it reads; transformers 5.19 (compressed-tensors 0.17) casts
 them to the model's dtype. So that both compute with the same numbers, a scale is stored in the model's dtype
 where that loses nothing, else in float32; `storable_scale` and `storable_weight_scale` give, for a bfloat16
@@ -42,9 +45,10 @@ from qtool.checkpoint.formats.scales import check_scales, round_to
 from qtool.checkpoint.formats.stored import Stored
 from qtool.checkpoint.formats.targets import is_plain, targets
 from qtool.errors import InputError
-from qtool.quant.types import QuantizedLinear
+from qtool.quant.types import CacheScales, QuantizedCache, QuantizedLinear
 from qtool.scheme import (
     FP8_BLOCK,
+    FP8_CACHE,
     FP8_DYNAMIC,
     W4A8,
     W4A16,
@@ -65,6 +69,7 @@ if TYPE_CHECKING:
 _INT, _PACK, _FLOAT = "int-quantized", "pack-quantized", "float-quantized"
 _PACKED, _SHAPE = "weight_packed", "weight_shape"
 _ZERO_POINT = "input_zero_point"
+_KEYS, _VALUES = "k_scale", "v_scale"
 _SIZES = {"group": {"group_size"}, "block": {"block_structure"}}
 _FLOAT_WEIGHTS = (FP8_DYNAMIC.weights, FP8_BLOCK.weights)
 _FIELDS = tuple(field.name for field in dataclasses.fields(QuantizationArgs))
@@ -77,6 +82,9 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat, PackedFormat):
     parts = frozenset(
         ("weight", _PACKED, _SHAPE, "weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "bias")
     )
+    caches = (FP8_CACHE,)
+    # llm-compressor writes further ones, which say nothing for keys and values that are symmetric.
+    cache_parts = frozenset((_KEYS, _VALUES, "q_scale", "k_zero_point", "v_zero_point", "q_zero_point"))
     weight_parts = ("weight", _PACKED)
     packed_parts = (parts - {"bias"}) | fp4.PARTS
 
@@ -149,7 +157,7 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat, PackedFormat):
             "format": "mixed-precision" if mixed else layouts[0],
             "quantization_status": "compressed",
             "global_compression_ratio": None,
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": _written(FP8_CACHE) if any(name.endswith(f".{_KEYS}") for name in names) else None,
             "config_groups": {
                 f"group_{i}": {
                     "targets": ["Linear"] if by_class else targets(schemes, scheme, config.get("model_type")),
@@ -244,9 +252,28 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat, PackedFormat):
         scale = stored.input_scale(1)
         return scale, stored.zero_point(_ZERO_POINT, 1, W8A8.activations) if stored.has(_ZERO_POINT) else 0
 
-    def check_only_linears(self, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> None:
-        if checkpoint.config["quantization_config"].get("kv_cache_scheme"):
-            raise InputError("its key/value cache is quantized too, which is not converted", where=str(checkpoint.path))
+    def cache_tensors(self, name: str, cache: QuantizedCache) -> dict[str, torch.Tensor]:
+        return {f"{name}.{_KEYS}": cache.keys.scale, f"{name}.{_VALUES}": cache.values.scale}
+
+    def cache_scheme(self, checkpoint: Checkpoint) -> QuantizationArgs | None:
+        found = checkpoint.config["quantization_config"].get("kv_cache_scheme")
+        if not found:
+            return None
+        args = _args(found)
+        if args not in self.caches:
+            what = "keys and values are quantized, but not in the way that qtool knows (e4m3, one scale for a layer)"
+            raise UnknownScheme(what, where=str(checkpoint.path / "config.json"))
+        return args
+
+    def read_cache(self, checkpoint: Checkpoint, name: str) -> QuantizedCache | None:
+        import torch
+
+        args, stored = self.cache_scheme(checkpoint), Stored(checkpoint, name)
+        if args is None:
+            return None
+        keys, values = (stored.scale(part, 1) for part in (_KEYS, _VALUES))
+        zero = torch.zeros(1)
+        return QuantizedCache(args, CacheScales(keys, zero), CacheScales(values, zero))
 
 
 def _is_packed(scheme: Scheme) -> bool:

@@ -15,7 +15,7 @@ from qtool.checkpoint.formats.base import QuantizedFormat, UnknownScheme
 from qtool.checkpoint.formats.stored import Stored
 from qtool.errors import InputError
 from qtool.quant.types import QuantizedLinear
-from qtool.scheme import W8A8, W8A8_DYNAMIC, Scheme
+from qtool.scheme import INT8_CACHE, W8A8, W8A8_DYNAMIC, QuantizationArgs, Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 TYPES: dict[Scheme | None, str] = {W8A8: "W8A8", W8A8_DYNAMIC: "W8A8_DYNAMIC", None: "FLOAT"}
 """A scheme, in the word that description files have for it."""
 
-_OTHER_TYPES = ("kv_quant_type", "kv_cache_type", "fa_quant_type", "indexer_quant_type")
+_OTHER_TYPES = ("fa_quant_type", "indexer_quant_type")
+CACHE_TYPES = ("kv_cache_type", "kv_quant_type")
 
 
 class DescribedFormat(QuantizedFormat):
     """Its `files` are one file: the description."""
 
-    schemes = (W8A8, W8A8_DYNAMIC)
+    schemes: ClassVar[tuple[Scheme, ...]] = (W8A8, W8A8_DYNAMIC)
     parts = frozenset(
         ("weight", "weight_scale", "weight_offset", "input_scale", "input_offset", "deq_scale", "quant_bias", "bias")
     )
@@ -59,12 +60,25 @@ class DescribedFormat(QuantizedFormat):
     def check_only_linears(self, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> None:
         described = self.described(checkpoint)
         for name, kind in described.items():
-            if name in checkpoint and name.rpartition(".")[0] not in schemes and kind != TYPES[None]:
+            owner, _, part = name.rpartition(".")
+            known = owner in schemes or part in self.cache_parts or kind == TYPES[None]
+            if name in checkpoint and not known:
                 raise InputError(f"{name} is {str(kind)[:40]}, which is not converted", where=str(checkpoint.path))
         for key in _OTHER_TYPES:
-            if described.get(key) not in (None, "", "FLOAT"):
-                what = f"its key/value cache is quantized too ({key}: {described[key]}), which is not converted"
+            if described.get(key) not in (None, "", TYPES[None]):
+                what = f"its attention is quantized too ({key}: {described[key]}), which is not converted"
                 raise InputError(what, where=str(checkpoint.path))
+
+    def cache_scheme(self, checkpoint: Checkpoint) -> QuantizationArgs | None:
+        described = self.described(checkpoint)
+        for key in CACHE_TYPES:
+            kind = described.get(key)
+            if kind == "C8" and INT8_CACHE in self.caches:
+                return INT8_CACHE
+            if kind not in (None, "", TYPES[None]):
+                what = f"keys and values are quantized in a way that qtool doesn't read ({key}: {str(kind)[:40]})"
+                raise UnknownScheme(what, where=str(checkpoint.path / self.files[0]))
+        return None
 
     def read_parts(self, stored: Stored, scheme: Scheme) -> QuantizedLinear:
         """A layer from the parameters that both formats have."""

@@ -71,6 +71,11 @@ def dry_run(job: QuantizationJob, on_event: OnEvent) -> DryRun:
     )
 
 
+_NO_CACHE = (
+    "mindspore-gs quantizes keys and values in MindFormers' older models alone, which vLLM-MindSpore doesn't run"
+)
+
+
 def beyond(job: QuantizationJob) -> str | None:
     """Why Golden Stick can't do a job, in words; None where it can, as far as config.json and the recipe tell.
 
@@ -80,6 +85,8 @@ def beyond(job: QuantizationJob) -> str | None:
     for policy in job.recipe.schemes[job.scheme]:
         if policy.quantize and policy.scheme not in (W8A8, W8A8_DYNAMIC):
             return f"mindspore-gs quantizes to W8A8, not {policy.scheme.label}"
+    if job.recipe.cache is not None:
+        return _NO_CACHE
     try:
         _through_mindone(checkpoint, job.devices or job.recipe.launch.devices, job.output.format)
     except InputError as error:
@@ -126,6 +133,9 @@ def _prepare(job: QuantizationJob, on_event: OnEvent) -> _Prepared:
     plan.refuse_quantized(checkpoint)
     planned = plan.make(checkpoint, job.recipe, job.scheme, job.output.format, _linears(checkpoint), symmetric=True)
     _refuse_schemes(planned, f"recipe {job.recipe.name}, scheme {job.scheme}")
+    if job.recipe.cache is not None:
+        hint = "Take --engine native, or leave out --kv-cache."
+        raise InputError(_NO_CACHE, where=f"recipe {job.recipe.name}, kv_cache: {job.recipe.kv_cache}", hint=hint)
     devices = job.devices or job.recipe.launch.devices
     through_mindone = _through_mindone(checkpoint, devices, job.output.format)
     policies = job.recipe.schemes[job.scheme]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -15,6 +15,7 @@ from qtool.engines.native import device
 from qtool.engines.native.device import ELEMENTS, Room
 from qtool.model.decoder import DecoderStream
 from qtool.quant.group import Storage
+from qtool.scheme import QuantizationArgs
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,13 @@ class Context:
     Attributes:
         model: the float model.
         format: of the output.
+        cache: how keys and values are kept; None for floats.
         rows: how many elements of a weight are rounded at a time on a device.
     """
 
     model: DecoderStream
     format: QuantizedFormat
+    cache: QuantizationArgs | None = None
     rows: Room = field(default_factory=lambda: Room(ELEMENTS, ELEMENTS, print))
 
     def storage(self, weight: str) -> Storage:
@@ -49,6 +52,7 @@ class Setup:
         threads: how many to compute with; results depend on it in the last bits.
         device_memory: bytes of the device that a process may take; None for whatever is there.
         elements: of a weight, to be rounded at a time on a device.
+        cache: how keys and values are kept; None for floats.
     """
 
     path: str
@@ -59,6 +63,7 @@ class Setup:
     threads: int
     device_memory: int | None = None
     elements: int = ELEMENTS
+    cache: QuantizationArgs | None = None
 
     def open(self, card: int | None = None) -> Context:
         """In a process that has nothing yet. Raises InputError when the checkpoint can't be opened any more.
@@ -75,7 +80,9 @@ class Setup:
     @property
     def decisive(self) -> dict[str, object]:
         """What decides about the bytes of the output."""
-        return vars(self) | {"dtype": str(self.dtype), "path": "", "device_memory": None, "elements": 0}
+        cache = self.cache and asdict(self.cache)
+        rest = {"dtype": str(self.dtype), "path": "", "device_memory": None, "elements": 0, "cache": cache}
+        return vars(self) | rest
 
     def of(self, checkpoint: Checkpoint, tell: Callable[[str], None] = print) -> Context:
         """With a checkpoint that is open; `tell` hears when less goes to the device at a time than was planned.
@@ -92,7 +99,7 @@ class Setup:
         few = min(self.elements, 1 << 18)
         message = "the device's memory ran out: from here on {} million numbers of a weight are rounded at a time"
         room = Room(self.elements, few, lambda size: tell(message.format(round(size / 1e6, 1))))
-        return Context(model, formats.get(self.format), room)
+        return Context(model, formats.get(self.format), self.cache, room)
 
 
 def storage(output_format: QuantizedFormat, dtype: torch.dtype) -> Storage:

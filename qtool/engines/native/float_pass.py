@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from qtool.model.activations import Activations, Resident
+from qtool.model.caches import refuse
 from qtool.model.decoder import DecoderStream
 from qtool.model.experts import Handler
 from qtool.model.observe import observe
 from qtool.model.state import Batch, State
 from qtool.model.statefile import StateFile
 from qtool.model.weights import largest, refuse_damage, refuse_large
+from qtool.quant.cache import CacheStatistics
 from qtool.quant.statistics import InputStatistics
 
 
@@ -44,23 +46,32 @@ class FloatPass:
         """Of all samples."""
         return self.ids.numel()
 
-    def run(self, layer: nn.Module, statistics: Mapping[str, InputStatistics], experts: Handler | None = None) -> None:
+    def run(
+        self,
+        layer: nn.Module,
+        statistics: Mapping[str, InputStatistics],
+        experts: Handler | None = None,
+        caches: Mapping[str, CacheStatistics] | None = None,
+    ) -> None:
         """Run the layer on all samples; what enters the linears that `statistics` names is counted.
 
         Args:
             experts: takes the place of the layer's routed experts.
+            caches: count the keys and values of the attention modules of these names.
 
         Raises InputError when activations can't be true: the weights before them are damaged.
         """
         name, start = self.model.layer_name(self.index), 0
         check = _Check(self.model)
-        for batch in observe(self.model, self.index, layer, self._batches(), statistics, experts):
+        for batch in observe(self.model, self.index, layer, self._batches(), statistics, experts, caches):
             check.add(name, batch.state)
             self.leaving.write(start, batch.state)
             start += len(batch.ids)
         for linear, seen in statistics.items():
             check.add(f"{name}.{linear}", (seen.amax,))
         check.finish()
+        if any(seen.keys is None for seen in (caches or {}).values()):
+            raise refuse(name, str(self.model.checkpoint.path / "config.json"))
 
     def runs(self, layer: nn.Module) -> list[Callable[[], torch.Tensor]]:
         """For each sample a call of the layer on it, of a decoder that hands on hidden states and nothing else."""

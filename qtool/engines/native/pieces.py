@@ -14,7 +14,7 @@ from qtool.checkpoint.transposed import is_transposed
 from qtool.checkpoint.writer import CheckpointWriter
 from qtool.model.decoder import DecoderStream
 from qtool.quant.report import GroupReport
-from qtool.quant.types import QuantizedLinear
+from qtool.quant.types import QuantizedCache, QuantizedLinear
 from qtool.transfers import Behind
 
 
@@ -32,6 +32,13 @@ class Float(NamedTuple):
     tensor: torch.Tensor
 
 
+class Cache(NamedTuple):
+    """How keys and values are kept, under the checkpoint's name of their attention module."""
+
+    name: str
+    cache: QuantizedCache
+
+
 class Output(NamedTuple):
     """What a lot of experts adds to the layer's output: float32 [n, hidden], for the task's tokens, where these are."""
 
@@ -44,7 +51,7 @@ class Row(NamedTuple):
     report: GroupReport
 
 
-Piece = Linear | Float | Output | Row
+Piece = Linear | Float | Cache | Output | Row
 
 
 @dataclass
@@ -87,6 +94,8 @@ class PieceWriter:
                     matrix = name.endswith(".weight") and is_transposed(config, name.removesuffix(".weight"))
                     stored = (tensor.t() if matrix else tensor).to(weights.dtype(name))
                     self._behind.do(partial(self._writer.add, name, stored), stored.nbytes)
+                case Cache(name, cache):
+                    self._behind.do(partial(self._writer.add_cache, name, cache))
                 case Row(report):
                     written.reports.append(report)
                 case Output(tensor):

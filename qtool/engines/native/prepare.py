@@ -18,7 +18,7 @@ from qtool.engines.native.estimate import ResourceEstimate
 from qtool.engines.plan import QuantizationPlan
 from qtool.engines.report import DryRun, EstimatedResources
 from qtool.errors import InputError
-from qtool.model import selection
+from qtool.model import caches, selection
 from qtool.model.decoder import DecoderStream
 
 if TYPE_CHECKING:
@@ -100,6 +100,8 @@ def prepare(job: QuantizationJob, report: Report) -> Prepared:
     context.model.prologue(torch.tensor([[0, 1]]))  # what can't be run shows before any work, and in a dry run
     if job.recipe.osl == "exact":
         _refuse_unusual(job, context.model)
+    if job.recipe.cache is not None:
+        _refuse_cacheless(job, context.model)
     for warning in planned.warnings:
         report.warning(warning)
     several = job.devices if (job.devices or 1) > 1 else 0
@@ -142,6 +144,7 @@ def _setup(job: QuantizationJob, checkpoint: Checkpoint) -> Setup:
         format=job.output.format,
         threads=torch.get_num_threads(),
         device_memory=job.resources.device_memory,
+        cache=job.recipe.cache,
     )
 
 
@@ -162,6 +165,19 @@ def _on_device(
             f"what doesn't fit goes there in smaller parts, which takes longer"
         )
     return found
+
+
+def _refuse_cacheless(job: QuantizationJob, model: DecoderStream) -> None:
+    """Raises InputError where keys and values are not what the cache keeps, or go another way."""
+    if job.recipe.osl == "exact":
+        raise InputError(
+            "osl: exact is Golden Stick's search, which leaves keys and values float",
+            where=f"recipe {job.recipe.name}, kv_cache: {job.recipe.kv_cache}",
+            hint="use osl: fast",
+        )
+    for index in range(model.depth):
+        if not model.is_idle(index) and (model.attention(index) is None or not model.is_plain):
+            raise caches.refuse(model.layer_name(index), str(model.checkpoint.path / "config.json"))
 
 
 def _refuse_unusual(job: QuantizationJob, model: DecoderStream) -> None:

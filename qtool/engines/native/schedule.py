@@ -31,6 +31,7 @@ from qtool.model.observe import sample_stride
 from qtool.model.probe import Probed, probe
 from qtool.model.recorder import Recorder
 from qtool.model.statefile import StateFile
+from qtool.quant.cache import CacheStatistics
 from qtool.quant.group import needs_hessian, policy_of
 from qtool.quant.report import GroupReport
 from qtool.quant.statistics import InputStatistics
@@ -156,7 +157,7 @@ class Schedule:
                 stack.enter_context(self._model.weights.holding(weights))
             with self._model.layer(index) as layer:
                 linears, added = self._linears(index, layer)
-                statistics, recorder = self._run(floats, layer, linears, added, stack)
+                statistics, caches, recorder = self._run(floats, layer, linears, added, stack)
                 router = layer.get_parameter(routed.router).float() if routed and routed.router else None
             experts: list[ExpertTokens] = []
             if recorder and not added:
@@ -167,7 +168,7 @@ class Schedule:
             floats.leaving.flush()
             # The layer's weights are gone: a unit reads what it needs of them.
             if linears.groups and not self._ledger.is_finished(index, DENSE):
-                task = DenseTask(linears, statistics)
+                task = DenseTask(linears, statistics, caches)
                 self._waiting.append(_DenseUnit(self._executor.submit(units.quantize_dense, task)))
                 del task
             del statistics
@@ -181,20 +182,23 @@ class Schedule:
 
     def _run(
         self, floats: FloatPass, layer: nn.Module, linears: LayerLinears, added: bool, stack: ExitStack
-    ) -> tuple[dict[str, InputStatistics], Recorder | None]:
-        """Run a layer once: what is known of its linears' inputs, and what goes into its routed experts if it has any.
+    ) -> tuple[dict[str, InputStatistics], dict[str, CacheStatistics], Recorder | None]:
+        """Run a layer once: what is known of its linears' inputs, and of its keys and values where these are to be
+        quantized, and what goes into its routed experts if it has any.
 
         Begun again with fewer tokens at a time when the device's memory runs out.
         """
-        routed = self._model.routed(floats.index)
+        routed, attention = self._model.routed(floats.index), self._model.attention(floats.index)
+        observed = [attention[0]] if attention and self._prepared.context.cache is not None else []
 
-        def run(tokens: int) -> tuple[dict[str, InputStatistics], Recorder | None]:
+        def run(tokens: int) -> tuple[dict[str, InputStatistics], dict[str, CacheStatistics], Recorder | None]:
             statistics, recorder = _statistics(linears, sample_stride(floats.tokens)), None
+            caches = {name: CacheStatistics() for name in observed}
             if routed:
                 recorder = Recorder(None if self._keeps_tokens else self._ledger.folder, floats.tokens)
                 stack.enter_context(recorder)
-            replace(floats, batch_tokens=tokens).run(layer, statistics if added else {}, recorder)
-            return statistics, recorder
+            replace(floats, batch_tokens=tokens).run(layer, statistics if added else {}, recorder, caches)
+            return statistics, caches, recorder
 
         return self._tokens.fit(run)
 

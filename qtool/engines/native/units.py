@@ -7,7 +7,7 @@ its results one by one. So it gives the same in this process, in another, and on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -15,9 +15,11 @@ import torch
 from qtool import transfers
 from qtool.engines.native.context import Context
 from qtool.engines.native.experts import GATE, ExpertLinears, ExpertSamples, SmoothedExpert, expert_groups
-from qtool.engines.native.pieces import Float, Linear, Output, Piece, Row
+from qtool.engines.native.pieces import Cache, Float, Linear, Output, Piece, Row
+from qtool.model.caches import value_linear
 from qtool.model.recorder import ExpertInputs
 from qtool.model.weights import StoredWeights
+from qtool.quant.cache import CacheStatistics, quantize_cache
 from qtool.quant.group import GroupUnderWay, policy_of, quantize_group
 from qtool.quant.layer import smooth
 from qtool.quant.statistics import InputStatistics
@@ -60,10 +62,12 @@ class DenseTask:
 
     Attributes:
         statistics: of each group's input, by the group's first linear.
+        caches: of keys and values that are to be quantized, by their attention module's name inside the layer.
     """
 
     linears: LayerLinears
     statistics: dict[str, InputStatistics]
+    caches: dict[str, CacheStatistics] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,12 @@ def _dense(context: Context, task: DenseTask) -> Iterator[Coming]:
     for name in folded.linears:
         if policies.get(name) is None:
             yield _folded_weight(context, folded, name, linears.stored[f"{name}.weight"])
+    for attention, seen in task.caches.items():
+        assert context.cache is not None
+        value = value_linear(attention)
+        cache = quantize_cache(seen, context.cache, folded.row_factors(value))
+        owner, _, _ = linears.name(value).rpartition(".")
+        yield partial(iter, [Cache(owner, cache)])
     changed = {
         linears.stored[name]: tensor
         for name, tensor in folded.changed.items()

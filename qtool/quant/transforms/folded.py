@@ -44,6 +44,10 @@ class Folded:
         """The smoothing scale of a linear's input, float32 [in], if any."""
         return self._columns.get(linear)
 
+    def row_factors(self, linear: str) -> torch.Tensor | None:
+        """What each channel of a linear's output is multiplied by, float32 [out], if anything."""
+        return self._rows.get(linear)
+
     def fold(self, group: Group, s: torch.Tensor, dtype: torch.dtype) -> None:
         """Multiply the group's weights by s [in] per input channel, and divide what produces its input by it.
 
