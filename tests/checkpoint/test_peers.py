@@ -105,6 +105,30 @@ def test_vllm_ascend_reads_four_bits(
             np.testing.assert_allclose(given, np.concatenate(expected, axis=-1), rtol=1e-5, atol=1e-4)
 
 
+def test_vllm_ascend_loads_int8_caches(tiny_tokenizer: Any, run_qtool: Callable[..., Any], tmp_path: Path) -> None:
+    """Of the models that the table names. Of others it doesn't, and qtool says so of the file."""
+    options = ("--scheme", "w8a8-dynamic", "--format", "modelslim", "--kv-cache", "int8", "--engine", "native")
+    made = []
+    for model_type in ("qwen3", "glm4_moe", "llama"):
+        source = families.make(tmp_path / f"{model_type} float", model_type, tiny_tokenizer)
+        made.append(tmp_path / model_type)
+        done = run_qtool("quantize", source, "--output", made[-1], *options, "--samples", "4", "--seq-len", "64")
+        assert done.code == 0, done.stderr
+        assert ("loads the scales of int8 keys and values for" in done.stderr) == (model_type == "llama")
+    path = os.pathsep.join(map(str, (REPOSITORY, unpacked(VLLM_ASCEND))))
+    command = [sys.executable, *map(str, (HERE / "vllm_ascend_reads.py", *made))]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"model"')]
+    for folder, line in zip(made, lines, strict=True):
+        if folder.name != "llama":
+            assert "error" not in line
+            assert not [name for name in line["untouched"] if "cache" in name]
+            assert not [name for name in line["unread"] if "cache" in name]
+        else:
+            assert "error" in line
+
+
 def test_vllm_mindspore_reads_golden_stick(
     tiny_llama: Path, quantize_folder: Callable[..., Any], golden_stick: dict[str, str], tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ allow_tiles()  # no plugin does it here
 import torch  # noqa: E402
 import torch_npu  # type: ignore[import-not-found]  # noqa: E402
 import vllm.model_executor.layers.fused_moe as fused_moe  # noqa: E402
+import vllm_ascend.ascend_config  # type: ignore[import-not-found]  # noqa: E402
 import vllm_ascend.attention.attention_v1  # type: ignore[import-not-found]  # noqa: E402
 import vllm_ascend.distributed.parallel_state  # type: ignore[import-not-found]  # noqa: E402
 import vllm_ascend.ops.fused_moe.fused_moe  # type: ignore[import-not-found]  # noqa: E402
@@ -102,7 +103,8 @@ library.impl("quantize", quantize, "CPU")
 vllm_ascend.attention.attention_v1.AscendC8AttentionBackendImpl = CPUAttentionBackendImpl
 runpy.run_path(str(Path(vllm_ascend.utils.__file__).parent / "patch/worker/patch_gqa_c8.py"))
 
-# One card, no special layout of weights, nothing fetched ahead.
+# One card, no special layout of weights, nothing fetched ahead, experts that stay where they are.
+vllm_ascend.ascend_config.get_ascend_config().eplb_config.dynamic_eplb = False
 for switch in ("oproj_tp_enable", "mlp_tp_enable", "flashcomm2_enable", "enable_dsa_cp_with_layer_shard"):
     setattr(adapters, switch, lambda: False)
 vllm_ascend.utils._should_trans_nz = lambda weight: False
