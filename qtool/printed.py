@@ -141,6 +141,7 @@ class Planned:
 @dataclass(frozen=True)
 class RankedLinear:
     name: str
+    way: str
     activations: str
     alpha: float | None
     relative_error: float
@@ -149,8 +150,16 @@ class RankedLinear:
 
 
 @dataclass(frozen=True)
+class UniformWay:
+    """All linears quantized in one way: the estimate, and bytes of their weights and scales."""
+
+    kl: float
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Analyzed:
-    """`qtool analyze`: the linears, the costliest first."""
+    """`qtool analyze`: the linears, the costliest first. `kl_of_all` has each group in the way that costs least."""
 
     model: str
     recipe: str
@@ -160,6 +169,7 @@ class Analyzed:
     seconds: float
     peak_memory_bytes: int
     kl_of_all: float
+    ways: dict[str, UniformWay]
     linears: list[RankedLinear]
 
 
@@ -182,17 +192,26 @@ class ChangedGroup:
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """Bytes are those of each linear as a float and quantized."""
+    """Bytes are those of each linear as a float and quantized by the scheme."""
 
     groups: list[Sensitivity]
     linears: list[Sensitivity]
     bytes: dict[str, tuple[int, int]]
     total_bytes: int
     input_bytes: int
+    group_size: int | None
     text: dict[str, Any]
     calibration: dict[str, Any]
     seconds: float
     peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """The least KL divergence that is estimated for so many bytes of tensors."""
+
+    bytes: int
+    predicted_kl: float
 
 
 @dataclass(frozen=True)
@@ -205,6 +224,7 @@ class Tuned:
     tuned: TriedScheme
     evaluations: int
     changed: list[ChangedGroup]
+    frontier: list[FrontierPoint]
     sensitivity: Sensitivities
 
 

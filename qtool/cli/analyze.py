@@ -75,7 +75,8 @@ def _job(model: Path, measurement: Estimate, *, trust_remote_code: bool) -> Sens
         model=begun.model,
         recipe=begun.recipe,
         scheme=begun.scheme,
-        format=begun.recipe.export.format,
+        format=begun.format,
+        precisions=begun.precisions,
         text=text,
         calibration=calibration,
         trust_remote_code=trust_remote_code,
@@ -93,40 +94,66 @@ def _result(job: SensitivityJob, found: Sensitivities) -> dict[str, Any]:
         "calibration": found.calibration,
         "seconds": found.seconds,
         "peak_memory_bytes": found.peak_memory_bytes,
-        "kl_of_all": sum(group.kl for group in found.measured.groups),
+        "kl_of_all": _least(found),
+        "ways": _uniform(found),
         "linears": [_row(linear, found.bytes[linear.linears[0]]) for linear in linears],
     }
+
+
+def _least(found: Sensitivities) -> float:
+    """Of all groups, each in the way that costs least."""
+    least: dict[tuple[str, ...], float] = {}
+    for group in found.measured.groups:
+        key = tuple(group.linears)
+        least[key] = min(group.kl, least.get(key, group.kl))
+    return sum(least.values())
+
+
+def _uniform(found: Sensitivities) -> dict[str, dict[str, float]]:
+    """Of all groups in one way: KL divergence and bytes of their weights."""
+    ways: dict[str, dict[str, float]] = {}
+    for group in found.measured.groups:
+        sums = ways.setdefault(group.way, {"kl": 0.0, "bytes": 0})
+        sums["kl"] += group.kl
+        sums["bytes"] += group.bytes
+    return ways
 
 
 def _row(linear: Sensitivity, size: LinearBytes) -> dict[str, Any]:
     return {
         "name": linear.linears[0],
+        "way": linear.way,
         **{key: getattr(linear, key) for key in ("activations", "alpha", "relative_error", "kl")},
-        "bytes_saved": size.float - size.quantized,
+        "bytes_saved": size.float - linear.bytes,
     }
 
 
 def _show(result: dict[str, Any], top: int, out: Console) -> None:
     linears = result["linears"]
     shown = linears[:top] if top else linears
+    several = len(result["ways"]) > 1
     title = (
         f"{Path(result['model']).name}, {result['scheme']}: KL divergence with one linear quantized "
-        f"({result['kl_of_all']:.5f} for all, on {result['text']['source']})"
+        f"({result['kl_of_all']:.5f} for all{' at best' if several else ''}, on {result['text']['source']})"
     )
     parents = [each["name"].rpartition(".")[0].replace(".", "/") for each in linears]
     common = os.path.commonpath(parents).replace("/", ".")
     rows = [
         [
             each["name"].removeprefix(f"{common}."),
-            each["activations"],
+            each["way"] if several else each["activations"],
             f"{each['relative_error']:.1e}",
             f"{each['kl']:.1e}",
-            f"{each['kl'] / result['kl_of_all']:.1%}",
+            *([] if several else [f"{each['kl'] / result['kl_of_all']:.1%}"]),
             f"{each['bytes_saved'] / 1e6:.2f}",
         ]
         for each in shown
     ]
     first = f"linear in {common}" if common else "linear"
-    out.table(title, [first, "kind", "error", "KL, nats", "share", "MB saved"], rows, result=True)
+    columns = [first, "quantized as" if several else "kind", "error", "KL, nats", *([] if several else ["share"])]
+    out.table(title, [*columns, "MB saved"], rows, result=True)
     if len(shown) < len(linears):
         out.info(f"{len(linears) - len(shown)} more: --top 0 shows all")
+    if several:
+        uniform = [[way, f"{sums['kl']:.5f}", f"{sums['bytes'] / 1e6:,.1f}"] for way, sums in result["ways"].items()]
+        out.table("All linears in one way", ["quantized as", "KL, nats", "MB"], uniform, result=True)

@@ -9,11 +9,13 @@ import typer
 
 from qtool.calibration.sources import BUILTIN
 from qtool.cli.choices import RECIPES, RecipeName, SampleLength, Samples, SchemeName
+from qtool.runtimes.facts import RUNTIMES
 
 if TYPE_CHECKING:
     from qtool.tuning.wanted import Wanted
 
 _TEXTS = "FILE|builtin"
+_NAMES = tuple(runtime.name for runtime in RUNTIMES)
 
 MeasuredText = Annotated[
     str,
@@ -45,6 +47,14 @@ class Measurement:
     ] = None
     samples: Samples = None
     seq_len: SampleLength = None
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(_NAMES),
+            help="Compare all precisions that this runtime reads.",
+            show_default="what the scheme uses",
+        ),
+    ] = None
 
     def wanted(self) -> Wanted:
         """The same, as the services take it."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from qtool.tuning.tune import Tuned, TuningJob
 
 _SHOWN = 10  # groups that changed
+_POINTS = 8  # of the frontier
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,13 @@ class Search:
             metavar="DIR", help="The folder for temporary models.", show_default="the system's temporary folder"
         ),
     ] = None
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe's file if it exists.")] = False
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Write a page with size against KL divergence to this file."),
+    ] = None
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the recipe's file and the report if they exist.")
+    ] = False
     offline: Offline = False
     trust_remote_code: TrustRemoteCode = False
 
@@ -82,28 +91,38 @@ def tune(
     search: Search,
     printed: Printed,
 ) -> None:
-    """Make a recipe: which layers stay float, which quantize per token and which per tensor.
+    """Make a recipe: which layers stay float, and how each of the others is quantized.
 
     First, tune estimates what each layer costs, as qtool analyze does, and gives bytes to the layers where they help
     most. Then it quantizes the model with this recipe and evaluates it. With --max-kl it corrects the recipe and does
-    this again, up to --budget times in all.
+    this again, up to --budget times in all. With --runtime, it chooses among all precisions that this runtime reads,
+    4-bit weights among them. Otherwise it chooses the kind of activations, of those that the scheme uses.
 
     Examples:
 
       qtool tune ./SmolLM2-135M --max-size 102% --output smollm2-tuned.yaml
 
+      qtool tune ./SmolLM2-135M --runtime vllm --max-size 80% --output smaller.yaml --report frontier.html
+
       qtool quantize ./SmolLM2-135M --recipe smollm2-tuned.yaml
     """
+    from qtool.evaluation import report as pages
     from qtool.files import write_text
+    from qtool.tuning import report
     from qtool.tuning.tune import tune as find
 
     with console("starting") as out:
+        if search.report is not None:
+            pages.check(search.report, overwrite=search.overwrite)
         job = _job(find_model(model, out).path, limit, output, measurement, search)
         out.info(f"recipe {job.recipe.name}, scheme {job.scheme}")
         result = find(job, out.event)
         _summary(result, out)
         if output is not None:
             write_text(output, result.recipe)
+        if search.report is not None:
+            write_text(search.report, report.page(result, job, command=shlex.join(["qtool", *sys.argv[1:]])))
+            out.info(f"report: {search.report.absolute()}")
         if printed.json:
             out.result(result.to_json())
         else:
@@ -135,7 +154,8 @@ def _job(model: Path, limit: Limit, output: Path | None, measurement: Measuremen
         recipe=begun.recipe,
         scheme=begun.scheme,
         extends=begun.extends,
-        format=begun.recipe.export.format,
+        format=begun.format,
+        precisions=begun.precisions,
         goal=Goal(limit.max_kl, limit.max_size),
         text=text,
         calibration=calibration,
@@ -156,6 +176,8 @@ def _check_output(output: Path, extends: str, *, overwrite: bool) -> None:
 
 
 def _summary(result: Tuned, out: Console) -> None:
+    from qtool.tuning.search import thinned
+
     rows = []
     for name, each in (("reference", result.reference), ("tuned", result.tuned)):
         kl = each.quality.kl_divergence
@@ -163,6 +185,9 @@ def _summary(result: Tuned, out: Console) -> None:
         rows.append([name, f"{kl['value']:.5f}", interval, f"{each.bytes / 1e6:,.1f} MB"])
     title = f"{result.evaluations} evaluations, {len(result.changed)} groups of linears changed"
     out.table(title, ["", "KL divergence", "95 % interval", "size"], rows)
+    if (points := thinned(result.frontier, _POINTS))[1:]:
+        rows = [[f"{point.bytes / 1e6:,.1f} MB", f"{point.kl:.5f}"] for point in points]
+        out.table("What more bytes would give, as estimated", ["size", "KL divergence"], rows)
     changes = sorted(result.changed, key=lambda change: -change.kl)
     shown = [[", ".join(change.linears), change.before, change.after] for change in changes[:_SHOWN]]
     if shown:

@@ -120,6 +120,33 @@ def size_and_kl(models: Sequence[tuple[str, int, Mapping[str, Any]]]) -> Plot:
     return Plot(_svg([draw], 3.0), legend)
 
 
+def frontier(estimated: Sequence[tuple[int, float]], measured: Sequence[tuple[str, int, float]]) -> Plot:
+    """KL divergence by size: a line of what is estimated, and a number for each model that was measured.
+
+    Args:
+        estimated: (bytes, KL divergence), by bytes.
+        measured: (name, bytes, KL divergence).
+    """
+    line = [(nbytes / 1e6, kl) for nbytes, kl in estimated if kl > 0]
+
+    def draw(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        axes.plot([x for x, _ in line], [y for _, y in line], "-", color=SERIES[0], linewidth=1.5)
+        for i, (_, nbytes, kl) in enumerate(measured):
+            axes.plot([nbytes / 1e6], [kl], "o", color=SERIES[i + 1], markersize=15, alpha=0.25)
+            place: Any = {"ha": "center", "va": "center_baseline"}
+            axes.text(nbytes / 1e6, kl, str(i + 1), color=SERIES[i + 1], fontsize=11, fontweight="bold", **place)
+        if line or any(kl > 0 for *_, kl in measured):
+            _log(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel("size, MB")
+        axes.set_ylabel("KL, nats per token")
+
+    legend = (("estimated", "--c0"), *((f"{i + 1}  {name}", f"--c{i + 1}") for i, (name, *_) in enumerate(measured)))
+    return Plot(_svg([draw], 3.0), legend)
+
+
 def _aside(places: Sequence[tuple[float, float]]) -> list[int]:
     """How many points each model moves to the right so that none lies on another."""
     width = max(x for x, _ in places) - min(x for x, _ in places) or 1.0

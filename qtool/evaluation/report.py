@@ -83,6 +83,11 @@ def write(file: Path, results: Sequence[Result], *, command: str) -> None:
     write_text(file, page(results, command=command))
 
 
+def style() -> str:
+    """What all pages look like: CSS."""
+    return resources.files("qtool.evaluation").joinpath("page.css").read_text(encoding="utf-8")
+
+
 @dataclass(frozen=True)
 class Picture:
     """A plot, and what it shows."""
@@ -108,6 +113,7 @@ def page(results: Sequence[Result], *, command: str) -> str:
     environment.filters["mb"] = lambda n: f"{n / 1e6:,.1f}"
     environment.filters["size"] = sizes.show
     return environment.from_string(template).render(
+        style=style(),
         title=f"{called[0] if len(called) == 1 else f'{len(called)} models'} against {base}",
         verdict=verdict.of_all(results),
         overview=overview(results),

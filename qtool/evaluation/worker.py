@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     """Run `comparison.compare`: a `ComparisonJob` and, under "comparisons", a `Comparison` of each model, as JSON."""
-    hide_media_packages()
+    hide_media_packages(keep_torchvision=bool(job["vllm"]))
     from qtool.evaluation.comparison import compare
     from qtool.evaluation.job import ComparisonJob
 

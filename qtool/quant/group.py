@@ -83,11 +83,12 @@ def quantize_group(
     storage: Storage,
     at_once: int = 1 << 27,
 ) -> GroupUnderWay:
-    """Quantize the linears of one group whose policy says so, on the device of its statistics.
+    """Quantize the linears of one group whose policy says so, all in one way, on the device of its statistics.
 
     Args:
         folded, chosen: from `smooth`; chosen is None for a group without smoothing.
-        group, policies: as there.
+        group: as there.
+        policies: of its linears, one kind (see `apart`).
         statistics: of the group's input.
         storage: what the output format keeps.
         at_once: how many weights GPTQ rounds at a time on a device, where its steps cost the same for any number.
@@ -228,6 +229,18 @@ def _shared(chunk: Iterable[Rows], of_all: Mapping[str, Scales | None]) -> Scale
 def policy_of(group: Group, policies: Mapping[str, Policy | None]) -> Policy | None:
     """The policy of a group's quantized members; None when there are none."""
     return next((policy for name in group.linears if (policy := policies[name]) is not None), None)
+
+
+def apart(group: Group, policies: Mapping[str, Policy | None]) -> list[dict[str, Policy | None]]:
+    """The policies of a group's members, those of one kind at a time: all others are None.
+
+    Members that are quantized in unlike ways share their input and its smoothing, and nothing else.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in group.linears:
+        if (policy := policies[name]) is not None:
+            kinds.setdefault(policy.model_dump_json(exclude={"layers"}), []).append(name)
+    return [{name: policies[name] if name in kind else None for name in group.linears} for kind in kinds.values()]
 
 
 def needs_hessian(policy: Policy) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from qtool.quant.group import Storage, policy_of, quantize_group
+from qtool.quant.group import Storage, apart, policy_of, quantize_group
 from qtool.quant.report import GroupReport
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group
@@ -80,8 +80,8 @@ def quantize_layer(
     result = LayerResult()
     for group in groups:
         first = group.linears[0]
-        if policy_of(group, policies) is not None:
-            made = quantize_group(folded, group, policies, statistics[first], found.get(first), storage)
+        for alike in apart(group, policies):
+            made = quantize_group(folded, group, alike, statistics[first], found.get(first), storage)
             linears, row = made.result()
             result.linears |= linears
             result.groups.append(row)

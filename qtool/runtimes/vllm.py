@@ -57,6 +57,18 @@ def _kept_float(model: Quantized) -> Limitation | None:
     )
 
 
+def _other_layout(model: Quantized) -> Limitation | None:
+    found = [name for name, scheme in model.schemes.items() if scheme is not None and ".experts." in name]
+    if model.config.get("model_type") != "gpt_oss" or not found:
+        return None
+    return Limitation(
+        f"{len(found)} linears of routed experts are quantized ({found[0]}, ...), which vLLM doesn't find: it wants "
+        "gate and up of gpt-oss in one matrix, and all of them transposed",
+        unread=True,
+        hint="In a recipe, leave them float: layers: '.*\\.experts\\..*', quantize: false.",
+    )
+
+
 # Model types whose layers are Mamba's first version.
 _MAMBA = ("falcon_mamba", "jamba", "mamba")
 _MIXER = re.compile(r"\.(mamba|mixer)\.(in_proj|x_proj|dt_proj|out_proj)$")
@@ -92,6 +104,11 @@ RUNTIME = Runtime(
                     "vllm 0.32.0, 0.33.0: model_executor/layers/mamba/mamba_mixer.py (in_proj, x_proj, dt_proj, "
                     "out_proj without quant_config)",
                     _kept_float,
+                ),
+                Limit(
+                    "gpt-oss's experts: gate_proj and up_proj are skipped, down_proj is taken for its transpose",
+                    "vllm 0.32.0: model_executor/models/gpt_oss.py (_load_weights_other, _load_unquantized_expert)",
+                    _other_layout,
                 ),
             ),
             source="vllm 0.32.0, 0.33.0: model_executor/layers/quantization/compressed_tensors",

@@ -244,6 +244,21 @@ def _unsupported(model: Quantized) -> Limitation | None:
     return Limitation(text, unread=True, hint=_instead(model))
 
 
+def _four_bits(model: Quantized) -> Limitation | None:
+    found = [
+        name
+        for name, scheme in model.schemes.items()
+        if scheme is not None and scheme.weights.num_bits == 4 and ".experts." not in name
+    ]
+    if not found:
+        return None
+    return Limitation(
+        f"{_which(found)} would have int4 weights, which MindFormers has for routed experts alone",
+        fatal=True,
+        hint="Give int4 to routed experts alone, as the recipe deepseek-r1-a8w4 does, or use --format modelslim.",
+    )
+
+
 def _native(model: Quantized) -> Limitation | None:
     named = model.architecture
     if not _any(model) or _unread(model) or named not in MINDFORMERS or named in ASKING:
@@ -292,6 +307,12 @@ _LIMITS = (
         "layers/fused_moe/layer.py (assert isinstance(quant_method, FusedMoEMethodBase)), "
         "models/mindone_models/transformers.py (load_weights; mindspore 2.7.1: train/serialization.py, _type_convert)",
         _unsupported,
+    ),
+    Limit(
+        "a linear of 4 bits that is no routed expert fails as its weights are prepared, which takes three dimensions",
+        "mindformers 1.7.0: parallel_core/inference/quantization/golden_stick/a8dynw4.py "
+        "(process_weights_after_loading)",
+        _four_bits,
     ),
     Limit(
         f"with {_VARIABLE}=native",

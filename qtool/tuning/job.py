@@ -24,6 +24,7 @@ class SensitivityJob:
         recipe, scheme: how to quantize.
         format: of the quantized model.
         modes: further ways: the scheme with activations static, or dynamic, everywhere; none: the scheme as it is.
+        precisions: the ways in place of these: presets by their names, each everywhere.
         text: to estimate the divergence on.
         calibration: for the quantizer; another text.
         trust_remote_code: allow the checkpoint's own modelling code.
@@ -34,6 +35,7 @@ class SensitivityJob:
     scheme: str
     format: str
     modes: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ()
     text: EvaluationText
     calibration: CalibrationText
     trust_remote_code: bool = False
@@ -54,6 +56,7 @@ class SensitivityJob:
                 "model": Path(content["model"]),
                 "recipe": Recipe.model_validate(content["recipe"]),
                 "modes": tuple(content["modes"]),
+                "precisions": tuple(content["precisions"]),
                 "text": EvaluationText(**content["text"]),
                 "calibration": CalibrationText(**content["calibration"]),
             }
@@ -67,10 +70,11 @@ class Sensitivity:
     Attributes:
         linears: full names.
         way: the key of the policies that it was quantized by.
-        activations: static or dynamic.
+        activations: static, dynamic or float.
         alpha: the smoothing's exponent; None without smoothing.
         relative_error: squared error of the output over its square.
         kl: the estimated KL divergence of the model's output from the float model's, nats per token.
+        bytes: of their weights and scales.
     """
 
     linears: list[str]
@@ -79,6 +83,7 @@ class Sensitivity:
     alpha: float | None
     relative_error: float
     kl: float
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ class Sensitivities:
     Attributes:
         bytes: of every linear in the decoder layers, by its full name.
         total_bytes: of the whole checkpoint under the scheme.
+        group_size: of the precisions that have groups of input channels; None where no size fits all linears.
         input_bytes: of the float checkpoint.
         text, calibration: what they were, for reports.
         seconds, peak_memory_bytes: of the process.
@@ -119,6 +125,7 @@ class Sensitivities:
     bytes: dict[str, LinearBytes]
     total_bytes: int
     input_bytes: int
+    group_size: int | None = None
     text: dict[str, Any]
     calibration: dict[str, Any]
     seconds: float

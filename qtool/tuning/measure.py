@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,12 +22,12 @@ from qtool.evaluation.text import check_length, windows_of
 from qtool.model import selection
 from qtool.model.decoder import DecoderStream
 from qtool.scheme import W8A8
-from qtool.tuning import sensitivity
-from qtool.tuning.job import LinearBytes, Sensitivities, SensitivityJob
-from qtool.tuning.search import with_mode
+from qtool.tuning import sensitivity, ways
+from qtool.tuning.job import LinearBytes, Measured, Sensitivities, Sensitivity, SensitivityJob
 from qtool.tuning.sensitivity import Policies
 
 if TYPE_CHECKING:
+    from qtool.model.weights import ModelWeights
     from qtool.workers import Report
 
 
@@ -41,6 +41,12 @@ class _Prepared:
     @property
     def model(self) -> DecoderStream:
         return self.context.model
+
+    @property
+    def group_size(self) -> int | None:
+        """That fits all linears which are quantized."""
+        quantized = (name for name, policy in self.plan.policies.items() if policy is not None)
+        return ways.group_size(self.model.weights.shape(f"{name}.weight")[-1] for name in quantized)
 
 
 def measure(job: SensitivityJob, report: Report) -> Sensitivities:
@@ -57,12 +63,14 @@ def measure(job: SensitivityJob, report: Report) -> Sensitivities:
     prepared = _prepare(job)
     text = windows_of(job.text, prepared.model.checkpoint, trust_remote_code=job.trust_remote_code)
     calibration = _calibration(prepared)
-    run = sensitivity.Measurement(prepared.context, _ways(prepared), job.recipe.calibration.expert_tokens, report)
+    compared = _ways(prepared)
+    run = sensitivity.Measurement(prepared.context, compared, job.recipe.calibration.expert_tokens, report)
     return Sensitivities(
-        measured=run.measure(text.ids, calibration.ids),
+        measured=_with_bytes(run.measure(text.ids, calibration.ids), compared, prepared.model.weights),
         bytes=_bytes(prepared),
         total_bytes=plan.output_bytes(prepared.model.weights, prepared.plan.schemes),
         input_bytes=prepared.model.checkpoint.nbytes,
+        group_size=prepared.group_size,
         text={"source": text.source, "windows": text.ids.shape[0], "length": text.ids.shape[1]},
         calibration={
             "source": calibration.source,
@@ -101,16 +109,30 @@ def _calibration(prepared: _Prepared) -> Calibration:
 
 def _ways(prepared: _Prepared) -> dict[str, Policies]:
     """The policies of every linear, by what they are called."""
-    planned = prepared.plan
-    if not prepared.job.modes:
-        return {prepared.job.scheme: planned.policies}
-    schemes, ways = planned.schemes, {mode: with_mode(planned.policies, mode) for mode in prepared.job.modes}
+    planned, job = prepared.plan, prepared.job
+    if job.precisions:
+        compared = ways.of_precisions(planned.policies, job.precisions, prepared.group_size)
+    elif job.modes:
+        compared = ways.of_modes(planned.policies, job.modes)
+    else:
+        return {job.scheme: planned.policies}
     # Runtimes want experts dynamic or static as they are, not one or the other as it suits.
     for name in _experts(prepared.model):
-        for mode, policies in ways.items():
-            if (scheme := schemes[name]) is not None and scheme.is_static != (mode == "static"):
+        scheme = planned.schemes[name]
+        for policies in compared.values():
+            policy = policies[name]
+            if policy is not None and scheme is not None and policy.scheme.is_static != scheme.is_static:
                 policies[name] = None
-    return dict(ways)
+    return dict(compared)
+
+
+def _with_bytes(measured: Measured, compared: Mapping[str, Policies], weights: ModelWeights) -> Measured:
+    def sized(each: Sensitivity) -> Sensitivity:
+        policies = [(name, compared[each.way][name]) for name in each.linears]
+        sizes = [policy.scheme.weights.nbytes(weights.shape(f"{name}.weight")) for name, policy in policies if policy]
+        return replace(each, bytes=sum(sizes))
+
+    return Measured([sized(each) for each in measured.groups], [sized(each) for each in measured.linears])
 
 
 def _experts(model: DecoderStream) -> Iterator[str]:

@@ -17,11 +17,6 @@ FLOAT = "float"
 _ANY = "<any>"  # no name of a tensor has it, and re.escape leaves it alone
 
 
-def with_mode(policies: Mapping[str, Policy | None], mode: str) -> dict[str, Policy | None]:
-    """The same policies with activations static or dynamic throughout; what is float (None) stays float."""
-    return {name: policy and policy.with_mode(mode) for name, policy in policies.items()}
-
-
 @dataclass(frozen=True)
 class Option:
     """One way to store a unit: its name (FLOAT, or one of the sensitivity's ways), KL divergence and bytes."""
@@ -46,11 +41,19 @@ class Unit:
 Choice = dict[Unit, Option]
 
 
+@dataclass(frozen=True)
+class Point:
+    """A choice's bytes, and the KL divergence that is estimated for it."""
+
+    bytes: int
+    kl: float
+
+
 def within_bytes(units: Sequence[Unit], most: int) -> Choice:
     """The least KL divergence, greedily, in at most so many bytes (or in the fewest there can be)."""
     chosen = {unit: unit.smallest for unit in units}
     room = most - total_bytes(chosen)
-    for unit, option in _upgrades(units):
+    for unit, option in [*_upgrades(units), *_others(units)]:
         if option.bytes - chosen[unit].bytes <= room and option.kl < chosen[unit].kl:
             room -= option.bytes - chosen[unit].bytes
             chosen[unit] = option
@@ -60,18 +63,39 @@ def within_bytes(units: Sequence[Unit], most: int) -> Choice:
 def within_kl(units: Sequence[Unit], most: float) -> Choice:
     """The fewest bytes, greedily, with at most so much KL divergence (or with the least there can be)."""
     chosen = {unit: unit.smallest for unit in units}
-    taken: list[Unit] = []
     for unit, option in _upgrades(units):
         if total_kl(chosen) <= most:
             break
         if option.kl < chosen[unit].kl:
             chosen[unit] = option
-            taken.append(unit)
-    for unit in sorted(taken, key=lambda unit: -chosen[unit].bytes):  # the last step can make earlier ones needless
-        without = total_kl(chosen) - chosen[unit].kl + unit.smallest.kl
-        if without <= most:
-            chosen[unit] = unit.smallest
+    for unit in sorted(units, key=lambda unit: -chosen[unit].bytes):  # the last step can make earlier ones needless
+        rest = total_kl(chosen) - chosen[unit].kl
+        fewer = [option for option in unit.options if option.bytes < chosen[unit].bytes and rest + option.kl <= most]
+        if fewer:
+            chosen[unit] = min(fewer, key=lambda option: (option.bytes, option.kl))
     return chosen
+
+
+def frontier(units: Sequence[Unit]) -> list[Point]:
+    """From the fewest bytes to the least KL divergence, one step after the other."""
+    chosen = {unit: unit.smallest for unit in units}
+    size, kl = total_bytes(chosen), total_kl(chosen)
+    found = [Point(size, kl)]
+    for unit, option in _upgrades(units):
+        size, kl = size + option.bytes - chosen[unit].bytes, kl + option.kl - chosen[unit].kl
+        chosen[unit] = option
+        found.append(Point(size, kl))
+    return found
+
+
+def thinned(points: Sequence[Point], most: int) -> list[Point]:
+    """Some of a frontier's points, at about equal distances of bytes, with the first and the last."""
+    if len(points) <= most:
+        return [*points]
+    first, last = points[0].bytes, points[-1].bytes
+    wanted = [first + i * (last - first) / (most - 1) for i in range(most)]
+    found = [min(points, key=lambda point: abs(point.bytes - size)) for size in wanted]
+    return [*dict.fromkeys(found)]
 
 
 def total_bytes(chosen: Choice) -> int:
@@ -83,14 +107,25 @@ def total_kl(chosen: Choice) -> float:
 
 
 def _upgrades(units: Sequence[Unit]) -> list[tuple[Unit, Option]]:
-    """Steps away from the smallest option, those that remove most per byte first."""
-    steps = [
-        ((unit.smallest.kl - option.kl) / (option.bytes - unit.smallest.bytes), unit, option)
-        for unit in units
-        for option in unit.options
-        if option.bytes > unit.smallest.bytes and option.kl < unit.smallest.kl
-    ]
+    """Steps from the smallest option to larger ones, those that remove most per byte first.
+
+    A unit's steps go along the lower convex hull of its options, so that each removes less per byte than the one
+    before, and comes after it here.
+    """
+    steps = []
+    for unit in units:
+        at = unit.smallest
+        while better := [option for option in unit.options if option.bytes > at.bytes and option.kl < at.kl]:
+            gains = [((at.kl - option.kl) / (option.bytes - at.bytes), option.bytes, option) for option in better]
+            gain, _, at = max(gains, key=lambda each: each[:2])
+            steps.append((gain, unit, at))
     return [(unit, option) for _, unit, option in sorted(steps, key=lambda step: -step[0])]
+
+
+def _others(units: Sequence[Unit]) -> list[tuple[Unit, Option]]:
+    """All larger options, those that remove most first: they fill room that the steps along the hulls leave."""
+    larger = [(unit, option) for unit in units for option in unit.options if option.kl < unit.smallest.kl]
+    return sorted(larger, key=lambda each: each[1].kl - each[0].smallest.kl)
 
 
 def policies(chosen: Choice, ways: Mapping[str, Mapping[str, Policy | None]]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 
 from qtool import sizes, workers
+from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
 from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
 from qtool.errors import InputError
@@ -21,9 +22,9 @@ from qtool.evaluation.job import ComparisonJob, EvaluationText
 from qtool.jobs import quantize
 from qtool.recipe.schema import Policy, Recipe
 from qtool.tuning import job as measuring
-from qtool.tuning import search
+from qtool.tuning import search, ways
 from qtool.tuning.job import Sensitivities, SensitivityJob
-from qtool.tuning.search import FLOAT, Choice, Option, Unit
+from qtool.tuning.search import FLOAT, Choice, Option, Point, Unit
 
 SCHEME = "tuned"
 _CAUTION = 0.97  # of the KL divergence asked for, once a prediction has been too low
@@ -38,7 +39,8 @@ class Goal:
 
     Attributes:
         max_kl: nats per token.
-        max_size: "165MB", "1.2GB", a number of bytes, or "102%" of what the scheme makes without tuning.
+        max_size: "165MB", "1.2GB", a number of bytes, or "102%" of what the scheme makes without tuning; less than
+            100 % needs precisions that are smaller than the scheme's.
     """
 
     max_kl: float | None = None
@@ -63,7 +65,8 @@ class TuningJob:
     """What to tune, and on what.
 
     Attributes:
-        recipe, scheme: where to start from; activations stay of the kinds that this scheme uses.
+        recipe, scheme: where to start from.
+        precisions: to choose from, presets by their names; none: what the scheme uses, activations static or dynamic.
         extends: the recipe as the new one names it: a shipped recipe's name, or a file's whole path.
         format: of the quantized model.
         text: to evaluate on; the sensitivities are measured on some of it.
@@ -78,6 +81,7 @@ class TuningJob:
     extends: str
     format: str
     goal: Goal
+    precisions: tuple[str, ...] = ()
     text: EvaluationText
     calibration: CalibrationText
     budget: int = 3
@@ -122,7 +126,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Change:
-    """A group of linears that isn't as in the scheme: static, dynamic or float before and after; KL as estimated."""
+    """A group of linears that isn't as in the scheme: a way or float before and after; KL as estimated."""
 
     linears: list[str]
     before: str
@@ -142,6 +146,8 @@ class Tuned:
         reached: it meets the goal by measurement.
         reference, tuned: the scheme as it was, and the best one.
         evaluations: how many there were.
+        ways: how each group of linears that share their input is quantized in the best recipe.
+        frontier: the least KL divergence that is estimated, by bytes of the checkpoint's tensors, ascending.
     """
 
     recipe: str
@@ -150,6 +156,8 @@ class Tuned:
     tuned: Evaluated
     evaluations: int
     changed: list[Change]
+    ways: list[str]
+    frontier: list[Point]
     sensitivity: Sensitivities
 
     def to_json(self) -> dict[str, Any]:
@@ -161,8 +169,40 @@ class Tuned:
             "tuned": self.tuned.to_json(),
             "evaluations": self.evaluations,
             "changed": [change.to_json() for change in self.changed],
+            "frontier": [{"bytes": point.bytes, "predicted_kl": point.kl} for point in self.frontier],
             "sensitivity": self.sensitivity.to_json(),
         }
+
+
+@dataclass(frozen=True)
+class Proposed:
+    """A recipe that nobody has checked.
+
+    Attributes:
+        recipe: YAML.
+        predicted_kl: what the sensitivities make of it.
+        bytes: of the checkpoint's tensors.
+    """
+
+    recipe: str
+    predicted_kl: float
+    bytes: int
+
+
+def propose(job: TuningJob, found: Sensitivities) -> Proposed:
+    """The recipe that should meet the goal, from sensitivities that were measured for this model and its precisions.
+
+    Raises:
+        InputError: a size that is none or can't be reached.
+    """
+    space = _Space(job, found, _modes(job))
+    space.check_size()
+    chosen = space.choose(1.0)
+    return Proposed(space.recipe(chosen), search.total_kl(chosen), space.bytes(chosen))
+
+
+def _modes(job: TuningJob) -> list[str]:
+    return sorted({policy.activations.mode for policy in job.recipe.schemes[job.scheme] if policy.quantize})
 
 
 def tune(job: TuningJob, on_event: OnEvent) -> Tuned:
@@ -174,8 +214,8 @@ def tune(job: TuningJob, on_event: OnEvent) -> Tuned:
     """
     if job.goal.max_size is not None:
         _refuse_impossible(job)
-    modes = sorted({policy.activations.mode for policy in job.recipe.schemes[job.scheme] if policy.quantize})
-    found = sensitivities(job, modes, on_event)
+    modes = _modes(job)
+    found = sensitivities(job, [] if job.precisions else modes, on_event)
     space = _Space(job, found, modes)
     space.check_size()
     quality = _evaluated(job, job.recipe, job.scheme, on_event)
@@ -189,6 +229,8 @@ def tune(job: TuningJob, on_event: OnEvent) -> Tuned:
         tuned=best.evaluated,
         evaluations=1 + len(tried),
         changed=space.changes(best.chosen),
+        ways=[option.way for option in best.chosen.values()],
+        frontier=space.frontier(),
         sensitivity=found,
     )
 
@@ -196,9 +238,12 @@ def tune(job: TuningJob, on_event: OnEvent) -> Tuned:
 def _refuse_impossible(job: TuningJob) -> None:
     """Before anything is measured: a size that is none, or fewer bytes than the tensors have in any recipe of these.
 
-    Tuning makes linears float or their activations dynamic, so nothing is below the scheme as it is, which is 100 %.
-    Exact bytes are known once the linears are (`_Space.check_size`).
+    Without other precisions, tuning makes linears float or their activations dynamic, so nothing is below the scheme
+    as it is, which is 100 %. Exact bytes are known once the linears are (`_Space.check_size`).
     """
+    if job.precisions:
+        job.goal.bytes(1)
+        return
     checkpoint, least = Checkpoint.open(job.model), 0
     for info in map(checkpoint.info, checkpoint.names):
         name = info.name.removesuffix(".weight")
@@ -213,14 +258,14 @@ def _refuse(goal: Goal, least: int, most: int) -> NoReturn:
     share = str(goal.max_size).strip()
     asked = f"{share} of that" if share.endswith("%") else sizes.show(most)
     raise InputError(
-        f"this scheme makes at least {sizes.show(least)}, and the limit is {asked}",
+        f"these precisions make at least {sizes.show(least)}, and the limit is {asked}",
         where="--max-size",
-        hint="Allow more: no recipe of this scheme is smaller.",
+        hint="Allow more; or, with --runtime, take all precisions that a runtime reads.",
     )
 
 
 def sensitivities(job: TuningJob, modes: Sequence[str], on_event: OnEvent) -> Sensitivities:
-    """What each linear costs, with these kinds of activations."""
+    """What each linear costs, with these kinds of activations, or in the job's precisions."""
     text, calibration = job.text, job.calibration
     return measuring.run(
         SensitivityJob(
@@ -229,6 +274,7 @@ def sensitivities(job: TuningJob, modes: Sequence[str], on_event: OnEvent) -> Se
             scheme=job.scheme,
             format=job.format,
             modes=tuple(modes),
+            precisions=job.precisions,
             text=EvaluationText(text.data, _PROBE_WINDOWS, min(_PROBE_LENGTH, text.length)),
             calibration=replace(calibration, samples=min(_PROBE_SAMPLES, calibration.samples)),
             trust_remote_code=job.trust_remote_code,
@@ -249,8 +295,15 @@ class _Space:
 
     def __init__(self, job: TuningJob, found: Sensitivities, modes: Sequence[str]) -> None:
         self._job, self._total = job, found.total_bytes
-        policies = {name: job.recipe.policy(job.scheme, name) for name in found.bytes}
-        self._ways = {mode: search.with_mode(policies, mode) for mode in modes}
+        expresses = formats.get(job.format).expresses
+        policies = {
+            name: policy and policy.settled(expresses)
+            for name in found.bytes
+            for policy in [job.recipe.policy(job.scheme, name)]
+        }
+        self._policies, self._ways = policies, ways.of_modes(policies, modes)
+        if job.precisions:
+            self._ways = ways.of_precisions(policies, job.precisions, found.group_size)
         self._units = _units(found)
         self.default: Choice = {unit: self._as_in_scheme(unit) for unit in self._units}
         movable = {name for unit in self._units for name in unit.linears}
@@ -280,6 +333,10 @@ class _Space:
         """Of the checkpoint's tensors."""
         return self._fixed + search.total_bytes(chosen)
 
+    def frontier(self) -> list[Point]:
+        """Of whole checkpoints."""
+        return [Point(self._fixed + point.bytes, point.kl) for point in search.frontier(self._units)]
+
     def recipe(self, chosen: Choice) -> str:
         """The YAML that says it."""
         return _recipe_text(self._job, chosen, self._ways)
@@ -293,20 +350,20 @@ class _Space:
         ]
 
     def _as_in_scheme(self, unit: Unit) -> Option:
-        policy = self._job.recipe.policy(self._job.scheme, unit.linears[0])
+        policy = self._policies[unit.linears[0]]
         assert policy is not None
-        return next(option for option in unit.options if option.way == policy.activations.mode)
+        way = policy.activations.mode if not self._job.precisions else ways.way_of(unit.linears[0], policy, self._ways)
+        return next(option for option in unit.options if option.way == way)
 
 
 def _units(found: Sensitivities) -> list[Unit]:
     options: dict[tuple[str, ...], list[Option]] = {}
     for group in found.measured.groups:
         linears = tuple(group.linears)
-        size = sum(found.bytes[name].quantized for name in linears)
-        options.setdefault(linears, []).append(Option(group.way, group.kl, size))
+        options.setdefault(linears, []).append(Option(group.way, group.kl, group.bytes))
     return [
-        Unit(linears, (*ways, Option(FLOAT, 0.0, sum(found.bytes[name].float for name in linears))))
-        for linears, ways in options.items()
+        Unit(linears, (*quantized, Option(FLOAT, 0.0, sum(found.bytes[name].float for name in linears))))
+        for linears, quantized in options.items()
     ]
 
 
@@ -347,14 +404,16 @@ def _tried(job: TuningJob, space: _Space, reference: Evaluated, on_event: OnEven
     return tried
 
 
-def _recipe_text(job: TuningJob, chosen: Choice, ways: Mapping[str, Mapping[str, Policy | None]]) -> str:
+def _recipe_text(job: TuningJob, chosen: Choice, policies: Mapping[str, Mapping[str, Policy | None]]) -> str:
     rest = [policy.model_dump(mode="json", exclude_unset=True) for policy in job.recipe.schemes[job.scheme]]
+    export = {} if job.format == job.recipe.export.format else {"export": {"format": job.format}}
     data = {
         "extends": job.extends,
         "name": job.recipe.name if job.recipe.name.endswith(f"-{SCHEME}") else f"{job.recipe.name}-{SCHEME}",
         "description": f"{job.recipe.name}, scheme {job.scheme}, tuned for {job.model.name}",
         "default_scheme": SCHEME,
-        "schemes": {SCHEME: [*search.policies(chosen, ways), *rest]},
+        **export,
+        "schemes": {SCHEME: [*search.policies(chosen, policies), *rest]},
         "calibration": {key: getattr(job.calibration, key) for key in ("data", "samples", "seq_len", "seed")},
     }
     return yaml.safe_dump(data, sort_keys=False, width=110, allow_unicode=True)

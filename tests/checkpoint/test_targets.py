@@ -68,6 +68,11 @@ def test_what_the_class_alone_can_name(beside: dict[str, Scheme | None], plain: 
         ("stablelm", "self_attn.q_proj", "self_attn.qkv_proj"),
         ("gptj", "attn.k_proj", "attn.qkv_proj"),
         ("lfm2", "conv.in_proj", "short_conv.in_proj"),
+        ("aria", "mlp.shared_experts.down_proj", "down_proj"),
+        ("jamba", "self_attn.o_proj", "o_proj"),
+        ("granitemoehybrid", "mamba.in_proj", "mixer.in_proj"),
+        ("falcon_h1", "mamba.in_proj", "mixer.in_proj"),
+        ("gpt_oss", "self_attn.o_proj", "attn.o_proj"),
         ("llama", "mlp.gate_proj", None),
     ],
 )
@@ -80,3 +85,11 @@ def test_what_vllm_calls_a_layer_is_named_too(model_type: str, linear: str, in_v
         assert target == r"re:.*\.mlp\.gate_proj$"
     else:
         assert pattern.match(f"model.layers.1.{in_vllm}")
+
+
+def test_a_layer_without_a_name_in_vllm_is_found_by_its_class() -> None:
+    linears = ("self_attn.q_a_proj", "mlp.up_proj")
+    schemes: dict[str, Scheme | None] = {f"model.layers.0.{linear}": W8A8_DYNAMIC for linear in linears}
+    assert targets(schemes | _AROUND, W8A8_DYNAMIC, "minicpm3")[-1] == "Linear"
+    assert "Linear" not in targets(schemes | _AROUND, W8A8_DYNAMIC, "qwen3")
+    assert "Linear" not in targets({**schemes, "model.layers.0.mlp.up_proj": None}, W8A8_DYNAMIC, "minicpm3")

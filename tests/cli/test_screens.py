@@ -112,7 +112,10 @@ def test_tune(seen: Seen, tiny_llama: Path, tmp_path: Path) -> None:
     short = ("--windows", "2", "--length", "16", "--samples", "2", "--seq-len", "16", "--budget", "2")
     terminal = seen("tune", tiny_llama, "--max-size", "110%", "--output", "tuned.yaml", *short)
     assert [line for line in terminal.lines if line][-1] == str(tmp_path / "tuned.yaml")
-    figures, *changed = tables(terminal)
+    figures, frontier, *changed = tables(terminal)
+    sizes = [float(line.split()[1]) for line in frontier[3:-1]]
+    assert 2 <= len(sizes) <= 8
+    assert sizes == sorted(sizes)
     assert [line.split()[1] for line in figures[3:-1]] == ["reference", "tuned"]
     count = int(re.search(r"(\d+) groups of linears changed", terminal.text)[1])  # type: ignore[index]
     assert len(changed) == min(count, 1)
@@ -124,7 +127,7 @@ def test_an_impossible_size_is_refused_before_anything_is_measured(
 ) -> None:
     terminal = seen("tune", tiny_llama, "--max-size", size, code=2)
     said = " ".join(terminal.text.split())
-    assert re.search(rf"this scheme makes at least \d+\.\d kB, and {told}", said), said
+    assert re.search(rf"these precisions make at least \d+\.\d kB, and {told}", said), said
     assert "backward" not in terminal.drawn
 
 

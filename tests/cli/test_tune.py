@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from qtool.checkpoint.reader import Checkpoint
+from qtool.checkpoint.summary import schemes
 from tests import families
+from tests.engines.test_schemes import ours, theirs
 
 CALIBRATION = ("--samples", "4", "--seq-len", "64")
 TEXT = ("--windows", "8", "--length", "64")
@@ -41,6 +44,43 @@ def test_a_larger_model_that_is_better(tiny_llama: Path, run_qtool: Callable[...
     assert f"{tuned:.5f}" in done.stderr
     assert tuned < untuned
     assert size(tmp_path / "untuned") < size(tmp_path / "tuned") < 1.11 * size(tmp_path / "untuned")
+
+
+def test_a_mixture_of_precisions(tiny_llama: Path, run_qtool: Callable[..., Any], tmp_path: Path) -> None:
+    """Smaller than the scheme, with all precisions that vLLM reads; transformers computes what `eval` does with it."""
+    recipe, report, output = tmp_path / "mine.yaml", tmp_path / "page.html", tmp_path / "output"
+    options = ("--runtime", "vllm", "--max-size", "85%", "--budget", "2", "--output", recipe, "--report", report)
+    done = run_qtool("tune", tiny_llama, *options, *TEXT, *CALIBRATION)
+    assert done.code == 0, done.stderr
+    assert "What more bytes would give" in done.stderr
+    page = report.read_text()
+    assert page.count("<svg") == 1
+    assert all(f'id="{table}"' in page for table in ("frontier", "ways"))
+    made = run_qtool("quantize", tiny_llama, "--output", output, "--recipe", recipe, *CALIBRATION)
+    assert made.code == 0, made.stderr
+    found = {scheme for scheme in schemes(Checkpoint.open(output)).values() if scheme is not None}
+    assert {scheme.weights.num_bits for scheme in found} == {4, 8}
+    untuned = tmp_path / "untuned"
+    assert run_qtool("quantize", tiny_llama, "--output", untuned, *CALIBRATION).code == 0
+    assert size(output) < 0.9 * size(untuned)
+    ids = torch.randint(4, 500, (1, 40), generator=torch.Generator().manual_seed(0))
+    found_logits, expected, plain = ours(output, ids), theirs(output, ids), theirs(tiny_llama, ids)
+    error = found_logits - expected  # zero but where an activation lies between two integers, and after it
+    assert float(error.norm() / (expected - plain).norm()) < 0.2
+    assert float(error[0].abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+@pytest.mark.vllm
+def test_vllm_computes_with_a_mixture(tiny_llama: Path, run_qtool: Callable[..., Any], tmp_path: Path) -> None:
+    kinds = {"self_attn.[qkv]_proj": "W8A8", "self_attn.o_proj": "W4A16-g32", "mlp.*": "W8A8-dynamic"}
+    policies = [f"{{layers: '.*\\.{name}', scheme: {scheme}}}" for name, scheme in kinds.items()]
+    recipe, output = tmp_path / "mine.yaml", tmp_path / "output"
+    recipe.write_text(f"{{name: x, description: x, default_scheme: s, schemes: {{s: [{', '.join(policies)}]}}}}")
+    assert run_qtool("quantize", tiny_llama, "--output", output, "--recipe", recipe, *CALIBRATION).code == 0
+    here = divergence(run_qtool, tiny_llama, output)
+    done = run_qtool("eval", tiny_llama, output, *TEXT, "--runtime", "vllm", "--json")
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["kl_divergence"]["value"] == pytest.approx(here, rel=0.5, abs=5e-5)
 
 
 def test_as_good_as_asked_for(tiny_llama: Path, run_qtool: Callable[..., Any]) -> None:

@@ -382,7 +382,7 @@ REFUSALS: dict[str, tuple[str, str, Callable[[Path], object], str, str]] = {
     "four bits": (
         "modelslim",
         "static",
-        lambda m: description(m, DESCRIPTION, **{f"{O_PROJ}.weight": "W4A8_DYNAMIC"}),
+        lambda m: description(m, DESCRIPTION, **{f"{O_PROJ}.weight": "W4A4_DYNAMIC"}),
         "compressed-tensors",
         f"{O_PROJ}: quantized, but not W8A8",
     ),

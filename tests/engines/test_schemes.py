@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.summary import schemes
 from qtool.model.decoder import DecoderStream
-from qtool.scheme import W8A8_DYNAMIC, name_of, named
+from qtool.scheme import W8A8, W8A8_DYNAMIC, name_of, named
 
 LABELS = {
     "w8a8-asymmetric": "W8A8 dynamic asymmetric",
@@ -137,3 +138,27 @@ def test_names() -> None:
     assert named("w8a8-g") is None
     assert named("w8a8-g0") is None
     assert named("") is None
+
+
+def test_linears_that_share_their_input_may_differ(
+    make_model: Callable[..., Path], run_qtool: Callable[..., Any], tmp_path: Path
+) -> None:
+    """In Phi, q, k, v and fc1 do. Without smoothing, each gets the very numbers that it has in a uniform model."""
+    model, kinds = make_model("phi"), {"mlp.fc1": "W8A8-dynamic", "self_attn.[qkv]_proj": "W8A8"}
+    recipe = "{{name: x, description: x, default_scheme: s, schemes: {{s: [{}]}}}}"
+    policies = [f"{{layers: '.*\\.{name}', scheme: {scheme}, smoothing: none}}" for name, scheme in kinds.items()]
+    tensors, found = {}, {}
+    for name, wanted in (("both", policies), ("fc1", policies[:1]), ("qkv", policies[1:])):
+        (tmp_path / f"{name}.yaml").write_text(recipe.format(", ".join(wanted)))
+        options = ("--recipe", tmp_path / f"{name}.yaml", "--samples", "4", "--seq-len", "64")
+        done = run_qtool("quantize", model, "--output", tmp_path / name, *options)
+        assert done.code == 0, done.stderr
+        tensors[name] = load_file(tmp_path / name / "model.safetensors")
+        found[name] = {layer: scheme for layer, scheme in schemes(Checkpoint.open(tmp_path / name)).items() if scheme}
+    assert found["both"] == found["fc1"] | found["qkv"]
+    assert set(found["both"].values()) == {W8A8, W8A8_DYNAMIC}
+    for name in ("fc1", "qkv"):
+        for layer in found[name]:
+            own = [key for key in tensors[name] if key.startswith(f"{layer}.")]
+            assert own
+            assert all(torch.equal(tensors["both"][key], tensors[name][key]) for key in own), layer

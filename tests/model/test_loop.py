@@ -67,14 +67,26 @@ def test_what_cant_be_run_layer_by_layer_is_refused(model_type: str, sign: str, 
         stream.prologue(torch.arange(8)[None])
 
 
-def test_states_come_back_from_a_file(tmp_path: Path) -> None:
-    state = (torch.randn(3, 2, 5), torch.arange(12).reshape(3, 4), torch.randn(3, 7).bfloat16())
-    file = StateFile(tmp_path / "state", 3, [(tuple(t.shape[1:]), t.dtype) for t in state])
+@pytest.mark.parametrize("threads", [False, True])
+@pytest.mark.parametrize("samples", [3, 11])
+def test_states_come_back_from_files(samples: int, threads: bool, tmp_path: Path) -> None:
+    state = (
+        torch.randn(samples, 2, 5),
+        torch.arange(4 * samples).reshape(samples, 4),
+        torch.randn(samples, 7).bfloat16(),
+    )
+    layout = [(tuple(t.shape[1:]), t.dtype) for t in state]
+    file = StateFile(tmp_path / "state", samples, layout, threads=threads)
     file.write(1, tuple(tensor[1:] for tensor in state))
     file.write(0, tuple(tensor[:1] for tensor in state))
-    for found, wanted in zip(file.read(0, 3), state, strict=True):
+    for found, wanted in zip(file.read(0, samples), state, strict=True):
         assert torch.equal(found, wanted)
-    assert torch.equal(file.read(2, 3)[1], state[1][2:])
+    assert torch.equal(file.read(2, 3)[1], state[1][2:3])
+    places = [slice(0, 2), slice(2, samples)]
+    for place, read in zip(places, file.reads(places), strict=True):
+        assert torch.equal(read[2], state[2][place])
+    file.flush()
+    assert sum(path.stat().st_size for path in file.paths) == sum(tensor.nbytes for tensor in state)
     with pytest.raises(ValueError, match="per sample"):
         file.write(0, (state[0][:, :1], *state[1:]))
     file.close()

@@ -13,7 +13,12 @@ from qtool.errors import InputError
 from qtool.recipe import load
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-OTHER_SHAPES = {"deepseek-v3", "deepseek-r1-osl", "golden-stick-osl"}  # the others have the default's
+OTHER_SHAPES = {
+    "deepseek-v3",
+    "deepseek-r1-osl",
+    "deepseek-r1-a8w4",
+    "golden-stick-osl",
+}  # the others have the default's
 MINIMAL = """\
 name: mine
 description: mine
@@ -44,7 +49,8 @@ def test_every_shipped_recipe_is_valid_and_named_after_its_file(name: str) -> No
     recipe = load.load(name)
     assert recipe.name == name
     assert set(recipe.schemes) >= ({"w8a8"} if name == "golden-stick-osl" else {"w8a8", "w8a8-dynamic"})
-    assert recipe.default_scheme == ("w8a8-dynamic" if name == "telechat2" else "w8a8")
+    other = {"telechat2": "w8a8-dynamic", "deepseek-r1-a8w4": "a8w4"}
+    assert recipe.default_scheme == other.get(name, "w8a8")
     assert recipe.source
     assert recipe.generate.temperature == 0
 
@@ -84,6 +90,26 @@ def test_shipped_schemes_cover_the_linears_of_decoder_layers(name: str, linear: 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-dynamic"])
 def test_shipped_schemes_leave_heads_and_vision_float(linear: str, scheme: str) -> None:
     assert load.load("default").policy(scheme, linear) is None
+
+
+@pytest.mark.parametrize(
+    ("linear", "label"),
+    [
+        ("model.layers.5.mlp.experts.17.gate_proj", "W4A8 dynamic in groups of 128"),
+        ("model.layers.5.feed_forward.routed_experts.ffn.w1", "W4A8 dynamic in groups of 128"),
+        ("model.layers.5.mlp.shared_experts.down_proj", "W8A8 dynamic"),
+        ("model.layers.0.mlp.gate_proj", "W8A8 dynamic"),
+        ("model.layers.5.self_attn.q_a_proj", "W8A8 dynamic"),
+        ("model.layers.5.self_attn.kv_b_proj", None),
+        ("model.layers.5.mlp.gate", None),
+        ("lm_head", None),
+    ],
+)
+def test_int4_is_for_routed_experts(linear: str, label: str | None) -> None:
+    """MindFormers has it for nothing else; Golden Stick's A8W4 rounds by GPTQ."""
+    policy = load.load("deepseek-r1-a8w4").policy("a8w4", linear)
+    assert (policy.scheme.label if policy else None) == label
+    assert policy is None or (policy.rounding.method == "gptq") == policy.scheme.label.startswith("W4")
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-r1-osl"])

@@ -101,6 +101,7 @@ def test_problems(
         assert (problem.fatal, problem.unread) == (fatal, unread)
 
 
+GPT_OSS = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}
 MAMBA = {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba"}
 UP_PROJ, X_PROJ = "model.layers.0.mlp.up_proj", "backbone.layers.0.mixer.x_proj"
 
@@ -111,6 +112,8 @@ UP_PROJ, X_PROJ = "model.layers.0.mlp.up_proj", "backbone.layers.0.mixer.x_proj"
         ("vllm", "compressed-tensors", MAMBA, {X_PROJ: W8A8_DYNAMIC}, "Mamba layers are quantized"),
         ("vllm", "compressed-tensors", MAMBA, {X_PROJ: None, UP_PROJ: W8A8_DYNAMIC}, None),
         ("vllm", "compressed-tensors", MAMBA | {"model_type": "bamba"}, {X_PROJ: W8A8_DYNAMIC}, None),
+        ("vllm", "compressed-tensors", GPT_OSS, {EXPERT: W8A8_DYNAMIC}, "gate and up of gpt-oss in one matrix"),
+        ("vllm", "compressed-tensors", GPT_OSS, {EXPERT: None, Q_PROJ: W8A8_DYNAMIC}, None),
         ("vllm", "compressed-tensors", TELECHAT2, {Q_PROJ: W8A8_DYNAMIC}, None),
         ("vllm", "compressed-tensors", TELECHAT2, {Q_PROJ: W8A8, UP_PROJ: W8A8_DYNAMIC}, "only where all are dynamic"),
         ("sglang", "compressed-tensors", LLAMA, {Q_PROJ: W8A8_DYNAMIC, UP_PROJ: W8A8_DYNAMIC}, None),

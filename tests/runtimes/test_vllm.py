@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from qtool import runtimes
+from qtool.environments import lookup
 from qtool.errors import QtoolError
 from qtool.runtimes import GenerationJob
 from qtool.runtimes.batch import CHAT_URL, COMPLETIONS_URL
@@ -20,6 +21,7 @@ from qtool.runtimes.job import WorkerJob
 from qtool.runtimes.worker import vllm_settings
 from qtool.runtimes.worker.front import Front
 from qtool.workers import Report
+from tests.zoo import models
 
 pytestmark = pytest.mark.vllm
 Run = Callable[..., Any]
@@ -210,3 +212,15 @@ def test_what_nobody_has_set_is_not_to_blame(tiny_llama: Path, tmp_path: Path) -
 
     assert load().where == str(model)
     assert load(enforce_eager=True).where == "--set"
+
+
+def test_a_package_that_a_model_of_vllms_needs(run_qtool: Run, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Qwen3.5 imports torchvision, even for text alone."""
+    if lookup.available("torchvision"):
+        pytest.skip("torchvision is installed")
+    model = models.make("text", "qwen3_5_text", tmp_path / "model")
+    tiny_tokenizer.save_pretrained(model)
+    done = run_qtool("generate", model, "--runtime", "vllm", "--prompt", PROMPT, "--max-tokens", "2")
+    assert (done.code, done.stdout) == (1, "")
+    assert "Qwen3_5ForCausalLM needs a package that isn't here: torchvision" in done.stderr
+    assert "pip install torchvision" in done.stderr

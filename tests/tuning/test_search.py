@@ -16,8 +16,10 @@ from qtool.tuning.search import (
     Choice,
     Option,
     Unit,
+    frontier,
     pattern,
     policies,
+    thinned,
     total_bytes,
     total_kl,
     within_bytes,
@@ -60,6 +62,51 @@ def test_limits_hold(facts: list[tuple[float, float, int]], share: float) -> Non
     for each, option in found.items():  # no step could have been left out
         if option.way == FLOAT:
             assert total_kl(found) + each.smallest.kl > share * worst
+
+
+several = st.lists(st.lists(st.tuples(st.integers(1, 40), kl), min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+def many(facts: list[list[tuple[int, float]]]) -> list[Unit]:
+    """Units of any precisions, and float, which costs nothing and more bytes than all."""
+    return [
+        Unit(
+            (f"l{i}",), (*(Option(f"w{j}", cost, size) for j, (size, cost) in enumerate(ways)), Option(FLOAT, 0.0, 50))
+        )
+        for i, ways in enumerate(facts)
+    ]
+
+
+@given(several)
+def test_no_choice_beats_the_frontier(facts: list[list[tuple[int, float]]]) -> None:
+    """Each of its points has the least KL divergence of all choices of at most so many bytes."""
+    units = many(facts)
+    points = frontier(units)
+    every = [(total_bytes(choice), total_kl(choice)) for choice in every_choice(units)]
+    for point in points:
+        assert point.kl == pytest.approx(min(cost for size, cost in every if size <= point.bytes), abs=1e-9)
+    assert [point.bytes for point in points] == sorted(point.bytes for point in points)
+    assert points[-1].kl == pytest.approx(0, abs=1e-9)
+    assert {points[0], points[-1]} <= set(thinned(points, 3))
+    assert len(thinned(points, 3)) <= 3
+
+
+@given(several, st.floats(min_value=0.0, max_value=1.0))
+def test_limits_hold_for_any_precisions(facts: list[list[tuple[int, float]]], share: float) -> None:
+    units = many(facts)
+    least = sum(each.smallest.bytes for each in units)
+    limit = round(least + share * (50 * len(units) - least))
+    found = within_bytes(units, limit)
+    assert total_bytes(found) <= limit
+    below = [point for point in frontier(units) if point.bytes <= limit]
+    assert total_kl(found) <= below[-1].kl + 1e-9  # what is left of the room is used, too
+    worst = sum(each.smallest.kl for each in units)
+    found = within_kl(units, share * worst)
+    assert total_kl(found) <= share * worst + 1e-9
+    for each, option in found.items():  # no step back is left
+        for other in each.options:
+            if other.bytes < option.bytes:
+                assert total_kl(found) - option.kl + other.kl > share * worst - 1e-9
 
 
 def test_each_unit_takes_the_better_kind_of_activations() -> None:

@@ -21,6 +21,7 @@ from qtool.model.decoder import DecoderStream
 from qtool.model.state import Batch
 from qtool.recipe.load import load
 from qtool.recipe.schema import Policy, Recipe
+from qtool.scheme import named
 from qtool.tuning.experts import gradients, replaced
 from qtool.tuning.job import Sensitivities, SensitivityJob
 from qtool.tuning.worker import main
@@ -43,7 +44,7 @@ def float32_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qtool.engines.native.device.compute_dtype", lambda device, *, exact: torch.float32)
 
 
-def sensitivity(model: Path, recipe: Recipe, modes: list[str]) -> dict[str, Any]:
+def sensitivity(model: Path, recipe: Recipe, modes: list[str], precisions: tuple[str, ...] = ()) -> dict[str, Any]:
     """What is found, through the pipe."""
     job = SensitivityJob(
         model=model,
@@ -51,6 +52,7 @@ def sensitivity(model: Path, recipe: Recipe, modes: list[str]) -> dict[str, Any]
         scheme=recipe.default_scheme,
         format="compressed-tensors",
         modes=tuple(modes),
+        precisions=precisions,
         text=TEXT,
         calibration=CALIBRATION,
     )
@@ -60,8 +62,12 @@ def sensitivity(model: Path, recipe: Recipe, modes: list[str]) -> dict[str, Any]
 
 
 def only(linears: list[str], mode: str) -> Recipe:
-    pattern = "|".join(name.replace(".", r"\.") for name in linears)
-    policy = Policy(layers=pattern).with_mode(mode)
+    return of_these(linears, Policy(layers="x").with_mode(mode))
+
+
+def of_these(linears: list[str], policy: Policy) -> Recipe:
+    """Just these linears are quantized, as the policy says."""
+    policy = policy.model_copy(update={"layers": "|".join(name.replace(".", r"\.") for name in linears)})
     return Recipe(name="only", description="one group", default_scheme="s", schemes={"s": [policy]})
 
 
@@ -95,6 +101,31 @@ def test_estimates_are_near_the_truth(make_model: Callable[..., Path], tmp_path:
     # equal tokens make equal noise where the input is the embedding alone, which the estimate doesn't know
     assert float((both[0] - both[1]).abs().max().exp()) < 2.5
     assert float((both[0] - both[1]).mean().exp()) == pytest.approx(1, abs=0.25)
+
+
+@pytest.mark.slow
+def test_estimates_of_precisions_are_near_the_truth(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """So that they can be weighed against each other, not only linears of one precision."""
+    model, names = make_model("llama"), ("W8A8-dynamic", "W4A16", "W4A8", "FP8-dynamic")
+    found = sensitivity(model, load("default"), [], names)
+    assert found["group_size"] == 32
+    schemes = {scheme.label: scheme for name in names if (scheme := named(f"{name}-g32") or named(name)) is not None}
+    groups = [group for group in found["groups"] if group["way"] in schemes and ".1." in group["linears"][0]]
+    assert len(groups) == 4 * 4  # ways, groups of the last layer
+    predicted, truth = [], []
+    for i, group in enumerate(groups):
+        scheme = schemes[group["way"]]
+        recipe = of_these(group["linears"], Policy(layers="x").with_scheme(scheme))
+        truth.append(measured(model, tmp_path / str(i), recipe))
+        predicted.append(group["kl"])
+        shapes = [Checkpoint.open(model).info(f"{name}.weight").shape for name in group["linears"]]
+        assert group["bytes"] == sum(scheme.weights.nbytes(shape) for shape in shapes)
+    both = torch.tensor([predicted, truth]).log()
+    assert float((both[1].max() - both[1].min()).exp()) > 100  # from int8 to int4
+    assert float(both.corrcoef()[0, 1]) > 0.95
+    assert float((both[0] - both[1]).abs().max().exp()) < 2.5
+    ranks = both.argsort(dim=1).argsort(dim=1).float()
+    assert float(ranks.corrcoef()[0, 1]) > 0.9
 
 
 EVERYTHING = Recipe(

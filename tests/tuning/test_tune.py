@@ -22,7 +22,7 @@ LINEARS = [f"model.layers.{i}.mlp.down_proj" for i in range(8)]
 def tuned(monkeypatch: pytest.MonkeyPatch, goal: float, measured: list[float], budget: int = 4) -> dict[str, Any]:
     """tune() where the untuned scheme and then recipe after recipe have these KL divergences; 0.008 was estimated."""
     groups = [
-        Sensitivity([name], way, way, None, 0.1, kl)
+        Sensitivity([name], way, way, None, 0.1, kl, 100)
         for name in LINEARS
         for way, kl in (("static", 2e-3), ("dynamic", 1e-3))
     ]

@@ -348,6 +348,40 @@ for package in ("torchaudio", "torchcodec", "torchvision"):
     assert output.split() == ["hidden"] * 3
 
 
+@pytest.mark.parametrize(
+    ("torch", "torchvision", "wants", "kept"),
+    [
+        ("2.13.0+cu130", "0.28.0+cu130", "torch (==2.13.0)", True),
+        ("2.13.0", "0.28.0", "torch==2.13.0", True),
+        ("2.13.0+cpu", "0.28.0+cu130", "torch (==2.13.0)", False),
+        ("2.14.0+cu130", "0.28.0+cu130", "torch (==2.13.0)", False),
+        ("2.13.0+cpu", None, "", False),
+    ],
+)
+def test_torchvision_can_stay_where_it_was_built_for_this_torch(
+    torch: str, torchvision: str | None, wants: str, kept: bool, tmp_path: Path
+) -> None:
+    for name, version in (("torch", torch), ("torchvision", torchvision)):
+        if version is None:
+            continue
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+        (tmp_path / name / "version.py").write_text(f"__version__ = '{version}'\n")
+        about = tmp_path / f"{name}-{version.partition('+')[0]}.dist-info"
+        about.mkdir()
+        required = f"Requires-Dist: {wants}\n" if name == "torchvision" else ""
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{required}")
+    code = """
+import sys
+from qtool import workers
+workers.hide_media_packages(keep_torchvision=True)
+print(*[name in sys.modules for name in ("torchaudio", "torchcodec", "torchvision", "torch")])
+"""
+    path = os.pathsep.join([str(tmp_path), str(Path(workers.__file__).parents[2])])
+    output = subprocess.check_output([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, text=True)
+    assert output.split() == ["True", "True", str(not kept), "False"]
+
+
 def test_a_worker_that_says_nonsense(run: Any, logs: Path) -> None:
     for said, shown in (
         ('nonsense "é"', r"\xe9"),

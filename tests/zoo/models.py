@@ -31,15 +31,16 @@ def make(
     """A model of a type in bfloat16, without a tokenizer.
 
     Args:
-        sizes: in place of the small ones, of fields that the type's configuration has.
+        sizes: in place of the small ones, of fields that the type's configuration has, or that of its model of text.
         more: whatever fields it has.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[model_type]
     settings = configs.settings(config_class())
-    settings |= {name: size for name, size in (sizes or {}).items() if name in settings}
-    settings |= more or {}
+    for part in (settings, settings.get("text_config", {})):
+        part |= {name: size for name, size in (sizes or {}).items() if name in part}
+    settings = configs.merged(settings, {**(more or {})})
     config = config_class(**settings)
     config.dtype = torch.bfloat16
     torch.manual_seed(0)

@@ -130,13 +130,20 @@ def _shortened(why: str, most: int = 240) -> str:
 
 
 def registry() -> frozenset[str]:
-    """The architectures that vLLM knows, read from its source: importing it takes half a minute."""
+    """The architectures that vLLM knows, read from its source: importing it takes half a minute.
+
+    Those that it had once, or that plugins have, are in other tables there.
+    """
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:
         return frozenset()
     tree = ast.parse((Path(found.origin).parent / "model_executor/models/registry.py").read_text())
-    dicts = [node.value for node in ast.walk(tree) if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value]
-    keys = [key for each in dicts if isinstance(each, ast.Dict) for key in each.keys]
+    tables: dict[str, ast.Dict] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and isinstance(node.targets[0], ast.Name):
+            tables[node.targets[0].id] = node.value
+    parts = [value.id for value in tables["_VLLM_MODELS"].values if isinstance(value, ast.Name)]
+    keys = [key for part in parts for key in tables[part].keys]
     return frozenset(key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str))
 
 

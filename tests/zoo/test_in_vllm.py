@@ -15,10 +15,10 @@ DENSE = ("llama", "qwen3")  # experts want AMX, AVX-512 or zentorch
 
 @pytest.mark.vllm
 def test_vllm_reads_int8_and_generates() -> None:
-    command = [sys.executable, "-m", "tests.zoo.in_vllm", "--only", f"^({'|'.join(DENSE)})$"]
+    command = [sys.executable, "-m", "tests.zoo.in_vllm", "--only", f"^text:({'|'.join(DENSE)})$"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600, check=False)
     outcomes = dict(line.split(" ", 1) for line in done.stdout.splitlines())
-    assert outcomes.keys() == set(DENSE), done.stderr[-2000:]
+    assert outcomes.keys() == {f"text:{name}" for name in DENSE}, done.stderr[-2000:]
     for outcome in outcomes.values():
         found = re.fullmatch(r"(\d+) int8 tensors, generates \[4, 4\]", outcome)
         assert found, outcome

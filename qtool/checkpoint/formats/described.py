@@ -11,7 +11,8 @@ import dataclasses
 from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qtool.checkpoint.formats.base import QuantizedFormat, UnknownScheme
+from qtool.checkpoint.formats import nibbles
+from qtool.checkpoint.formats.base import Inexpressible, QuantizedFormat, UnknownScheme
 from qtool.checkpoint.formats.stored import Stored
 from qtool.errors import InputError
 from qtool.quant.types import QuantizedLinear
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
 
 TYPES: dict[Scheme | None, str] = {W8A8: "W8A8", W8A8_DYNAMIC: "W8A8_DYNAMIC", None: "FLOAT"}
-"""A scheme, in the word that description files have for it."""
+"""A scheme, in the word that description files have for it; those of `nibbles` have one for all."""
 
 _OTHER_TYPES = ("fa_quant_type", "indexer_quant_type")
 CACHE_TYPES = ("kv_cache_type", "kv_quant_type")
@@ -41,16 +42,38 @@ class DescribedFormat(QuantizedFormat):
     def detect(self, config: Mapping[str, Any], files: Container[str]) -> bool:
         return self.files[0] in files
 
+    def expresses(self, scheme: Scheme) -> bool:
+        return scheme in self.schemes or nibbles.has(scheme)
+
+    def problems(self, schemes: Mapping[str, Scheme | None]) -> list[Inexpressible]:
+        found = super().problems(schemes)
+        sizes = {scheme.weights.group_size for scheme in schemes.values() if scheme is not None and nibbles.has(scheme)}
+        if len(sizes) > 1:
+            shown = " and ".join(sorted(str(size) if size else "without groups" for size in sizes))
+            what = f"{self.name} has one group_size for all layers of 4 bits, not {shown}"
+            found.append(Inexpressible(what, hint="give the same group_size to all of them"))
+        return found
+
+    def misfit(self, name: str, shape: tuple[int, int], scheme: Scheme) -> str | None:
+        return nibbles.misfit(name, shape) if nibbles.has(scheme) else None
+
+    def shape(self, stored: Stored, scheme: Scheme) -> tuple[int, int]:
+        return nibbles.shape(stored) if nibbles.has(scheme) else stored.shape
+
     def described(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
         """The description file: parameter name → type, and some more."""
         return checkpoint.by_tensor(self.files[0])
 
     def scheme(self, checkpoint: Checkpoint, name: str) -> Scheme | None:
-        kind = self.described(checkpoint).get(f"{name}.weight", TYPES[None])
+        described = self.described(checkpoint)
+        kind = described.get(f"{name}.weight", TYPES[None])
         for scheme, known in TYPES.items():
             if known == kind:
                 return scheme
-        raise unknown_scheme(checkpoint, name)
+        found = nibbles.scheme(described.get("group_size")) if kind == nibbles.WORD else None
+        if found is None or not self.expresses(found):
+            raise unknown_scheme(checkpoint, name)
+        return found
 
     def inputs(self, stored: Stored) -> tuple[float, int]:
         assert W8A8.activations is not None
@@ -100,9 +123,20 @@ class DescribedFormat(QuantizedFormat):
         return QuantizedLinear(scheme, weight, weight_scale, bias, input_scale, zero_point)
 
 
+def word(scheme: Scheme | None) -> str:
+    """What descriptions call a scheme that these formats have."""
+    return nibbles.WORD if scheme is not None and nibbles.has(scheme) else TYPES[scheme]
+
+
+def group_size(schemes: Mapping[str, Scheme | None]) -> dict[str, int]:
+    """What descriptions of a model with layers of 4 bits say besides."""
+    found = [scheme for scheme in schemes.values() if scheme is not None and nibbles.has(scheme)]
+    return {"group_size": found[0].weights.group_size or 0} if found else {}
+
+
 def unknown_scheme(checkpoint: Checkpoint, name: str) -> UnknownScheme:
     return UnknownScheme(
-        f"{name}: quantized, but not W8A8 with per-tensor static or per-token dynamic activations",
+        f"{name}: quantized, but not W8A8 with per-tensor static or per-token dynamic activations, or W4A8",
         where=str(checkpoint.path),
     )
 

@@ -19,13 +19,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint.formats import nibbles
-from qtool.checkpoint.formats.base import Description, Inexpressible
+from qtool.checkpoint.formats.base import Description
 from qtool.checkpoint.formats.described import (
     CACHE_TYPES,
     TYPES,
     DescribedFormat,
+    group_size,
     unknown_scheme,
     with_hidden_bias,
+    word,
     zero_point_correction,
 )
 from qtool.checkpoint.formats.scales import check_scales
@@ -60,33 +62,11 @@ class ModelSlim(DescribedFormat):
     def index_name(self, n: int) -> str | None:
         return "quant_model_weights.safetensors.index.json"
 
-    def expresses(self, scheme: Scheme) -> bool:
-        return scheme in self.schemes or nibbles.has(scheme)
-
-    def problems(self, schemes: Mapping[str, Scheme | None]) -> list[Inexpressible]:
-        found = super().problems(schemes)
-        sizes = {scheme.weights.group_size for scheme in schemes.values() if scheme is not None and nibbles.has(scheme)}
-        if len(sizes) > 1:
-            shown = " and ".join(sorted(str(size) if size else "without groups" for size in sizes))
-            what = f"{self.name} has one group_size for all layers of 4 bits, not {shown}"
-            found.append(Inexpressible(what, hint="give the same group_size to all of them"))
-        return found
-
-    def misfit(self, name: str, shape: tuple[int, int], scheme: Scheme) -> str | None:
-        return nibbles.misfit(name, shape) if nibbles.has(scheme) else None
-
     def scheme(self, checkpoint: Checkpoint, name: str) -> Scheme | None:
-        described = self.described(checkpoint)
-        if described.get(f"{name}.weight") != nibbles.WORD:
-            return super().scheme(checkpoint, name)
-        # An older version has an int4 in each byte.
-        found = nibbles.scheme(described.get("group_size")) if described.get("version") == _VERSION else None
-        if found is None:
-            raise unknown_scheme(checkpoint, name)
-        return found
-
-    def shape(self, stored: Stored, scheme: Scheme) -> tuple[int, int]:
-        return nibbles.shape(stored) if nibbles.has(scheme) else stored.shape
+        scheme = super().scheme(checkpoint, name)
+        if scheme is not None and nibbles.has(scheme) and self.described(checkpoint).get("version") != _VERSION:
+            raise unknown_scheme(checkpoint, name)  # an older version has an int4 in each byte
+        return scheme
 
     def nbytes(self, shape: tuple[int, int], scheme: Scheme) -> int:
         if nibbles.has(scheme):
@@ -137,19 +117,14 @@ class ModelSlim(DescribedFormat):
         self, names: Sequence[str], schemes: Mapping[str, Scheme | None], config: Mapping[str, Any]
     ) -> Description:
         present = set(schemes.values())
-        packed = [scheme for scheme in present if scheme is not None and nibbles.has(scheme)]
-        words = {scheme: nibbles.WORD if scheme in packed else TYPES[scheme] for scheme in present} | {
-            None: TYPES[None]
-        }
-        first = next((scheme for scheme in (*packed, *self.schemes) if scheme in present), None)
-        types: dict[str, Any] = {"version": _VERSION, "model_quant_type": words[first]}
-        if packed:
-            types["group_size"] = packed[0].weights.group_size or 0
+        first = next((scheme for scheme in present if scheme is not None and nibbles.has(scheme)), None)
+        first = first or next((scheme for scheme in self.schemes if scheme in present), None)
+        types: dict[str, Any] = {"version": _VERSION, "model_quant_type": word(first), **group_size(schemes)}
         if any(name.endswith(f".{_SCALE}") for name in names):
             types[CACHE_TYPES[0]] = "C8"
         for name in names:
             owner, _, part = name.rpartition(".")
-            types[name] = words[None if part == "bias" else schemes.get(owner)]
+            types[name] = word(None if part == "bias" else schemes.get(owner))
         # A runtime asks for the type of lm_head even where it is tied to the embedding and not in the file.
         types.setdefault("lm_head.weight", TYPES[None])
         return Description(None, {DESCRIPTION: types})

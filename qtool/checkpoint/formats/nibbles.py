@@ -1,15 +1,18 @@
-"""W4A8_DYNAMIC: int4 weights, two to a byte, with scales on two levels, as msmodelslim saves them for Ascend.
+"""W4A8_DYNAMIC: int4 weights, two to a byte, as golden-stick and modelslim hold them for Ascend's kernels.
 
-Per layer, in a description of version 1.0.0: `weight` int8 [out / 2, in], output channels 2i in the low bits and 2i + 1
-in the high ones; `weight_scale` float32 [out, 1]; where groups of input channels share a scale also
-`weight_scale_second` [out, groups], which it is multiplied by, and `group_size` in the description, one for all layers
-(0 without groups); offsets, zeros; and `scale_bias` float32 [out, 1]: 8 times the sum of what a channel's integers
-stand for, which kernels that shift int4 take off. Layers that are split along their inputs have sixteen of these,
-[out, 16], for as many parts of the inputs (msmodelslim, format/common/pack.py; vllm-ascend 0.23.0.post1,
-quantization/methods/w4a8.py).
+Both: `weight` int8 [out / 2, in], output channels 2i in the low bits and 2i + 1 in the high ones; and `group_size` in
+the description, one for all layers.
 
-vllm-ascend keeps both levels in the model's dtype and multiplies them. So the first is a power of two here, and the
-product is the scale itself.
+modelslim, version 1.0.0: `weight_scale` float32 [out, 1]; where groups of input channels share a scale also
+`weight_scale_second` [out, groups], which it is multiplied by (group_size is 0 without); offsets, zeros; and
+`scale_bias` float32 [out, 1]: 8 times the sum of what a channel's integers stand for, which kernels that shift int4
+take off. Layers that are split along their inputs have sixteen of these, [out, 16], for as many parts of the inputs
+(msmodelslim, format/common/pack.py; vllm-ascend 0.23.0.post1, quantization/methods/w4a8.py). vllm-ascend keeps both
+levels in the model's dtype and multiplies them. So the first is a power of two here, and the product is the scale
+itself.
+
+golden-stick: `weight_scale` uint64 [out, groups], the bits of a float32 (mindspore-gs 1.4.1, ptq/hal.py,
+convert_fp32_to_uint64; mindformers 1.7.0, quantization/golden_stick/a8dynw4.py).
 """
 
 from __future__ import annotations
@@ -66,13 +69,41 @@ def nbytes(shape: tuple[int, int], args: QuantizationArgs) -> int:
     return args.nbytes(shape) + 12 * shape[0] + (4 * shape[0] * shape[1] // args.group_size if args.group_size else 0)
 
 
+def packed(integers: torch.Tensor) -> torch.Tensor:
+    """int8 [out / 2, in] of int8 [out, in], in -8..7."""
+    return (integers[::2] & 15) | (integers[1::2] << 4)
+
+
+def unpacked(stored: Stored) -> torch.Tensor:
+    """The inverse, of a layer's weight."""
+    import torch
+
+    weight = stored.weight()
+    return torch.stack((weight << 4 >> 4, weight >> 4), dim=1).reshape(shape(stored))
+
+
+def as_bits(scale: torch.Tensor) -> torch.Tensor:
+    """uint64 of the same shape: the bits of each float32."""
+    import torch
+
+    return scale.contiguous().view(torch.int32).to(torch.int64).view(torch.uint64)
+
+
+def of_bits(bits: torch.Tensor) -> torch.Tensor:
+    """The inverse, for 64-bit integers; zeros for what the bits of no float32 are."""
+    import torch
+
+    numbers = bits.view(torch.int64)
+    inside = (numbers >= 0) & (numbers < 1 << 31)
+    return torch.where(inside, numbers, 0).to(torch.int32).view(torch.float32)
+
+
 def tensors(name: str, linear: QuantizedLinear) -> dict[str, torch.Tensor]:
-    """By the last parts of their names."""
+    """modelslim's, by the last parts of their names."""
     import torch
 
     scale = linear.weight_scale.float().reshape(len(linear.weight), -1)
-    integers = linear.weight
-    found = {"weight": (integers[::2] & 15) | (integers[1::2] << 4)}
+    found = {"weight": packed(linear.weight)}
     if linear.scheme.weights.group_size is None:
         first = scale
     else:
@@ -96,16 +127,12 @@ def shape(stored: Stored) -> tuple[int, int]:
 
 def read(stored: Stored, scheme: Scheme) -> QuantizedLinear:
     """The inverse of `tensors`; whatever `scale_bias` says, which follows from the rest."""
-    import torch
-
     out, width = shape(stored)
-    packed = stored.weight()
-    integers = torch.stack((packed << 4 >> 4, packed >> 4), dim=1).reshape(out, width)
     scale = stored.scale("weight_scale", out)
     stored.no_zero_point("weight_offset", out)
     if scheme.weights.group_size is not None:
         scale = scale[:, None] * stored.scales("weight_scale_second", scheme.weights, (out, width))
-    return QuantizedLinear(scheme, integers, scale, stored.bias())
+    return QuantizedLinear(scheme, unpacked(stored), scale, stored.bias())
 
 
 def _is_split(name: str) -> bool:

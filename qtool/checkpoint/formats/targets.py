@@ -11,6 +11,11 @@ from qtool.scheme import Scheme
 # model_type of families whose class in vLLM 0.32 doesn't say what its fused layers are made of: it has no
 # packed_modules_mapping, and asks for these layers under their own names.
 _WHOLE = frozenset(("gptj", "stablelm"))
+# Of families whose class in vLLM 0.32 has other modules around the linears: it asks for layers.0.qkv_proj, not
+# layers.0.self_attn.q_proj; for mixer.in_proj, not mamba.in_proj; for attn, not self_attn; for .down_proj alone.
+_MOVED = frozenset(("aria", "falcon_h1", "gpt_oss", "granitemoehybrid", "jamba", "zamba2"))
+# And of one that gives a linear no name at all there (MiniCPM3's q_a_proj): the class finds it.
+_NAMELESS = frozenset(("minicpm3",))
 _PLAIN = frozenset(
     (
         *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")),
@@ -31,7 +36,8 @@ def targets(schemes: Mapping[str, Scheme | None], scheme: Scheme | None, model_t
     """
     by_ending: dict[str, list[str]] = {}
     for name in schemes:
-        by_ending.setdefault(_ending(name), []).append(name)
+        ending = _ending(name)
+        by_ending.setdefault(ending.rpartition(".")[2] if model_type in _MOVED else ending, []).append(name)
     found: list[str] = []
     for ending, names in by_ending.items():
         wanted = [name for name in names if schemes[name] == scheme]
@@ -40,6 +46,8 @@ def targets(schemes: Mapping[str, Scheme | None], scheme: Scheme | None, model_t
             found += [f"re:.*\\.{_pattern(ending, whole=model_type in _WHOLE)}$"] if wanted else []
         else:
             found += _by_layer(names, wanted)
+    if model_type in _NAMELESS and all(its == scheme for name, its in schemes.items() if _ending(name) != name):
+        found.append("Linear")
     return found
 
 

@@ -15,7 +15,7 @@ from qtool.engines.native.context import storage
 from qtool.engines.native.device import Room
 from qtool.model.observe import sample_stride
 from qtool.model.weights import ModelWeights, StoredWeights, refuse_damage
-from qtool.quant.group import GroupUnderWay, needs_hessian, policy_of, quantize_group
+from qtool.quant.group import GroupUnderWay, apart, needs_hessian, quantize_group
 from qtool.quant.layer import smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups
@@ -103,14 +103,13 @@ class SmoothedExpert:
     def quantize(self) -> Iterator[tuple[GroupUnderWay, bool]]:
         """(the linears, whether tokens were seen) of each group that its policy quantizes."""
         for group in self._groups:
-            if policy_of(group, self._policies) is None:
-                continue
             name = group.linears[0]
-            seen = self._observed.get(name) or InputStatistics.empty(self.folded.shape(name)[1]).to(self._device)
-            made = self._rows.fit(
-                partial(quantize_group, self.folded, group, self._policies, seen, self._found.get(name), self._storage)
-            )
-            yield made, name in self._observed
+            for alike in apart(group, self._policies):
+                seen = self._observed.get(name) or InputStatistics.empty(self.folded.shape(name)[1]).to(self._device)
+                made = self._rows.fit(
+                    partial(quantize_group, self.folded, group, alike, seen, self._found.get(name), self._storage)
+                )
+                yield made, name in self._observed
 
 
 def _statistics(policies: Sequence[Policy | None], x: torch.Tensor | None) -> InputStatistics | None:

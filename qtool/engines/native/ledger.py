@@ -30,8 +30,8 @@ class LayerEnd:
     """
 
     name: str
-    hidden: Path
-    leaving: Path
+    hidden: Sequence[Path]
+    leaving: Sequence[Path]
     reports: Sequence[GroupReport]
     experts: Sequence[ExpertTokens]
 
@@ -86,7 +86,7 @@ class Ledger:
             "experts": [asdict(layer) for layer in end.experts],
         }
         self._count_layer(groups, end.experts)
-        self._writer.mark(record, needs=[end.leaving], obsolete=[end.hidden])
+        self._writer.mark(record, needs=end.leaving, obsolete=end.hidden)
 
     def _count_layer(self, groups: Sequence[QuantizedGroup], experts: Sequence[ExpertTokens]) -> None:
         self._units = {}  # before `layers`: another thread may ask meanwhile

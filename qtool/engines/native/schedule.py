@@ -32,7 +32,7 @@ from qtool.model.probe import Probed, probe
 from qtool.model.recorder import Recorder
 from qtool.model.statefile import StateFile
 from qtool.quant.cache import CacheStatistics
-from qtool.quant.group import needs_hessian, policy_of
+from qtool.quant.group import needs_hessian
 from qtool.quant.report import GroupReport
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import signature
@@ -165,7 +165,6 @@ class Schedule:
                 self._experts_within(floats, found, statistics)
                 experts = [found.tokens(self._model.layer_name(index))]
                 recorder = None
-            floats.leaving.flush()
             # The layer's weights are gone: a unit reads what it needs of them.
             if linears.groups and not self._ledger.is_finished(index, DENSE):
                 task = DenseTask(linears, statistics, caches)
@@ -215,8 +214,9 @@ class Schedule:
     def _end(
         self, floats: FloatPass, *, reports: Sequence[GroupReport] = (), experts: Sequence[ExpertTokens] = ()
     ) -> LayerEnd:
+        floats.leaving.flush()  # before the layer counts as finished: whoever resumes needs it
         name = self._model.layer_name(floats.index)
-        return LayerEnd(name, floats.hidden.path, floats.leaving.path, reports, experts)
+        return LayerEnd(name, floats.hidden.paths, floats.leaving.paths, reports, experts)
 
     def _linears(self, index: int, layer: nn.Module) -> tuple[LayerLinears, bool]:
         """Of a loaded layer; and whether what its routed experts give is simply added to what leaves it."""
@@ -293,7 +293,9 @@ class Schedule:
 def _statistics(linears: LayerLinears, stride: int, *, with_hessian: bool = True) -> dict[str, InputStatistics]:
     """Empty ones of every group that is quantized, by its first linear; Hessians only where they are needed."""
     return {
-        group.linears[0]: InputStatistics(stride=stride, with_hessian=with_hessian and needs_hessian(policy))
+        group.linears[0]: InputStatistics(
+            stride=stride, with_hessian=with_hessian and any(map(needs_hessian, policies))
+        )
         for group in linears.groups
-        if (policy := policy_of(group, linears.policies)) is not None
+        if (policies := [policy for name in group.linears if (policy := linears.policies[name]) is not None])
     }

@@ -20,7 +20,7 @@ from qtool.model.caches import value_linear
 from qtool.model.recorder import ExpertInputs
 from qtool.model.weights import StoredWeights
 from qtool.quant.cache import CacheStatistics, quantize_cache
-from qtool.quant.group import GroupUnderWay, policy_of, quantize_group
+from qtool.quant.group import GroupUnderWay, apart, quantize_group
 from qtool.quant.layer import smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group
@@ -125,13 +125,12 @@ def _dense(context: Context, task: DenseTask) -> Iterator[Coming]:
         folded, found = smooth(weights, linears.groups, policies, statistics, storage.dtype)
     for group in linears.groups:
         name = group.linears[0]
-        if policy_of(group, policies) is None:
-            continue
-        with together():
-            made = context.rows.fit(
-                partial(quantize_group, folded, group, policies, statistics[name], found.get(name), storage)
-            )
-        yield partial(_pieces, made, {linear: linears.name(linear) for linear in group.linears})
+        for alike in apart(group, policies):
+            with together():
+                made = context.rows.fit(
+                    partial(quantize_group, folded, group, alike, statistics[name], found.get(name), storage)
+                )
+            yield partial(_pieces, made, {linear: linears.name(linear) for linear in group.linears})
     for name in folded.linears:
         if policies.get(name) is None:
             yield _folded_weight(context, folded, name, linears.stored[f"{name}.weight"])

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from qtool.model.architectures.architecture import Architecture, FusedExperts
 from qtool.model.architectures.float32 import Float32
+from qtool.model.architectures.jamba import Jamba
 from qtool.model.architectures.llama4 import Llama4
 from qtool.model.architectures.longcat import LongCat
 
 __all__ = ["Architecture", "FusedExperts", "of"]
 
-_EXCEPTIONS: tuple[type[Architecture], ...] = (Float32, Llama4, LongCat)
+_EXCEPTIONS: tuple[type[Architecture], ...] = (Float32, Jamba, Llama4, LongCat)
 
 
 def of(model_type: str) -> Architecture:

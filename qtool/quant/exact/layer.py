@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from qtool.errors import InputError
 from qtool.quant.exact.replay import Recording
 from qtool.quant.exact.search import CLIP_RATIOS, CLIP_TOKENS, search
-from qtool.quant.group import Storage, input_quantizer, policy_of
+from qtool.quant.group import Storage, apart, input_quantizer, policy_of
 from qtool.quant.layer import LayerResult
 from qtool.quant.report import extent, extremes, report
 from qtool.quant.rounding.clipping import Scales, ScaleSearch
@@ -51,8 +52,13 @@ def quantize_layer(
         storage: what the output format keeps.
         runs: one per calibration sample; calls the layer on it and returns its output.
 
-    Raises ValueError for weights that don't have one scale per output channel.
+    Raises ValueError for weights that don't have one scale per output channel, InputError for linears that share their
+    input and not their policy.
     """
+    for group in groups:
+        if len(apart(group, policies)) > 1:
+            what = f"{', '.join(group.linears)} share their input, and osl: exact quantizes them in one way only"
+            raise InputError(what, where="recipe", hint="Use osl: fast, or give them one policy.")
     quantized = [(group, policy) for group in groups if (policy := policy_of(group, policies)) is not None]
     if any(policy.scheme.weights.strategy != "channel" for _, policy in quantized):
         raise ValueError("exact OSL knows weights with a scale per output channel only")

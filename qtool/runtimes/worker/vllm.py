@@ -27,7 +27,7 @@ from qtool.workers import POLL_SECONDS, Report, hide_media_packages
 
 def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
     """Answer `report.inputs` as `qtool.runtimes.stream` says. `job` is a `WorkerJob`, the result a `Generated`."""
-    hide_media_packages()
+    hide_media_packages(keep_torchvision=True)
     read = WorkerJob.from_json(job)
     runtime = facts.get(read.runtime)
     try:
@@ -59,7 +59,7 @@ def _generate(job: WorkerJob, report: Report) -> dict[str, Any]:
     if intake.ended and not first:
         return meter.end(job.runtime)
     if in_process := os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
-        _know_the_model(ModelRegistry, front.config)
+        _know_the_model(ModelRegistry, front.config, job.model)
     gc.freeze()
     gc.enable()
     report.progress("load the model", 0, 0)
@@ -98,10 +98,12 @@ def _load(job: WorkerJob, given: dict[str, Any]) -> tuple[Any, int | None]:
         if "No Int8 MoE backend" in str(cause):
             # vllm 0.32: experts/cpu_moe.py and zentorch_moe.py in model_executor/layers/fused_moe
             hint = (
-                "They need AMX, or zentorch on an AMD processor with AVX-512. `qtool convert --to bfloat16` makes a "
-                "model of the same weights that runs here."
+                "On CPUs they need AMX, or zentorch on an AMD processor with AVX-512; and of models those that choose "
+                "experts by softmax alone, with SiLU between their linears (Qwen3, Mixtral). `qtool convert --to "
+                "bfloat16` makes a model of the same weights that runs here."
             )
-            raise QtoolError("vLLM has no int8 experts for this processor", where=job.model, hint=hint) from cause
+            what = "vLLM has no int8 experts for this processor and this model"
+            raise QtoolError(what, where=job.model, hint=hint) from cause
         if job.arguments and isinstance(cause, refusals()):
             raise InputError(f"vLLM refuses these settings: {in_one_line(cause)}", where="--set") from cause
         raise
@@ -131,8 +133,26 @@ def _wake(client: Any) -> None:
     client.outputs_queue.put(_dead()())
 
 
-def _know_the_model(registry: Any, config: dict[str, Any]) -> None:
-    """Import the model's class here, where it is needed anyway: vLLM would start an interpreter to look at it."""
+def _know_the_model(registry: Any, config: dict[str, Any], model: str) -> None:
+    """Import the model's class here, where it is needed anyway: vLLM would start an interpreter to look at it.
+
+    Raises QtoolError where it needs a package that isn't there: vLLM would say that it "failed to be inspected".
+    """
     for architecture in config.get("architectures") or []:
         if known := registry.models.get(architecture):
-            registry.register_model(architecture, known.load_model_cls())
+            try:
+                registry.register_model(architecture, known.load_model_cls())
+            except ImportError as error:
+                if error.name is None:
+                    raise
+                raise _needs(architecture, error.name.partition(".")[0], model) from error
+
+
+def _needs(architecture: str, package: str, model: str) -> QtoolError:
+    hint = f"Install {package} where vLLM is."
+    if package == "torchvision":
+        hint = (
+            "Install the build for the torch that vLLM has, even for text alone. For CPUs: pip install torchvision "
+            "--index-url https://download.pytorch.org/whl/cpu"
+        )
+    return QtoolError(f"vLLM's {architecture} needs a package that isn't here: {package}", where=model, hint=hint)
