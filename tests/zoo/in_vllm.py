@@ -28,7 +28,7 @@ ernie4_5_moe gpt_oss minimax_m2 qwen3_next qwen3_5_text qwen3_5_moe_text lfm2 ne
 jamba mamba2
 """
 _PICTURES = """
-qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe gemma3 gemma4 llama4 mistral3 internvl llava llava_next
+qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe gemma3 llama4 mistral3 internvl llava llava_next
 llava_onevision paligemma idefics3 smolvlm aria cohere2_vision glm4v glm4v_moe lfm2_vl
 """
 TYPES = {"text": _TEXT.split(), "image": _PICTURES.split()}
@@ -67,7 +67,9 @@ _MORE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _DELTA),
     **{name: {"text_config": {**_DELTA, **_sections(2, 1, 1)}} for name in ("qwen3_5", "qwen3_5_moe")},
     **{name: {"text_config": _sections(4, 6, 6)} for name in ("qwen2_vl", "qwen2_5_vl", "glm4v")},
-    **{name: {"text_config": _sections(6, 5, 5)} for name in ("qwen3_vl", "qwen3_vl_moe")},
+    "qwen3_vl": {"text_config": _sections(6, 5, 5)},
+    "qwen3_vl_moe": {"text_config": {**_sections(6, 5, 5), "norm_topk_prob": True}},
+    "llama4": {"text_config": {"attention_chunk_size": 128}},
     "glm4v_moe": {"text_config": _sections(2, 2, 4)},
 }
 
