@@ -39,6 +39,7 @@ class Wanted:
         format: of the checkpoint.
         kv_cache: how keys and values are kept: fp8, int8 or float.
         engine: auto, native or golden-stick.
+        effort: normal or high.
         calibration: builtin, self, or a file of text.
         samples, seq_len, seed: of the calibration.
         device: auto, cpu, cuda or npu.
@@ -54,6 +55,7 @@ class Wanted:
     format: str | None = None
     kv_cache: Literal["fp8", "int8", "float"] | None = None
     engine: str = "auto"
+    effort: Literal["normal", "high"] | None = None
     calibration: str | None = None
     samples: int | None = None
     seq_len: int | None = None
@@ -96,6 +98,8 @@ def decide(model: Path, wanted: Wanted) -> Decided:
     config = checkpoint.config
     recipe, reason = match(config) if wanted.recipe is None else (load(wanted.recipe), _ASKED)
     recipe, scheme = with_scheme(recipe, wanted.scheme)
+    if wanted.effort is not None:
+        recipe = recipe.model_copy(update={"effort": wanted.effort})
     if wanted.kv_cache is not None:
         kept = None if wanted.kv_cache == "float" else wanted.kv_cache
         recipe = recipe.model_copy(update={"kv_cache": kept})

@@ -7,7 +7,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qtool.runtimes.description import DECODING, Reads, Runtime
+from qtool.runtimes.description import DECODING, Limit, Limitation, Quantized, Reads, Runtime
+from qtool.scheme import Scheme
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
@@ -29,12 +30,40 @@ def _with_file(launch: Launch, checkpoint: Checkpoint) -> Launch:
     return dataclasses.replace(launch, engine={"file": str(file_of(checkpoint))})
 
 
+def _other_numbers(model: Quantized) -> Limitation | None:
+    found = [name for name, scheme in model.schemes.items() if scheme is not None and not _kept(scheme)]
+    if not found:
+        return None
+    return Limitation(
+        f"{len(found)} linears are not computed with as the checkpoint has them: llama.cpp knows no float8, and finds "
+        "the scales of activations itself, symmetrically"
+    )
+
+
+def _kept(scheme: Scheme) -> bool:
+    inputs = scheme.activations
+    return scheme.weights.type == "int" and (inputs is None or (inputs.dynamic and inputs.symmetric))
+
+
+_LIMITS = (
+    Limit(
+        "integers with activations that are float or dynamic and symmetric",
+        "llama.cpp b11549: ggml/src/ggml-quants.c (quantize_row_q8_0)",
+        _other_numbers,
+    ),
+)
+
 RUNTIME = Runtime(
     name="llama-cpp",
     title="llama.cpp",
     version="2026.10.11549 (xllamacpp)",
     summary="llama.cpp on CPUs; a GGUF file of the model is made first, in qtool's cache",
-    reads=(Reads("float"), Reads("compressed-tensors"), Reads("golden-stick"), Reads("modelslim")),
+    reads=(
+        Reads("float"),
+        Reads("compressed-tensors", limits=_LIMITS),
+        Reads("golden-stick", limits=_LIMITS),
+        Reads("modelslim", limits=_LIMITS),
+    ),
     by_conversion=True,
     hardware=("cpu",),
     worker="qtool.runtimes.worker.llama_cpp",

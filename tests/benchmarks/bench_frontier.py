@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from qtool.checkpoint.reader import Checkpoint
 from qtool.engines.job import OutputFolder, QuantizationJob
 from qtool.evaluation import job as evaluation

@@ -18,6 +18,7 @@ LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     [
         ("vllm", "compressed-tensors", {"W8A8", "W8A8-dynamic", "W4A16", "FP8-dynamic"}, {"W8A16", "FP8-block"}),
         ("transformers", "compressed-tensors", {"W8A8-dynamic", "W4A16", "W4A8"}, {"W8A16", "FP8-block"}),
+        ("llama-cpp", "compressed-tensors", {"W8A8-dynamic", "W4A16"}, {"W8A8", "W8A8-asymmetric", "FP8-dynamic"}),
         ("vllm-ascend", "modelslim", {"W8A8", "W8A8-dynamic"}, {"FP8-dynamic"}),
     ],
 )
