@@ -96,7 +96,7 @@ class Backward:
             yield states
         finally:
             states.close()
-            for file in states.paths if last else []:
+            for file in [states.path] if last else []:
                 file.unlink(missing_ok=True)
 
     def _samples(self) -> Iterator[slice]:
