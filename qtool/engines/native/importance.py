@@ -89,15 +89,15 @@ class Backward:
 
     @contextmanager
     def _states(self, name: str, index: int, *, last: bool = False) -> Iterator[StateFile]:
-        """What enters layer `index`, or is shaped like it; after the last use the files are removed."""
+        """What enters layer `index`, or is shaped like it; after the last use the file is removed."""
         path, layout = self.importances.folder / name, self.model.entering(index, self.ids.shape[1])
         states = StateFile(path, len(self.ids), layout, threads=transfers.asynchronous(self.model.device))
         try:
             yield states
         finally:
             states.close()
-            for file in [states.path] if last else []:
-                file.unlink(missing_ok=True)
+            if last:
+                path.unlink(missing_ok=True)
 
     def _samples(self) -> Iterator[slice]:
         step = max(1, self.batch_tokens // self.ids.shape[1])
