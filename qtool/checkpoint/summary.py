@@ -30,7 +30,8 @@ def summarize(checkpoint: Checkpoint) -> dict[str, Any]:
     found = schemes(checkpoint)
     quantized = {name: scheme for name, scheme in found.items() if scheme is not None}
     # Other formats have scales that count for nothing.
-    parameters = _parameters(checkpoint, format, quantized) if isinstance(format, formats.Writable) else None
+    counted = isinstance(format, formats.QuantizedFormat) or format is formats.PLAIN
+    parameters = _parameters(checkpoint, format, quantized) if counted else None
     architectures = checkpoint.config.get("architectures") or [None]
     return {
         "path": str(checkpoint.path.resolve()),

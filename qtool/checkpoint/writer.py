@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint.companions import companions
-from qtool.checkpoint.formats import QuantizedFormat, Writable
+from qtool.checkpoint.formats import Holding, Writable
 from qtool.checkpoint.journal import FILE as JOURNAL
 from qtool.checkpoint.linears import Linears
 from qtool.checkpoint.marks import Marks
@@ -180,14 +180,14 @@ class CheckpointWriter:
 
         Raises QtoolError as `add`, or when runtimes fuse this layer with one that has another input scale.
         """
-        assert isinstance(self.format, QuantizedFormat)
+        assert isinstance(self.format, Holding)
         self._linears.add(name, linear.scheme, (linear.input_scale, linear.input_zero_point))
         for full_name, tensor in self.format.tensors(name, linear, dtype).items():
             self._write(full_name, tensor.t() if transposed and full_name == f"{name}.weight" else tensor)
 
     def add_cache(self, name: str, cache: QuantizedCache) -> None:
         """Write how the keys and values of an attention module, by its name, are kept. Raises QtoolError as `add`."""
-        assert isinstance(self.format, QuantizedFormat)
+        assert isinstance(self.format, Holding)
         for full_name, tensor in self.format.cache_tensors(name, cache).items():
             self._write(full_name, tensor)
 

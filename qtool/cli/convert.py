@@ -27,7 +27,11 @@ def convert(
     source: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)],
     to: Annotated[
         Target | None,
-        typer.Option(help="The format to convert to. A GGUF file can become safetensors only."),
+        typer.Option(
+            metavar="NAME",
+            help=f"The new format: {', '.join((*formats.TARGETS, GGUF))}, or {SAFETENSORS}, which is for GGUF "
+            "files alone.",
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -55,6 +59,9 @@ def convert(
     dtype, they are rounded to it, and the result says by how much at most. bfloat16 gives the values that the integers
     stand for: smoothing stays folded in, and precision that quantization lost does not come back. The same holds for
     the quantization of a GGUF file.
+
+    gptq and awq are for programs that read nothing else. They hold int4 weights beside float activations, as the scheme
+    w4a16 makes them, and gptq also int8.
 
     gguf is for llama.cpp and the programs that use it. Symmetric integers of up to 8 bits stay the same there, too. A
     float model can become a GGUF file as well.
@@ -86,7 +93,7 @@ def _checkpoint(given: str, to: str | None, output: Path | None, dtype: str | No
     from qtool.checkpoint.reader import Checkpoint
 
     if to is None or to == SAFETENSORS:
-        hint = f"Say which: --to {', '.join((*formats.NAMES, GGUF))} or {formats.DEQUANTIZED}."
+        hint = f"Say which: --to {', '.join((*formats.NAMES, *formats.EXPORTS, GGUF))} or {formats.DEQUANTIZED}."
         raise InputError("a folder can be converted to several formats", where="--to", hint=hint)
     if dtype is not None:
         raise InputError("is only for GGUF files; a folder keeps its dtype", where="--dtype")

@@ -46,6 +46,12 @@ class Method:
     engine: Annotated[Literal["auto", "native", "golden-stick"], typer.Option(help="The engine that quantizes.")] = (
         "auto"
     )
+    effort: Annotated[
+        Literal["normal", "high"] | None,
+        typer.Option(
+            help="high takes several times as long, and the checkpoint is nearer to the original.", show_default=RECIPES
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +225,8 @@ def quantize(
         )
         decided = jobs.decide(found.path, wanted)
         out.info(decided.why, prose=True)
+        if decided.advice is not None:
+            out.info(decided.advice, prose=True)
         if run.dry_run:
             _plan(decided, out)
         else:

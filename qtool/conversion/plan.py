@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qtool import runtimes
 from qtool.checkpoint import dtypes, formats
-from qtool.checkpoint.formats import DEQUANTIZED, QuantizedFormat
+from qtool.checkpoint.formats import DEQUANTIZED, Holding, QuantizedFormat
 from qtool.checkpoint.formats.fused import fused_name
 from qtool.checkpoint.formats.stored import Stored
 from qtool.checkpoint.norms import idle_biases
@@ -35,7 +35,7 @@ class Conversion:
     """
 
     format: QuantizedFormat
-    target: QuantizedFormat | None
+    target: Holding | None
     schemes: dict[str, Scheme]
     dtype: str
     warnings: tuple[str, ...] = ()
@@ -85,12 +85,15 @@ def plan(source: Checkpoint, to: str) -> Conversion:
         lost = () if cache is None else (f"keys and values are kept as floats, not as {cache_name(cache)}",)
         cached = {name for name in source.names if name.rpartition(".")[2] in form.cache_parts}
         return Conversion(form, None, schemes, dtype, lost, left_out=idle | cached)
-    target = formats.get(to)
+    target = formats.target(to)
     if cache is not None:
         what = f"keys and values are kept as {cache_name(cache)}, which is not converted to {to}"
         raise InputError(what, where=str(source.path), hint=f"--to {DEQUANTIZED} leaves it out.")
     schemes, without = _without_zero_points(schemes, target)
     warnings = [*without, *_expressible(source, target, schemes, dtype)]
+    for name, scheme in schemes.items():
+        if (why := target.misfit(name, form.shape(Stored(source, name), scheme), scheme)) is not None:
+            raise InputError(f"{name}: {why}", where=str(source.path), hint=f"--to {DEQUANTIZED} can.")
     conversion = Conversion(form, target, schemes, dtype)
     rounding = _check_inputs(source, conversion, target)
     return Conversion(form, target, schemes, dtype, tuple(warnings), rounding, idle)
@@ -110,7 +113,7 @@ def _source_format(source: Checkpoint, to: str) -> QuantizedFormat:
     return form
 
 
-def _without_zero_points(schemes: dict[str, Scheme], target: QuantizedFormat) -> tuple[dict[str, Scheme], list[str]]:
+def _without_zero_points(schemes: dict[str, Scheme], target: Holding) -> tuple[dict[str, Scheme], list[str]]:
     """Dynamic layers as the target can say them, whose integers of the weights are the same; what that costs."""
     found, lost = dict(schemes), 0
     for name, scheme in schemes.items():
@@ -125,7 +128,7 @@ def _without_zero_points(schemes: dict[str, Scheme], target: QuantizedFormat) ->
     ]
 
 
-def _expressible(source: Checkpoint, target: QuantizedFormat, schemes: Mapping[str, Scheme], dtype: str) -> list[str]:
+def _expressible(source: Checkpoint, target: Holding, schemes: Mapping[str, Scheme], dtype: str) -> list[str]:
     """What the runtimes of `target` may not like. Raises InputError for what they can't load."""
     linears = {name: schemes.get(name) for name in formats.of(source).layers(source)}
     where = str(source.path)
@@ -139,7 +142,7 @@ def _expressible(source: Checkpoint, target: QuantizedFormat, schemes: Mapping[s
     return [str(limitation) for limitation in limitations]
 
 
-def _check_inputs(source: Checkpoint, conversion: Conversion, target: QuantizedFormat) -> float:
+def _check_inputs(source: Checkpoint, conversion: Conversion, target: Holding) -> float:
     """The largest relative change of a static layer's input scale. Raises InputError for scales that can't be kept."""
     dtype = dtypes.to_torch(conversion.dtype)
     assert dtype is not None

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+_BLACKWELL = re.compile(r"\bG?B[123]00\b|\bRTX 50\d\d\b|\bBlackwell\b|\bGB10\b")
 CANN_VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
 CANN_FOLDERS = ("usr/local/Ascend/ascend-toolkit/latest", "usr/local/Ascend/cann", "usr/local/Ascend/nnrt/latest")
 
@@ -57,6 +58,18 @@ def cuda(root: Path = Path("/")) -> dict[str, Any] | None:
         return None
     devices = [path for path in (root / "dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
     return {"driver": _version(root / "proc/driver/nvidia/version", r"Module\s+(\S+)"), "devices": len(devices)}
+
+
+def is_blackwell(root: Path = Path("/")) -> bool:
+    """Whether a GPU here is of NVIDIA's Blackwell generation, by what its driver calls it."""
+    for file in root.glob("proc/driver/nvidia/gpus/*/information"):
+        try:
+            model = re.search(r"(?m)^Model:\s*(.*)", file.read_text(encoding="utf-8", errors="replace"))
+        except OSError:
+            continue
+        if model and _BLACKWELL.search(model[1]):
+            return True
+    return False
 
 
 def ascend(root: Path = Path("/")) -> dict[str, Any] | None:

@@ -125,11 +125,12 @@ ENVIRONMENTS = {
             torch_backend="cpu",
         ),
         Environment("openmind-hub", "openmind-hub", "the client of modelers.cn"),
-        Environment("vllm", "vllm", "vLLM for CUDA, transformers and the native engine", download_gigabytes=4.0),
+        Environment("vllm", "vllm", "vLLM for CUDA, transformers and the native engine", download_gigabytes=4.3),
         Environment(
             "vllm-ascend",
             "vllm-ascend",
             "vLLM on Ascend through PyTorch",
+            extra_index="https://mirrors.huaweicloud.com/ascend/repos/pypi",  # as its installation guide says
             elsewhere="On an Ascend server the vendor's container has it: name its interpreter in "
             "QTOOL_VLLM_ASCEND_PYTHON.",
         ),

@@ -15,6 +15,7 @@ from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import check_output, tidy
 from qtool.engines.job import CalibrationText, CalibrationTokens, OutputFolder, QuantizationJob, Resources
 from qtool.engines.report import DryRun, QuantizationResult
+from qtool.environments import machine
 from qtool.errors import InputError
 from qtool.files import expand
 from qtool.recipe.load import load, match
@@ -38,6 +39,7 @@ class Wanted:
         format: of the checkpoint.
         kv_cache: how keys and values are kept: fp8, int8 or float.
         engine: auto, native or golden-stick.
+        effort: normal or high.
         calibration: builtin, self, or a file of text.
         samples, seq_len, seed: of the calibration.
         device: auto, cpu, cuda or npu.
@@ -53,6 +55,7 @@ class Wanted:
     format: str | None = None
     kv_cache: Literal["fp8", "int8", "float"] | None = None
     engine: str = "auto"
+    effort: Literal["normal", "high"] | None = None
     calibration: str | None = None
     samples: int | None = None
     seq_len: int | None = None
@@ -73,11 +76,13 @@ class Decided:
         engine: native or golden-stick.
         job: for the engine.
         why: the choices in one line.
+        advice: what may suit this machine better, if anything.
     """
 
     engine: str
     job: QuantizationJob
     why: str
+    advice: str | None = None
 
 
 def decide(model: Path, wanted: Wanted) -> Decided:
@@ -93,6 +98,8 @@ def decide(model: Path, wanted: Wanted) -> Decided:
     config = checkpoint.config
     recipe, reason = match(config) if wanted.recipe is None else (load(wanted.recipe), _ASKED)
     recipe, scheme = with_scheme(recipe, wanted.scheme)
+    if wanted.effort is not None:
+        recipe = recipe.model_copy(update={"effort": wanted.effort})
     if wanted.kv_cache is not None:
         kept = None if wanted.kv_cache == "float" else wanted.kv_cache
         recipe = recipe.model_copy(update={"kv_cache": kept})
@@ -117,7 +124,24 @@ def decide(model: Path, wanted: Wanted) -> Decided:
         resources=wanted.resources,
     )
     engine, why = engines.choose(job) if wanted.engine == "auto" else (wanted.engine, _ASKED)
-    return Decided(engine, job, f"recipe {recipe.name} ({reason}), scheme {scheme}, engine {engine} ({why})")
+    said = f"recipe {recipe.name} ({reason}), scheme {scheme}, engine {engine} ({why})"
+    return Decided(engine, job, said, advice(job, blackwell=machine.is_blackwell()))
+
+
+def advice(job: QuantizationJob, *, blackwell: bool) -> str | None:
+    """What to try where vLLM by itself has no kernel for what a job makes; None where there is nothing to say.
+
+    Args:
+        blackwell: a GPU of this machine is one of NVIDIA's Blackwell generation.
+    """
+    inputs = [policy.scheme.activations for policy in job.recipe.schemes[job.scheme] if policy.quantize]
+    integers = any(each is not None and each.type == "int" for each in inputs)
+    if not (blackwell and integers and job.output.format == "compressed-tensors"):
+        return None
+    return (
+        "vLLM 0.32 by itself has no int8 kernel for the Blackwell GPU here, where qtool has it take Triton's: "
+        "--scheme fp8-dynamic, or fp8-block, runs on vLLM's own"
+    )
 
 
 def with_scheme(recipe: Recipe, wanted: str | None) -> tuple[Recipe, str]:

@@ -193,6 +193,7 @@ class _Run:
             "scheme": [policy.model_dump(mode="json") for policy in recipe.schemes[scheme]],
             "calibration": recipe.calibration.model_dump() | {"data": self._text(recipe.calibration.data)},
             "osl": recipe.osl,
+            "effort": recipe.effort,
             "format": recipe.export.format,
             "max_shard_gb": recipe.export.max_shard_gb,
             "launch": recipe.launch.model_dump(),

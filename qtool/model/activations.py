@@ -23,14 +23,18 @@ class Activations:
         rows, width: its shape.
         dtype: of its elements.
         keep: what an existing file holds; else it begins as zeros.
+        pinned: read into memory that CUDA copies from while something else goes on, where there is CUDA.
 
     Raises QtoolError, here and later, when the disk is full or fails.
     """
 
-    def __init__(self, path: Path, rows: int, width: int, dtype: torch.dtype, *, keep: bool = False) -> None:
+    def __init__(
+        self, path: Path, rows: int, width: int, dtype: torch.dtype, *, keep: bool = False, pinned: bool = False
+    ) -> None:
         self.path = path
         self.rows, self.width, self.dtype = rows, width, dtype
         self._row_bytes = width * dtype.itemsize
+        self._pinned = pinned and torch.cuda.is_available()
         self._file = -1
         with disk_errors(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o600)
@@ -74,7 +78,7 @@ class Activations:
         self.remove()
 
     def _fill(self, runs: list[tuple[int, int]], count: int) -> torch.Tensor:
-        out = torch.empty(count * self._row_bytes, dtype=torch.uint8)
+        out = torch.empty(count * self._row_bytes, dtype=torch.uint8, pin_memory=self._pinned)
         buffer = out.numpy().data
         for first, length in runs:
             place, end = first * self._row_bytes, (first + length) * self._row_bytes

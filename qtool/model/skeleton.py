@@ -181,14 +181,29 @@ def _as_linears(model: nn.Module, config: Mapping[str, Any]) -> None:
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool, where: str) -> Any:
     checkpoint.check_claims()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoConfig
-
     hint = "check model_type; a newer transformers may know it; custom code needs --trust-remote-code"
     with foreign("transformers can't build this model", where=where, hint=hint):
-        config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
+        config = _configuration(checkpoint, trust_remote_code)
         config._attn_implementation = None  # sdpa where every part of the model has it, else what it has
         with torch.device("meta"), without_timm():
             model = auto_class(config).from_config(
                 copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
             )
         return model.eval()
+
+
+def _configuration(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    """transformers' own. A type that it doesn't know may come with code for a class that it has: Kimi-K2, of model_type
+    kimi_k2, is a DeepseekV3ForCausalLM. Then the class's configuration is taken, and no code of the model's runs."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    own = checkpoint.config.get("auto_map")
+    named = str((checkpoint.config.get("architectures") or [""])[0])
+    known = getattr(getattr(transformers, named, None), "config_class", None)
+    brought = {str(each).rpartition(".")[2] for each in own.values()} if isinstance(own, dict) else set()
+    if checkpoint.config.get("model_type") in CONFIG_MAPPING or named not in brought or known is None:
+        return transformers.AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=trust_remote_code)
+    config = known.from_pretrained(str(checkpoint.path))
+    config.auto_map = {}
+    return config

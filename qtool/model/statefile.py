@@ -13,21 +13,19 @@ from qtool.model.activations import Activations
 from qtool.model.state import State
 from qtool.transfers import Behind, Download, ahead
 
-_THREADS = 4  # one copies 2 to 3 GB/s to or from the system's memory of files, on a server's processor
+# One copies 2 to 3 GB/s to or from the system's memory of files, on a server's processor. A file for each of them wrote
+# no faster (a machine with one H200, 8.6 GB a layer): the disk took no more.
+_THREADS = 4
 
 
 class StateFile:
     """The states of some samples, one after the other.
 
     Args:
-        path: of the file, or what the names of several begin with.
+        path: of the file.
         samples: how many.
         layout: (shape without the samples, type) of each tensor of a state.
-        threads: read and write while its caller goes on, each thread a file of its own: of one, only one at a time is
-            let write.
-
-    Attributes:
-        paths: of the files.
+        threads: read and write while its caller goes on.
 
     Raises QtoolError, here and later, when the disk is full or fails.
     """
@@ -35,17 +33,11 @@ class StateFile:
     def __init__(
         self, path: Path, samples: int, layout: Sequence[tuple[tuple[int, ...], torch.dtype]], *, threads: bool = False
     ) -> None:
-        self.samples = samples
+        self.path, self.samples = path, samples
         self._layout = list(layout)
         self._sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in self._layout]
-        self._pinned = threads and torch.cuda.is_available()
+        self._rows = Activations(path, samples, sum(self._sizes), torch.uint8, keep=True, pinned=threads)
         self._threads = _THREADS if threads else 0
-        count = max(1, min(self._threads, samples))
-        self.paths = [path.with_name(f"{path.name}-{number}") for number in range(count)] if threads else [path]
-        self._files = [
-            Activations(each, len(range(number, samples, count)), sum(self._sizes), torch.uint8, keep=True)
-            for number, each in enumerate(self.paths)
-        ]
         self._writing = Behind(threads=self._threads)
 
     def read(self, start: int, stop: int) -> State:
@@ -63,7 +55,7 @@ class StateFile:
 
     def _read(self, place: slice) -> State:
         start, stop = place.start, place.stop
-        rows, first, found = self._rows(start, stop), 0, []
+        rows, first, found = self._rows.read(start, stop), 0, []
         for (shape, dtype), size in zip(self._layout, self._sizes, strict=True):
             part = rows[:, first : first + size]
             if len(self._sizes) > 1:  # a copy: numbers must begin at a multiple of their size
@@ -80,31 +72,11 @@ class StateFile:
                 raise ValueError(f"a state of {tuple(tensor.shape[1:])} per sample where {shape} are expected")
             parts.append(tensor.detach().to(dtype))
         if parts:
-            download, nbytes = Download(parts), sum(part.nbytes for part in parts)
-            for number in range(len(self._files)):
-                self._writing.do(partial(self._put, number, start, download), nbytes // len(self._files))
+            self._writing.do(partial(self._put, start, Download(parts)), sum(part.nbytes for part in parts))
 
-    def _put(self, number: int, start: int, download: Download) -> None:
-        """What one of the files has of the samples from start on."""
-        own, place = self._own(number, start)
-        parts = [part.reshape(len(part), -1)[own].contiguous().view(torch.uint8) for part in download.result()]
-        self._files[number].write(place, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
-
-    def _rows(self, start: int, stop: int) -> torch.Tensor:
-        """Bytes of samples start to stop, uint8 [samples, bytes]."""
-        if len(self._files) == 1 and not self._pinned:
-            return self._files[0].read(start, stop)
-        rows = torch.empty(stop - start, sum(self._sizes), dtype=torch.uint8, pin_memory=self._pinned)
-        for number, file in enumerate(self._files):
-            own, place = self._own(number, start)
-            rows[own] = file.read(place, place + len(range(*own.indices(len(rows)))))
-        return rows
-
-    def _own(self, number: int, start: int) -> tuple[slice, int]:
-        """Which of the samples from start on a file has, every so many one; and where in it the first of them lies."""
-        count = len(self._files)
-        first = (number - start) % count
-        return slice(first, None, count), (start + first) // count
+    def _put(self, start: int, download: Download) -> None:
+        parts = [part.reshape(len(part), -1).contiguous().view(torch.uint8) for part in download.result()]
+        self._rows.write(start, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
     def flush(self) -> None:
         """Until all is in the file. Raises what writing it did."""
@@ -113,5 +85,4 @@ class StateFile:
     def close(self) -> None:
         with self._writing:
             pass
-        for file in self._files:
-            file.close()
+        self._rows.close()

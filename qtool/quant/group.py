@@ -125,8 +125,10 @@ class _Rounder:
         self.args = policy.scheme.weights
         self._gptq: GPTQ | None = None
         if policy.rounding.method == "gptq":
-            noise = (noisy - inputs.sample).square_().mean()
-            self._gptq = GPTQ(inputs.hessian, noise, self.args, inputs.hessian_tokens)
+            noise = (noisy - inputs.sample).square_()
+            if inputs.importance is not None:
+                noise *= (inputs.importance.tokens / inputs.importance.tokens.mean())[:, None]
+            self._gptq = GPTQ(inputs.hessian, noise.mean(), self.args, inputs.hessian_tokens)
         clip = policy.clip and self.args.type == "int"
         self._search = ScaleSearch(
             args=self.args,

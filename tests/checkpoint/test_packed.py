@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
@@ -23,6 +28,7 @@ from qtool.errors import InputError
 from qtool.quant.integer import storage_dtype, symmetric_scale, to_grid
 from qtool.quant.types import QuantizedLinear
 from qtool.scheme import Scheme, named
+from tests.managed import REPOSITORY
 
 FORM = formats.get("compressed-tensors")
 SCHEMES = ("w8a16", "w4a16-g32", "w4a16-channel", "w4a8-g32", "w4a8-channel", "w8a16-g32")
@@ -164,3 +170,132 @@ def test_tensors_that_do_not_fit(store: Callable[..., Path], damage: str) -> Non
     checkpoint = Checkpoint.open(folder)
     with pytest.raises(InputError, match=message):
         formats.of(checkpoint).read_linear(checkpoint, "model.layers.0.proj")
+
+
+# ------------------------------------------------------------------ GPTQ and AWQ, made by conversions
+
+
+def by_the_book(kind: str, tensors: dict[str, torch.Tensor], name: str, bits: int) -> np.ndarray[Any, Any]:
+    """The weight [out, in] that AutoGPTQ and AutoAWQ read, field by field."""
+    mask, per_word = (1 << bits) - 1, 32 // bits
+    words = {part: tensors[f"{name}.{part}"].numpy().astype(np.uint32) for part in ("qweight", "qzeros")}
+    scales = tensors[f"{name}.scales"].float().numpy()
+    order = [0, 2, 4, 6, 1, 3, 5, 7] if kind == "awq" else range(per_word)  # of output channels in a word
+
+    def along_outputs(packed: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        found = np.zeros((len(packed), packed.shape[1] * per_word), np.int64)
+        for place, channel in enumerate(order):
+            found[:, channel::per_word] = (packed >> np.uint32(place * bits)) & mask
+        return found
+
+    zeros = along_outputs(words["qzeros"])
+    if kind == "awq":
+        codes = along_outputs(words["qweight"])
+        group = np.arange(len(codes)) // (len(codes) // len(scales))
+    else:
+        codes, zeros = along_outputs(words["qweight"].T).T, zeros + 1
+        group = tensors[f"{name}.g_idx"].numpy()
+    weight: np.ndarray[Any, Any] = ((codes - zeros[group]) * scales[group]).T
+    return weight
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("gptq", "w4a16-g32"),
+        ("gptq", "w4a16-channel"),
+        ("gptq", "w8a16"),
+        ("awq", "w4a16-g32"),
+        ("awq", "w4a16-channel"),
+    ],
+)
+def test_older_layouts_hold_the_same_numbers(
+    store: Callable[..., Path], run_qtool: Callable[..., Any], kind: str, name: str, tmp_path: Path
+) -> None:
+    linear = random_linear(name, out=16, bias=True)
+    done = run_qtool("convert", store({"model.layers.0.proj": linear}), "--to", kind, "--output", tmp_path / "made")
+    assert done.code == 0, done.stderr
+    checkpoint = Checkpoint.open(tmp_path / "made")
+    assert formats.of(checkpoint).name == kind
+    tensors = {each: checkpoint.tensor(each) for each in checkpoint.names}
+    bits, expected = linear.scheme.weights.num_bits, linear.dequantize().numpy()
+    np.testing.assert_array_equal(by_the_book(kind, tensors, "model.layers.0.proj", bits), expected)
+    assert torch.equal(FloatReader(checkpoint).rows("model.layers.0.proj.weight", 0, 16), linear.dequantize())
+    assert linear.bias is not None
+    assert torch.equal(tensors["model.layers.0.proj.bias"], linear.bias)
+    settings = checkpoint.config["quantization_config"]
+    assert (settings["bits"], settings["group_size"]) == (bits, linear.scheme.weights.group_size or -1)
+    form = formats.target(kind)
+    made = form.tensors("q", dataclasses.replace(linear, bias=None), torch.bfloat16).values()
+    assert sum(tensor.nbytes for tensor in made) <= form.nbytes((16, 96), linear.scheme)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "says"),
+    [
+        ("awq", ("w8a16",), "awq can't express W8A16"),
+        ("gptq", ("w4a8-g32",), "gptq can't express W4A8"),
+        ("gptq", ("w4a16-g32", "w8a16"), "one scheme for all quantized layers"),
+        ("awq", ("odd",), "8 numbers in a word, and 12 x 96 doesn't divide so"),
+    ],
+)
+def test_what_older_layouts_do_not_take(
+    store: Callable[..., Path],
+    run_qtool: Callable[..., Any],
+    kind: str,
+    names: tuple[str, ...],
+    says: str,
+    tmp_path: Path,
+) -> None:
+    linears = {
+        f"model.layers.{i}.{'up' if i else 'down'}_proj": random_linear(
+            "w4a16-g32" if name == "odd" else name, out=12 if name == "odd" else 16
+        )
+        for i, name in enumerate(names)
+    }
+    done = run_qtool("convert", store(linears), "--to", kind, "--output", tmp_path / "made")
+    assert done.code == 2
+    assert says in " ".join(done.stderr.split())
+    assert not (tmp_path / "made").exists()
+
+
+def test_they_are_no_formats_to_quantize_to(run_qtool: Callable[..., Any], tiny_llama: Path) -> None:
+    assert not {"gptq", "awq"} & set(formats.NAMES)
+    assert {"gptq", "awq"} < set(formats.TARGETS)
+    done = run_qtool("quantize", tiny_llama, "--format", "gptq")
+    assert done.code == 2
+
+
+@pytest.mark.vllm
+def test_vllm_computes_the_same_from_older_layouts(
+    make_model: Callable[..., Path], run_qtool: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Its kernel for CPUs gets the same integers and scales, whoever's layout they come in."""
+    source = make_model("llama", hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
+    options = ("--scheme", "w4a16-g32", "--samples", "4", "--seq-len", "64", "--engine", "native")
+    assert run_qtool("quantize", source, "--output", tmp_path / "ct", *options).code == 0
+    for kind in ("gptq", "awq"):
+        assert run_qtool("convert", tmp_path / "ct", "--to", kind, "--output", tmp_path / kind).code == 0
+    code = (
+        "import json, sys, torch\n"
+        "from qtool.workers import hide_media_packages\n"
+        "hide_media_packages()\n"
+        "from qtool.evaluation.vllm_logits import VllmLogits\n"
+        "engine = {'dtype': 'bfloat16', 'enforce_eager': True}\n"
+        "config = json.load(open(sys.argv[1] + '/config.json'))\n"
+        "logits = VllmLogits(sys.argv[1], config, 48, engine, trust_remote_code=False)(list(range(4, 52)))\n"
+        "torch.save(logits, sys.argv[2])\n"
+    )
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_PLUGINS": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    for kind in ("ct", "gptq", "awq"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / kind), str(tmp_path / f"{kind}.pt")],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), **variables},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    first, *others = (torch.load(tmp_path / f"{kind}.pt") for kind in ("ct", "gptq", "awq"))
+    assert float(first.std()) > 0.1
+    for other in others:
+        assert torch.equal(other, first)

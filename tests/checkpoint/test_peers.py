@@ -19,7 +19,7 @@ from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
 from tests import families
 from tests.fake_quantized import FakeQuantized
-from tests.managed import REPOSITORY, unpacked
+from tests.managed import REPOSITORY, VLLM_ASCEND, unpacked
 
 pytestmark = pytest.mark.peers
 
@@ -35,7 +35,7 @@ def test_vllm_ascend_reads_modelslim(
     source = make_model(model_type, num_attention_heads=2, num_key_value_heads=1)  # heads of 32 in Qwen2 too
     made = quantize_folder(source, tmp_path / "quantized", "modelslim", mode)
     ids = torch.randint(4, 500, (48,), generator=torch.Generator().manual_seed(0))
-    path = os.pathsep.join(map(str, (REPOSITORY, unpacked("vllm-ascend==0.18.0"))))
+    path = os.pathsep.join(map(str, (REPOSITORY, unpacked(VLLM_ASCEND))))
     command = [HERE / "vllm_ascend_on_cpu.py", tmp_path / "quantized", json.dumps(ids.tolist()), tmp_path / "logits.pt"]
     done = subprocess.run(
         [sys.executable, *map(str, command)], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
@@ -71,7 +71,7 @@ def test_vllm_ascend_reads_four_bits(
     options = ("--scheme", "w4a8-g32", "--format", "modelslim", "--samples", "4", "--seq-len", "64")
     done = run_qtool("quantize", source, "--output", tmp_path / "made", "--engine", "native", *options)
     assert done.code == 0, done.stderr
-    path = os.pathsep.join(map(str, (REPOSITORY, unpacked("vllm-ascend==0.18.0"))))
+    path = os.pathsep.join(map(str, (REPOSITORY, unpacked(VLLM_ASCEND))))
     command = [sys.executable, *map(str, (HERE / "vllm_ascend_w4a8.py", tmp_path / "made", tmp_path / "out.npz"))]
     read = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True)
     assert read.returncode == 0, read.stderr[-3000:]
@@ -103,6 +103,30 @@ def test_vllm_ascend_reads_four_bits(
             given = found[key] if expert is None else found[key][expert]
             # the sixteen parts of a bias are summed in another order
             np.testing.assert_allclose(given, np.concatenate(expected, axis=-1), rtol=1e-5, atol=1e-4)
+
+
+def test_vllm_ascend_loads_int8_caches(tiny_tokenizer: Any, run_qtool: Callable[..., Any], tmp_path: Path) -> None:
+    """Of the models that the table names. Of others it doesn't, and qtool says so of the file."""
+    options = ("--scheme", "w8a8-dynamic", "--format", "modelslim", "--kv-cache", "int8", "--engine", "native")
+    made = []
+    for model_type in ("qwen3", "glm4_moe", "llama"):
+        source = families.make(tmp_path / f"{model_type} float", model_type, tiny_tokenizer)
+        made.append(tmp_path / model_type)
+        done = run_qtool("quantize", source, "--output", made[-1], *options, "--samples", "4", "--seq-len", "64")
+        assert done.code == 0, done.stderr
+        assert ("loads the scales of int8 keys and values for" in done.stderr) == (model_type == "llama")
+    path = os.pathsep.join(map(str, (REPOSITORY, unpacked(VLLM_ASCEND))))
+    command = [sys.executable, *map(str, (HERE / "vllm_ascend_reads.py", *made))]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"model"')]
+    for folder, line in zip(made, lines, strict=True):
+        if folder.name != "llama":
+            assert "error" not in line
+            assert not [name for name in line["untouched"] if "cache" in name]
+            assert not [name for name in line["unread"] if "cache" in name]
+        else:
+            assert "error" in line
 
 
 EXPERTS_OF_FOUR_BITS = {

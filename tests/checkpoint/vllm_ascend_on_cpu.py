@@ -1,4 +1,4 @@
-"""Runs a modelslim checkpoint as vllm-ascend 0.18 would, but on this CPU: python vllm_ascend_on_cpu.py MODEL IDS OUTPUT
+"""Runs a modelslim checkpoint as vllm-ascend 0.23 would, but on this CPU: python vllm_ascend_on_cpu.py MODEL IDS OUTPUT
 
 vLLM is the real one, and so is everything of vllm-ascend's that reads the checkpoint: its description file, which
 layer is of which type, the parameters that the loader fills, what is made of them, and what the kernels get. Only what
@@ -43,23 +43,20 @@ allow_tiles()  # no plugin does it here
 import torch  # noqa: E402
 import torch_npu  # type: ignore[import-not-found]  # noqa: E402
 import vllm.model_executor.layers.fused_moe as fused_moe  # noqa: E402
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts  # noqa: E402
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # noqa: E402
-from vllm.platforms import current_platform  # noqa: E402
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl  # noqa: E402
-
-fused_moe.FusedMoE = RoutedExperts  # as vLLM 0.32 calls what makes the experts' parameters
-
+import vllm_ascend.ascend_config  # type: ignore[import-not-found]  # noqa: E402
 import vllm_ascend.attention.attention_v1  # type: ignore[import-not-found]  # noqa: E402
 import vllm_ascend.distributed.parallel_state  # type: ignore[import-not-found]  # noqa: E402
 import vllm_ascend.ops.fused_moe.fused_moe  # type: ignore[import-not-found]  # noqa: E402
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl  # noqa: E402
 
 vllm_ascend.distributed.parallel_state.get_mc2_group = object  # no group of cards
 vllm_ascend.ops.fused_moe.fused_moe.AscendUnquantizedFusedMoEMethod = fused_moe.UnquantizedFusedMoEMethod
 
 import vllm_ascend.ops.linear  # type: ignore[import-not-found]  # noqa: E402
 import vllm_ascend.quantization.method_adapters as adapters  # type: ignore[import-not-found]  # noqa: E402
-import vllm_ascend.quantization.modelslim_config as modelslim  # type: ignore[import-not-found]  # noqa: E402
+import vllm_ascend.quantization.modelslim_config  # type: ignore[import-not-found]  # noqa: E402 (registers it)
 import vllm_ascend.utils  # type: ignore[import-not-found]  # noqa: E402
 
 
@@ -85,8 +82,9 @@ def npu_quant_matmul(
     return result.to(output_dtype)
 
 
-def npu_dynamic_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def npu_dynamic_quant(x: torch.Tensor, dst_type: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric, a scale per token."""
+    assert dst_type == torch.int8
     scale = x.float().abs().amax(-1).clamp(min=1e-12) / 127
     return (x.float() / scale[..., None]).round().to(torch.int8), scale
 
@@ -101,19 +99,17 @@ library = torch.library.Library("vllm", "FRAGMENT")
 library.define("quantize(Tensor x, Tensor scale, Tensor reciprocal, Tensor offset) -> Tensor")
 library.impl("quantize", quantize, "CPU")
 
-# What it computes attention with is Ascend's; what it loads of an int8 cache is its own patch of vLLM's Qwen3.
+# What it computes attention with is Ascend's; what it loads of an int8 cache is its own patch of vLLM's models.
 vllm_ascend.attention.attention_v1.AscendC8AttentionBackendImpl = CPUAttentionBackendImpl
-runpy.run_path(str(Path(vllm_ascend.utils.__file__).parent / "patch/worker/patch_qwen3_c8.py"))
+runpy.run_path(str(Path(vllm_ascend.utils.__file__).parent / "patch/worker/patch_gqa_c8.py"))
 
-# One card, no special layout of weights, nothing fetched ahead.
+# One card, no special layout of weights, nothing fetched ahead, experts that stay where they are.
+vllm_ascend.ascend_config.get_ascend_config().eplb_config.dynamic_eplb = False
 for switch in ("oproj_tp_enable", "mlp_tp_enable", "flashcomm2_enable", "enable_dsa_cp_with_layer_shard"):
     setattr(adapters, switch, lambda: False)
 vllm_ascend.utils._should_trans_nz = lambda weight: False
 vllm_ascend.utils._WEIGHT_PREFETCH_METHOD = MagicMock()
 vllm_ascend.ops.linear.AscendUnquantizedLinearMethod = UnquantizedLinearMethod
-# vLLM 0.32 tells it more than 0.18 asks for
-read_description = modelslim.AscendModelSlimConfig.maybe_update_config
-modelslim.AscendModelSlimConfig.maybe_update_config = lambda self, model, **_: read_description(self, model)
 type(current_platform).supported_quantization = ["ascend"]
 
 

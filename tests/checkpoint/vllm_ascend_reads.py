@@ -1,4 +1,4 @@
-"""What vllm-ascend 0.18 takes of checkpoints: python vllm_ascend_reads.py FOLDER..., lines of JSON as of vllm_reads.
+"""What vllm-ascend 0.23 takes of checkpoints: python vllm_ascend_reads.py FOLDER..., lines of JSON as of vllm_reads.
 
 All that reads linear layers and quantized experts is the plugin's own, as in vllm_ascend_on_cpu; float experts have
 vLLM's method.

@@ -1,4 +1,4 @@
-"""What vllm-ascend 0.18 makes of layers of 4 bits: python vllm_ascend_w4a8.py FOLDER OUT.npz
+"""What vllm-ascend 0.23 makes of layers of 4 bits: python vllm_ascend_w4a8.py FOLDER OUT.npz
 
 Prints a line of JSON as vllm_reads does. Reading, and what is done to the weights before the first token, are the
 plugin's own. OUT has the matrices [..., in, out] that its kernels multiply by, by their documentation: int32 words of

@@ -84,3 +84,22 @@ def test_a_workers_interpreter_needs_only_its_engine() -> None:
         [sys.executable, "-S", "-c", code], env={"PYTHONPATH": str(root)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("scheme", "format", "blackwell", "is_said"),
+    [
+        ("w8a8", "compressed-tensors", True, True),
+        ("w4a8", "compressed-tensors", True, True),
+        ("fp8-dynamic", "compressed-tensors", True, False),
+        ("w4a16", "compressed-tensors", True, False),
+        ("w8a8", "modelslim", True, False),
+        ("w8a8", "compressed-tensors", False, False),
+    ],
+)
+def test_fp8_is_proposed_on_blackwell(
+    scheme: str, format: str, blackwell: bool, is_said: bool, tiny_llama: Path
+) -> None:
+    decided = quantize.decide(tiny_llama, quantize.Wanted(recipe="default", scheme=scheme, format=format))
+    said = quantize.advice(decided.job, blackwell=blackwell)
+    assert ("--scheme fp8-dynamic" in said if said else False) == is_said

@@ -44,7 +44,7 @@ def test_finished_work_is_known_to_whoever_resumes(tmp_path: Path) -> None:
         ledger.finish_unit(DENSE, [report("mlp.gate", 0.1, -3.0)])
         ledger.finish_unit("experts 1 to 1", [report("up_proj", 0.4, -2.0)])
         assert ledger.is_finished(0, DENSE)
-        ledger.finish_layer(LayerEnd("model.layers.0", [hidden], [leaving], [], [tokens]))
+        ledger.finish_layer(LayerEnd("model.layers.0", hidden, leaving, [], [tokens]))
         assert ledger.is_finished(0, DENSE)
         assert not ledger.is_finished(1, DENSE)
         ledger.finish_unit(DENSE, [report("mlp.gate", 0.3, -1.0)])

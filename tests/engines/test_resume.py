@@ -46,6 +46,14 @@ def test_killed_runs_are_resumed_to_the_same_files(model: Path, normal: Undistur
     assert any(strike.units for strike in strikes), "every kill came before the first unit was finished"
 
 
+def test_killed_runs_of_high_effort_are_resumed_to_the_same_files(model: Path, tmp_path: Path) -> None:
+    high, rng = ("--effort", "high"), random.Random(5)
+    normal = kill_table.undisturbed(model, tmp_path / "normal", *high)
+    for number in range(2):
+        struck, outcome = kill_table.strike(model, tmp_path / str(number), normal, rng, high)
+        assert outcome == "identical", struck
+
+
 @pytest.mark.parametrize("options", [("--workers", "2"), ("--ray", "local"), ("--memory", "1GB")])
 def test_however_it_runs_it_makes_the_same_files(
     model: Path, normal: Undisturbed, run_qtool: Callable[..., Any], tmp_path: Path, options: tuple[str, str]

@@ -62,3 +62,23 @@ def test_ascend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = machine.ascend(tmp_path)
     assert found is not None
     assert (found["cann"], found["cann_home"]) == ("8.5.0", str(other))
+
+
+@pytest.mark.parametrize(
+    ("models", "is_one"),
+    [
+        (("NVIDIA B200",), True),
+        (("NVIDIA GeForce RTX 5090",), True),
+        (("NVIDIA RTX PRO 6000 Blackwell Workstation Edition",), True),
+        (("NVIDIA H100 80GB HBM3", "NVIDIA GB300"), True),
+        (("NVIDIA H200",), False),
+        (("NVIDIA GeForce RTX 4090", "NVIDIA A100-SXM4-80GB"), False),
+        ((), False),
+    ],
+)
+def test_blackwell_is_known_by_its_names(models: tuple[str, ...], is_one: bool, tmp_path: Path) -> None:
+    for number, model in enumerate(models):
+        folder = tmp_path / f"proc/driver/nvidia/gpus/0000:{number:02}:00.0"
+        folder.mkdir(parents=True)
+        (folder / "information").write_text(f"Model: \t\t {model}\nIRQ:   \t\t 120\n")
+    assert machine.is_blackwell(tmp_path) == is_one

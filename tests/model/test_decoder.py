@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from qtool.checkpoint.reader import Checkpoint
+from qtool.errors import InputError
 from qtool.model.decoder import DecoderStream
 from qtool.model.state import Batch
+from tests import families
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {
@@ -92,3 +95,23 @@ def test_a_tower_for_pictures_is_left_out(tmp_path: Path) -> None:
                 hidden = stream.run(index, layer, hidden)
         found = stream.head.logits(stream.head.leaving(hidden)[0], stream.head.rows(0, 512))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_type_whose_class_transformers_has(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """As Kimi-K2 is published: DeepSeek-V3 under another model_type, with code for it."""
+    model = families.make(tmp_path / "model", "deepseek_v3", tiny_tokenizer)
+    linears = [DecoderStream(Checkpoint.open(model), dtype=torch.float32).layer_linears(i) for i in range(2)]
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "kimi_k2"}
+
+    def opened(brought: str, trust: bool = False) -> DecoderStream:
+        own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": f"own.{brought}"}
+        (model / "config.json").write_text(json.dumps(config | {"auto_map": own}))
+        (model / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        return DecoderStream(Checkpoint.open(model), dtype=torch.float32, trust_remote_code=trust)
+
+    for trust in (False, True):
+        stream = opened("DeepseekV3ForCausalLM", trust)
+        assert [stream.layer_linears(i) for i in range(2)] == linears
+    with pytest.raises(InputError, match="can't build this model"):
+        opened("OtherForCausalLM")
+    assert not (tmp_path / "ran").exists()

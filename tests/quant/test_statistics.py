@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from qtool.quant.importance import Importance
 from qtool.quant.observers import static_range
 from qtool.quant.statistics import InputStatistics
 from qtool.recipe.policy import LeastError, MinMax, Percentile
@@ -55,6 +56,28 @@ def test_gram_of_every_other_token() -> None:
     statistics = observed(parts, with_hessian=True)
     np.testing.assert_allclose(statistics.hessian.numpy(), tokens.T @ tokens / len(tokens), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(statistics.energy.numpy(), (tokens**2).mean(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("with_hessian", [True, False])
+def test_tokens_that_matter_more_weigh_more(with_hessian: bool) -> None:
+    parts = batches(samples=6)
+    weights = torch.linspace(0, 2, 6 * 12)
+    importance = Importance(weights, torch.ones(3))
+    statistics = InputStatistics(stride=4, with_hessian=with_hessian, importance=importance)
+    for part in parts:
+        statistics.update(part)
+    every = [*range(0, 36, 2), *range(36 + 1, 72, 2)] if with_hessian else [*range(72)]
+    tokens, w = torch.cat(parts).reshape(-1, 5).double().numpy()[every], weights.double().numpy()[every]
+    energy = (w[:, None] * tokens**2).sum(0) / w.sum()
+    np.testing.assert_allclose(statistics.energy.numpy(), energy, rtol=1e-4)
+    if with_hessian:
+        hessian = (w[:, None] * tokens).T @ tokens / w.sum()
+        np.testing.assert_allclose(statistics.hessian.numpy(), hessian, rtol=1e-4, atol=1e-4)
+        assert statistics.hessian_tokens == round(w.sum() ** 2 / (w**2).sum())
+    kept = statistics.importance
+    assert kept is not None
+    places = [int((torch.cat(parts).reshape(-1, 5) == row).all(dim=1).nonzero()[0, 0]) for row in statistics.sample]
+    assert kept.tokens.tolist() == weights[places].tolist()
 
 
 def test_gram_of_bfloat16_is_summed_in_float32() -> None:

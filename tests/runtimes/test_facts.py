@@ -23,7 +23,7 @@ from qtool.recipe.load import load
 from qtool.runtimes import facts, vllm_ascend, vllm_mindspore
 from qtool.runtimes.description import Quantized
 from qtool.scheme import W8A8, W8A8_ASYMMETRIC, W8A8_DYNAMIC, Scheme
-from tests.managed import unpacked
+from tests.managed import VLLM_ASCEND, unpacked
 
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -206,7 +206,7 @@ def test_mindformers_models_are_what_is_said_of_them(mindformers: Path) -> None:
 
 @pytest.fixture(scope="module")
 def quantization() -> Path:
-    return unpacked("vllm-ascend==0.18.0") / "vllm_ascend" / "quantization"
+    return unpacked(VLLM_ASCEND) / "vllm_ascend" / "quantization"
 
 
 def test_the_experts_are_those_that_vllm_ascend_finds(quantization: Path) -> None:

@@ -18,11 +18,11 @@ from qtool.engines.native.prepare import prepare
 from qtool.evaluation.comparison import compare
 from qtool.evaluation.job import ComparisonJob, EvaluationText
 from qtool.model.decoder import DecoderStream
+from qtool.model.gradients import gradients, replaced
 from qtool.model.state import Batch
 from qtool.recipe.load import load
 from qtool.recipe.schema import Policy, Recipe
 from qtool.scheme import named
-from qtool.tuning.experts import gradients, replaced
 from qtool.tuning.job import Sensitivities, SensitivityJob
 from qtool.tuning.worker import main
 from tests import families, simulate
@@ -234,12 +234,12 @@ def test_what_the_recipe_leaves_float_is_left_out(tiny_llama: Path) -> None:
 
 def test_drawn_tokens_follow_the_model(tiny_llama: Path) -> None:
     """The variance of log p's gradient by the logits is that of tokens drawn from p, draw by draw."""
-    from qtool.tuning import backward
+    from qtool.model.gradients import _draw
 
     stream = DecoderStream(Checkpoint.open(tiny_llama), dtype=torch.float32)
     hidden = torch.randn(1, 1, 64).expand(4000, 1, 64).reshape(4000, 64)
     with torch.no_grad():
-        drawn, normalizer = backward._draw(stream, hidden)
+        drawn, normalizer = _draw(stream, hidden, 2)
         logits = stream.head.logits(hidden[:1], stream.head.rows(0, stream.head.vocabulary))[0]
     assert normalizer[0] == pytest.approx(float(logits.logsumexp(0)), rel=1e-5)
     shares = torch.bincount(drawn.flatten(), minlength=stream.head.vocabulary) / drawn.numel()

@@ -276,7 +276,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 TEXT_ALONE = ("fuyu",)  # of these the text model is here, though pictures would need more
 LEFT_OUT: dict[str, str] = {
     **dict.fromkeys(
-        ("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"), "an encoder-decoder"
+        ("pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"), "an encoder-decoder"
     ),
     "evolla": "it reads proteins, and transformers' own class for this task refuses its configuration",
     "musicgen": "made of three models, of which none is built from a configuration alone",

@@ -46,8 +46,18 @@ _VLLM = "## vLLM on a CPU"
 _VLLM_HEAD = """{title}
 
 What vLLM {vllm}'s build for CPUs makes of the int8 models of its most used types: it loads them, its int8 tensors
-are counted, and it generates four tokens for each of two prompts. These models are a little wider than those above,
-since its kernels want heads of 32 channels. Regenerate with `python -m tests.zoo.in_vllm --docs`.
+are counted, and it generates four tokens for each of two prompts. Models of pictures are asked about text. All are a
+little wider than those above, since its kernels want heads of 32 channels. {right} of {all} generate. Regenerate with
+`python -m tests.zoo.in_vllm --docs`, on a processor with AMX.
+
+What doesn't generate is not for want of tensors. vLLM's int8 experts for CPUs take one kind of routing, by softmax, and
+one activation, SiLU. Its Mamba-1 layers (Jamba) fail on a CPU with the float model, too. Nemotron-H is here without
+experts, as Nemotron Nano 2 is; with experts, which have no gate, vLLM wants a GPU. gpt-oss's int8 experts vLLM doesn't
+find on a GPU either: it wants gate and up in one matrix, and all transposed; qtool says so. Falcon-Mamba and Mamba are
+floats only in vLLM.
+
+vLLM's classes for Qwen3.5 and for most models of pictures import torchvision, which must be built for the same torch.
+Here it was torchvision 0.28.0 without its compiled operators, which these models don't call.
 
 | type | result |
 | --- | --- |
@@ -80,9 +90,15 @@ def markdown(verdicts: Sequence[Verdict]) -> str:
 
 
 def in_vllm(outcomes: Sequence[tuple[str, str]]) -> str:
-    """The section on vLLM, of (type, what came out)."""
-    rows = [f"| {name} | {_shortened(outcome.replace('|', ' '), 100)} |" for name, outcome in outcomes]
-    return _VLLM_HEAD.format(title=_VLLM, vllm=_vllm_version()) + "\n".join(rows) + "\n"
+    """The section on vLLM, of ("text:TYPE" or "image:TYPE", what came out)."""
+    rows = []
+    for name, outcome in outcomes:
+        kind, _, model_type = name.partition(":")
+        of = f"{model_type}, with pictures" if kind == "image" else model_type
+        rows.append(f"| {of} | {_shortened(outcome.replace('|', ' '), 140)} |")
+    right = sum("generates [4, 4]" in outcome for _, outcome in outcomes)
+    head = _VLLM_HEAD.format(title=_VLLM, vllm=_vllm_version(), right=right, all=len(outcomes))
+    return head + "\n".join(rows) + "\n"
 
 
 def with_section(page: str, old: str) -> str:

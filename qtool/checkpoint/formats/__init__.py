@@ -8,6 +8,7 @@ from qtool.checkpoint.formats.awq import Awq
 from qtool.checkpoint.formats.base import (
     Description,
     Format,
+    Holding,
     Inexpressible,
     PackedFormat,
     QuantizedFormat,
@@ -46,10 +47,15 @@ _QUANTIZED = {each.name: each for each in FORMATS if isinstance(each, QuantizedF
 NAMES = tuple(_QUANTIZED)
 """Of those that hold quantized models."""
 
+_EXPORTED = {each.name: each for each in FORMATS if isinstance(each, Holding) and each.name not in _QUANTIZED}
+
+EXPORTS = tuple(_EXPORTED)
+"""Of those that a quantized checkpoint can be converted to, and that are read as float models."""
+
 DEQUANTIZED = "bfloat16"
 """What a quantized checkpoint can be converted to besides: the float model that its integers stand for."""
 
-TARGETS = (*NAMES, DEQUANTIZED)
+TARGETS = (*NAMES, *EXPORTS, DEQUANTIZED)
 
 DESCRIPTION_FILES = frozenset(file for each in FORMATS for file in each.files)
 """Files that belong to a format, and not to the model."""
@@ -65,12 +71,14 @@ else:
 __all__ = [
     "DEQUANTIZED",
     "DESCRIPTION_FILES",
+    "EXPORTS",
     "FORMATS",
     "NAMES",
     "PLAIN",
     "TARGETS",
     "Description",
     "Format",
+    "Holding",
     "Inexpressible",
     "Name",
     "PackedFormat",
@@ -80,6 +88,7 @@ __all__ = [
     "Writable",
     "get",
     "of",
+    "target",
 ]
 
 
@@ -89,6 +98,11 @@ def get(name: str) -> QuantizedFormat:
         return _QUANTIZED[name]
     except KeyError:
         raise InputError(f"unknown format {name!r}", hint=f"Formats: {', '.join(NAMES)}.") from None
+
+
+def target(name: str) -> Holding:
+    """A format that a quantized checkpoint can be converted to, by its name. Raises InputError for an unknown one."""
+    return _EXPORTED.get(name) or get(name)
 
 
 def of(checkpoint: Checkpoint) -> Format:

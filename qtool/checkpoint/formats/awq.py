@@ -1,4 +1,4 @@
-"""AWQ of AutoAWQ, version gemm: read as a float model.
+"""AWQ of AutoAWQ, version gemm: read as a float model, written by conversions.
 
 `qweight` int32 [in, out / 8], eight output channels in a word in the order 0 2 4 6 1 3 5 7; `qzeros` int32
 [groups, out / 8], likewise; `scales` [groups, out]. The weight is (code - zero) · scale (AutoAWQ,
@@ -7,9 +7,10 @@ awq/utils/packing_utils.py).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from qtool.checkpoint.formats.integers import ColumnFormat, fields
+from qtool.checkpoint.formats.integers import ColumnFormat, fields, words
 from qtool.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,3 +43,11 @@ class Awq(ColumnFormat):
 
     def unpack_zeros(self, checkpoint: Checkpoint, words: torch.Tensor, bits: int) -> torch.Tensor:
         return self.unpack(words, bits)
+
+    def pack(self, codes: torch.Tensor, zeros: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+        channels = [_PLACES.index(place) for place in range(len(_PLACES))]  # of the places in a word
+        packed = (words(each.unflatten(1, (-1, len(channels)))[..., channels], bits) for each in (codes, zeros))
+        return dict(zip(("qweight", "qzeros"), packed, strict=True))
+
+    def settings(self, kept: Sequence[str]) -> dict[str, Any]:
+        return {"zero_point": True, "version": "gemm", "modules_to_not_convert": [*kept, "lm_head"]}

@@ -180,23 +180,21 @@ class Writable(Format):
         """Describe a model from its tensors' names, the scheme of every linear layer (None: float), and config.json."""
 
 
-class QuantizedFormat(Writable):
-    """A format for quantized models.
+class Holding(Writable):
+    """A format that a quantized model can be written in, layer by layer.
 
     Attributes:
         schemes: that it can express.
         caches: how it can say that keys and values are kept.
         parts: the last parts of the names of all tensors that it may keep of a layer.
-        scale_parts: those of them that hold weight scales; the first that is there counts.
     """
 
     schemes: ClassVar[tuple[Scheme, ...]]
     caches: ClassVar[tuple[QuantizationArgs, ...]] = ()
     parts: ClassVar[frozenset[str]]
-    scale_parts: ClassVar[tuple[str, ...]] = ("weight_scale",)
 
     def expresses(self, scheme: Scheme) -> bool:
-        """Whether a layer of this scheme can be written and read."""
+        """Whether a layer of this scheme can be written."""
         return scheme in self.schemes
 
     @abstractmethod
@@ -211,28 +209,8 @@ class QuantizedFormat(Writable):
         raise NotImplementedError
 
     @abstractmethod
-    def read(self, stored: Stored, scheme: Scheme) -> QuantizedLinear:
-        """The inverse of `tensors`, for a layer of a known scheme. Raises InputError as `read_linear`."""
-
-    def read_linear(self, checkpoint: Checkpoint, name: str) -> QuantizedLinear | None:
-        self.weight(checkpoint, name)
-        scheme = self.scheme(checkpoint, name)
-        return None if scheme is None else self.read(Stored(checkpoint, name), scheme)
-
-    def shape(self, stored: Stored, scheme: Scheme) -> tuple[int, int]:
-        """(out, in) of a layer, from headers. Raises InputError when its weight is none of this scheme."""
-        return stored.shape
-
-    @abstractmethod
-    def inputs(self, stored: Stored) -> tuple[float, int]:
-        """Input scale and zero point of a static layer, without reading its weight."""
-
-    @abstractmethod
     def nbytes(self, shape: tuple[int, int], scheme: Scheme) -> int:
         """About how many bytes the tensors of a layer [out, in] take, but for its bias."""
-
-    def check_only_linears(self, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> None:
-        """Raises InputError where something else is quantized than these linear layers, and keys and values."""
 
     def cache_problem(self, cache: QuantizationArgs) -> Inexpressible | None:
         """Why this format can't say that keys and values are kept so; None where it can."""
@@ -273,6 +251,36 @@ class QuantizedFormat(Writable):
     def storable_weight_scale(self, scale: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
         """The same for a float32 weight scale of any shape, of a layer of this scheme."""
         return scale
+
+
+class QuantizedFormat(Holding):
+    """A format for quantized models, whose layers can be read back as they were written.
+
+    Attributes:
+        scale_parts: those of `parts` that hold weight scales; the first that is there counts.
+    """
+
+    scale_parts: ClassVar[tuple[str, ...]] = ("weight_scale",)
+
+    @abstractmethod
+    def read(self, stored: Stored, scheme: Scheme) -> QuantizedLinear:
+        """The inverse of `tensors`, for a layer of a known scheme. Raises InputError as `read_linear`."""
+
+    def read_linear(self, checkpoint: Checkpoint, name: str) -> QuantizedLinear | None:
+        self.weight(checkpoint, name)
+        scheme = self.scheme(checkpoint, name)
+        return None if scheme is None else self.read(Stored(checkpoint, name), scheme)
+
+    def shape(self, stored: Stored, scheme: Scheme) -> tuple[int, int]:
+        """(out, in) of a layer, from headers. Raises InputError when its weight is none of this scheme."""
+        return stored.shape
+
+    @abstractmethod
+    def inputs(self, stored: Stored) -> tuple[float, int]:
+        """Input scale and zero point of a static layer, without reading its weight."""
+
+    def check_only_linears(self, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> None:
+        """Raises InputError where something else is quantized than these linear layers, and keys and values."""
 
 
 class HuggingFaceFiles(Writable):

@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qtool.checkpoint.dtypes import FLOATS
-from qtool.checkpoint.formats.base import PackedFormat, quantization_method
+from qtool.checkpoint.formats.base import (
+    Description,
+    Holding,
+    HuggingFaceFiles,
+    Inexpressible,
+    PackedFormat,
+    quantization_method,
+)
 from qtool.checkpoint.formats.packed import Columns
+from qtool.checkpoint.formats.scales import check_scales
 from qtool.errors import InputError
-from qtool.scheme import Scheme
+from qtool.scheme import W4A16, Scheme
 
 if TYPE_CHECKING:
     import torch
 
     from qtool.checkpoint.reader import Checkpoint
+    from qtool.quant.types import QuantizedLinear
+
+_STRATEGIES = ("channel", "group")
+_OUTSIDE = ("lm_head", "embed_tokens", "wte", "wpe", "embed_in", "embed_out", "word_embeddings")
 
 
-class ColumnFormat(PackedFormat):
-    """Weights of 4 or 8 bits, float activations; read as a float model."""
+class ColumnFormat(PackedFormat, HuggingFaceFiles, Holding):
+    """Weights of 4 or 8 bits, float activations; read as a float model, and written from integers of a conversion.
+
+    All quantized layers are of one scheme, which `scales` holds in float16 where that loses nothing.
+
+    Attributes:
+        written: numbers of bits that are written.
+    """
 
     is_float = True
     weight_parts = ("weight", "qweight")
     packed_parts = frozenset(("qweight", "qzeros", "scales", "g_idx"))
+    parts = packed_parts | {"bias"}
+    schemes: ClassVar[tuple[Scheme, ...]] = (W4A16,)
+    written: ClassVar[tuple[int, ...]] = (4,)
 
     def detect(self, config: Mapping[str, Any], files: Container[str]) -> bool:
         return quantization_method(config) == self.name
@@ -54,6 +76,68 @@ class ColumnFormat(PackedFormat):
                 raise self._misfit(checkpoint, name, f"g_idx {list(index.shape)}")
         codes = self.unpack(checkpoint.tensor(f"{name}.qweight"), bits)
         return Columns(codes, self.unpack_zeros(checkpoint, zeros, bits), scales, index)
+
+    def expresses(self, scheme: Scheme) -> bool:
+        weights = scheme.weights
+        kind = (weights.type, weights.symmetric, scheme.activations)
+        return kind == ("int", True, None) and weights.num_bits in self.written and weights.strategy in _STRATEGIES
+
+    def problems(self, schemes: Mapping[str, Scheme | None]) -> list[Inexpressible]:
+        found = super().problems(schemes)
+        several = {scheme for scheme in schemes.values() if scheme is not None}
+        if len(several) > 1:
+            labels = " and ".join(sorted(each.label for each in several))
+            what = f"{self.name} has one scheme for all quantized layers, not {labels}"
+            found.append(Inexpressible(what, hint="compressed-tensors has several"))
+        return found
+
+    def misfit(self, name: str, shape: tuple[int, int], scheme: Scheme) -> str | None:
+        together = 32 // scheme.weights.num_bits
+        if any(size % together for size in shape):
+            return f"{self.name} has {together} numbers in a word, and {' x '.join(map(str, shape))} doesn't divide so"
+        return None
+
+    def nbytes(self, shape: tuple[int, int], scheme: Scheme) -> int:
+        groups = math.prod(scheme.weights.scales_shape(shape))
+        return scheme.weights.nbytes(shape) + groups * scheme.weights.num_bits // 8 + 4 * shape[1]
+
+    def tensors(self, name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        import torch
+
+        check_scales(name, linear)
+        bits = linear.scheme.weights.num_bits
+        scales = linear.weight_scale.float().reshape(len(linear.weight), -1).t().contiguous()
+        half = scales.half()
+        codes = linear.weight.t().to(torch.int32) + (1 << (bits - 1))
+        zeros = torch.full(scales.shape, 1 << (bits - 1), dtype=torch.int32)
+        found = {
+            **self.pack(codes, zeros, bits),
+            "scales": half if bool((half.float() == scales).all()) else scales.to(dtype),
+        }
+        if linear.bias is not None:
+            found["bias"] = linear.bias.to(dtype)
+        return {f"{name}.{part}": tensor for part, tensor in found.items()}
+
+    def describe(
+        self, names: Sequence[str], schemes: Mapping[str, Scheme | None], config: Mapping[str, Any]
+    ) -> Description:
+        (scheme,) = {scheme for scheme in schemes.values() if scheme is not None}
+        kept = [name for name, each in schemes.items() if each is None and not name.endswith(_OUTSIDE)]
+        size = scheme.weights.group_size
+        settings = {
+            "quant_method": self.name,
+            "bits": scheme.weights.num_bits,
+            "group_size": -1 if size is None else size,
+        }
+        return Description(settings | self.settings(kept), {})
+
+    @abstractmethod
+    def pack(self, codes: torch.Tensor, zeros: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+        """Tensors, by the last parts of their names, of codes int32 [in, out] and zeros int32 [groups, out]."""
+
+    @abstractmethod
+    def settings(self, kept: Sequence[str]) -> dict[str, Any]:
+        """What config.json says besides; `kept` are linears of the decoder that stay float."""
 
     @abstractmethod
     def unpack(self, words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -106,3 +190,12 @@ def fields(words: torch.Tensor, bits: int) -> torch.Tensor:
 
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
     return ((words[..., None] >> shifts) & ((1 << bits) - 1)).to(torch.uint8)
+
+
+def words(fields: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse: int32 [...] of fields [..., 32 / bits], each below 2^bits."""
+    import torch
+
+    shifts = torch.arange(0, 32, bits, dtype=torch.int64)
+    whole = (fields.to(torch.int64) << shifts).sum(dim=-1)
+    return torch.where(whole < 1 << 31, whole, whole - (1 << 32)).to(torch.int32)

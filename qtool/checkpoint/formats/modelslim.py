@@ -7,7 +7,7 @@ bfloat16 `deq_scale` is the float32's bits as int64, as the kernels for float16 
 
 Keys and values: `kv_cache_type` C8 says that the cache keeps int8, and `kv_cache_scale` and `kv_cache_offset` float32
 [channels of all heads] of k_proj and v_proj how: q = clip(round(x / kv_cache_scale) + kv_cache_offset) (vllm-ascend
-0.18.0, quantization/methods/kv_c8.py, attention/attention_v1.py; MindIE's page on int8 caches).
+0.23.0.post1, quantization/methods/kv_c8.py, attention/attention_v1.py; MindIE's page on int8 caches).
 
 A runtime holds input_scale, and the weight_scale of dynamic layers, in the model's dtype: `storable_scale` and
 `storable_weight_scale` give what it will compute with.

@@ -7,8 +7,9 @@ modelslim, version 1.0.0: `weight_scale` float32 [out, 1]; where groups of input
 `weight_scale_second` [out, groups], which it is multiplied by (group_size is 0 without); offsets, zeros; and
 `scale_bias` float32 [out, 1]: 8 times the sum of what a channel's integers stand for, which kernels that shift int4
 take off. Layers that are split along their inputs have sixteen of these, [out, 16], for as many parts of the inputs
-(msmodelslim, format/common/pack.py; vllm-ascend 0.18.0, quantization/methods/w4a8.py). vllm-ascend keeps both levels in
-the model's dtype and multiplies them. So the first is a power of two here, and the product is the scale itself.
+(msmodelslim, format/common/pack.py; vllm-ascend 0.23.0.post1, quantization/methods/w4a8.py). vllm-ascend keeps both
+levels in the model's dtype and multiplies them. So the first is a power of two here, and the product is the scale
+itself.
 
 golden-stick: `weight_scale` uint64 [out, groups], the bits of a float32 (mindspore-gs 1.4.1, ptq/hal.py,
 convert_fp32_to_uint64; mindformers 1.7.0, quantization/golden_stick/a8dynw4.py).

@@ -140,6 +140,8 @@ def _prepare(job: QuantizationJob, on_event: OnEvent) -> _Prepared:
     through_mindone = _through_mindone(checkpoint, devices, job.output.format)
     policies = job.recipe.schemes[job.scheme]
     config.patterns([policy.layers for policy in policies])
+    if job.recipe.effort == "high":
+        on_event({"event": "warning", "message": "Golden Stick knows one effort; `effort: high` has no effect"})
     for warning in (*planned.warnings, *config.differences(policies)):
         on_event({"event": "warning", "message": warning})
     size = plan.output_bytes(FloatReader(checkpoint), planned.schemes)

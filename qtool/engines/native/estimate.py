@@ -60,12 +60,14 @@ def estimate(
     calibration: CalibrationText,
     *,
     exact: bool,
+    gradients: bool = False,
     limit: int | None,
     processes: int = 0,
 ) -> ResourceEstimate:
     """The largest batch that keeps within `limit` bytes, and then the most layers ahead.
 
     Args:
+        gradients: are taken through all layers (effort: high).
         processes: that work on units, besides the one that runs the layers.
 
     Raises InputError when even one sample at a time does not.
@@ -103,10 +105,18 @@ def estimate(
     ahead = min(processes, len(layers), spare // max(1, each))
     has_experts = any(layer.experts for layer in layers)
     scratch = tokens * (2 + ahead) * states + tokens * model.hidden_size * has_experts * (item + 4)
+    if gradients:  # what enters every layer, and the gradient
+        scratch = max(scratch, tokens * (len(layers) + 2) * states)
     return ResourceEstimate(batch, ahead, needed + ahead * each, scratch)
 
 
-def seconds(model: DecoderStream, policies: Mapping[str, Policy | None], calibration: CalibrationText) -> float:
+def seconds(
+    model: DecoderStream,
+    policies: Mapping[str, Policy | None],
+    calibration: CalibrationText,
+    *,
+    gradients: bool = False,
+) -> float:
     """Estimated time of a job on this machine, from the sizes of the model and a short timing.
 
     Work per layer: one forward pass over the calibration tokens, the Hessians of the inputs that want them (about as
@@ -119,7 +129,11 @@ def seconds(model: DecoderStream, policies: Mapping[str, Policy | None], calibra
     begin, worked = time.perf_counter(), time.thread_time()
     # The forward pass computes in the model's dtype, GPTQ and its Hessians in float32. On processors with instructions
     # for 16-bit floats the one is many times as fast as the other, on those without several times as slow.
-    running = sum(each.running_products(tokens) for each in matrices) / _flops(model.dtype, model.device, widest)
+    running = sum(each.running_products(tokens) for each in matrices)
+    if gradients:  # once more forward; again, and back; and the head likewise, after a pass that draws tokens
+        running *= 4
+        running += 6 * model.head.vocabulary * model.hidden_size * tokens
+    running /= _flops(model.dtype, model.device, widest)
     compensating = sum(each.compensating_products(tokens) for each in matrices)
     compensating /= _flops(torch.float32, model.device, widest)
     elements = sum(layer.element_seconds for layer in layers)

@@ -114,6 +114,7 @@ def _key(prepared: Prepared, calibration: Calibration) -> str:
         "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         "policies": [policy.model_dump(mode="json") for policy in recipe.schemes[prepared.job.scheme]],
         "osl": recipe.osl,
+        "effort": recipe.effort,
         "expert_tokens": recipe.calibration.expert_tokens,
         "max_shard_gb": recipe.export.max_shard_gb,
         "calibration": calibration.digest,

@@ -16,6 +16,7 @@ from qtool.quant.report import GroupReport
 
 DENSE = "dense"  # the unit of a layer's linears without its routed experts
 _LAYER = "layer"
+_IMPORTANCE = "importance"  # that of all linears, found before the first layer is quantized
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class LayerEnd:
     """
 
     name: str
-    hidden: Sequence[Path]
-    leaving: Sequence[Path]
+    hidden: Path
+    leaving: Path
     reports: Sequence[GroupReport]
     experts: Sequence[ExpertTokens]
 
@@ -46,6 +47,7 @@ class Ledger:
         layers: how many decoder layers are finished, the first ones.
         groups, experts: of these layers, for the report.
         folder: for files that must survive as long as the records do.
+        is_weighed: the importance of all linears is known, in files there.
     """
 
     def __init__(self, writer: CheckpointWriter) -> None:
@@ -53,18 +55,26 @@ class Ledger:
         self._units: dict[str, list[GroupReport]] = {}
         self.folder = writer.folder
         self.layers = 0
+        self.is_weighed = False
         self.groups: list[QuantizedGroup] = []
         self.experts: list[ExpertTokens] = []
         for record in writer.records:
             if record["unit"] == _LAYER:
                 groups = [QuantizedGroup(**row) for row in record["rows"]]
                 self._count_layer(groups, [ExpertTokens(**row) for row in record["experts"]])
+            elif record["unit"] == _IMPORTANCE:
+                self.is_weighed = True
             else:
                 self._units[record["unit"]] = [GroupReport(**row) for row in record["rows"]]
 
     def is_finished(self, layer: int, unit: str) -> bool:
         """Whether a unit of a layer is written."""
         return layer < self.layers or (layer == self.layers and unit in self._units)
+
+    def finish_importance(self, files: Sequence[Path]) -> None:
+        """The importance of all linears is in these files."""
+        self.is_weighed = True
+        self._writer.mark({"unit": _IMPORTANCE}, needs=files)
 
     def finish_unit(self, unit: str, reports: list[GroupReport]) -> None:
         """A unit of the first unfinished layer is written, and came out so."""
@@ -86,7 +96,7 @@ class Ledger:
             "experts": [asdict(layer) for layer in end.experts],
         }
         self._count_layer(groups, end.experts)
-        self._writer.mark(record, needs=end.leaving, obsolete=end.hidden)
+        self._writer.mark(record, needs=[end.leaving], obsolete=[end.hidden])
 
     def _count_layer(self, groups: Sequence[QuantizedGroup], experts: Sequence[ExpertTokens]) -> None:
         self._units = {}  # before `layers`: another thread may ask meanwhile

@@ -62,7 +62,9 @@ class Prepared:
 
     def dry_run(self) -> DryRun:
         """What would be done. Times some products, which takes a moment."""
-        seconds = estimate.seconds(self.model, self.plan.policies, self.job.calibration)
+        seconds = estimate.seconds(
+            self.model, self.plan.policies, self.job.calibration, gradients=self.job.recipe.effort == "high"
+        )
         return DryRun(
             layers=plan.summary(self.plan),
             left_float=self.plan.left_float,
@@ -98,6 +100,8 @@ def prepare(job: QuantizationJob, report: Report) -> Prepared:
     linears, kept = context.model.linears(), selection.kept_float(context.model)
     planned = plan.make(checkpoint, job.recipe, job.scheme, job.output.format, linears, kept, context.model.weights)
     context.model.prologue(torch.tensor([[0, 1]]))  # what can't be run shows before any work, and in a dry run
+    if job.recipe.effort == "high":
+        _refuse_gradients(job, context.model)
     if job.recipe.osl == "exact":
         _refuse_unusual(job, context.model)
     if job.recipe.cache is not None:
@@ -110,6 +114,7 @@ def prepare(job: QuantizationJob, report: Report) -> Prepared:
         planned.policies,
         job.calibration,
         exact=job.recipe.osl == "exact",
+        gradients=job.recipe.effort == "high",
         limit=job.resources.memory,
         processes=job.resources.workers or several or (_CLUSTER if job.resources.ray else 0),
     )
@@ -165,6 +170,19 @@ def _on_device(
             f"what doesn't fit goes there in smaller parts, which takes longer"
         )
     return found
+
+
+def _refuse_gradients(job: QuantizationJob, model: DecoderStream) -> None:
+    where = f"recipe {job.recipe.name}, --effort"
+    if job.recipe.osl == "exact":
+        what = "osl: exact repeats Golden Stick's search, which knows nothing of effort: high"
+        raise InputError(what, where=where, hint="Use one of them.")
+    if not model.is_plain:
+        raise InputError(
+            "effort: high takes gradients from layer to layer, and more than hidden states passes between this model's",
+            where=where,
+            hint="Use effort: normal.",
+        )
 
 
 def _refuse_cacheless(job: QuantizationJob, model: DecoderStream) -> None:

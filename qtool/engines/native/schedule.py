@@ -23,6 +23,7 @@ from qtool.engines.native.device import Room
 from qtool.engines.native.exact import quantize_exactly
 from qtool.engines.native.executor import Executor, Pending
 from qtool.engines.native.float_pass import FloatPass, Replay
+from qtool.engines.native.importance import Backward, Importances
 from qtool.engines.native.ledger import DENSE, LayerEnd, Ledger
 from qtool.engines.native.pieces import PieceWriter
 from qtool.engines.native.units import DenseTask, LayerLinears
@@ -33,6 +34,7 @@ from qtool.model.recorder import Recorder
 from qtool.model.statefile import StateFile
 from qtool.quant.cache import CacheStatistics
 from qtool.quant.group import needs_hessian
+from qtool.quant.importance import Importance
 from qtool.quant.report import GroupReport
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import signature
@@ -68,6 +70,7 @@ class _LotUnit:
     sums: Activations | Resident
 
 
+_GRADIENT_SHARE = 4  # of the tokens that go through a layer at a time go through it with gradients
 _Waiting = _DenseUnit | _LotUnit | LayerEnd
 
 
@@ -90,6 +93,7 @@ class Schedule:
         self._model = prepared.model
         self._waiting: deque[_Waiting] = deque()
         self._groups: dict[Any, Probed] = {}
+        self._importances = Importances(ledger.folder) if prepared.job.recipe.effort == "high" else None
         planned, here = prepared.on_device, not executor.ahead
         # What units of this process find on the device needs no way back to it.
         self._keeps_weights = here and planned is not None and planned.keeps_weights
@@ -106,6 +110,8 @@ class Schedule:
         Raises InputError where weights are damaged, and QtoolError.
         """
         model, done = self._model, self._ledger.layers
+        if self._importances is not None and not self._ledger.is_weighed:
+            self._weigh(ids, self._importances)
         hidden = self._states(done, ids)
         if done == 0:
             hidden.write(0, model.prologue(ids).state)
@@ -130,6 +136,13 @@ class Schedule:
         self._settle(0)
         self._output.wait()
         hidden.close()
+
+    def _weigh(self, ids: torch.Tensor, importances: Importances) -> None:
+        """Find out how much errors of each linear matter."""
+        batch = max(ids.shape[1], self._tokens.size // _GRADIENT_SHARE)
+        Backward(self._model, ids, batch, self._linears, importances, self._report).run()
+        paths = [importances.path(index) for index in range(self._model.depth)]
+        self._ledger.finish_importance([path for path in paths if path.exists()])
 
     @cached_property
     def _layers_ahead(self) -> int:
@@ -188,10 +201,11 @@ class Schedule:
         Begun again with fewer tokens at a time when the device's memory runs out.
         """
         routed, attention = self._model.routed(floats.index), self._model.attention(floats.index)
+        importance = self._importances.of(floats.index) if self._importances else {}
         observed = [attention[0]] if attention and self._prepared.context.cache is not None else []
 
         def run(tokens: int) -> tuple[dict[str, InputStatistics], dict[str, CacheStatistics], Recorder | None]:
-            statistics, recorder = _statistics(linears, sample_stride(floats.tokens)), None
+            statistics, recorder = _statistics(linears, sample_stride(floats.tokens), importance=importance), None
             caches = {name: CacheStatistics() for name in observed}
             if routed:
                 recorder = Recorder(None if self._keeps_tokens else self._ledger.folder, floats.tokens)
@@ -216,7 +230,7 @@ class Schedule:
     ) -> LayerEnd:
         floats.leaving.flush()  # before the layer counts as finished: whoever resumes needs it
         name = self._model.layer_name(floats.index)
-        return LayerEnd(name, floats.hidden.paths, floats.leaving.paths, reports, experts)
+        return LayerEnd(name, floats.hidden.path, floats.leaving.path, reports, experts)
 
     def _linears(self, index: int, layer: nn.Module) -> tuple[LayerLinears, bool]:
         """Of a loaded layer; and whether what its routed experts give is simply added to what leaves it."""
@@ -290,11 +304,19 @@ class Schedule:
             self._output.then(partial(self._ledger.finish_unit, lot.name, written.reports))
 
 
-def _statistics(linears: LayerLinears, stride: int, *, with_hessian: bool = True) -> dict[str, InputStatistics]:
+def _statistics(
+    linears: LayerLinears,
+    stride: int,
+    *,
+    with_hessian: bool = True,
+    importance: Mapping[str, Importance] | None = None,
+) -> dict[str, InputStatistics]:
     """Empty ones of every group that is quantized, by its first linear; Hessians only where they are needed."""
     return {
         group.linears[0]: InputStatistics(
-            stride=stride, with_hessian=with_hessian and any(map(needs_hessian, policies))
+            stride=stride,
+            with_hessian=with_hessian and any(map(needs_hessian, policies)),
+            importance=(importance or {}).get(group.linears[0]),
         )
         for group in linears.groups
         if (policies := [policy for name in group.linears if (policy := linears.policies[name]) is not None])

@@ -22,11 +22,14 @@ class WeightSample:
         rows: float32 [some, in].
         energy: the sum over all rows of W², float32 [in].
         stride: every how many rows one was taken.
+        importance: how much an error in each of these rows counts, float32 [some]; `energy` is weighted alike. None
+            counts all alike.
     """
 
     rows: torch.Tensor
     energy: torch.Tensor
     stride: int = 1
+    importance: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,11 @@ class NoiseModel:
         self._rows = weights.rows.abs()
         self._blocks = column_blocks(scheme.weights, self._rows.shape[1])
         self._energy, self._weight_energy = inputs.energy, weights.energy
+        self._row_weights = weights.importance
+        one_token = scheme.is_static and self._sides == 2
+        self._token_weights: torch.Tensor | None = None
+        if inputs.importance is not None and not one_token:
+            self._token_weights = inputs.importance.tokens / inputs.importance.tokens.mean()
         # Of the sample's rows all, and their steps in units of the activations'.
         self._factor = float(weights.stride)
         if scheme.activations is not None:
@@ -112,11 +120,11 @@ class NoiseModel:
         terms = self._terms(token_peaks, row_peaks, log_s)
         channels = torch.zeros_like(log_s)
         for near, block, peaks, reach in zip(rows, self._blocks, row_peaks, terms.reach, strict=True):
-            near.scatter(channels[block], peaks.square() * (2 * self._factor * reach))
+            near.scatter(channels[block], _times(peaks.square(), self._row_weights) * (2 * self._factor * reach))
         if not self._float:
-            halves = self._half_ranges(token_peaks)
+            halves = _times(self._half_ranges(token_peaks), self._token_weights)
             factor = -2 * terms.spread / (len(halves) * self._sides)
-            pull = token_peaks.square() * factor if self._sides == 1 else token_peaks * (halves * factor).repeat(2)
+            pull = token_peaks * halves * factor if self._sides == 1 else token_peaks * (halves * factor).repeat(2)
             tokens.scatter(channels, pull)
         channels += 2 * terms.step * self._weight_energy * (2 * log_s).exp()
         for block, slack in zip(self._blocks, terms.slack, strict=True):
@@ -126,16 +134,21 @@ class NoiseModel:
     def _terms(self, token_peaks: torch.Tensor, row_peaks: list[torch.Tensor], log_s: torch.Tensor) -> _Terms:
         # Steps are in units of those of symmetric activations, 2 max / steps.
         spread = widened((self._weight_energy * (2 * log_s).exp()).sum())
+        steps = _times(self._half_ranges(token_peaks).square(), self._token_weights)
         return _Terms(
-            step=torch.zeros_like(spread) if self._float else widened(self._half_ranges(token_peaks).square().mean()),
+            step=torch.zeros_like(spread) if self._float else widened(steps.mean()),
             spread=spread,
-            slack=[self._factor * widened(peaks.square().sum()) for peaks in row_peaks],
+            slack=[self._factor * widened(_times(peaks.square(), self._row_weights).sum()) for peaks in row_peaks],
             reach=[widened((self._energy[block] * (-2 * log_s[block]).exp()).sum()) for block in self._blocks],
         )
 
     def _half_ranges(self, token_peaks: torch.Tensor) -> torch.Tensor:
         """Half of each token's range [tokens]; its largest magnitude where it has no zero point."""
         return token_peaks.view(self._sides, -1).mean(dim=0)
+
+
+def _times(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    return values if weights is None else values * weights
 
 
 def add_at(channels: torch.Tensor, places: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:

@@ -34,25 +34,35 @@ class OSL:
 
     def fit(self, weights: Weights, group: Group, statistics: InputStatistics) -> Diagonal:
         assert group.fold is not None
-        sample, maximum = sample_weights(weights, group, statistics.device)
+        sample, maximum = sample_weights(weights, group, statistics)
         act_max, w_max = (per_producer_channel(group.fold, each) for each in (statistics.amax, maximum))
         model = NoiseModel(statistics.smoothed(None), sample, self._scheme)
         return fit(model, act_max, w_max, group.fold.channel_map)
 
 
-def sample_weights(weights: Weights, group: Group, device: torch.device) -> tuple[WeightSample, torch.Tensor]:
+def sample_weights(weights: Weights, group: Group, statistics: InputStatistics) -> tuple[WeightSample, torch.Tensor]:
     """Some rows of the group's weights with what is known of all; and max|W| per input channel, float32 [in]."""
+    device = statistics.device
+    importance = None if statistics.importance is None else statistics.importance.rows
     width = weights.shape(group.linears[0])[1]
     stride = max(1, sum(weights.shape(name)[0] * width for name in group.linears) // _MODEL_ROWS)
     maximum, energy = torch.zeros(width, device=device), torch.zeros(width, device=device)
-    some = []
+    some: list[torch.Tensor] = []
+    matter: list[torch.Tensor] = []
+    first = 0
     for chunk in chunks(weights, group.linears, _CHUNK):
         for place in chunk:
             rows = weights.rows(*place)
             some.append(rows[::stride].clone() if stride > 1 else rows)
             maximum = torch.maximum(maximum, rows.abs().amax(dim=0))
-            energy += rows.square().sum(dim=0)
-    return WeightSample(torch.cat(some), energy, stride), maximum
+            if importance is None:
+                energy += rows.square().sum(dim=0)
+                continue
+            own = importance[first : first + len(rows)]
+            first += len(rows)
+            energy += own @ rows.square()
+            matter.append(own[::stride])
+    return WeightSample(torch.cat(some), energy, stride, torch.cat(matter) if matter else None), maximum
 
 
 def fit(model: NoiseModel, act_max: torch.Tensor, w_max: torch.Tensor, channel_map: torch.Tensor) -> Diagonal:

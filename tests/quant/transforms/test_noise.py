@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from qtool.quant.importance import Importance
 from qtool.quant.product import INT8, QuantizedWeight, per_token_product
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.transforms.noise import NoiseModel, WeightSample
@@ -82,6 +83,25 @@ def test_gradient(scheme: Scheme, seed: int) -> None:
     found = model.gradient(t)
     variable = t.double().requires_grad_(True)
     expected_error(x.double(), weight.double(), variable, scheme).log().backward()
+    assert variable.grad is not None
+    torch.testing.assert_close(found.double(), variable.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", [W8A8_DYNAMIC, W8A8_ASYMMETRIC, W8A8], ids=lambda scheme: scheme.label)
+def test_gradient_where_tokens_and_rows_matter_unequally(scheme: Scheme) -> None:
+    """A token or row of whole weight n counts like n of them."""
+    x, weight = data()
+    times, rows = torch.arange(TOKENS) % 3 + 1, torch.arange(OUT) % 4 + 1
+    seen = InputStatistics(stride=1, with_hessian=False, importance=Importance(times.float(), rows.float()))
+    seen.update(x)
+    sample = WeightSample(weight, rows.float() @ weight.square(), importance=rows.float())
+    model = NoiseModel(seen.smoothed(None), sample, scheme)
+    t = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1)) * 0.5
+    model.focus(t)
+    found = model.gradient(t)
+    variable = t.double().requires_grad_(True)
+    repeated = x.double().repeat_interleave(times, dim=0), weight.double().repeat_interleave(rows, dim=0)
+    expected_error(*repeated, variable, scheme).log().backward()
     assert variable.grad is not None
     torch.testing.assert_close(found.double(), variable.grad, rtol=1e-3, atol=1e-5)
 
