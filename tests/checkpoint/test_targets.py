@@ -93,3 +93,18 @@ def test_a_layer_without_a_name_in_vllm_is_found_by_its_class() -> None:
     assert targets(schemes | _AROUND, W8A8_DYNAMIC, "minicpm3")[-1] == "Linear"
     assert "Linear" not in targets(schemes | _AROUND, W8A8_DYNAMIC, "qwen3")
     assert "Linear" not in targets({**schemes, "model.layers.0.mlp.up_proj": None}, W8A8_DYNAMIC, "minicpm3")
+
+
+@pytest.mark.parametrize("linear", ["mlp.gate_up_proj", "mlp.experts.3.gate_proj"])
+def test_a_tower_with_linears_of_such_names_is_left_out(linear: str) -> None:
+    """As GLM-4V has them, dense and with experts: runtimes call the lists of layers otherwise, and fuse the tower's."""
+    tower: dict[str, Scheme | None] = {f"model.visual.blocks.0.mlp.{part}_proj": None for part in ("gate", "up")}
+    text: dict[str, Scheme | None] = {f"model.language_model.layers.{i}.{linear}": W8A8_DYNAMIC for i in range(2)}
+    (target,) = targets(tower | text, W8A8_DYNAMIC)
+    pattern = re.compile(target.removeprefix("re:"))
+    assert pattern.match(f"language_model.model.layers.1.{linear}")
+    assert not pattern.match("visual.blocks.0.mlp.gate_up_proj")
+    parts = [linear, "mlp.gate_proj", "mlp.up_proj"] if "gate_up" in linear else [linear]
+    for ignored in targets(tower | text, None):
+        for part in parts:
+            assert not re.match(ignored.removeprefix("re:"), f"language_model.model.layers.1.{part}")

@@ -55,22 +55,25 @@ def _sections(*sizes: int) -> dict[str, Any]:
 
 _DELTA = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
 _LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64, "head_dim": 64}
+_CONV = {"conv_dim": 128, "conv_dim_out": 128, "block_dim": 128, "block_ff_dim": 192}
 # What vLLM reads of config.json, and published ones have; and sizes that its kernels for CPUs take.
 _MORE: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_LATENT, "n_group": 1, "topk_group": 1},
     "deepseek_v3": {**_LATENT, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "glm4_moe": {"head_dim": 32},
     "granitemoehybrid": {"mamba_d_head": 32},
-    "lfm2": {"conv_dim": 128, "conv_dim_out": 128, "block_dim": 128, "block_ff_dim": 192},
+    "lfm2": _CONV,
     "minimax_m2": {"head_dim": 32, "rotary_dim": 16, "scoring_func": "sigmoid"},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3},  # Nano 2: no experts
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _DELTA),
     **{name: {"text_config": {**_DELTA, **_sections(2, 1, 1)}} for name in ("qwen3_5", "qwen3_5_moe")},
-    **{name: {"text_config": _sections(4, 6, 6)} for name in ("qwen2_vl", "qwen2_5_vl", "glm4v")},
+    **{name: {"text_config": _sections(4, 6, 6)} for name in ("qwen2_vl", "qwen2_5_vl")},
+    "glm4v": {"text_config": {"rope_parameters": {"partial_rotary_factor": 0.5}}},
     "qwen3_vl": {"text_config": _sections(6, 5, 5)},
     "qwen3_vl_moe": {"text_config": {**_sections(6, 5, 5), "norm_topk_prob": True}},
     "llama4": {"text_config": {"attention_chunk_size": 128}},
-    "glm4v_moe": {"text_config": _sections(2, 2, 4)},
+    "glm4v_moe": {"text_config": {**_sections(2, 2, 4), "use_qk_norm": False}},
+    "lfm2_vl": {"text_config": _CONV},
 }
 
 

@@ -38,14 +38,16 @@ def targets(schemes: Mapping[str, Scheme | None], scheme: Scheme | None, model_t
     for name in schemes:
         ending = _ending(name)
         by_ending.setdefault(ending.rpartition(".")[2] if model_type in _MOVED else ending, []).append(name)
+    fused = {name: _fused(ending) for ending, names in by_ending.items() for name in names}
     found: list[str] = []
     for ending, names in by_ending.items():
         wanted = [name for name in names if schemes[name] == scheme]
-        tail = f".{ending}"
-        if ending not in names and all(its == scheme for name, its in schemes.items() if name.endswith(tail)):
+        tail, whole = f".{ending}", _fused(ending)
+        others = [n for n, its in schemes.items() if its != scheme and (n.endswith(tail) or fused[n] == whole)]
+        if ending not in names and not others:
             found += [f"re:.*\\.{_pattern(ending, whole=model_type in _WHOLE)}$"] if wanted else []
         else:
-            found += _by_layer(names, wanted)
+            found += _by_layer([*dict.fromkeys((*names, *others))], wanted)
     if model_type in _NAMELESS and all(its == scheme for name, its in schemes.items() if _ending(name) != name):
         found.append("Linear")
     return found
@@ -60,6 +62,11 @@ def is_plain(schemes: Mapping[str, Scheme | None]) -> bool:
         or (scheme is None and _ending(name) == name and name.rpartition(".")[2] in _AROUND)
         for name, scheme in schemes.items()
     )
+
+
+def _fused(ending: str) -> str:
+    """What runtimes call it together with others: GLM-4V's text has gate and up in one, its tower apart."""
+    return fused_name(f".{ending}") or f".{ending}"
 
 
 def _pattern(ending: str, *, whole: bool) -> str:
@@ -84,7 +91,7 @@ def _by_layer(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
     for (head, rest), layers in shapes.items():
         whole = [layer for layer, members in layers.items() if layer and chosen.issuperset(members)]
         covered = {name for layer in whole for name in layers[layer]}
-        if len(covered) > 1:
+        if len(covered) > 1 or (covered and towers):
             pattern = re.escape(rest).replace(r"\*", "[0-9]+")
             found.append(f"re:{_head(head, towers)}\\.({'|'.join(whole)})\\.{pattern}$")
         else:
