@@ -57,11 +57,11 @@ are counted, and it generates four tokens for each of two prompts. Models of pic
 little wider than those above, since its kernels want heads of 32 channels. {right} of {all} generate. Regenerate with
 `python -m tests.zoo.in_vllm --docs`, on a processor with AMX.
 
-What doesn't generate is not for want of tensors. vLLM's int8 experts for CPUs take one kind of routing, by softmax, and
-one activation, SiLU. Its Mamba-1 layers (Jamba) fail on a CPU with the float model, too. Nemotron-H is here without
-experts, as Nemotron Nano 2 is; with experts, which have no gate, vLLM wants a GPU. gpt-oss's int8 experts vLLM doesn't
-find on a GPU either: it wants gate and up in one matrix, and all transposed; qtool says so. Falcon-Mamba and Mamba are
-floats only in vLLM.
+What doesn't generate is not for want of tensors. vLLM's int8 experts for CPUs take one kind of routing, by softmax,
+and one activation, SiLU, and no router's weights on their input (Llama 4). Its Mamba-1 layers (Jamba) fail on a CPU
+with the float model, too. Nemotron-H is here without experts, as Nemotron Nano 2 is; with experts, which have no gate,
+vLLM wants a GPU. gpt-oss's int8 experts vLLM doesn't find on a GPU either: it wants gate and up in one matrix, and all
+transposed; qtool says so. Falcon-Mamba and Mamba are floats only in vLLM.
 
 vLLM's classes for Qwen3.5 and for most models of pictures import torchvision, which must be built for the same torch.
 Here it was torchvision 0.28.0 without its compiled operators, which these models don't call.

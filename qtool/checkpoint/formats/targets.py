@@ -108,7 +108,8 @@ def _towers(wanted: set[str], others: Sequence[str]) -> list[str]:
     marks = (
         next((part for part in name.split(".") if part not in usual and not part.isdigit()), None) for name in apart
     )
-    return sorted({mark for mark in marks if mark is not None})
+    found = {mark for mark in marks if mark is not None}
+    return sorted(found | ({"language"} if "language_model" in found else set()))  # LFM2-VL's, in vLLM 0.32
 
 
 def _head(head: str, towers: Sequence[str]) -> str:
