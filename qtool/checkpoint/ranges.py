@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,16 @@ def _scales(checkpoint: Checkpoint, name: str, scheme: Scheme, parts: Sequence[s
     """Of the first of these parts that the layer has."""
     part = next((part for part in parts if f"{name}.{part}" in checkpoint), parts[0])
     scales = measure(checkpoint, f"{name}.{part}")
-    return {"scheme": scheme.label, "scale_min": scales["min"], "scale_max": scales["max"]}
+    ends = {"scale_min": scales["min"], "scale_max": scales["max"]}
+    if checkpoint.info(f"{name}.{part}").dtype == "U64":  # the bits of float32, as golden-stick has some
+        ends = {key: None if bits is None else _of_bits(int(bits)) for key, bits in ends.items()}
+    return {"scheme": scheme.label, **ends}
+
+
+def _of_bits(bits: int) -> float | None:
+    """The positive float32 of these bits; None for others. They are in the same order."""
+    found: float | None = struct.unpack("<f", struct.pack("<I", bits))[0] if 0 <= bits < 1 << 31 else None
+    return found
 
 
 def measure(checkpoint: Checkpoint, name: str) -> dict[str, Any]:

@@ -86,11 +86,13 @@ def _check_also(checkpoint: Checkpoint, recipe: Recipe) -> None:
     for target in recipe.export.also:
         if target == formats.DEQUANTIZED:
             continue
-        settled = {name: policy and policy.settled(formats.get(target).expresses) for name, policy in policies.items()}
+        form = formats.target(target)
+        settled = {name: policy and policy.settled(form.expresses) for name, policy in policies.items()}
         schemes = {name: None if policy is None else policy.scheme for name, policy in settled.items()}
-        refused: list[tuple[str, str | None]] = [
-            (each.text, each.hint) for each in formats.get(target).problems(schemes)
-        ]
+        refused: list[tuple[str, str | None]] = [(each.text, each.hint) for each in form.problems(schemes)]
+        if recipe.kv_cache is not None:
+            what = f"keys and values are kept as {recipe.kv_cache}, which is not converted to {target}"
+            refused.append((what, "leave out kv_cache, or the further format"))
         refused += [
             (each.text, each.hint)
             for each in runtimes.problems(target, checkpoint.config, schemes, float_dtype(checkpoint, ()))

@@ -106,10 +106,14 @@ def _impossible(job: Prompting) -> str | None:
 
 def _unfit(checkpoint: Checkpoint) -> str | None:
     """Why llama.cpp's file would not hold the numbers that the checkpoint has; None if it would."""
+    from qtool.checkpoint.summary import kept_cache
+
     try:
         layers = Layers(checkpoint)
     except InputError as error:
         return f"llama.cpp's file can't be made: {error.what}"
+    if (cache := kept_cache(checkpoint)) is not None:
+        return f"llama.cpp doesn't keep keys and values as {cache}"
     for name in layers.names():
         if (scheme := layers.scheme(name)) is not None and layers.blocks(name) is None:
             return f"llama.cpp has no type for {scheme.label}"

@@ -4,7 +4,8 @@
 usage: _modelopt.py MODEL TEXT SAMPLES SEQ_LEN HELD_OUT WINDOWS SCHEME
 
 SCHEME is w8a8 (INT8_SMOOTHQUANT, static activations), w8a16, w4a16 (AWQ in groups of 64), fp8 (per token), or mix:BITS:
-auto_quantize's choice of w4a16 and w8a16 with so many bits on average. Prints one line of JSON.
+auto_quantize's choice of 4-bit weights (nearest, in groups of 64) and 8-bit ones with so many bits on average. Prints
+one line of JSON.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ def main(folder: str, text: str, samples: int, seq_len: int, held_out: str, wind
         model, _ = mtq.auto_quantize(
             model,
             constraints={"effective_bits": float(scheme[4:])},
-            quantization_formats=[int4, mtq.INT8_WEIGHT_ONLY_CFG],
+            quantization_formats=[
+                _in_groups(copy.deepcopy(mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG), 64),
+                mtq.INT8_WEIGHT_ONLY_CFG,
+            ],
             data_loader=[{"input_ids": row[None], "labels": row[None]} for row in rows],
             forward_step=lambda model, batch: model(**batch),
             loss_func=lambda output, batch: output.loss,

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qtool import runtimes
-from qtool.checkpoint import formats
+from qtool.checkpoint import formats, ranges
 from qtool.checkpoint.companions import companions
 from qtool.checkpoint.formats.targets import targets
 from qtool.checkpoint.reader import Checkpoint
@@ -712,6 +713,11 @@ def test_golden_stick_of_four_bits(tmp_path: Path) -> None:
     description = json.loads((tmp_path / "m" / "quantization_description.json").read_text())
     assert description["group_size"] == 16
     assert description[f"{name}.weight"] == "W4A8_DYNAMIC"
+    rows: list[dict[str, Any]] = []
+    report: Any = SimpleNamespace(progress=lambda *_: None, item=rows.append)
+    ranges.main({"model": str(tmp_path / "m"), "filter": r"\.weight$"}, report)
+    (row,) = rows
+    assert (row["scale_min"], row["scale_max"]) == (float(layer.weight_scale.min()), float(layer.weight_scale.max()))
 
 
 @pytest.mark.parametrize("bits", [0, -1, 1 << 40, 0x7F800000])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from qtool.errors import InputError
 from qtool.model.decoder import DecoderStream
 from tests import families
 from tests.fake_quantized import FakeQuantized
+from tests.managed import REPOSITORY
 
 FORMATS = {"fp8": "compressed-tensors", "int8": "modelslim"}
 IDS = torch.randint(4, 500, (1, 48), generator=torch.Generator().manual_seed(0))
@@ -251,3 +255,44 @@ def test_the_journal_tells_jobs_apart(source: Path) -> None:
     setup = Setup("", torch.float32, "cpu", False, "compressed-tensors", 1)
     keys = [json.dumps(dataclasses.replace(setup, cache=each).decisive) for each in (None, *CACHES.values())]
     assert len(set(keys)) == 3
+
+
+IN_VLLM = """
+import json, sys
+from qtool.workers import hide_media_packages
+hide_media_packages()
+from vllm import LLM, SamplingParams
+from vllm.model_executor.layers.attention.attention import Attention
+
+def kept(model):
+    layers = (each for each in model.modules() if isinstance(each, Attention))
+    return [[each.kv_cache_dtype, each._k_scale_float, each._v_scale_float] for each in layers]
+
+llm = LLM(sys.argv[1], dtype="bfloat16", enforce_eager=True, max_model_len=64, kv_cache_memory_bytes=1 << 24,
+          skip_tokenizer_init=True, max_num_seqs=1)
+(layers,) = llm.apply_model(kept)
+parameters = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, detokenize=False)
+(answer,) = llm.generate([{"prompt_token_ids": list(range(4, 20))}], parameters, use_tqdm=False)
+print(json.dumps({"layers": layers, "ids": list(answer.outputs[0].token_ids)}))
+"""
+
+
+@pytest.mark.vllm
+def test_vllm_keeps_them_so(source: Path, quantize: Any, tmp_path: Path) -> None:
+    """On a CPU: its cache is of fp8 with the scales of the files, and it generates."""
+    quantize(source, tmp_path / "made", kv_cache="fp8")
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_PLUGINS": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_VLLM, str(tmp_path / "made")],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    checkpoint = Checkpoint.open(tmp_path / "made")
+    assert len(found["ids"]) == 8
+    for index, (dtype, *scales) in enumerate(found["layers"]):
+        assert dtype.startswith("fp8")
+        names = (f"model.layers.{index}.self_attn.{part}_scale" for part in "kv")
+        assert scales == [float(checkpoint.tensor(name)) for name in names]

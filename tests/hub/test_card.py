@@ -80,3 +80,9 @@ def test_the_title_and_the_usage_say_what_it_is() -> None:
     known = card("me/test", report | {"origin": {"repo": "org/base"}}, "---\nlicense: mit\n---\n", [W8A8])
     assert "\n# base, 8-bit" in known
     assert (front_matter(known)["license"], front_matter(known)["base_model"]) == ("mit", "org/base")
+
+
+def test_how_keys_and_values_are_kept() -> None:
+    report = {"format": "compressed-tensors", "scheme": "w8a8", "recipe": {"name": "default", "kv_cache": "fp8"}}
+    assert "| keys and values | kept as `fp8` |" in card("me/tiny", report, "")
+    assert "keys and values" not in card("me/tiny", report | {"recipe": {"name": "default", "kv_cache": None}}, "")

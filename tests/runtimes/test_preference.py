@@ -85,12 +85,22 @@ def test_nothing_to_choose_without_llama_cpp_or_on_a_gpu(
     assert (found.launch.name, found.why) == ("vllm", None)
 
 
-def test_numbers_that_its_blocks_do_not_hold_stay_with_vllm(
-    installed: set[str], tiny_llama: Path, run_qtool: Callable[..., object], tmp_path: Path
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--scheme", "fp8-dynamic"), "llama.cpp has no type for FP8 dynamic"),
+        (("--scheme", "w8a8-dynamic", "--kv-cache", "fp8"), "llama.cpp doesn't keep keys and values as fp8"),
+    ],
+)
+def test_what_its_file_does_not_hold_stays_with_vllm(
+    installed: set[str],
+    tiny_llama: Path,
+    run_qtool: Callable[..., object],
+    tmp_path: Path,
+    options: tuple[str, ...],
+    why: str,
 ) -> None:
-    output = tmp_path / "fp8"
-    run_qtool(
-        "quantize", tiny_llama, "--output", output, "--scheme", "fp8-dynamic", "--samples", "1", "--seq-len", "16"
-    )
+    output = tmp_path / "output"
+    run_qtool("quantize", tiny_llama, "--output", output, *options, "--samples", "1", "--seq-len", "16")
     found = prefer(output, runtimes.Prompting(1))
-    assert (found.launch.name, found.why) == ("vllm", "vLLM answers: llama.cpp has no type for FP8 dynamic")
+    assert (found.launch.name, found.why) == ("vllm", f"vLLM answers: {why}")
