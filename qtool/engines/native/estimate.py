@@ -35,7 +35,7 @@ _GPTQ_CHUNK_BYTES = 4 * 64 * 2**20
 # What an element of a weight costs beside matrix products, on one thread: to read, round and write it, to search its
 # clipping ratio, to search its smoothing scale.
 _ROUND_SECONDS, _CLIP_SECONDS, _SMOOTH_SECONDS = 12e-9, 30e-9, 40e-9
-# With gradients: what a logit costs, of which a token is drawn, and a number that a linear gives, whose gradient is squared.
+# With gradients: what a logit costs, to draw a token, and a number that a linear gives, to square its gradient.
 # (SmolLM2-135M, on an Intel Xeon with AMX: 39 ns of a logit with its products.)
 _LOGIT_SECONDS, _SQUARE_SECONDS = 35e-9, 10e-9
 
