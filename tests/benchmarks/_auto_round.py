@@ -9,6 +9,7 @@ groups of 64), or mix:BITS: AutoScheme's choice of these two with so many bits o
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -36,8 +37,12 @@ def main(folder: str, text: str, samples: int, seq_len: int, output: str, scheme
 
     known = {"w8a8": "INT8_W8A8", "w8a16": weights_only(8, -1), "w4a16": weights_only(4, 64)}
     if scheme.startswith("mix:"):
-        options = [known["w4a16"], known["w8a16"]]
-        wanted: Any = AutoScheme(avg_bits=float(scheme[4:]), options=options, nsamples=samples, seqlen=seq_len)
+        options, file = [known["w4a16"], known["w8a16"]], Path(output).with_suffix(".jsonl")
+        texts = [tokenizer.decode(ids[start : start + seq_len + 8]) for start in range(0, len(ids) - seq_len, seq_len)]
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        wanted: Any = AutoScheme(
+            avg_bits=float(scheme[4:]), options=options, nsamples=samples, seqlen=seq_len, dataset=str(file)
+        )
     else:
         wanted = known[scheme]
     run = AutoRound(
@@ -53,6 +58,9 @@ def main(folder: str, text: str, samples: int, seq_len: int, output: str, scheme
         enable_torch_compile=False,
     )
     run.quantize_and_save(output, format="llm_compressor" if scheme == "w8a8" else "fake")
+    (made,) = Path(output).iterdir()  # it makes a folder with a name of its own
+    for file in made.iterdir():
+        file.rename(Path(output) / file.name)
     tokenizer.save_pretrained(output)
 
 

@@ -5,7 +5,7 @@ usage: _modelopt.py MODEL TEXT SAMPLES SEQ_LEN HELD_OUT WINDOWS SCHEME
 
 SCHEME is w8a8 (INT8_SMOOTHQUANT, static activations), w8a16, w4a16 (AWQ in groups of 64), fp8 (per token), or mix:BITS:
 auto_quantize's choice of 4-bit weights (nearest, in groups of 64) and 8-bit ones with so many bits on average. Prints
-one line of JSON.
+one line of JSON. BITS count lm_head, which stays at 16.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ RESOLVED = {
     # PyTorch's build for CPUs and what it brings: on an index of its own
     "llama-cpp": Resolved(absent=("torch",)),
     "openmind-hub": Resolved(),
-    "vllm": Resolved(absent=_MEDIA),
+    "vllm": Resolved(absent=("torchaudio", "torchcodec")),
     "vllm-ascend": Resolved(
         "aarch64-manylinux_2_34",
         ("triton-ascend", *_CUDA_OF_VLLM),

@@ -28,7 +28,7 @@ ernie4_5_moe gpt_oss minimax_m2 qwen3_next qwen3_5_text qwen3_5_moe_text lfm2 ne
 jamba mamba2
 """
 _PICTURES = """
-qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe gemma3 gemma4 llama4 mistral3 internvl llava llava_next
+qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe gemma3 llama4 mistral3 internvl llava llava_next
 llava_onevision paligemma idefics3 smolvlm aria cohere2_vision glm4v glm4v_moe lfm2_vl
 """
 TYPES = {"text": _TEXT.split(), "image": _PICTURES.split()}
@@ -47,6 +47,12 @@ _WIDER = {
     "moe_shared_expert_intermediate_size": 96,
 }
 
+
+def _sections(*sizes: int) -> dict[str, Any]:
+    """Of rotary positions in time, height and width, half a head in all."""
+    return {"rope_parameters": {"mrope_section": [*sizes]}}
+
+
 _DELTA = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
 _LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64, "head_dim": 64}
 # What vLLM reads of config.json, and published ones have; and sizes that its kernels for CPUs take.
@@ -59,7 +65,12 @@ _MORE: dict[str, dict[str, Any]] = {
     "minimax_m2": {"head_dim": 32, "rotary_dim": 16, "scoring_func": "sigmoid"},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3},  # Nano 2: no experts
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _DELTA),
-    **{name: {"text_config": _DELTA} for name in ("qwen3_5", "qwen3_5_moe")},
+    **{name: {"text_config": {**_DELTA, **_sections(2, 1, 1)}} for name in ("qwen3_5", "qwen3_5_moe")},
+    **{name: {"text_config": _sections(4, 6, 6)} for name in ("qwen2_vl", "qwen2_5_vl", "glm4v")},
+    "qwen3_vl": {"text_config": _sections(6, 5, 5)},
+    "qwen3_vl_moe": {"text_config": {**_sections(6, 5, 5), "norm_topk_prob": True}},
+    "llama4": {"text_config": {"attention_chunk_size": 128}},
+    "glm4v_moe": {"text_config": _sections(2, 2, 4)},
 }
 
 
@@ -134,13 +145,14 @@ def _work(kind: str, model_type: str, folder: Path) -> bytes:
 
 def _noted() -> list[str]:
     """Why vLLM's int8 experts for CPUs with AMX refuse a model, from now on."""
+    from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt8
 
     reasons, own = [], CPUExpertsInt8.is_supported_config
 
     def noting(*args: Any) -> tuple[bool, str | None]:
         supported, reason = own(*args)
-        reasons.append(str(reason))
+        reasons.append(re.sub(r"(?<=method )\d+", lambda found: RoutingMethodType(int(found[0])).name, str(reason)))
         return supported, reason
 
     CPUExpertsInt8.is_supported_config = staticmethod(noting)
