@@ -49,7 +49,8 @@ class Method:
     effort: Annotated[
         Literal["normal", "high"] | None,
         typer.Option(
-            help="high takes several times as long, and the checkpoint is nearer to the original.", show_default=RECIPES
+            help="How thorough to be: high takes several times as long, and the checkpoint is nearer to the original.",
+            show_default=RECIPES,
         ),
     ] = None
 
