@@ -75,7 +75,7 @@ def _place(frame: FrameType | None) -> tuple[str, str, int] | None:
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(_PACKAGE):
-            return file.removeprefix(_PACKAGE), frame.f_code.co_qualname, frame.f_lineno
+            return file.removeprefix(_PACKAGE), frame.f_code.co_qualname, frame.f_lineno or 0  # some code has no line
         frame = frame.f_back
     return None
 
