@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint.companions import companions
-from qtool.checkpoint.formats import Holding, Writable
+from qtool.checkpoint.formats import CachingFormat, Holding, Writable
 from qtool.checkpoint.journal import FILE as JOURNAL
 from qtool.checkpoint.linears import Linears
 from qtool.checkpoint.marks import Marks
@@ -187,7 +187,7 @@ class CheckpointWriter:
 
     def add_cache(self, name: str, cache: QuantizedCache) -> None:
         """Write how the keys and values of an attention module, by its name, are kept. Raises QtoolError as `add`."""
-        assert isinstance(self.format, Holding)
+        assert isinstance(self.format, CachingFormat)
         for full_name, tensor in self.format.cache_tensors(name, cache).items():
             self._write(full_name, tensor)
 

@@ -133,8 +133,7 @@ def _expressible(source: Checkpoint, target: Holding, schemes: Mapping[str, Sche
     linears = {name: schemes.get(name) for name in formats.of(source).layers(source)}
     where = str(source.path)
     for problem in target.problems(linears):
-        what = f"{target.name} can't express this: {problem.text}"
-        raise InputError(what, where=where, hint=f"--to {DEQUANTIZED} can.")
+        raise InputError(problem.text, where=where, hint=f"--to {DEQUANTIZED} can.")
     limitations = runtimes.problems(target.name, source.config, linears, dtype)
     for limitation in limitations:
         if limitation.fatal or limitation.unread:

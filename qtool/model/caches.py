@@ -31,7 +31,7 @@ def attention(layer: nn.Module) -> str | None:
     found = [
         name
         for name, module in layer.named_modules()
-        if name and _cache_argument(module) and hasattr(module, _KEY) and hasattr(module, _VALUE)
+        if name and hasattr(module, _KEY) and hasattr(module, _VALUE) and _cache_argument(module)
     ]
     return found[0] if len(found) == 1 else None
 

@@ -426,7 +426,7 @@ REFUSALS: dict[str, tuple[str, str, Callable[[Path], object], str, str]] = {
         "static",
         lambda m: description(m, DESCRIPTION, **{f"{Q_PROJ}.weight": "W8A8_DYNAMIC"}),
         "compressed-tensors",
-        "can't express this: .*qkv_proj is one layer at run time",
+        "qkv_proj is one layer at run time",
     ),
     "a scale too small for float16": (
         "compressed-tensors",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qtool.checkpoint.formats.awq import Awq
 from qtool.checkpoint.formats.base import (
+    CachingFormat,
     Description,
     Format,
     Holding,
@@ -76,6 +77,7 @@ __all__ = [
     "NAMES",
     "PLAIN",
     "TARGETS",
+    "CachingFormat",
     "Description",
     "Format",
     "Holding",

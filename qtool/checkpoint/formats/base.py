@@ -204,10 +204,6 @@ class Holding(Writable):
         Raises QtoolError when a scale is not a positive finite number.
         """
 
-    def cache_tensors(self, name: str, cache: QuantizedCache) -> dict[str, torch.Tensor]:
-        """The tensors that say how an attention module's keys and values are kept, by their full names."""
-        raise NotImplementedError
-
     @abstractmethod
     def nbytes(self, shape: tuple[int, int], scheme: Scheme) -> int:
         """About how many bytes the tensors of a layer [out, in] take, but for its bias."""
@@ -251,6 +247,14 @@ class Holding(Writable):
     def storable_weight_scale(self, scale: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
         """The same for a float32 weight scale of any shape, of a layer of this scheme."""
         return scale
+
+
+class CachingFormat(Holding):
+    """A format with tensors for how keys and values are kept: its `caches` aren't empty."""
+
+    @abstractmethod
+    def cache_tensors(self, name: str, cache: QuantizedCache) -> dict[str, torch.Tensor]:
+        """The tensors that say how an attention module's keys and values are kept, by their full names."""
 
 
 class QuantizedFormat(Holding):

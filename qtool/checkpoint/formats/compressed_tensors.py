@@ -33,6 +33,7 @@ from qtool import patterns
 from qtool.checkpoint.dtypes import FLOATS
 from qtool.checkpoint.formats import fp4
 from qtool.checkpoint.formats.base import (
+    CachingFormat,
     Description,
     HuggingFaceFiles,
     PackedFormat,
@@ -75,7 +76,7 @@ _FLOAT_WEIGHTS = (FP8_DYNAMIC.weights, FP8_BLOCK.weights)
 _FIELDS = tuple(field.name for field in dataclasses.fields(QuantizationArgs))
 
 
-class CompressedTensors(HuggingFaceFiles, QuantizedFormat, PackedFormat):
+class CompressedTensors(HuggingFaceFiles, QuantizedFormat, PackedFormat, CachingFormat):
     name = "compressed-tensors"
     title = "integers and float8 of compressed-tensors"
     schemes = (W8A8, W8A8_DYNAMIC, W8A8_ASYMMETRIC, W8A16, W4A16, W4A8, FP8_DYNAMIC, FP8_BLOCK)

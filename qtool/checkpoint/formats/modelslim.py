@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint.formats import nibbles
-from qtool.checkpoint.formats.base import Description
+from qtool.checkpoint.formats.base import CachingFormat, Description
 from qtool.checkpoint.formats.described import (
     CACHE_TYPES,
     TYPES,
@@ -46,7 +46,7 @@ _VERSION = "1.0.0"
 _SCALE, _OFFSET = "kv_cache_scale", "kv_cache_offset"
 
 
-class ModelSlim(DescribedFormat):
+class ModelSlim(DescribedFormat, CachingFormat):
     name = "modelslim"
     title = "W8A8 and W4A8 of msmodelslim (AscendV1)"
     files = (DESCRIPTION,)

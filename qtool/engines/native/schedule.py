@@ -200,9 +200,10 @@ class Schedule:
 
         Begun again with fewer tokens at a time when the device's memory runs out.
         """
-        routed, attention = self._model.routed(floats.index), self._model.attention(floats.index)
+        routed = self._model.routed(floats.index)
         importance = self._importances.of(floats.index) if self._importances else {}
-        observed = [attention[0]] if attention and self._prepared.context.cache is not None else []
+        attention = None if self._prepared.context.cache is None else self._model.attention(floats.index)
+        observed = [] if attention is None else [attention[0]]
 
         def run(tokens: int) -> tuple[dict[str, InputStatistics], dict[str, CacheStatistics], Recorder | None]:
             statistics, recorder = _statistics(linears, sample_stride(floats.tokens), importance=importance), None

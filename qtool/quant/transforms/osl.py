@@ -43,7 +43,8 @@ class OSL:
 def sample_weights(weights: Weights, group: Group, statistics: InputStatistics) -> tuple[WeightSample, torch.Tensor]:
     """Some rows of the group's weights with what is known of all; and max|W| per input channel, float32 [in]."""
     device = statistics.device
-    importance = None if statistics.importance is None else statistics.importance.rows
+    found = statistics.importance
+    importance = None if found is None else found.rows
     width = weights.shape(group.linears[0])[1]
     stride = max(1, sum(weights.shape(name)[0] * width for name in group.linears) // _MODEL_ROWS)
     maximum, energy = torch.zeros(width, device=device), torch.zeros(width, device=device)
