@@ -109,7 +109,7 @@ def resumable(*, by: str | None = "--resume") -> None:
     if by is not None and by not in words:
         words.append(by)
     if "-" not in words:  # what came from another command is gone
-        common.again = f"To go on where it stopped: {shlex.join(words)}"
+        common.again = f"To go on from what is finished: {shlex.join(words)}"
 
 
 def path_or_stdin(value: str) -> str:

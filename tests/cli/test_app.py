@@ -216,7 +216,7 @@ def test_an_interruption_says_how_to_go_on(command: Any, monkeypatch: Any, capsy
 
         return body
 
-    told = "interrupted\n  → To go on where it stopped: qtool work 'a b'"
+    told = "interrupted\n  → To go on from what is finished: qtool work 'a b'"
     for argv, options, line in (
         (["work", "a b"], {}, f"{told} --resume\n"),
         (["work", "a b", "--resume"], {}, f"{told} --resume\n"),

@@ -223,7 +223,7 @@ def test_ctrl_c_says_how_to_go_on(
         assert_tidy(terminal)
         said = "".join(terminal.lines)  # a command is not broken between words, so that it can be copied
     assert re.search(r"stopped in: \w.*, \d/\d+ layers", said), said
-    assert re.search(r"interrupted  → To go on where it stopped: qtool quantize .* --resume$", said), said
+    assert re.search(r"interrupted  → To go on from what is finished: qtool quantize .* --resume$", said), said
 
 
 def text_of(terminal: Terminal) -> str:
