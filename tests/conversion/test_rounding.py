@@ -103,8 +103,8 @@ def test_w8a8_becomes_float8(
             kept.pop(f"{layer}.{part}", None)
             if part != "bias":
                 found.pop(f"{layer}.{part}")
-        if made[layer].bias is not None:
-            assert torch.equal(found.pop(f"{layer}.bias"), made[layer].bias)
+        if (bias := made[layer].bias) is not None:
+            assert torch.equal(found.pop(f"{layer}.bias"), bias)
     assert found.keys() == kept.keys()
     assert all(torch.equal(found[each], kept[each]) for each in kept)
     assert result["weight_rounding"] == pytest.approx((error / total) ** 0.5, rel=1e-6)
