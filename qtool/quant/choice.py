@@ -22,8 +22,11 @@ from qtool.quant.weights import Weights
 from qtool.recipe.policy import Policy
 
 MOST = 1.5
-"""Times the expected squared output error of a scale per token: what static activations may cost. (On random models of
-nine families, 1.9 times the error in attention alone doubled the KL divergence of the whole model.)"""
+"""Times the expected squared output error of a scale per token: what static activations may cost.
+
+SmolLM2-135M has a KL divergence of 0.0050 with static attention, 0.0044 with 2 here, 0.0039 with 1.5, and 0.0038 without any
+static activations. In random models of eight families 2 left most of attention static, at twice the divergence of none.
+"""
 
 
 @dataclass(frozen=True)

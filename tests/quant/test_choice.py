@@ -55,11 +55,12 @@ def test_the_cost_is_that_of_rounding_carried_out(spread: float) -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(256, 96, generator=generator) * 2 - 1
     x *= (spread * torch.randn(256, 1, generator=generator)).exp()
-    linear = nn.ModuleDict({"fc": nn.Linear(96, 64)})
-    linear["fc"].weight.data.normal_(0, 0.1, generator=generator)
+    fc = nn.Linear(96, 64)
+    fc.weight.data = torch.randn(64, 96, generator=generator) / 10
+    linear = nn.ModuleDict({"fc": fc})
     group, own = Group(("fc",)), policy(**PLAIN)
     decided = decide(ModuleWeights(linear), [group], {"fc": own}, {"fc": statistics(x)})
-    truth = true_cost(linear["fc"].weight.detach(), x)
+    truth = true_cost(fc.weight.detach(), x)
     assert decided.costs["fc"] == pytest.approx(truth, rel=0.15)
     chosen = decided.policies["fc"]
     assert chosen is not None
