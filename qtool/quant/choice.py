@@ -24,8 +24,9 @@ from qtool.recipe.policy import Policy
 MOST = 1.5
 """Times the expected squared output error of a scale per token: what static activations may cost.
 
-SmolLM2-135M has a KL divergence of 0.0050 with static attention, 0.0044 with 2 here, 0.0039 with 1.5, and 0.0038 without any
-static activations. In random models of eight families 2 left most of attention static, at twice the divergence of none.
+SmolLM2-135M has a KL divergence of 0.0050 with static attention, 0.0044 with 2 here, 0.0039 with 1.5, and 0.0038
+without any static activations. In random models of eight families 2 left most of attention static, at twice the
+divergence of none.
 """
 
 
