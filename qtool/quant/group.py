@@ -260,6 +260,11 @@ def needs_tokens(policy: Policy) -> bool:
     return policy.scheme.is_static or policy.smoothing.method != "none" or policy.clip or needs_hessian(policy)
 
 
+def uses_importance(policy: Policy) -> bool:
+    """Whether how much its errors matter changes what comes out."""
+    return policy.smoothing.method != "none" or policy.clip or policy.rounding.method == "gptq"
+
+
 def input_quantizer(policy: Policy, inputs: Smoothed, storage: Storage) -> InputQuantizer:
     """What quantizes the input of a group: where it is static with the scale as stored, and its zero point."""
     args = policy.scheme.activations

@@ -118,6 +118,15 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat, PackedFormat, Caching
     def nbytes(self, shape: tuple[int, int], scheme: Scheme) -> int:
         return scheme.weights.nbytes(shape) + (5 if scheme.is_static else 0) + (16 if _is_packed(scheme) else 0)
 
+    def misfit(self, name: str, shape: tuple[int, int], scheme: Scheme) -> str | None:
+        blocks = scheme.weights.block_structure
+        if blocks is None or not any(size % each for size, each in zip(shape, blocks, strict=True)):
+            return None
+        # compressed-tensors 0.17 divides a weight by the number of its scales; vLLM 0.32 refuses parts of blocks in
+        # layers that it fuses.
+        size, block = (" x ".join(map(str, each)) for each in (shape, blocks))
+        return f"a weight of {size} is not a whole number of blocks of {block}, and runtimes read nothing else"
+
     def tensors(self, name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         import torch
 
