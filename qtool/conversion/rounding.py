@@ -69,7 +69,7 @@ def to_float8(
         stop = min(start + step, out)
         weight = linear.dequantize(start, stop)
         found = search.of_rows(weight)
-        numbers[start:stop] = round_to_nearest(weight, *found, args)
+        numbers[start:stop] = round_to_nearest(weight, found.scale, found.bound, args)
         scales[start // args.rows : -(-stop // args.rows)] = found.scale[:: args.rows]
         rest = dequantize(numbers[start:stop], found.scale, args).sub_(weight)
         change.error += float(rest.double().square_().sum())

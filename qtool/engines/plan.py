@@ -168,7 +168,7 @@ def _check_scales(name: str, scheme: Scheme, shape: tuple[int, ...], where: str)
         fits = next((size for size in (128, 64, 32, 16) if shape[-1] % size == 0), None)
         hint = "choose another group_size for this layer"
         if fits is not None:
-            hint += f": {fits} fits; --scheme {scheme.bits.lower()}-g{fits} gives it to all layers"
+            hint += f": {fits} fits; --scheme {_preset(scheme)}-g{fits} gives it to all layers"
         raise InputError(f"{name}: {error}", where=where, hint=hint) from None
 
 
@@ -222,7 +222,13 @@ def _bits(scheme: Scheme) -> str:
     weights = scheme.weights
     shared = "" if weights.strategy == "channel" else f" by {weights.strategy}"
     size = weights.group_size or " x ".join(map(str, weights.block_structure or ()))
-    return f"{scheme.bits}{shared}{f' of {size}' if size else ''}"
+    zero_points = "" if weights.symmetric else " with zero points"
+    return f"{scheme.bits}{shared}{f' of {size}' if size else ''}{zero_points}"
+
+
+def _preset(scheme: Scheme) -> str:
+    """How the name of a scheme in groups begins, on a command line."""
+    return scheme.bits.lower() + ("" if scheme.weights.symmetric else "-asymmetric")
 
 
 def output_bytes(weights: ModelWeights, schemes: Mapping[str, Scheme | None]) -> int:
