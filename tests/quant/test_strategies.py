@@ -105,16 +105,18 @@ def test_scales_of_few_bits_beside_floats_have_signs(strategy: str, decoder_laye
 
 
 def test_zero_points_err_less(decoder_layer: Callable[[str], Any]) -> None:
-    """With searches and compensation too, on the layer's own output."""
+    """Where weights lie on one side of 0 for the most part."""
     found = []
     for symmetric in (True, False):
         layer = decoder_layer("llama")
-        before = layer.run()
+        with torch.no_grad():
+            for module in linear_layers(layer.module).values():
+                module.weight.add_(module.weight.std())
+        weights = {name: module.weight.clone() for name, module in linear_layers(layer.module).items()}
         way = {"num_bits": 3, "group_size": 16, "symmetric": symmetric}
-        for name, linear in quantized(layer, weights=way, activations="float", smoothing="osl").items():
-            layer.module.get_submodule(name).weight.copy_(linear.dequantize())
-        found.append(relative(layer.run(), before))
-    assert found[1] < found[0]
+        made = quantized(layer, weights=way, activations="float", rounding="nearest")
+        found.append(sum(relative(linear.dequantize(), weights[name]) for name, linear in made.items()))
+    assert found[1] < 0.85 * found[0]
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
