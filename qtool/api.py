@@ -323,6 +323,7 @@ def convert(
     output: Model | None = None,
     *,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    scheme: str | None = None,
     overwrite: bool = False,
     on_event: OnEvent = warn,
 ) -> Path:
@@ -333,6 +334,7 @@ def convert(
         to: a format; `bfloat16` dequantizes. A GGUF file becomes `safetensors`.
         output: the folder to make; None for one beside the source, or here for a name on a hub.
         dtype: of the parameters, for a GGUF file.
+        scheme: fp8-dynamic or fp8-block, to round a quantized model again; `to` is compressed-tensors then.
 
     Returns:
         The folder.
@@ -342,15 +344,19 @@ def convert(
 
     path = Path(source).expanduser().absolute()
     if path.suffix == ".gguf" and not path.is_dir():
+        if scheme is not None:
+            raise InputError("a GGUF file can't be rounded at once", where=str(path), hint="quantize it afterwards")
         if to != "safetensors":
             raise InputError(f"a GGUF file can't become {to} at once", where=str(path), hint="quantize it afterwards")
         target = service.beside(path, None) if output is None else Path(output).expanduser()
         service.from_gguf(path, target, dtype, overwrite=overwrite, on_event=on_event)
     else:
+        if scheme is not None:
+            to, scheme = service.for_scheme(to, scheme)
         found = _find(source, on_event)
         path = Checkpoint.open(found.path).path
-        target = service.beside(found.beside, to) if output is None else Path(output).expanduser()
-        service.to_format(path, target, to, overwrite=overwrite, on_event=on_event)
+        target = service.beside(found.beside, scheme or to) if output is None else Path(output).expanduser()
+        service.to_format(path, target, to, overwrite=overwrite, on_event=on_event, scheme=scheme)
     return target.absolute()
 
 

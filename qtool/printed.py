@@ -279,7 +279,8 @@ class Tensor:
 @dataclass(frozen=True, kw_only=True)
 class Converted:
     """`qtool convert`. architecture, parameters and dtype are of a GGUF file that was converted, rounded (tensors that
-    were rounded anew) and scale_rounding of one that was made, the others of a checkpoint."""
+    were rounded anew) and scale_rounding of one that was made, the others of a checkpoint. weight_rounding is the
+    relative change, root mean square, of the weights that --scheme rounded again."""
 
     output: str
     nbytes: int
@@ -288,6 +289,7 @@ class Converted:
     layers: dict[str, Any] | None = None
     integers: int | None = None
     input_scale_rounding: float | None = None
+    weight_rounding: float | None = None
     rounded: list[str] | None = None
     scale_rounding: float | None = None
     seconds: float | None = None

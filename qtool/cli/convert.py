@@ -1,4 +1,4 @@
-"""`qtool convert`: between W8A8 formats, to a GGUF file, and from one to a checkpoint that can be quantized."""
+"""`qtool convert`: between W8A8 formats, to float8, to a GGUF file, and from one to what can be quantized."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from qtool.checkpoint import formats
 from qtool.cli.options import MODEL, Debug, Json, Offline, Quiet, console, find_model, path_or_stdin
+from qtool.conversion.job import SCHEMES
 from qtool.errors import InputError
 from qtool.files import expand, is_dir, is_file
 
@@ -40,7 +41,15 @@ def convert(
             "-o",
             metavar="PATH",
             help="The folder to make, or the GGUF file.",
-            show_default="MODEL-FORMAT or MODEL.gguf, beside MODEL",
+            show_default="MODEL-FORMAT, MODEL-SCHEME or MODEL.gguf, beside MODEL",
+        ),
+    ] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Round a quantized model again, to {' or '.join(SCHEMES)}.",
+            show_default="the numbers stay",
         ),
     ] = None,
     dtype: Annotated[
@@ -60,6 +69,10 @@ def convert(
     stand for: smoothing stays folded in, and precision that quantization lost does not come back. The same holds for
     the quantization of a GGUF file.
 
+    With --scheme, integers become float8, which GPUs without int8 products (Blackwell) compute with. No calibration is
+    needed. That rounds a second time, and the result says by how much the weights change: if you have the float model,
+    quantize that instead.
+
     gptq and awq are for programs that read nothing else. They hold int4 weights beside float activations, as the scheme
     w4a16 makes them, and gptq also int8.
 
@@ -72,6 +85,8 @@ def convert(
 
       qtool convert SmolLM2-w8a8 --to bfloat16 --output SmolLM2-dequantized
 
+      qtool convert SmolLM2-w8a8 --scheme fp8-dynamic
+
       qtool convert SmolLM2-w8a8 --to gguf --output SmolLM2-w8a8.gguf
 
       qtool convert SmolLM2-135M-Instruct.Q4_1.gguf --output SmolLM2
@@ -81,17 +96,24 @@ def convert(
     given = path_or_stdin(source)
     path = expand(given)
     if is_file(path) or path.suffix == ".gguf":
+        if scheme is not None:
+            hint = f"Convert it to a folder first, then: qtool quantize DIR --scheme {scheme}"
+            raise InputError("is for quantized checkpoints, not for GGUF files", where="--scheme", hint=hint)
         _gguf(path, to, output, dtype or "bfloat16", overwrite=overwrite)
     elif is_dir(path) or parse(given) is not None:
-        _checkpoint(given, to, output, dtype, overwrite=overwrite)
+        _checkpoint(given, to, output, dtype, scheme, overwrite=overwrite)
     else:
         raise InputError("no such file or folder", where=str(path))
 
 
-def _checkpoint(given: str, to: str | None, output: Path | None, dtype: str | None, *, overwrite: bool) -> None:
+def _checkpoint(
+    given: str, to: str | None, output: Path | None, dtype: str | None, scheme: str | None, *, overwrite: bool
+) -> None:
     from qtool import conversion as service
     from qtool.checkpoint.reader import Checkpoint
 
+    if scheme is not None:
+        to, scheme = service.for_scheme(to, scheme)
     if to is None or to == SAFETENSORS:
         hint = f"Say which: --to {', '.join((*formats.NAMES, *formats.EXPORTS, GGUF))} or {formats.DEQUANTIZED}."
         raise InputError("a folder can be converted to several formats", where="--to", hint=hint)
@@ -103,14 +125,16 @@ def _checkpoint(given: str, to: str | None, output: Path | None, dtype: str | No
         if to == GGUF:
             _to_gguf(source, expand(output or found.beside.with_name(f"{found.beside.name}.gguf")), out, overwrite)
             return
-        target = expand(output or service.beside(found.beside, to)).absolute()
-        result = service.to_format(source, target, to, overwrite=overwrite, on_event=out.event)
+        target = expand(output or service.beside(found.beside, scheme or to)).absolute()
+        result = service.to_format(source, target, to, overwrite=overwrite, on_event=out.event, scheme=scheme)
         layers = ", ".join(f"{count} {scheme}" for scheme, count in result["layers"].items())
         rounding = result["input_scale_rounding"]
         scales = f"input scales rounded by up to {rounding:.2%}" if rounding else "scales unchanged"
         integers = f"{result['integers']:,} integers" + (
             " dequantized" if to == formats.DEQUANTIZED else f" unchanged, {scales}"
         )
+        if scheme is not None:
+            integers = f"a second rounding changed the weights by {result['weight_rounding']:.2%} (root mean square)"
         out.info(f"{result['from']} to {to}: {layers} layers, {integers}, in {result['seconds']:.1f} s")
         _print(out, result)
 

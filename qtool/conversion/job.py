@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qtool.scheme import PRESETS
+
+SCHEMES = tuple(name.lower() for name, scheme in PRESETS.items() if scheme.weights.type == "float")
+"""What a quantized model can be rounded to without calibration: float8 fits any range, and finds scales at run time."""
+
 
 @dataclass(frozen=True)
 class FormatJob:
@@ -14,12 +19,14 @@ class FormatJob:
         output: the folder to make.
         to: one of `formats.TARGETS`.
         overwrite: replace the output if it exists.
+        scheme: the name of one of `SCHEMES`, which all quantized layers are rounded to anew; None keeps their numbers.
     """
 
     source: str
     output: str
     to: str
     overwrite: bool = False
+    scheme: str | None = None
 
 
 @dataclass(frozen=True)

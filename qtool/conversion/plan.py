@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qtool import runtimes
 from qtool.checkpoint import dtypes, formats
@@ -14,7 +14,7 @@ from qtool.checkpoint.norms import idle_biases
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.summary import float_dtype, quantized_layers
 from qtool.errors import InputError
-from qtool.scheme import W8A8_ASYMMETRIC, W8A8_DYNAMIC, Scheme, cache_name
+from qtool.scheme import W8A8_ASYMMETRIC, W8A8_DYNAMIC, QuantizationArgs, Scheme, cache_name, name_of
 
 _WITH_BIASES = "modelslim"  # whose readers know norms with a bias
 _MAX_ROUNDING = 2**-8  # relative; more than that and the dtype's range is too short for the scale
@@ -32,6 +32,7 @@ class Conversion:
         warnings: what the new format's runtimes may not like.
         rounding: the largest relative change of an input scale.
         left_out: tensors that say nothing, and that the target's readers don't know.
+        scheme: which all layers get, their numbers rounded again; None keeps the numbers.
     """
 
     format: QuantizedFormat
@@ -41,6 +42,16 @@ class Conversion:
     warnings: tuple[str, ...] = ()
     rounding: float = 0.0
     left_out: frozenset[str] = frozenset()
+    scheme: Scheme | None = None
+
+    @property
+    def written(self) -> dict[str, Scheme]:
+        """The new scheme of every quantized layer."""
+        return self.schemes if self.scheme is None else dict.fromkeys(self.schemes, self.scheme)
+
+    def is_rounded(self, name: str) -> bool:
+        """Whether the numbers of a layer change."""
+        return self.scheme not in (None, self.schemes[name])
 
     @property
     def to(self) -> str:
@@ -62,45 +73,55 @@ class Conversion:
                 total += info.nbytes
         for name, scheme in self.schemes.items():
             rows, columns = self.format.shape(Stored(source, name), scheme)
-            total += self.target.nbytes((rows, columns), scheme) if self.target else 2 * rows * columns
+            total += self.target.nbytes((rows, columns), self.written[name]) if self.target else 2 * rows * columns
         return total
 
 
-def plan(source: Checkpoint, to: str) -> Conversion:
+def plan(source: Checkpoint, to: str, scheme: Scheme | None = None) -> Conversion:
     """Decide how every tensor is converted, from headers, descriptions and static layers' input scales.
 
     Args:
-        to: one of `formats.TARGETS`.
+        to: one of `formats.TARGETS`; with a scheme, a format that has it.
+        scheme: to round all quantized layers to, which needs no calibration.
 
     Raises:
         InputError: whatever makes the conversion impossible.
     """
-    form = _source_format(source, to)
+    form = _source_format(source, to, scheme)
     schemes = quantized_layers(source, form)
     form.check_only_linears(source, schemes)
     dtype = float_dtype(source, schemes) or "BF16"
     idle = frozenset(idle_biases(source, f"the model in {to}") if to != _WITH_BIASES else ())
     cache = form.cache_scheme(source)
+    if scheme is not None and set(schemes.values()) == {scheme}:
+        raise InputError(f"all quantized layers of this checkpoint are {scheme.label} already", where=str(source.path))
     if to == DEQUANTIZED:
         lost = () if cache is None else (f"keys and values are kept as floats, not as {cache_name(cache)}",)
         cached = {name for name in source.names if name.rpartition(".")[2] in form.cache_parts}
         return Conversion(form, None, schemes, dtype, lost, left_out=idle | cached)
     target = formats.target(to)
-    if cache is not None:
+    if cache is not None and form.name != to:
         what = f"keys and values are kept as {cache_name(cache)}, which is not converted to {to}"
         raise InputError(what, where=str(source.path), hint=f"--to {DEQUANTIZED} leaves it out.")
-    schemes, without = _without_zero_points(schemes, target)
-    warnings = [*without, *_expressible(source, target, schemes, dtype)]
-    for name, scheme in schemes.items():
-        if (why := target.misfit(name, form.shape(Stored(source, name), scheme), scheme)) is not None:
-            raise InputError(f"{name}: {why}", where=str(source.path), hint=f"--to {DEQUANTIZED} can.")
-    conversion = Conversion(form, target, schemes, dtype)
+    schemes, without = (schemes, []) if scheme is not None else _without_zero_points(schemes, target)
+    conversion = Conversion(form, target, schemes, dtype, left_out=idle, scheme=scheme)
+    warnings = [*without, *_expressible(source, target, conversion.written, dtype, cache)]
+    for name, wanted in conversion.written.items():
+        if (why := target.misfit(name, form.shape(Stored(source, name), schemes[name]), wanted)) is not None:
+            hint = f"--to {DEQUANTIZED} can." if scheme is None else "--scheme fp8-dynamic has a scale for each row."
+            raise InputError(f"{name}: {why}", where=str(source.path), hint=hint)
     rounding = _check_inputs(source, conversion, target)
-    return Conversion(form, target, schemes, dtype, tuple(warnings), rounding, idle)
+    return replace(conversion, warnings=tuple(warnings), rounding=rounding)
 
 
-def _source_format(source: Checkpoint, to: str) -> QuantizedFormat:
+def _source_format(source: Checkpoint, to: str, scheme: Scheme | None) -> QuantizedFormat:
     where, form = str(source.path), formats.of(source)
+    if scheme is not None and not isinstance(form, QuantizedFormat) and form.is_source(source):
+        what = (
+            "not quantized" if form is formats.PLAIN else f"quantized with {form.name}, which is read as a float model"
+        )
+        hint = f"qtool quantize {source.path} --scheme {(name_of(scheme) or '').lower()}"
+        raise InputError(what, where=where, hint=hint)
     if form is formats.PLAIN:
         hint = f"Quantize it: qtool quantize {source.path}" + ("" if to == DEQUANTIZED else f" --format {to}")
         what = "this model is already float" if to == DEQUANTIZED else "not quantized"
@@ -108,7 +129,7 @@ def _source_format(source: Checkpoint, to: str) -> QuantizedFormat:
     if not isinstance(form, QuantizedFormat):
         hint = f"It converts {', '.join(formats.NAMES)}."
         raise InputError(f"quantized with {form.name}, which qtool doesn't convert", where=where, hint=hint)
-    if form.name == to:
+    if form.name == to and scheme is None:
         raise InputError(f"this checkpoint is {to} already", where=where)
     return form
 
@@ -128,13 +149,19 @@ def _without_zero_points(schemes: dict[str, Scheme], target: Holding) -> tuple[d
     ]
 
 
-def _expressible(source: Checkpoint, target: Holding, schemes: Mapping[str, Scheme], dtype: str) -> list[str]:
+def _expressible(
+    source: Checkpoint,
+    target: Holding,
+    schemes: Mapping[str, Scheme],
+    dtype: str,
+    cache: QuantizationArgs | None,
+) -> list[str]:
     """What the runtimes of `target` may not like. Raises InputError for what they can't load."""
     linears = {name: schemes.get(name) for name in formats.of(source).layers(source)}
-    where = str(source.path)
+    where, kept = str(source.path), None if cache is None else cache_name(cache)
     for problem in target.problems(linears):
         raise InputError(problem.text, where=where, hint=f"--to {DEQUANTIZED} can.")
-    limitations = runtimes.problems(target.name, source.config, linears, dtype)
+    limitations = runtimes.problems(target.name, source.config, linears, dtype, kept)
     for limitation in limitations:
         if limitation.fatal or limitation.unread:
             raise InputError(limitation.text, where=where, hint=limitation.hint)
@@ -147,7 +174,7 @@ def _check_inputs(source: Checkpoint, conversion: Conversion, target: Holding) -
     assert dtype is not None
     siblings: dict[str, tuple[str, tuple[float, int]]] = {}
     largest = 0.0
-    for name, scheme in conversion.schemes.items():
+    for name, scheme in conversion.written.items():
         if not scheme.is_static:
             continue
         stored = Stored(source, name)

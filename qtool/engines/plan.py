@@ -27,6 +27,10 @@ _CACHES = {
     "fp8": "FP8, one scale for the keys and one for the values of a layer",
     "int8": "int8, a scale and a zero point for each channel",
 }
+_INSTEAD = {
+    "int": "leave this layer float, or in 8 bits",
+    "float": "use --scheme fp8-dynamic, or give this layer another policy",
+}
 _MUCH = 0.05  # of the weights of the decoder's linears may stay float without a warning
 
 
@@ -102,7 +106,7 @@ def make(
             out, width = read.shape(f"{name}.weight")
             _check_scales(name, how, (out, width), where)
             if output.expresses(how) and (why := output.misfit(name, (out, width), how)) is not None:
-                raise InputError(f"{name}: {why}", where=where, hint="leave this layer float, or in 8 bits")
+                raise InputError(f"{name}: {why}", where=where, hint=_INSTEAD[how.weights.type])
             if recipe.osl == "exact" and not _knows_exact(how):
                 what = f"osl: exact is Golden Stick's search, which does not support {how.label}"
                 raise InputError(what, where=where, hint="use osl: fast")
@@ -157,25 +161,14 @@ def _pattern(name: str) -> str:
 
 
 def _check_scales(name: str, scheme: Scheme, shape: tuple[int, ...], where: str) -> None:
-    """Raises InputError when the weight can't be divided into groups or blocks of that size."""
-    if (blocks := scheme.weights.block_structure) and any(
-        size % each for size, each in zip(shape, blocks, strict=True)
-    ):
-        # compressed-tensors 0.17 divides a weight by the number of its scales; vLLM 0.32 refuses parts of blocks in
-        # layers that it fuses.
-        raise InputError(
-            f"{name}: a weight of {' x '.join(map(str, shape))} is not a whole number of blocks of "
-            f"{' x '.join(map(str, blocks))}, and runtimes read nothing else",
-            where=where,
-            hint="use --scheme fp8-dynamic, or give this layer another policy",
-        )
+    """Raises InputError when the weight can't be divided into groups of that size."""
     try:
         scheme.weights.scales_shape(shape)
     except ValueError as error:
         fits = next((size for size in (128, 64, 32, 16) if shape[-1] % size == 0), None)
         hint = "choose another group_size for this layer"
         if fits is not None:
-            hint += f": {fits} fits; --scheme {scheme.bits.lower()}-g{fits} gives it to all layers"
+            hint += f": {fits} fits; --scheme {_preset(scheme)}-g{fits} gives it to all layers"
         raise InputError(f"{name}: {error}", where=where, hint=hint) from None
 
 
@@ -195,7 +188,8 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
         raise InputError(
             f"this checkpoint is already quantized ({format.name})",
             where=str(checkpoint.path),
-            hint="quantize the original float model",
+            hint="quantize the original float model; float8 of this one, for cards without int8: "
+            f"qtool convert {checkpoint.path} --scheme fp8-dynamic",
         )
 
 
@@ -228,7 +222,13 @@ def _bits(scheme: Scheme) -> str:
     weights = scheme.weights
     shared = "" if weights.strategy == "channel" else f" by {weights.strategy}"
     size = weights.group_size or " x ".join(map(str, weights.block_structure or ()))
-    return f"{scheme.bits}{shared}{f' of {size}' if size else ''}"
+    zero_points = "" if weights.symmetric else " with zero points"
+    return f"{scheme.bits}{shared}{f' of {size}' if size else ''}{zero_points}"
+
+
+def _preset(scheme: Scheme) -> str:
+    """How the name of a scheme in groups begins, on a command line."""
+    return scheme.bits.lower() + ("" if scheme.weights.symmetric else "-asymmetric")
 
 
 def output_bytes(weights: ModelWeights, schemes: Mapping[str, Scheme | None]) -> int:

@@ -109,13 +109,17 @@ def _precision(scheme: Scheme) -> tuple[str, str]:
     weights, inputs = scheme.weights, scheme.activations
     tag = scheme.bits.lower()
     if inputs is None:
-        return tag, f"{_numbers(weights)} weights"
+        return tag, f"{_numbers(weights)} weights{_zero_points(weights)}"
     words = "weights and" if _numbers(weights) == _numbers(inputs) else f"weights, {_numbers(inputs)}"
     return tag, f"{_numbers(weights)} {words} activations"
 
 
 def _numbers(args: QuantizationArgs) -> str:
     return f"{args.num_bits}-bit {'integer' if args.type == 'int' else 'floating-point'}"
+
+
+def _zero_points(args: QuantizationArgs) -> str:
+    return "" if args.symmetric else ", with zero points"
 
 
 def _evaluation(found: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from qtool.model.loader import Loader, Quantizer, input_quantizer
-from qtool.model.loop import DecoderLoop, replaced
+from qtool.model.loop import DecoderLoop
 from qtool.model.outside import Outside
 from qtool.model.skeleton import Skeleton
 from qtool.model.state import Batch
+from qtool.model.textmodel import replaced
 from qtool.quant.types import QuantizedLinear
 
 

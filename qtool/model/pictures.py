@@ -13,10 +13,10 @@ import torch
 
 from qtool.errors import QtoolError, in_one_line
 from qtool.model.loader import Loader
-from qtool.model.loop import Call, Reached, replaced
 from qtool.model.outside import Outside
 from qtool.model.skeleton import Skeleton
 from qtool.model.structure import mapped, tensors_in
+from qtool.model.textmodel import Call, Reached, replaced
 
 
 @torch.no_grad()

@@ -102,11 +102,10 @@ def quantize_group(
     rounder = _Rounder(policy, inputs, noisy, storage, at_once)
     few = slice(None, None, max(1, len(inputs.sample) // _REPORT_TOKENS))
     error = _Error(inputs.sample[few], noisy[few])
-    made = [
-        {"weight": integers, "weight_scale": scale, "bias": folded.vector(f"{name}.bias")}
-        for name, (integers, scale) in _round(folded, members, rounder, error).items()
+    parts = [
+        found if (bias := folded.vector(f"{name}.bias")) is None else found | {"bias": bias}
+        for name, found in _round(folded, members, rounder, error).items()
     ]
-    parts = [{part: tensor for part, tensor in each.items() if tensor is not None} for each in made]
     ends = [*extremes(statistics.low, statistics.high), *extremes(inputs.low, inputs.high)]
     figures = torch.stack([error.relative, *map(widened, ends)])
     download = Download([figures, *(tensor for each in parts for tensor in each.values())])
@@ -152,13 +151,15 @@ class _Rounder:
         """Of some rows of linears, each [rows, in], and of all in one tensor."""
         if self.args.rows == 1:
             return self._search.of_rows(together)
-        return Scales(*(torch.cat(each) for each in zip(*map(self._search.of_rows, parts), strict=True)))
+        found = [self._search.of_rows(part) for part in parts]  # of blocks, which have no zero points
+        return Scales(torch.cat([each.scale for each in found]), torch.cat([each.bound for each in found]))
 
     def round(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Some rows [rows, in], in the type that they are kept in."""
         if self._gptq is not None:
-            return self._gptq.round(weight, scales.scale)
-        return round_to_nearest(weight, *scales, self.args).to(storage_dtype(self.args))
+            return self._gptq.round(weight, scales.scale, scales.zero_point)
+        rounded = round_to_nearest(weight, scales.scale, scales.bound, self.args, scales.zero_point)
+        return rounded.to(storage_dtype(self.args))
 
 
 class _Error:
@@ -186,33 +187,36 @@ class _Error:
 
 def _round(
     folded: Folded, members: Sequence[str], rounder: _Rounder, error: _Error
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Stored numbers [out, in] and scales of each linear."""
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Of each linear the parts of a `QuantizedLinear`: its weight, scales, and zero points where it has some."""
     shapes = {name: folded.shape(name) for name in members}
     of_all = {name: rounder.scale_of_all(folded, name) for name in members}
-    made = {
-        name: (
-            torch.empty(shape, dtype=storage_dtype(rounder.args), device=rounder.device),
-            torch.empty(rounder.args.scales_shape(shape), device=rounder.device),
-        )
-        for name, shape in shapes.items()
-    }
+    made: dict[str, dict[str, torch.Tensor]] = {}
+    for name, shape in shapes.items():
+        scales_shape = rounder.args.scales_shape(shape)
+        made[name] = {
+            "weight": torch.empty(shape, dtype=storage_dtype(rounder.args), device=rounder.device),
+            "weight_scale": torch.empty(scales_shape, device=rounder.device),
+        }
+        if not rounder.args.symmetric:
+            made[name]["weight_zero_point"] = torch.empty(scales_shape, dtype=torch.int8, device=rounder.device)
     step = rounder.args.rows
     for chunk in chunks(folded, members, rounder.chunk, step):
         parts = [folded.rows(*rows) for rows in chunk]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts)
         scales = _shared(chunk, of_all) or rounder.scales(parts, weight)
         rounded = rounder.round(weight, scales)
-        error.add(weight, dequantize(rounded, scales.scale, rounder.args))
+        error.add(weight, dequantize(rounded, scales.scale, rounder.args, scales.zero_point))
         first = 0
         for name, start, stop in chunk:
             last = first + stop - start
-            integers, scale = made[name]
-            integers[start:stop] = rounded[first:last]
+            made[name]["weight"][start:stop] = rounded[first:last]
             if rounder.args.strategy == "tensor":
-                scale.copy_(scales.scale[first : first + 1])
+                made[name]["weight_scale"].copy_(scales.scale[first : first + 1])
             else:
-                scale[start // step : -(-stop // step)] = scales.scale[first:last:step]
+                made[name]["weight_scale"][start // step : -(-stop // step)] = scales.scale[first:last:step]
+            if scales.zero_point is not None:
+                made[name]["weight_zero_point"][start:stop] = scales.zero_point[first:last]
             first = last
     return made
 
@@ -224,7 +228,7 @@ def _shared(chunk: Iterable[Rows], of_all: Mapping[str, Scales | None]) -> Scale
         found = of_all[name]
         if found is None:
             return None
-        parts.append(Scales(*(each.expand(stop - start) for each in found)))
+        parts.append(Scales(found.scale.expand(stop - start), found.bound.expand(stop - start)))
     return Scales(torch.cat([part.scale for part in parts]), torch.cat([part.bound for part in parts]))
 
 
@@ -254,6 +258,11 @@ def needs_hessian(policy: Policy) -> bool:
 def needs_tokens(policy: Policy) -> bool:
     """Whether what comes out depends on calibration tokens at all."""
     return policy.scheme.is_static or policy.smoothing.method != "none" or policy.clip or needs_hessian(policy)
+
+
+def uses_importance(policy: Policy) -> bool:
+    """Whether how much its errors matter changes what comes out."""
+    return policy.smoothing.method != "none" or policy.clip or policy.rounding.method == "gptq"
 
 
 def input_quantizer(policy: Policy, inputs: Smoothed, storage: Storage) -> InputQuantizer:

@@ -21,11 +21,13 @@ class QuantizedLinear:
 
     Attributes:
         scheme: what qmin, qmax and steps are, and what shares a scale.
-        weight: int8 [out, in], symmetric (zero point 0), whatever its number of bits; or float8_e4m3fn.
+        weight: int8 [out, in], whatever its number of bits; or float8_e4m3fn.
         weight_scale: float32 [out], [1], [out, groups] or [blocks of rows, blocks of columns], as the scheme has it.
+            A weight is worth (weight - weight_zero_point) * weight_scale.
         bias: float [out] or None; formats store it in the model's dtype.
         input_scale: positive float where the scheme is static, else None.
         input_zero_point: integer in qmin..qmax where the scheme is static, else None.
+        weight_zero_point: int8 of the scale's shape, in qmin..qmax; None where the weight is symmetric.
     """
 
     scheme: Scheme
@@ -34,6 +36,7 @@ class QuantizedLinear:
     bias: torch.Tensor | None = None
     input_scale: float | None = None
     input_zero_point: int | None = None
+    weight_zero_point: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,7 +57,10 @@ class QuantizedLinear:
             start -= first * args.rows
         if args.strategy != "tensor":
             scale = scale[start : start + len(numbers)]
-        return dequantize(numbers, scale, args)
+        zero_point = self.weight_zero_point
+        if zero_point is not None:
+            zero_point = zero_point[start : start + len(numbers)]
+        return dequantize(numbers, scale, args, zero_point)
 
 
 @dataclass(frozen=True)
@@ -85,12 +91,18 @@ class QuantizedCache:
     values: CacheScales
 
 
-def dequantize(numbers: torch.Tensor, scale: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
+def dequantize(
+    numbers: torch.Tensor, scale: torch.Tensor, args: QuantizationArgs, zero_point: torch.Tensor | None = None
+) -> torch.Tensor:
     """float32 [out, in] of stored numbers [out, in].
 
     Args:
         scale: [out], [1], or [out, parts] of each row's groups of channels; all rows of a block have its scale.
+        zero_point: whole numbers of the same shape, in any type; None where all are 0.
     """
+    if zero_point is not None:
+        parts = zero_point.reshape(len(numbers), -1)
+        numbers = (numbers.unflatten(1, (parts.shape[1], -1)).float() - parts[:, :, None]).flatten(1)
     if args.type == "float":
         numbers = numbers.float()
     if scale.dim() == 1:

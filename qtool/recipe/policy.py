@@ -20,7 +20,7 @@ _SIZES = {"group_size": "group", "block_structure": "block"}
 
 
 class Weights(Strict):
-    """How weights are stored, in the terms of `qtool.scheme`: as symmetric integers, or 8-bit floating point (e4m3)."""
+    """How weights are stored, in the terms of `qtool.scheme`: as integers, or 8-bit floating point (e4m3)."""
 
     num_bits: int = Field(default=8, ge=2, le=8)
     type: Literal["int", "float"] = "int"
@@ -31,7 +31,9 @@ class Weights(Strict):
     block_structure: tuple[PositiveInt, PositiveInt] | None = Field(
         default=None, description="for block: rows and columns that share a scale"
     )
-    symmetric: bool = True
+    symmetric: bool = Field(
+        default=True, description="false: integers with a zero point for each scale, of output channels or groups"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -45,8 +47,8 @@ class Weights(Strict):
     @classmethod
     def disagreements(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         size, strategy = given.get("group_size"), given.get("strategy")
-        if given.get("symmetric") is False:
-            yield "symmetric", "must be true: qtool gives weights no zero point"
+        if given.get("symmetric") is False and (given.get("type") == "float" or strategy in ("tensor", "block")):
+            yield "symmetric", "can be false only for integers with strategy channel or group"
         if strategy == "group" and size is None:
             yield "group_size", "is missing, but strategy group needs it"
         if strategy in ("tensor", "channel", "block") and size is not None:
@@ -73,6 +75,7 @@ class Weights(Strict):
             strategy=self.strategy,
             group_size=self.group_size,
             block_structure=self.block_structure,
+            symmetric=self.symmetric,
         )
 
 

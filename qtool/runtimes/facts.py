@@ -45,7 +45,7 @@ def readers(format: str) -> tuple[Runtime, ...]:
 
 
 def read_by(format: str) -> str:
-    """The same in words, with those that qtool doesn't start: "vLLM and transformers"."""
+    """The same in words, with those that qtool doesn't start: "vllm-ascend and MindIE"."""
     titles = [*(runtime.title for runtime in readers(format)), *ELSEWHERE.get(format, ())]
     return " and ".join(filter(None, [", ".join(titles[:-1]), *titles[-1:]]))
 

@@ -40,6 +40,16 @@ def _other_numbers(model: Quantized) -> Limitation | None:
     )
 
 
+def _zero_points(model: Quantized) -> Limitation | None:
+    found = [name for name, scheme in model.schemes.items() if scheme is not None and not scheme.weights.symmetric]
+    if not found:
+        return None
+    return Limitation(
+        f"the weights of {len(found)} linears have zero points, so llama.cpp gets them rounded once more, to 8 bits",
+        hint="Quantize the original with --scheme w4a16, whose integers llama.cpp takes as they are.",
+    )
+
+
 def _kept(scheme: Scheme) -> bool:
     inputs = scheme.activations
     return scheme.weights.type == "int" and (inputs is None or (inputs.dynamic and inputs.symmetric))
@@ -50,6 +60,11 @@ _LIMITS = (
         "integers with activations that are float or dynamic and symmetric",
         "llama.cpp b11549: ggml/src/ggml-quants.c (quantize_row_q8_0)",
         _other_numbers,
+    ),
+    Limit(
+        "weights without zero points",
+        "qtool: blocks with a minimum (Q4_1) are not written",
+        _zero_points,
     ),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qtool.runtimes.description import Limit, Limitation, Quantized, Reads, Runtime
 from qtool.runtimes.vllm import RUNTIME as VLLM
+from qtool.scheme import W8A8_DYNAMIC
 
 # The rows were run with 0.23.0, of which there is a wheel; the files named here are the same in 0.23.0.post1, which is
 # source only.
@@ -88,6 +89,18 @@ def _whole_channels(model: Quantized) -> Limitation | None:
     )
 
 
+def _other_schemes(model: Quantized) -> Limitation | None:
+    found = [name for name, scheme in model.schemes.items() if scheme not in (None, W8A8_DYNAMIC)]
+    if not found:
+        return None
+    return Limitation(
+        f"vllm-ascend computes with int8 weights and symmetric int8 activations per token from compressed-tensors; "
+        f"{len(found)} linears are quantized otherwise",
+        unread=True,
+        hint="Take --scheme w8a8-dynamic, or --format modelslim.",
+    )
+
+
 def _unloaded_cache(model: Quantized) -> Limitation | None:
     if model.cache != "int8" or model.architecture in _CACHED:
         return None
@@ -153,6 +166,29 @@ RUNTIME = Runtime(
                 }
             ),
             frozenset({"int8"}),
+        ),
+        # With experts it was not seen to load: the vLLM that it ran on here calls them by another class.
+        Reads(
+            "compressed-tensors",
+            {},
+            (
+                Limit(
+                    "NotImplementedError: No compressed-tensors compatible quantization type was found",
+                    "vllm-ascend 0.23.0.post1: quantization/compressed_tensors_config.py (_detect_quant_type), "
+                    "quantization/methods/w4a8.py",
+                    _other_schemes,
+                ),
+            ),
+            "vllm-ascend 0.23.0.post1: quantization/compressed_tensors_config.py, quantization/methods/w8a8_dynamic.py",
+            frozenset(
+                {
+                    "LlamaForCausalLM",
+                    "MistralForCausalLM",
+                    "Qwen2ForCausalLM",
+                    "Qwen3ForCausalLM",
+                    "TeleChat2ForCausalLM",
+                }
+            ),
         ),
     ),
     hardware=("ascend",),

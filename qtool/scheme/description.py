@@ -89,8 +89,10 @@ class QuantizationArgs:
         return (out,)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a weight of `shape` (out, in) without waste, with its float32 scales."""
-        return -(-math.prod(shape) * self.num_bits // 8) + 4 * math.prod(self.scales_shape(shape))
+        """Bytes of a weight of `shape` (out, in) without waste, with its float32 scales and its zero points."""
+        scales = math.prod(self.scales_shape(shape))
+        zero_points = 0 if self.symmetric else scales
+        return -(-(math.prod(shape) + zero_points) * self.num_bits // 8) + 4 * scales
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class Scheme:
         if self.activations is not None:
             mode = " dynamic" if self.activations.dynamic else " static"
             mode += " asymmetric" if self.activations.dynamic and not self.activations.symmetric else ""
+        if not self.weights.symmetric:
+            mode += " with zero points"
         return " ".join(filter(None, (f"{self.bits}{mode}", self.shared)))
 
     @property

@@ -26,6 +26,9 @@ W8A16 = Scheme(_INT8_PER_CHANNEL, None)
 W4A16 = Scheme(_INT4_PER_GROUP, None)
 """int4 weights, 128 input channels of an output channel with one scale; float activations."""
 
+W4A16_ASYMMETRIC = Scheme(replace(_INT4_PER_GROUP, symmetric=False), None)
+"""The same with a zero point for each scale: integers span a group's least weight to its largest."""
+
 W4A8 = Scheme(_INT4_PER_GROUP, _INT8_PER_TOKEN)
 """int4 weights as in W4A16; int8 activations with a scale per token, found at run time."""
 
@@ -55,6 +58,7 @@ PRESETS = {
     "W8A8-asymmetric": W8A8_ASYMMETRIC,
     "W8A16": W8A16,
     "W4A16": W4A16,
+    "W4A16-asymmetric": W4A16_ASYMMETRIC,
     "W4A8": W4A8,
     "FP8-dynamic": FP8_DYNAMIC,
     "FP8-block": FP8_BLOCK,
@@ -76,7 +80,8 @@ def cache_name(args: QuantizationArgs) -> str:
 def named(name: str) -> Scheme | None:
     """The scheme of a usual name, in any case; None for an unknown one.
 
-    An integer one may say who shares a scale of the weights: W4A16-g64 (groups of 64 input channels) or W4A16-channel.
+    An integer one may say who shares a scale of the weights: W4A16-g64 (groups of 64 input channels) or W4A16-channel;
+    W4A16-asymmetric-g64.
     """
     presets = {known.lower(): scheme for known, scheme in PRESETS.items()}
     if found := presets.get(name.lower()):

@@ -63,6 +63,7 @@ def _is_mindformers(architecture: str, scheme: str) -> bool:
 
 # In vLLM GLM-4V needs torchvision, which no build of PyPI's has for the CPU's torch.
 _BUILT = tuple(name for name in served.ARCHITECTURES if name != "Glm4vForConditionalGeneration")
+_EXPERTS = ("DeepseekV3ForCausalLM", "MixtralForCausalLM")
 READERS = (
     Reader("vllm", "compressed-tensors", "vllm_reads.py", architectures=_BUILT),
     Reader("transformers", "compressed-tensors", "transformers_reads.py", architectures=served.ARCHITECTURES),
@@ -75,6 +76,14 @@ READERS = (
         architectures=tuple(name for name in _BUILT if name not in ("DeepseekV3ForCausalLM", "TeleChat2ForCausalLM")),
     ),
     Reader("vllm-ascend", "modelslim", "vllm_ascend_reads.py", (VLLM_ASCEND,), architectures=_BUILT),
+    Reader(
+        "vllm-ascend",
+        "compressed-tensors",
+        "vllm_ascend_reads.py",
+        (VLLM_ASCEND,),
+        # Its code finds experts by a class that they have in its own vLLM alone.
+        architectures=tuple(name for name in _BUILT if "Moe" not in name and name not in _EXPERTS),
+    ),
     Reader(
         "vllm-mindspore",
         "golden-stick",
@@ -160,7 +169,7 @@ def _written(reading: Reading) -> str:
 
 def main(runtimes: list[str]) -> None:
     kept = [each for each in readings.READINGS if runtimes and each.runtime not in runtimes]
-    order = [reader.runtime for reader in READERS]
+    order = list(dict.fromkeys((reader.runtime, reader.format) for reader in READERS))
     tokenizer = train_tokenizer(512)
     with tempfile.TemporaryDirectory() as base:
         for reader in READERS:
@@ -170,7 +179,11 @@ def main(runtimes: list[str]) -> None:
             for reading, line in read(reader, folders, Path(base) / "work"):
                 kept.append(reading)
                 print(_written(reading), "" if reading.well else json.dumps(line)[:600], file=sys.stderr)
-            _write(sorted(kept, key=lambda each: (order.index(each.runtime), each.architecture, each.scheme)))
+            _write(
+                sorted(
+                    kept, key=lambda each: (order.index((each.runtime, each.format)), each.architecture, each.scheme)
+                )
+            )
 
 
 def _write(found: Iterable[Reading]) -> None:

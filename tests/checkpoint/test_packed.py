@@ -31,7 +31,9 @@ from qtool.scheme import Scheme, named
 from tests.managed import REPOSITORY
 
 FORM = formats.get("compressed-tensors")
-SCHEMES = ("w8a16", "w4a16-g32", "w4a16-channel", "w4a8-g32", "w4a8-channel", "w8a16-g32")
+WITHOUT_ZERO_POINTS = ("w8a16", "w4a16-g32", "w4a16-channel", "w4a8-g32", "w4a8-channel", "w8a16-g32")
+WITH_ZERO_POINTS = ("w4a16-asymmetric-g32", "w4a16-asymmetric-channel")
+SCHEMES = (*WITHOUT_ZERO_POINTS, *WITH_ZERO_POINTS)
 
 
 def scheme(name: str) -> Scheme:
@@ -46,6 +48,10 @@ def random_linear(name: str, out: int = 12, width: int = 96, bias: bool = False,
     weight = torch.randn(out, width, generator=generator) * 0.05
     kind = scheme(name)
     groups = weight.unflatten(1, (-1, kind.weights.group_size or width))
+    zero_point = None
+    if not kind.weights.symmetric:
+        places = torch.randint(kind.weights.qmin, kind.weights.qmax + 1, groups.shape[:2], generator=generator)
+        zero_point = places.to(torch.int8) if kind.weights.group_size else places[:, 0].to(torch.int8)
     scale = symmetric_scale(groups.abs().amax(dim=2), kind.weights)
     scale = FORM.storable_weight_scale(scale, kind, torch.bfloat16)
     numbers = to_grid(groups / scale[..., None], kind.weights).flatten(1)
@@ -55,6 +61,7 @@ def random_linear(name: str, out: int = 12, width: int = 96, bias: bool = False,
         numbers.to(storage_dtype(kind.weights)),
         made,
         torch.randn(out, generator=generator).bfloat16() if bias else None,
+        weight_zero_point=zero_point,
     )
 
 
@@ -96,6 +103,9 @@ def test_a_layer_comes_back_as_it_was(store: Callable[..., Path], name: str, bia
     assert found.scheme == linear.scheme
     assert torch.equal(found.weight, linear.weight)
     assert torch.equal(found.weight_scale, linear.weight_scale)
+    assert (found.weight_zero_point is None) == linear.scheme.weights.symmetric
+    if found.weight_zero_point is not None and linear.weight_zero_point is not None:
+        assert torch.equal(found.weight_zero_point, linear.weight_zero_point)
     assert (found.bias is None) == (linear.bias is None)
     reader = FloatReader(checkpoint)
     assert "model.layers.0.proj.weight" in reader.names
@@ -111,8 +121,17 @@ def test_compressed_tensors_reads_the_same_numbers(name: str) -> None:
     assert tensors["q.weight_scale"].dtype == torch.bfloat16
     assert tensors["q.weight_packed"].nbytes == linear.weight.numel() * bits // 8
     integers = unpack_from_int32(tensors["q.weight_packed"], bits, torch.Size(tensors["q.weight_shape"].tolist()))
-    found = their_dequantize(integers, tensors["q.weight_scale"].float())
+    zero_points = None
+    if not linear.scheme.weights.symmetric:
+        shape = torch.Size((len(linear.weight), tensors["q.weight_scale"].shape[1]))
+        zero_points = unpack_from_int32(tensors["q.weight_zero_point"], bits, shape, packed_dim=0)
+        theirs = pack_to_int32(zero_points, bits, packed_dim=0)
+        assert torch.equal(tensors["q.weight_zero_point"], theirs)
+    found = their_dequantize(integers, tensors["q.weight_scale"].float(), zero_points)
     torch.testing.assert_close(found, linear.dequantize(), rtol=0, atol=0)
+    assert torch.equal(linear.dequantize(3, 7), linear.dequantize()[3:7])
+    made = FORM.tensors("q", linear, torch.bfloat16)
+    assert sum(tensor.nbytes for tensor in made.values()) <= FORM.nbytes(linear.shape, linear.scheme)
 
 
 def test_groups_of_config_say_how_each_layer_is_stored() -> None:
@@ -161,6 +180,25 @@ DAMAGE: dict[str, tuple[str, Any, str]] = {
 }
 
 
+ZERO_POINT_DAMAGE = {
+    "unpacked": torch.zeros(12, 3, dtype=torch.int8),
+    "words": torch.zeros(3, 3, dtype=torch.int32),
+    "groups": torch.zeros(2, 2, dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize("damage", ZERO_POINT_DAMAGE)
+def test_zero_points_that_do_not_fit(store: Callable[..., Path], damage: str) -> None:
+    folder = store({"model.layers.0.proj": random_linear("w4a16-asymmetric-g32")})
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        tensors | {"model.layers.0.proj.weight_zero_point": ZERO_POINT_DAMAGE[damage]}, folder / "model.safetensors"
+    )
+    checkpoint = Checkpoint.open(folder)
+    with pytest.raises(InputError, match=r"weight_zero_point is .*, expected torch.int32 \[2, 3\]"):
+        formats.of(checkpoint).read_linear(checkpoint, "model.layers.0.proj")
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_tensors_that_do_not_fit(store: Callable[..., Path], damage: str) -> None:
     part, tensor, message = DAMAGE[damage]
@@ -207,6 +245,8 @@ def by_the_book(kind: str, tensors: dict[str, torch.Tensor], name: str, bits: in
         ("gptq", "w8a16"),
         ("awq", "w4a16-g32"),
         ("awq", "w4a16-channel"),
+        ("awq", "w4a16-asymmetric-g32"),
+        ("awq", "w4a16-asymmetric-channel"),
     ],
 )
 def test_older_layouts_hold_the_same_numbers(
@@ -235,6 +275,7 @@ def test_older_layouts_hold_the_same_numbers(
     [
         ("awq", ("w8a16",), "awq can't express W8A16"),
         ("gptq", ("w4a8-g32",), "gptq can't express W4A8"),
+        ("gptq", ("w4a16-asymmetric-g32",), "gptq can't express W4A16 with zero points"),
         ("gptq", ("w4a16-g32", "w8a16"), "one scheme for all quantized layers"),
         ("awq", ("odd",), "8 numbers in a word, and 12 x 96 doesn't divide so"),
     ],

@@ -24,7 +24,10 @@ _MARKS = {"vllm": pytest.mark.vllm, "transformers": pytest.mark.slow}
 
 def _marked() -> list[Any]:
     marks = (_MARKS.get(reader.runtime, pytest.mark.peers) for reader in READERS)
-    return [pytest.param(each, marks=mark, id=each.script) for each, mark in zip(READERS, marks, strict=True)]
+    return [
+        pytest.param(each, marks=mark, id=f"{each.script}-{each.format}")
+        for each, mark in zip(READERS, marks, strict=True)
+    ]
 
 
 def test_the_table_says_what_was_read() -> None:
@@ -50,10 +53,10 @@ def test_every_family(reader: Reader, tiny_tokenizer: Any, tmp_path: Path) -> No
     """The runtime's own code finds what is written down of it in qtool/runtimes/readings.py."""
     folders = make(reader, tmp_path, tiny_tokenizer)
     found = read(reader, folders, tmp_path / "work")
-    known = {(each.runtime, each.architecture, each.scheme): each for each in readings.READINGS}
+    known = {(each.runtime, each.format, each.architecture, each.scheme): each for each in readings.READINGS}
     assert len(found) > 2
     for reading, line in found:
-        assert reading == known[reading.runtime, reading.architecture, reading.scheme], line
+        assert reading == known[reading.runtime, reading.format, reading.architecture, reading.scheme], line
 
 
 @pytest.mark.peers

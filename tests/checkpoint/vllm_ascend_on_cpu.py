@@ -55,6 +55,7 @@ vllm_ascend.distributed.parallel_state.get_mc2_group = object  # no group of car
 vllm_ascend.ops.fused_moe.fused_moe.AscendUnquantizedFusedMoEMethod = fused_moe.UnquantizedFusedMoEMethod
 
 import vllm_ascend.ops.linear  # type: ignore[import-not-found]  # noqa: E402
+import vllm_ascend.quantization.compressed_tensors_config  # type: ignore[import-not-found]  # noqa: E402 (registers it)
 import vllm_ascend.quantization.method_adapters as adapters  # type: ignore[import-not-found]  # noqa: E402
 import vllm_ascend.quantization.modelslim_config  # type: ignore[import-not-found]  # noqa: E402 (registers it)
 import vllm_ascend.utils  # type: ignore[import-not-found]  # noqa: E402
@@ -110,7 +111,7 @@ for switch in ("oproj_tp_enable", "mlp_tp_enable", "flashcomm2_enable", "enable_
 vllm_ascend.utils._should_trans_nz = lambda weight: False
 vllm_ascend.utils._WEIGHT_PREFETCH_METHOD = MagicMock()
 vllm_ascend.ops.linear.AscendUnquantizedLinearMethod = UnquantizedLinearMethod
-type(current_platform).supported_quantization = ["ascend"]
+type(current_platform).supported_quantization = ["ascend", "compressed-tensors"]
 
 
 def main(model: str, ids: list[int], output: str) -> None:

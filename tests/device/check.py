@@ -41,7 +41,12 @@ from tests.device.watch import REPOSITORY, Place, Run
 
 _DEVICE = os.environ.get("CHECK_DEVICE", "cuda")  # "cpu" tries this script itself, with small shapes
 _SMALL = _DEVICE == "cpu"
-_SCHEMES = ("w8a8", "w8a8-dynamic")
+_WAYS = {
+    "w8a8": ("--scheme", "w8a8"),
+    "w8a8-dynamic": ("--scheme", "w8a8-dynamic"),
+    "w8a8-dynamic, effort high": ("--scheme", "w8a8-dynamic", "--effort", "high"),
+}
+_HIGH = "-effort-high"
 _LAYERS = 4
 _WINDOWS, _WINDOW = 64, 128  # of text that the divergence is measured on
 _SIZES = {"128x512": (128, 512), "128x2048": (128, 2048), "512x2048": (512, 2048)}
@@ -54,6 +59,7 @@ _TIMED = [  # the most telling first
     "qwen3-32b-128x2048",
     "llama-3-70b-128x2048",
     "llama-3-8b-512x2048",
+    f"llama-3-8b-128x512{_HIGH}",
 ]
 _CASES = [*(f"numbers-{model_type}" for model_type in models.TINY), *_TIMED]
 _QUICK = ("numbers-llama", "llama-3-8b-128x512")
@@ -107,13 +113,13 @@ def _numbers(model_types: list[str], folder: Path) -> Iterator[dict[str, Any]]:
     """Quantize each on both devices, all at once, and compare."""
     tokenizer = families.train_tokenizer(512)
     sources = {model_type: models.tiny(folder / model_type, model_type, tokenizer) for model_type in model_types}
-    jobs = [(kind, scheme, device) for kind in model_types for scheme in _SCHEMES for device in ("cpu", _DEVICE)]
-    outputs = [folder / f"{kind}-{scheme}-{i}" for i, (kind, scheme, _) in enumerate(jobs)]
+    jobs = [(kind, way, device) for kind in model_types for way in _WAYS for device in ("cpu", _DEVICE)]
+    outputs = [folder / f"{kind}-{i}" for i, (kind, _, _) in enumerate(jobs)]
     common = ["--format", "compressed-tensors", "--threads", "2", "--samples", "32", "--seq-len", "256"]
 
     def run(job: tuple[str, str, str], output: Path) -> Run:
-        kind, scheme, device = job
-        return watch.quantize(sources[kind], output, ["--scheme", scheme, "--device", device, *common])
+        kind, way, device = job
+        return watch.quantize(sources[kind], output, [*_WAYS[way], "--device", device, *common])
 
     begin = time.time()
     with ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0)) - 2)) as pool:
@@ -124,9 +130,9 @@ def _numbers(model_types: list[str], folder: Path) -> Iterator[dict[str, Any]]:
         model = simulate.load_float(sources[kind])
         routes = simulate.routes(model, ids) if hasattr(model.config, "num_experts_per_tok") else {}
         reference = simulate.logits(model, ids)
-        for scheme in _SCHEMES:
-            pair = [i for i, job in enumerate(jobs) if job[:2] == (kind, scheme)]
-            case: dict[str, Any] = {"name": kind, "scheme": scheme}
+        for way in _WAYS:
+            pair = [i for i, job in enumerate(jobs) if job[:2] == (kind, way)]
+            case: dict[str, Any] = {"name": kind, "scheme": way}
             if errors := [runs[i].error for i in pair if runs[i].error]:
                 print("\n".join(errors), file=sys.stderr)
                 yield case | {"agree": False, "error": errors}
@@ -197,7 +203,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _cost(name: str, folder: Path, end: float, *, kernels: bool) -> dict[str, Any]:
-    shape, _, size = name.rpartition("-")
+    shape, _, size = name.removesuffix(_HIGH).rpartition("-")
     samples, length = (8, 64) if _SMALL else _SIZES[size]
     begin = time.time()
     source, text = folder / shape, folder / f"{size}.txt"
@@ -208,6 +214,7 @@ def _cost(name: str, folder: Path, end: float, *, kernels: bool) -> dict[str, An
     made = time.time() - begin
     options: list[str | Path] = ["--device", _DEVICE, "--calibration", text]
     options += ["--samples", str(samples), "--seq-len", str(length), *models.SHAPES[shape].options]
+    options += ["--effort", "high"] if name.endswith(_HIGH) else []
     output = folder / name
     run = watch.quantize(source, output, options, max(5.0, end - time.time()), kernels=kernels)
     _remove(output)

@@ -81,3 +81,11 @@ def test_high_effort_is_recorded_and_changes_the_integers(
 def test_exact_search_takes_no_effort(model: Path, tmp_path: Path, quantize: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(InputError, match="effort"):
         quantize(model, tmp_path / "out", osl="exact", effort="high")
+
+
+def test_a_scheme_that_has_nothing_to_weigh_takes_no_effort(
+    model: Path, tmp_path: Path, quantize: Callable[..., dict[str, Any]]
+) -> None:
+    with pytest.raises(InputError, match="none of them") as found:
+        quantize(model, tmp_path / "out", recipe="deepseek-v3", effort="high")
+    assert "--recipe default" in (found.value.hint or "")

@@ -22,6 +22,8 @@ LABELS = {
     "w8a16": "W8A16",
     "w4a16-g32": "W4A16 in groups of 32",
     "w4a16-channel": "W4A16",
+    "w4a16-asymmetric-g32": "W4A16 with zero points in groups of 32",
+    "w4a16-asymmetric-channel": "W4A16 with zero points",
     "w4a8-g32": "W4A8 dynamic in groups of 32",
     "fp8-dynamic": "FP8 dynamic",
     "fp8-block": "FP8 dynamic in blocks of 128 x 128",
@@ -123,6 +125,9 @@ def test_sizes_that_do_not_fit(tiny_llama: Path, run_qtool: Callable[..., Any]) 
     wide = run_qtool("quantize", tiny_llama, "--scheme", "W4A16", "--dry-run")
     assert wide.code == 2
     assert "w4a16-g64" in wide.stderr
+    other = run_qtool("quantize", tiny_llama, "--scheme", "w4a16-asymmetric", "--dry-run")
+    assert other.code == 2
+    assert "w4a16-asymmetric-g64" in other.stderr
     blocks = run_qtool("quantize", tiny_llama, "--scheme", "fp8-block", "--dry-run")
     assert blocks.code == 2
     assert "fp8-dynamic" in blocks.stderr

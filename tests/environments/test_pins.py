@@ -83,7 +83,7 @@ _CUDA_OF_VLLM = (
     "tokenspeed-mla",
 )
 RESOLVED = {
-    "golden-stick": Resolved(absent=("wheel",)),  # astunparse asks for it, and never imports it
+    "golden-stick": Resolved(),
     # PyTorch's build for CPUs and what it brings: on an index of its own
     "llama-cpp": Resolved(absent=("torch",)),
     "openmind-hub": Resolved(),

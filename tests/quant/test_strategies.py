@@ -34,9 +34,9 @@ def quantized(layer: Any, **policy: Any) -> dict[str, QuantizedLinear]:
     return quantize_layer(layer.module, groups, policies, observe(layer, groups), EXACT).linears
 
 
-def as_they_do(weight: torch.Tensor, num_bits: int, way: dict[str, Any]) -> torch.Tensor:
+def as_they_do(weight: torch.Tensor, num_bits: int, way: dict[str, Any], symmetric: bool = True) -> torch.Tensor:
     """What compressed-tensors makes of a weight without a search."""
-    theirs = TheirArgs(num_bits=num_bits, symmetric=True, **way)
+    theirs = TheirArgs(num_bits=num_bits, symmetric=symmetric, **way)
     if way["strategy"] == "tensor":
         low, high = weight.amin()[None], weight.amax()[None]
     elif way["strategy"] == "channel":
@@ -70,6 +70,36 @@ def test_rounding_to_nearest_is_theirs(strategy: str, num_bits: int, decoder_lay
         step = (expected - weights[name]).abs().max() * 2
         assert float((found - expected).abs().max()) <= float(step) * 1.01
         torch.testing.assert_close(linear.dequantize(3, 7), found[3:7])
+
+
+@pytest.mark.parametrize("num_bits", [2, 4, 8])
+@pytest.mark.parametrize("strategy", ["channel", "group"])
+def test_zero_points_are_theirs(strategy: str, num_bits: int, decoder_layer: Callable[[str], Any]) -> None:
+    layer = decoder_layer("qwen2")
+    weights = {name: module.weight.clone() for name, module in linear_layers(layer.module).items()}
+    way = STRATEGIES[strategy]
+    plain = {"activations": "float", "clip": False, "rounding": "nearest"}
+    made = quantized(layer, weights={"num_bits": num_bits, "symmetric": False, **way}, **plain)
+    for name, linear in made.items():
+        assert linear.weight_zero_point is not None
+        assert linear.weight_zero_point.shape == linear.weight_scale.shape
+        expected, found = as_they_do(weights[name], num_bits, way, symmetric=False), linear.dequantize()
+        near = (found - expected).abs() <= 1e-5 * expected.abs() + 1e-6
+        assert near.float().mean() > 0.95
+        torch.testing.assert_close(linear.dequantize(3, 7), found[3:7])
+
+
+def test_zero_points_err_less(decoder_layer: Callable[[str], Any]) -> None:
+    """With searches and compensation too, on the layer's own output."""
+    found = []
+    for symmetric in (True, False):
+        layer = decoder_layer("llama")
+        before = layer.run()
+        way = {"num_bits": 3, "group_size": 16, "symmetric": symmetric}
+        for name, linear in quantized(layer, weights=way, activations="float", smoothing="osl").items():
+            layer.module.get_submodule(name).weight.copy_(linear.dequantize())
+        found.append(relative(layer.run(), before))
+    assert found[1] < found[0]
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])

@@ -68,6 +68,8 @@ def test_earlier_spellings(old: dict[str, Any], new: dict[str, Any]) -> None:
         {"weights": {"num_bits": 3, "strategy": "tensor"}, "smoothing": "none"},
         {"activations": "float"},
         {"scheme": "w4a16-g64"},
+        {"scheme": "w4a16-asymmetric"},
+        {"weights": {"num_bits": 4, "group_size": 32, "symmetric": False}, "activations": "float"},
         {"scheme": "fp8-block"},
         {"weights": {"type": "float"}, "activations": {"type": "float", "group_size": 64}},
     ],

@@ -47,7 +47,7 @@ def test_every_format_has_readers() -> None:
 
 
 def test_who_reads_what() -> None:
-    assert runtimes.read_by("compressed-tensors") == "vLLM and transformers"
+    assert runtimes.read_by("compressed-tensors") == "vLLM, transformers and vllm-ascend"
     assert runtimes.read_by("golden-stick") == "vLLM-MindSpore"
     assert runtimes.read_by("modelslim") == "vllm-ascend and MindIE"
     assert [runtime.name for runtime in runtimes.readers("awq")] == ["vllm", "transformers"]

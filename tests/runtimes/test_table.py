@@ -18,8 +18,11 @@ from tests import families
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "runtimes.md"
 
 
-def row(runtime: str, model: str, scheme: str) -> table.Row:
-    (found,) = (row for row in table.rows() if row.runtime == runtime and model in row.models and scheme in row.schemes)
+def rows(runtime: str, model: str, scheme: str) -> dict[str, table.Row]:
+    """By format."""
+    named = [row for row in table.rows() if row.runtime == runtime and model in row.models and scheme in row.schemes]
+    found = {row.format: row for row in named}
+    assert len(found) == len(named)
     return found
 
 
@@ -31,11 +34,10 @@ def test_every_family_scheme_and_format_has_its_row() -> None:
     model_types = {name for recipe in map(load.load, load.names()) for name in recipe.match.model_type}
     assert model_types == {family.model_type for family in table.FAMILIES}
     for runtime in facts.KNOWN:
-        for reads in runtime.reads:
-            if reads.format != "float":
-                for family in table.FAMILIES:
-                    for scheme in family.schemes:
-                        assert row(runtime.title, family.architecture, scheme).format == reads.format
+        read = {reads.format for reads in runtime.reads} - {"float"}
+        for family in table.FAMILIES:
+            for scheme in family.schemes:
+                assert rows(runtime.title, family.architecture, scheme).keys() == read
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,8 @@ def test_every_family_scheme_and_format_has_its_row() -> None:
     ],
 )
 def test_rows(runtime: str, model: str, scheme: str, answer: str, checked: str) -> None:
-    found = row(runtime, model, scheme)
+    reads = [reads.format for known in facts.KNOWN if known.title == runtime for reads in known.reads]
+    found = rows(runtime, model, scheme)[next(format for format in reads if format != "float")]
     assert (found.answer, found.checked) == (answer, checked)
     assert bool(found.why) == (answer in ("no", "with a setting"))
     if checked == "read":
@@ -115,12 +118,13 @@ def test_what_can_serve_a_float_model(run_qtool: Callable[..., Any], tiny_tokeni
 def test_what_can_serve_a_quantized_model(run_qtool: Callable[..., Any], quantize_tiny: Callable[..., Path]) -> None:
     model = quantize_tiny("w8a8-static")
     ways = json.loads(run_qtool("runtimes", "-", "--json", stdin=f"{model}\n").stdout)
-    assert [way["format"] for way in ways] == [*["compressed-tensors"] * 3, "golden-stick", "modelslim"]
+    assert [way["format"] for way in ways] == [*["compressed-tensors"] * 4, "golden-stick", "modelslim"]
     assert ways[0]["how"] == f"qtool serve {model} --runtime vllm"
     assert ways[1]["how"] == f"qtool generate {model} --runtime transformers"
-    assert (ways[2]["runtime"], ways[2]["answer"], ways[2]["how"]) == ("SGLang", "no", "")
-    assert ways[3]["how"] == f"qtool convert {model} --to golden-stick | qtool serve - --runtime vllm-mindspore"
-    assert json.loads(run_qtool("inspect", model, "--json").stdout)["runtimes"] == ways[:3]
+    assert (ways[2]["runtime"], ways[2]["answer"], ways[2]["how"]) == ("vllm-ascend", "no", "")
+    assert (ways[3]["runtime"], ways[3]["answer"], ways[3]["how"]) == ("SGLang", "no", "")
+    assert ways[4]["how"] == f"qtool convert {model} --to golden-stick | qtool serve - --runtime vllm-mindspore"
+    assert json.loads(run_qtool("inspect", model, "--json").stdout)["runtimes"] == ways[:4]
     shown = run_qtool("inspect", model)
     assert "SGLang 0.5.23" in shown.stdout
     assert "dynamic int8 throughout" in " ".join(shown.stdout.split())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.checkpoint.formats.integers import ColumnFormat, fields, words
 from qtool.errors import InputError
+from qtool.scheme import W4A16, W4A16_ASYMMETRIC
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,8 @@ class Awq(ColumnFormat):
     title = "integers of AWQ"
     files = ("quant_config.json",)
     widths = (4,)
+    schemes = (W4A16, W4A16_ASYMMETRIC)
+    has_zero_points = True
 
     def packed_shape(self, checkpoint: Checkpoint, name: str) -> tuple[int, int]:
         version = str(self._setting(checkpoint, "version") or "gemm").lower()

@@ -4,7 +4,8 @@ Per layer: `weight_scale` [out, 1], or [out, groups] where groups of input chann
 activations also `input_scale` [1] and `input_zero_point` int8 [1]; the layer's own `bias`; and the integers:
 
 `int-quantized`: `weight` int8 [out, in].
-`pack-quantized`: `weight_packed` int32 [out, words], several in a word, and `weight_shape` int64 [2], (out, in).
+`pack-quantized`: `weight_packed` int32 [out, words], several in a word, and `weight_shape` int64 [2], (out, in); with
+zero points also `weight_zero_point` int32 [words, groups], those of neighbouring output channels in a word.
 `float-quantized`: `weight` float8_e4m3fn [out, in]; where blocks share a scale, `weight_scale` has one for each.
 
 Weights of 4 bits, and those beside float activations, are packed: vLLM 0.32 takes the latter only so, and the former
@@ -53,6 +54,7 @@ from qtool.scheme import (
     FP8_DYNAMIC,
     W4A8,
     W4A16,
+    W4A16_ASYMMETRIC,
     W8A8,
     W8A8_ASYMMETRIC,
     W8A8_DYNAMIC,
@@ -69,7 +71,7 @@ if TYPE_CHECKING:
 
 _INT, _PACK, _FLOAT = "int-quantized", "pack-quantized", "float-quantized"
 _PACKED, _SHAPE = "weight_packed", "weight_shape"
-_ZERO_POINT = "input_zero_point"
+_ZERO_POINT, _ZERO_POINTS = "input_zero_point", "weight_zero_point"
 _KEYS, _VALUES = "k_scale", "v_scale"
 _SIZES = {"group": {"group_size"}, "block": {"block_structure"}}
 _FLOAT_WEIGHTS = (FP8_DYNAMIC.weights, FP8_BLOCK.weights)
@@ -79,9 +81,9 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(QuantizationArgs))
 class CompressedTensors(HuggingFaceFiles, QuantizedFormat, PackedFormat, CachingFormat):
     name = "compressed-tensors"
     title = "integers and float8 of compressed-tensors"
-    schemes = (W8A8, W8A8_DYNAMIC, W8A8_ASYMMETRIC, W8A16, W4A16, W4A8, FP8_DYNAMIC, FP8_BLOCK)
+    schemes = (W8A8, W8A8_DYNAMIC, W8A8_ASYMMETRIC, W8A16, W4A16, W4A16_ASYMMETRIC, W4A8, FP8_DYNAMIC, FP8_BLOCK)
     parts = frozenset(
-        ("weight", _PACKED, _SHAPE, "weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "bias")
+        ("weight", _PACKED, _SHAPE, "weight_scale", _ZERO_POINTS, "input_scale", "input_zero_point", "bias")
     )
     caches = (FP8_CACHE,)
     # llm-compressor writes further ones, which say nothing for keys and values that are symmetric.
@@ -100,10 +102,10 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat, PackedFormat, Caching
         if weights.type == "float":
             return scheme in (FP8_DYNAMIC, FP8_BLOCK) or (scheme.activations is None and weights in _FLOAT_WEIGHTS)
         return scheme in (W8A8, W8A8_DYNAMIC, W8A8_ASYMMETRIC) or (
-            (weights.type, weights.symmetric, weights.dynamic) == ("int", True, False)
+            (weights.type, weights.dynamic) == ("int", False)
             and weights.strategy in ("channel", "group")
             and weights.num_bits in WIDTHS
-            and scheme.activations in (None, W8A8_DYNAMIC.activations)
+            and (scheme.activations is None or (weights.symmetric and scheme.activations == W8A8_DYNAMIC.activations))
         )
 
     def storable_weight_scale(self, scale: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
@@ -116,6 +118,15 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat, PackedFormat, Caching
     def nbytes(self, shape: tuple[int, int], scheme: Scheme) -> int:
         return scheme.weights.nbytes(shape) + (5 if scheme.is_static else 0) + (16 if _is_packed(scheme) else 0)
 
+    def misfit(self, name: str, shape: tuple[int, int], scheme: Scheme) -> str | None:
+        blocks = scheme.weights.block_structure
+        if blocks is None or not any(size % each for size, each in zip(shape, blocks, strict=True)):
+            return None
+        # compressed-tensors 0.17 divides a weight by the number of its scales; vLLM 0.32 refuses parts of blocks in
+        # layers that it fuses.
+        size, block = (" x ".join(map(str, each)) for each in (shape, blocks))
+        return f"a weight of {size} is not a whole number of blocks of {block}, and runtimes read nothing else"
+
     def tensors(self, name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         import torch
 
@@ -127,6 +138,10 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat, PackedFormat, Caching
                 f"{name}.{_PACKED}": pack(linear.weight, linear.scheme.weights.num_bits),
                 f"{name}.{_SHAPE}": torch.tensor(linear.weight.shape),
             }
+            if linear.weight_zero_point is not None:
+                zero_points = linear.weight_zero_point.reshape(len(linear.weight), -1).t()
+                packed = pack(zero_points, linear.scheme.weights.num_bits)
+                tensors[f"{name}.{_ZERO_POINTS}"] = packed.t().contiguous()
         else:
             tensors = {f"{name}.weight": linear.weight}
         tensors[f"{name}.weight_scale"] = _lossless(scale, dtype)
@@ -232,8 +247,10 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat, PackedFormat, Caching
 
     def read(self, stored: Stored, scheme: Scheme) -> QuantizedLinear:
         out, width = shape = self.shape(stored, scheme)
-        stored.no_zero_point("weight_zero_point", out)
         weights = scheme.weights
+        zero_points = None if weights.symmetric else self._zero_points(stored, weights, shape)
+        if weights.symmetric:
+            stored.no_zero_point(_ZERO_POINTS, out)
         if stored.has(_PACKED):
             packed = stored.checkpoint.tensor(f"{stored.name}.{_PACKED}")
             weight = unpack(packed, weights.num_bits, width)
@@ -244,9 +261,21 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat, PackedFormat, Caching
         else:
             scale = stored.scale("weight_scale", out)
         bias = stored.bias()
-        return QuantizedLinear(
-            scheme, weight, scale, bias, *(self.inputs(stored) if scheme.is_static else (None, None))
-        )
+        input_scale, input_zero_point = self.inputs(stored) if scheme.is_static else (None, None)
+        return QuantizedLinear(scheme, weight, scale, bias, input_scale, input_zero_point, zero_points)
+
+    def _zero_points(self, stored: Stored, weights: QuantizationArgs, shape: tuple[int, int]) -> torch.Tensor:
+        """int8, of the shape of the scales."""
+        found = stored.checkpoint.tensor(f"{stored.name}.{_ZERO_POINTS}")
+        try:
+            wanted = weights.scales_shape(shape)
+        except ValueError as error:
+            raise stored.error(str(error)) from None
+        packed = (words(wanted[0], weights.num_bits), *(wanted[1:] or (1,)))
+        if not stored.has(_PACKED) or str(found.dtype) != "torch.int32" or tuple(found.shape) != packed:
+            what = f"{_ZERO_POINTS} is {found.dtype} {list(found.shape)}, expected torch.int32 {list(packed)}"
+            raise stored.error(what)
+        return unpack(found.t(), weights.num_bits, wanted[0]).t().reshape(wanted)
 
     def inputs(self, stored: Stored) -> tuple[float, int]:
         assert W8A8.activations is not None

@@ -38,6 +38,7 @@ class ColumnFormat(PackedFormat, HuggingFaceFiles, Holding):
 
     Attributes:
         written: numbers of bits that are written.
+        has_zero_points: readers take any zero point, and not only the middle of the range.
     """
 
     is_float = True
@@ -46,6 +47,7 @@ class ColumnFormat(PackedFormat, HuggingFaceFiles, Holding):
     parts = packed_parts | {"bias"}
     schemes: ClassVar[tuple[Scheme, ...]] = (W4A16,)
     written: ClassVar[tuple[int, ...]] = (4,)
+    has_zero_points: ClassVar[bool] = False
 
     def detect(self, config: Mapping[str, Any], files: Container[str]) -> bool:
         return quantization_method(config) == self.name
@@ -79,8 +81,13 @@ class ColumnFormat(PackedFormat, HuggingFaceFiles, Holding):
 
     def expresses(self, scheme: Scheme) -> bool:
         weights = scheme.weights
-        kind = (weights.type, weights.symmetric, scheme.activations)
-        return kind == ("int", True, None) and weights.num_bits in self.written and weights.strategy in _STRATEGIES
+        kind = (weights.type, scheme.activations)
+        return (
+            kind == ("int", None)
+            and (weights.symmetric or self.has_zero_points)
+            and weights.num_bits in self.written
+            and weights.strategy in _STRATEGIES
+        )
 
     def problems(self, schemes: Mapping[str, Scheme | None]) -> list[Inexpressible]:
         found = super().problems(schemes)
@@ -110,6 +117,8 @@ class ColumnFormat(PackedFormat, HuggingFaceFiles, Holding):
         half = scales.half()
         codes = linear.weight.t().to(torch.int32) + (1 << (bits - 1))
         zeros = torch.full(scales.shape, 1 << (bits - 1), dtype=torch.int32)
+        if linear.weight_zero_point is not None:
+            zeros += linear.weight_zero_point.reshape(len(linear.weight), -1).t()
         found = {
             **self.pack(codes, zeros, bits),
             "scales": half if bool((half.float() == scales).all()) else scales.to(dtype),

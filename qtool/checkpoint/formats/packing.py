@@ -31,7 +31,7 @@ def pack(integers: torch.Tensor, num_bits: int) -> torch.Tensor:
     missing = words(width, num_bits) * (32 // num_bits) - width
     if missing:
         codes = torch.nn.functional.pad(codes, (0, missing))
-    packed = codes[:, ::per_byte].clone()
+    packed = codes[:, ::per_byte].clone(memory_format=torch.contiguous_format)
     for place in range(1, per_byte):
         packed.bitwise_or_(codes[:, place::per_byte] << (place * num_bits))
     return packed.view(torch.int32)  # the lowest byte comes first, as in the file

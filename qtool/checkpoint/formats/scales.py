@@ -22,7 +22,7 @@ def round_to(value: float, dtype: torch.dtype) -> float:
 
 
 def check_scales(name: str, linear: QuantizedLinear) -> None:
-    """Raises QtoolError unless scales are positive finite numbers and the zero point is an integer of the scheme."""
+    """Raises QtoolError unless scales are positive finite numbers and zero points are those of the scheme."""
     import torch
 
     scale = linear.weight_scale
@@ -30,6 +30,9 @@ def check_scales(name: str, linear: QuantizedLinear) -> None:
         raise QtoolError(
             "a weight scale is not a positive number", where=name, hint="Check the weights for NaN or Inf."
         )
+    weights, zero_points = linear.scheme.weights, linear.weight_zero_point
+    if (zero_points is None) != weights.symmetric or (zero_points is not None and zero_points.shape != scale.shape):
+        raise QtoolError("zero points of the weight are missing, or not those of its scales", where=name)
     inputs = linear.scheme.activations
     if inputs is None or inputs.dynamic:
         return

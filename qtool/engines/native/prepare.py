@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ from qtool.engines.report import DryRun, EstimatedResources
 from qtool.errors import InputError
 from qtool.model import caches, selection
 from qtool.model.decoder import DecoderStream
+from qtool.quant.group import uses_importance
+from qtool.recipe.schema import Policy
 
 if TYPE_CHECKING:
     from qtool.workers import Report
@@ -102,6 +105,7 @@ def prepare(job: QuantizationJob, report: Report) -> Prepared:
     context.model.prologue(torch.tensor([[0, 1]]))  # what can't be run shows before any work, and in a dry run
     if job.recipe.effort == "high":
         _refuse_gradients(job, context.model)
+        _say_unweighed(job, planned.policies, report)
     if job.recipe.osl == "exact":
         _refuse_unusual(job, context.model)
     if job.recipe.cache is not None:
@@ -183,6 +187,22 @@ def _refuse_gradients(job: QuantizationJob, model: DecoderStream) -> None:
             where=where,
             hint="Use effort: normal.",
         )
+
+
+def _say_unweighed(job: QuantizationJob, policies: Mapping[str, Policy | None], report: Report) -> None:
+    """Says how many linears gain nothing by gradients. Raises InputError where none does."""
+    wanted = [policy for policy in policies.values() if policy is not None]
+    without = sum(not uses_importance(policy) for policy in wanted)
+    what = "effort: high improves smoothing, clipping and GPTQ, and"
+    which = f"scheme {job.scheme} of recipe {job.recipe.name}"
+    if without == len(wanted):
+        raise InputError(
+            f"{what} {which} has none of them",
+            where="--effort",
+            hint="Use --effort normal, or --recipe default, which has all three.",
+        )
+    if without:
+        report.warning(f"{what} {which} has none of them in {without} of {len(wanted)} linears: no gain there")
 
 
 def _refuse_cacheless(job: QuantizationJob, model: DecoderStream) -> None:

@@ -176,7 +176,7 @@ def _round(layer: nn.Module, work: _Work, storage: Storage, result: LayerResult)
     quantizer = input_quantizer(work.policy, inputs, storage)
     noisy = quantizer(inputs.sample)
     args = work.policy.scheme.weights
-    integers = round_to_nearest(work.weight, *scales, args).to(torch.int8)
+    integers = round_to_nearest(work.weight, scales.scale, scales.bound, args).to(torch.int8)
     few = slice(None, None, max(1, len(noisy) // _REPORT_TOKENS))
     reference = inputs.sample[few] @ work.weight.t()
     error = (noisy[few] @ dequantize(integers, scales.scale, args).t()).sub_(reference).square_().sum()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from qtool.quant.integer import symmetric_scale, widened
+from qtool.quant.integer import asymmetric_parameters, symmetric_scale, widened
 from qtool.quant.rounding.errors import ErrorInGroups, RowError, ScaleError
 from qtool.quant.rounding.nearest import round_to_nearest
 from qtool.scheme import QuantizationArgs
@@ -19,11 +19,19 @@ class Scales(NamedTuple):
 
     Attributes:
         scale: float32 [out], or [out, groups].
-        bound: float32 of the same shape: values are limited to ± bound before they are rounded.
+        bound: float32 of the same shape: values are limited to ± bound before they are rounded. With zero points the
+            range of the integers limits them, and this says nothing.
+        zero_point: float32 of the same shape, whole numbers; None where all are 0.
     """
 
     scale: torch.Tensor
     bound: torch.Tensor
+    zero_point: torch.Tensor | None = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Scales:
+        """Of what a function makes of each."""
+        zero_point = None if self.zero_point is None else function(self.zero_point)
+        return Scales(function(self.scale), function(self.bound), zero_point)
 
 
 @dataclass(frozen=True)
@@ -50,12 +58,13 @@ class ScaleSearch:
         """
         if self.args.block_structure is not None:
             return self._of_blocks(weight)
+        of_each = self._of_each if self.args.symmetric else self._with_zero_points
         if self.args.strategy != "group":
-            return self._of_each(weight, self.error)
+            return of_each(weight, self.error)
         blocks = column_blocks(self.args, weight.shape[1])
         error = None if self.error is None else ErrorInGroups(self.error, blocks)
-        found = self._of_each(weight.reshape(-1, weight.shape[1] // len(blocks)), error)
-        return Scales(*(each.view(len(weight), len(blocks)) for each in found))
+        found = of_each(weight.reshape(-1, weight.shape[1] // len(blocks)), error)
+        return found.map(lambda each: each.view(len(weight), len(blocks)))
 
     def of_tensor(self, parts: Callable[[], Iterable[torch.Tensor]]) -> Scales:
         """The one scale of a whole weight, [1].
@@ -85,7 +94,7 @@ class ScaleSearch:
         padded = torch.nn.functional.pad(weight, (0, -width % columns, 0, -count % rows))
         peak = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).abs().amax(dim=(1, 3))
         scale = self.storable(symmetric_scale(peak, self.args))
-        return Scales(*(each.repeat_interleave(rows, dim=0)[:count] for each in (scale, peak)))
+        return Scales(scale, peak).map(lambda each: each.repeat_interleave(rows, dim=0)[:count])
 
     def _of_each(self, weight: torch.Tensor, row_error: ScaleError | None) -> Scales:
         """A scale and bound for each row [rows] of a weight or of parts of it, float32 [rows, some]."""
@@ -114,6 +123,34 @@ class ScaleSearch:
             scale[rows] = step[rows]
             bound[rows] = narrower[rows]
         return Scales(scale, bound)
+
+    def _with_zero_points(self, weight: torch.Tensor, row_error: ScaleError | None) -> Scales:
+        """The same with a zero point each: integers span the least number to the largest, or a part of that."""
+        args = self.args
+        low, high = torch.aminmax(weight, dim=1)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale, bound, zero_point = self._between(low * self.ratios[0], high * self.ratios[0])
+        if len(self.ratios) == 1 or row_error is None:
+            return Scales(scale, bound, zero_point)
+        least = torch.full_like(low, float("inf"))
+        every = torch.arange(len(weight), device=weight.device)
+        for ratio in self.ratios:
+            step, limit, zero = tried = self._between(low * ratio, high * ratio)
+            q = round_to_nearest(weight, step, limit, args, zero)
+            delta = q.sub_(zero[:, None]).mul_(step[:, None]).sub_(weight)
+            error = row_error(delta, every)
+            better = error < least
+            least = torch.where(better, error, least)
+            scale, bound, zero_point = (
+                torch.where(better, new, old) for new, old in zip(tried, (scale, bound, zero_point), strict=True)
+            )
+        return Scales(scale, bound, zero_point)
+
+    def _between(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scale, bound and zero point of ranges [low, high] that hold 0; the latter is that of the stored scale."""
+        scale = self.storable(asymmetric_parameters(low, high, self.args)[0])
+        zero_point = torch.round(self.args.qmin - low / scale).clamp_(self.args.qmin, self.args.qmax)
+        return scale, torch.maximum(-low, high), zero_point
 
 
 def column_blocks(args: QuantizationArgs, width: int) -> list[slice]:

@@ -49,39 +49,50 @@ class GPTQ:
         diagonal.add_((1e-3 * widened(diagonal.mean())).clamp(min=damping).clamp(min=1e-12))
         self._inverse = _inverse_factor(hessian, self._order)
 
-    def round(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Float32 weight [out, in] in steps of scale [out] or [out, parts]: int8 or float8_e4m3fn [out, in]."""
+    def round(self, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None) -> torch.Tensor:
+        """Float32 weight [out, in] in steps of scale [out] or [out, parts]: int8 or float8_e4m3fn [out, in].
+
+        `zero_point` is what 0 becomes, whole numbers of the scale's shape; None for 0.
+        """
         width = weight.shape[1]
         inverse = self._inverse
         # Rows are input channels, so that updates are contiguous. With one scale per output channel they are in its
         # units; where scales change along the row, an error moves on in the weight's own.
-        grouped, size = scale.dim() == 2, self._args.columns or width
-        work = (weight if grouped else weight / scale[:, None])[:, self._order].t().contiguous()
+        in_units, size = scale.dim() == 1 and zero_point is None, self._args.columns or width
+        work = (weight / scale[:, None] if in_units else weight)[:, self._order].t().contiguous()
+        per_part = [] if in_units else [scale] if zero_point is None else [scale, zero_point]
         quantized = torch.empty(work.shape, dtype=torch.int8, device=weight.device)
-        round_block = self._block_rounder(work, grouped)
+        round_block = self._block_rounder(work, len(per_part))
         for start in range(0, width, _BLOCK):
             end = min(start + _BLOCK, width)
             block, factor = work[start:end], inverse[start:end, start:end]
-            steps = [scale.t()[self._order[start:end] // size]] if grouped else []
-            quantized[start:end], errors = round_block(block, factor, *steps)
+            part = self._order[start:end] // size
+            quantized[start:end], errors = round_block(
+                block, factor, *(each.reshape(len(weight), -1).t()[part] for each in per_part)
+            )
             if end < width:
                 work[end:].addmm_(inverse[start:end, end:].t(), errors, alpha=-1)
         back = torch.empty_like(self._order)
         back[self._order] = torch.arange(width, device=back.device)
         return quantized[back].t().contiguous().view(storage_dtype(self._args))
 
-    def _block_rounder(self, work: torch.Tensor, grouped: bool) -> graphs.Function:
-        """What rounds one block after the other of `work` [in, out]; all of a shape but the last."""
+    def _block_rounder(self, work: torch.Tensor, per_element: int) -> graphs.Function:
+        """What rounds one block after the other of `work` [in, out], with so many numbers for each of its elements; all
+        of a shape but the last."""
         function = partial(_round_block, self._args)
         if graphs.usable(work.device) and len(work) >= _WORTH_A_GRAPH:
             few = work[:_BLOCK]
-            examples = [few, few.new_ones(_BLOCK, _BLOCK), *([few] if grouped else [])]
-            return graphs.captured((self._args, grouped, work.shape[1], work.device), function, examples)
+            examples = [few, few.new_ones(_BLOCK, _BLOCK), *[few] * per_element]
+            return graphs.captured((self._args, per_element, work.shape[1], work.device), function, examples)
         return function
 
 
 def _round_block(
-    args: QuantizationArgs, block: torch.Tensor, factor: torch.Tensor, steps: torch.Tensor | None = None
+    args: QuantizationArgs,
+    block: torch.Tensor,
+    factor: torch.Tensor,
+    steps: torch.Tensor | None = None,
+    zero_points: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round the columns [few, out] of a block, which is overwritten, one by one.
 
@@ -89,6 +100,7 @@ def _round_block(
         args: of the weight.
         factor: float32 [few, few], of the inverse.
         steps: the scale of each element, float32 [few, out]; None where the block is in its units.
+        zero_points: of each element, float32 [few, out], beside steps; None where all are 0.
 
     Returns:
         (int8 [few, out], which are the bits of a float8, too; errors to move on, float32 [few, out]).
@@ -102,6 +114,10 @@ def _round_block(
             if args.type == "float":
                 stored = column.clamp(args.qmin, args.qmax).to(storage_dtype(args))
                 quantized[i], q = stored.view(torch.int8), stored.float()
+            elif zero_points is not None:
+                q = column.round().add_(zero_points[i]).clamp_(args.qmin, args.qmax)
+                quantized[i] = q
+                q = q.sub_(zero_points[i])
             else:
                 q = column.round().clamp_(args.qmin, args.qmax)
                 quantized[i] = q

@@ -9,7 +9,11 @@ from qtool.scheme import QuantizationArgs
 
 
 def round_to_nearest(
-    weight: torch.Tensor, scale: torch.Tensor, bound: torch.Tensor, args: QuantizationArgs
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bound: torch.Tensor,
+    args: QuantizationArgs,
+    zero_point: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weight [out, in] limited to ± bound, then rounded to nearest in steps of scale.
 
@@ -19,12 +23,18 @@ def round_to_nearest(
     Args:
         weight: float32 [out, in].
         scale, bound: float32 [out], or [out, groups] where the input channels of a group share one.
+        zero_point: whole numbers, float32 of the same shape: what 0 becomes. The range of the integers takes the place
+            of the bound. None where all are 0.
 
     Returns:
         float32 [out, in], numbers in qmin..qmax.
     """
     if args.type == "float":  # its range is no matter of clipping
         return _round_floats(weight, scale, args)
+    if zero_point is not None:
+        grouped = weight.unflatten(1, (1 if scale.dim() == 1 else scale.shape[1], -1))
+        step, zero = (each.view(len(weight), -1, 1) for each in (scale, zero_point))
+        return (grouped / step).round_().add_(zero).clamp_(args.qmin, args.qmax).flatten(1)
     if scale.dim() == 2:
         grouped = weight.unflatten(1, (scale.shape[1], -1))
         return _round(grouped, scale[..., None], bound[..., None], args).flatten(1)

@@ -52,7 +52,7 @@ def test_search_clip_takes_the_best_ratio_of_every_row(kind: str) -> None:
         row_error: RowError = ErrorOnTokens(x)
     else:
         row_error = ErrorByEnergy(x.square().mean(dim=0))
-    scales, bounds = ScaleSearch(CHANNEL, RATIOS, row_error, as_it_is).of_rows(weight)
+    scales, bounds, _ = ScaleSearch(CHANNEL, RATIOS, row_error, as_it_is).of_rows(weight)
     chosen = set()
     for row, w in enumerate(weight.double().numpy()):
         errors = []
@@ -75,9 +75,9 @@ def test_search_clip_keeps_to_storable_scales() -> None:
     def stored(scale: torch.Tensor) -> torch.Tensor:
         return scale.to(torch.bfloat16).float()
 
-    scales, _ = ScaleSearch(CHANNEL, RATIOS, ErrorByEnergy(torch.ones(32)), stored).of_rows(weight)
+    scales, *_ = ScaleSearch(CHANNEL, RATIOS, ErrorByEnergy(torch.ones(32)), stored).of_rows(weight)
     assert torch.equal(scales, stored(scales))
-    scales, bounds = ScaleSearch(CHANNEL, (1.0,), ErrorByEnergy(torch.ones(32)), stored).of_rows(weight)
+    scales, bounds, _ = ScaleSearch(CHANNEL, (1.0,), ErrorByEnergy(torch.ones(32)), stored).of_rows(weight)
     assert torch.equal(bounds, weight.abs().amax(dim=1))
     assert torch.equal(scales, stored(symmetric_scale(bounds, CHANNEL)))
 
@@ -85,7 +85,7 @@ def test_search_clip_keeps_to_storable_scales() -> None:
 def test_a_row_of_zeros_stays_zero() -> None:
     weight = torch.zeros(2, 16)
     weight[1] = 1.0
-    scales, bounds = ScaleSearch(CHANNEL, RATIOS, ErrorByEnergy(torch.ones(16)), as_it_is).of_rows(weight)
+    scales, bounds, _ = ScaleSearch(CHANNEL, RATIOS, ErrorByEnergy(torch.ones(16)), as_it_is).of_rows(weight)
     assert torch.isfinite(scales).all()
     assert (scales > 0).all()
     assert not round_to_nearest(weight, scales, bounds, CHANNEL)[0].any()
@@ -97,7 +97,7 @@ def test_every_group_has_its_best_ratio(num_bits: int, kind: str) -> None:
     args = QuantizationArgs(num_bits=num_bits, strategy="group", group_size=8)
     weight, x = long_tailed(6, 24), torch.randn(50, 24, generator=torch.Generator().manual_seed(1))
     row_error: RowError = ErrorOnTokens(x) if kind == "tokens" else ErrorByEnergy(x.square().mean(dim=0))
-    scales, bounds = ScaleSearch(args, RATIOS, row_error, as_it_is).of_rows(weight)
+    scales, bounds, _ = ScaleSearch(args, RATIOS, row_error, as_it_is).of_rows(weight)
     assert scales.shape == bounds.shape == (6, 3)
     torch.testing.assert_close(scales, symmetric_scale(bounds, args))
     for row in range(6):
@@ -115,7 +115,7 @@ def test_the_whole_tensor_has_its_best_ratio(num_bits: int) -> None:
     args = QuantizationArgs(num_bits=num_bits, strategy="tensor")
     weight, x = long_tailed(7, 24), torch.randn(50, 24, generator=torch.Generator().manual_seed(1))
     search = ScaleSearch(args, RATIOS, ErrorByEnergy(x.square().mean(dim=0)), as_it_is)
-    scales, bounds = search.of_tensor(lambda: weight.split(2))
+    scales, bounds, _ = search.of_tensor(lambda: weight.split(2))
     assert scales.shape == bounds.shape == (1,)
     peak = float(weight.abs().max())
 
@@ -125,5 +125,5 @@ def test_the_whole_tensor_has_its_best_ratio(num_bits: int) -> None:
 
     assert error(float(bounds)) <= min(error(peak * ratio) for ratio in RATIOS) * 1.001
     assert float(scales) == pytest.approx(2 * float(bounds) / (2**num_bits - 1))
-    unclipped, bound = ScaleSearch(args, (1.0,), None, as_it_is).of_tensor(lambda: weight.split(3))
+    unclipped, bound, _ = ScaleSearch(args, (1.0,), None, as_it_is).of_tensor(lambda: weight.split(3))
     assert (float(bound), float(unclipped)) == (peak, pytest.approx(2 * peak / (2**num_bits - 1)))

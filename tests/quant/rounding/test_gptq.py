@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qtool.quant.integer import symmetric_scale
+from qtool.quant.integer import asymmetric_parameters, symmetric_scale
 from qtool.quant.rounding.gptq import GPTQ
 from qtool.quant.types import dequantize
 from qtool.scheme import QuantizationArgs
@@ -25,17 +25,24 @@ def problem(rows: int, width: int, tokens: int, seed: int = 0) -> tuple[torch.Te
     return weight, symmetric_scale(weight.abs().amax(dim=1), CHANNEL) * 4, x.t() @ x / tokens
 
 
-def optimal_brain(weight: np.ndarray, scale: np.ndarray, hessian: np.ndarray, args: QuantizationArgs) -> np.ndarray:
+def optimal_brain(
+    weight: np.ndarray, scale: np.ndarray, hessian: np.ndarray, args: QuantizationArgs, zero: np.ndarray | int = 0
+) -> np.ndarray:
     """Optimal brain quantization in a fixed order: round a column, correct the rest, shrink the explicit inverse."""
     low, high = -(2 ** (args.num_bits - 1)), 2 ** (args.num_bits - 1) - 1
     scale = scale.reshape(len(scale), -1)
     steps = scale.repeat(weight.shape[1] // scale.shape[1], axis=1)
+    zeros = (np.zeros_like(scale) + np.reshape(zero, (-1, scale.shape[1]) if np.ndim(zero) else ())).repeat(
+        weight.shape[1] // scale.shape[1], axis=1
+    )
     work = weight.copy()
     quantized = np.zeros_like(work)
     inverse = np.linalg.inv(hessian)
     for column in np.argsort(-np.diag(hessian), kind="stable"):
-        quantized[:, column] = np.clip(np.round(work[:, column] / steps[:, column]), low, high)
-        error = (work[:, column] - quantized[:, column] * steps[:, column]) / inverse[column, column]
+        moved = np.round(work[:, column] / steps[:, column]) + zeros[:, column]
+        quantized[:, column] = np.clip(moved, low, high)
+        worth = (quantized[:, column] - zeros[:, column]) * steps[:, column]
+        error = (work[:, column] - worth) / inverse[column, column]
         work -= np.outer(error, inverse[column])
         inverse = inverse - np.outer(inverse[:, column], inverse[column]) / inverse[column, column]
     return quantized
@@ -91,6 +98,28 @@ def test_any_bits_with_a_scale_per_channel_or_group(num_bits: int, group_size: i
     theirs = error_under(torch.from_numpy(damped), dequantize(torch.from_numpy(expected).float(), scale, args) - weight)
     assert ours == pytest.approx(theirs, rel=0.02)
     assert (found.numpy() == expected).mean() >= 0.95
+
+
+@pytest.mark.parametrize("num_bits", [2, 4, 8])
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_zero_points_per_channel_or_group(num_bits: int, group_size: int | None) -> None:
+    weight, _, hessian = problem(12, 96, 400)
+    weight += 1.5
+    strategy: Any = "group" if group_size else "channel"
+    args = QuantizationArgs(num_bits=num_bits, strategy=strategy, group_size=group_size, symmetric=False)
+    parts = weight.unflatten(1, (-1, group_size or 96))
+    scale, zero = asymmetric_parameters(parts.amin(dim=2), parts.amax(dim=2), args)
+    if group_size is None:
+        scale, zero = scale[:, 0], zero[:, 0]
+    damped = hessian.double().numpy() + 1e-3 * float(hessian.diagonal().mean()) * np.eye(96)
+    expected = optimal_brain(weight.double().numpy(), scale.double().numpy(), damped, args, zero.double().numpy())
+    found = GPTQ(hessian.clone(), 0.0, args).round(weight, scale, zero)
+    assert (found.numpy() == expected).mean() >= 0.95
+    ours, theirs = (
+        error_under(torch.from_numpy(damped), dequantize(each, scale, args, zero) - weight)
+        for each in (found, torch.from_numpy(expected).float())
+    )
+    assert ours == pytest.approx(theirs, rel=0.02)
 
 
 @pytest.mark.parametrize("seed", range(3))
