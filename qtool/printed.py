@@ -109,6 +109,7 @@ class Quantized:
     scheme: str
     calibration: CalibrationUsed
     mean_relative_error: float | None = None
+    activations: str | None = None
     layers: list[QuantizedGroup]
     experts: list[ExpertTokens] | None = None
     left_float: list[LeftFloat] | None = None

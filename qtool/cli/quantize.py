@@ -250,6 +250,8 @@ def _quantize(decided: Decided, target: Target | None, out: Console) -> None:
         f"{result.input_bytes / 1e6:,.0f} MB to {result.output_bytes / 1e6:,.0f} MB, "
         f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
     )
+    if (chosen := result.report.choice) is not None:
+        out.info(chosen, prose=True)
     pushed = None if target is None else _push(Path(result.output), target, out)
     more = {} if pushed is None else {"pushed": pushed}
     out.result(result.printed() | more if out.json else result.output)

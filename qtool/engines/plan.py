@@ -68,6 +68,7 @@ def make(
     weights: ModelWeights | None = None,
     *,
     symmetric: bool = False,
+    measures: bool = False,
 ) -> QuantizationPlan:
     """Match a recipe's scheme with a checkpoint's linear layers.
 
@@ -76,6 +77,7 @@ def make(
         kept: why some of them stay float whatever the recipe says.
         weights: of the model, where it has linears that the checkpoint holds in another form.
         symmetric: `symmetric: auto` of a policy means true, since the engine knows nothing else.
+        measures: the engine decides `mode: auto` of a policy; else it means static.
 
     Raises:
         InputError: nothing could or would be quantized, or the format can't express the plan.
@@ -89,10 +91,14 @@ def make(
     kept, output = kept or {}, formats.get(format_name)
     symmetric = symmetric or recipe.osl == "exact"  # as Golden Stick
     found = {name: None if name in kept else recipe.policy(scheme, name) for name in {**dict.fromkeys(linears), **kept}}
-    policies = {
-        name: policy and policy.settled(lambda how: not symmetric and output.expresses(how))
-        for name, policy in found.items()
-    }
+    measures = measures and recipe.osl != "exact"
+
+    def possible(how: Scheme) -> bool:
+        inputs = how.activations
+        with_zero_point = inputs is not None and inputs.dynamic and not inputs.symmetric
+        return output.expresses(how) and not (symmetric and with_zero_point)
+
+    policies = {name: policy and policy.settled(possible, measures=measures) for name, policy in found.items()}
     where = f"recipe {recipe.name}, scheme {scheme}"
     if not any(policies.values()):
         raise InputError(
@@ -110,7 +116,7 @@ def make(
             if recipe.osl == "exact" and not _knows_exact(how):
                 what = f"osl: exact is Golden Stick's search, which does not support {how.label}"
                 raise InputError(what, where=where, hint="use osl: fast")
-    problems = output.problems(schemes)
+    problems = output.problems(schemes)  # of the static way, where there is a choice: linears of one input share it
     if recipe.cache is not None and (problem := output.cache_problem(recipe.cache)) is not None:
         problems.append(problem)
     if problems:
@@ -121,6 +127,10 @@ def make(
         )
     dtype = float_dtype(checkpoint, ())
     limitations = runtimes.problems(format_name, checkpoint.config, schemes, dtype, recipe.kv_cache)
+    per_token = _schemes({name: policy and _per_token(policy) for name, policy in policies.items()})
+    if per_token != schemes:
+        others = runtimes.problems(format_name, checkpoint.config, per_token, dtype, recipe.kv_cache)
+        limitations += [each for each in others if each not in limitations]
     for limitation in limitations:
         if limitation.fatal:
             raise InputError(limitation.text, where=f"{where}, format {format_name}", hint=limitation.hint)
@@ -177,6 +187,11 @@ def _knows_exact(scheme: Scheme) -> bool:
     return weights.strategy == "channel" and inputs is not None and weights.type == inputs.type == "int"
 
 
+def _per_token(policy: Policy) -> Policy:
+    """With what `mode: auto` may become."""
+    return policy.ways[1] if policy.activations.mode == "auto" else policy
+
+
 def _schemes(policies: Mapping[str, Policy | None]) -> dict[str, Scheme | None]:
     return {name: None if policy is None else policy.scheme for name, policy in policies.items()}
 
@@ -214,6 +229,9 @@ def describe(policy: Policy | None) -> str:
         bits += f" per-tensor static ({activations.observer.method})"
     elif activations.mode == "dynamic":
         bits += " per-token dynamic" + ("" if activations.symmetric else " asymmetric")
+    elif activations.mode == "auto":
+        zero_points = "" if activations.symmetric else " asymmetric"
+        bits += f" per-tensor static where calibration finds that it costs little, else per-token dynamic{zero_points}"
     extras = [policy.smoothing.method, "clip" if policy.clip else "", policy.rounding.method]
     return f"{bits}, {', '.join(e for e in extras if e and e != 'none')}"
 

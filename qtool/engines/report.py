@@ -21,6 +21,8 @@ class QuantizedGroup:
         alpha: the exponent that was found or given for smoothing, if any.
         relative_error: squared error of the linears' output relative to its square; None where nobody measured it.
         input, smoothed: range of the input before and after smoothing, as low, high and typical; None likewise.
+        static_cost: expected squared error with static activations over that with a scale per token; None where there
+            was no choice between them.
     """
 
     layer: str
@@ -31,6 +33,7 @@ class QuantizedGroup:
     relative_error: float | None = None
     input: dict[str, float] | None = None
     smoothed: dict[str, float] | None = None
+    static_cost: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None or key == "alpha"}
@@ -119,6 +122,22 @@ class QuantizationReport:
         errors = [group.relative_error for group in self.layers if group.relative_error is not None]
         return sum(errors) / len(errors) if errors else None
 
+    @property
+    def choice(self) -> str | None:
+        """Where activations could be static or per token, which became so, in words; None where there was no choice."""
+        static: dict[str, list[bool]] = {}
+        for group in self.layers:
+            if group.static_cost is not None:
+                names = ", ".join(name.rpartition(".")[2] for name in group.linears)
+                static.setdefault(names, []).append(group.activations == "static")
+        if not static:
+            return None
+        parts = [f"of {names} in {sum(found)} of {len(found)} layers" for names, found in static.items()]
+        return (
+            f"static activations {', '.join(parts)}; in the others a scale per token, "
+            "where static ones would cost more than 1.5 times the error"
+        )
+
     def to_json(self) -> dict[str, Any]:
         error = self.mean_relative_error
         return {
@@ -136,6 +155,7 @@ class QuantizationReport:
             **({} if self.seconds is None else {"seconds": self.seconds}),
             **({} if self.peak_memory_bytes is None else {"peak_memory_bytes": self.peak_memory_bytes}),
             **({} if error is None else {"mean_relative_error": error}),
+            **({} if self.choice is None else {"activations": self.choice}),
             "layers": [group.to_json() for group in self.layers],
             **({"experts": [asdict(layer) for layer in self.experts]} if self.experts else {}),
             **({"left_float": [asdict(each) for each in self.left_float]} if self.left_float else {}),

@@ -51,6 +51,7 @@ def card(
         ("base model", original),
         ("scheme", ", ".join(filter(None, [_described(scheme, precisions.values()), recipe and f"recipe `{recipe}`"]))),
         ("format", f"`{format}`" + (f", for {read_by(format)}" if format in formats.NAMES and not ways else "")),
+        *_activations(report.get("activations")),
         *_cache(report.get("recipe")),
         *_runtimes(ways),
         ("calibration", _calibration(calibration)),
@@ -68,6 +69,12 @@ def card(
     use = _usage(repo, format, ways) if format in formats.NAMES else ""
     facts = f"| | |\n| --- | --- |\n{table}"
     return f"---\n{front}---\n\n# {_cell(title)}\n\n{use}{facts}\n\n`qtool.json` has all the settings.\n"
+
+
+def _activations(chosen: Any) -> Iterator[tuple[str, str]]:
+    """Which are static, where calibration decided that."""
+    if isinstance(chosen, str):
+        yield "activations", chosen
 
 
 def _cache(recipe: Any) -> Iterator[tuple[str, str]]:

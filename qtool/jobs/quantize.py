@@ -19,7 +19,7 @@ from qtool.environments import machine
 from qtool.errors import InputError
 from qtool.files import expand
 from qtool.recipe.load import load, match
-from qtool.recipe.schema import Recipe
+from qtool.recipe.schema import Match, Recipe
 from qtool.scheme import PRESETS
 
 OnEvent = Callable[[workers.Event], None]
@@ -125,6 +125,12 @@ def decide(model: Path, wanted: Wanted) -> Decided:
     )
     engine, why = engines.choose(job) if wanted.engine == "auto" else (wanted.engine, _ASKED)
     said = f"recipe {recipe.name} ({reason}), scheme {scheme}, engine {engine} ({why})"
+    nobody_chose = wanted.recipe is None and wanted.scheme is None and recipe.match == Match()
+    if nobody_chose and engine == "native":  # Golden Stick measures nothing of the kind
+        measured = recipe.measured(scheme)
+        if measured != recipe:
+            job = replace(job, recipe=measured)
+            said += "; activations are static only where calibration finds that this costs little"
     return Decided(engine, job, said, advice(job, blackwell=machine.is_blackwell()))
 
 

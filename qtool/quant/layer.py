@@ -35,6 +35,7 @@ def smooth(
     policies: Mapping[str, Policy | None],
     statistics: Mapping[str, InputStatistics],
     dtype: torch.dtype,
+    known: Mapping[str, Diagonal] | None = None,
 ) -> tuple[Folded, dict[str, Diagonal]]:
     """Find every group's smoothing scale on the untouched layer, then fold them all.
 
@@ -44,12 +45,15 @@ def smooth(
         policies: per linear, by its name inside the layer; None leaves it float.
         statistics: of each group's input, by the name of the group's first linear.
         dtype: of the model's float tensors.
+        known: scales that have been found already, by the name of their group's first linear.
 
     Returns:
         The folded weights, and the scales found by the name of their group's first linear.
     """
-    folded, found = Folded(weights), dict[str, Diagonal]()
+    folded, found = Folded(weights), {**(known or {})}
     for group in groups:
+        if group.linears[0] in found:
+            continue
         policy, first = policy_of(group, policies), group.linears[0]
         transform = transform_of(policy) if policy is not None and group.fold is not None else None
         diagonal = transform.fit(weights, group, statistics[first]) if transform is not None else None

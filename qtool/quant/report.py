@@ -18,6 +18,8 @@ class GroupReport:
     Attributes:
         input, smoothed: the input's range on the calibration text before and after smoothing, as "low", "high" and
             "typical", the median over channels of the largest magnitude.
+        static_cost: expected squared error with static activations over that with a scale per token, where there was a
+            choice.
     """
 
     linears: list[str]
@@ -27,6 +29,7 @@ class GroupReport:
     relative_error: float
     input: dict[str, float]
     smoothed: dict[str, float]
+    static_cost: float | None = None
 
 
 def report(

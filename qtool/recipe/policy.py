@@ -144,6 +144,24 @@ class Static(Strict):
         return QuantizationArgs(strategy="tensor", symmetric=False)
 
 
+class Auto(Strict):
+    """Static where calibration finds that this costs little, and else a scale per token; the engine decides it for
+    linears that share their input."""
+
+    mode: Literal["auto"]
+    symmetric: Literal[True, False, "auto"] = Field(default="auto", description="of those with a scale per token")
+
+    @property
+    def ways(self) -> tuple[Static, Dynamic]:
+        """What there is to choose from."""
+        return Static(mode="static"), Dynamic(mode="dynamic", symmetric=self.symmetric)
+
+    @property
+    def args(self) -> QuantizationArgs:
+        """Those of static activations, which fewer runtimes take."""
+        return self.ways[0].args
+
+
 class Unquantized(Strict):
     """The input stays as it is, in the model's float type."""
 
@@ -170,7 +188,7 @@ def _one_observer(activations: Any) -> Any:
 
 
 Activations = Annotated[
-    Dynamic | Static | Unquantized,
+    Dynamic | Static | Auto | Unquantized,
     Field(discriminator="mode"),
     BeforeValidator(_one_observer),  # validators that come before run from the last to the first
     ShortFor("mode", "dynamic"),
@@ -267,13 +285,23 @@ class Policy(Strict):
             update |= {"smoothing": NoSmoothing(method="none"), "clip": False}
         return self.model_copy(update=update)
 
-    def settled(self, expresses: Callable[[Scheme], bool]) -> Policy:
-        """The same without `symmetric: auto`.
+    def settled(self, expresses: Callable[[Scheme], bool], *, measures: bool = False) -> Policy:
+        """The same without `symmetric: auto`, and without `mode: auto` unless it can be decided later.
 
         Args:
             expresses: whether the output's format can hold a layer of this scheme.
+            measures: whoever quantizes decides `mode: auto`; else it means static.
         """
         activations = self.activations
+        if activations.mode == "auto":
+            static, dynamic = self.ways
+            dynamic = dynamic.settled(expresses)
+            if not expresses(static.scheme):
+                return dynamic
+            if not measures or not expresses(dynamic.scheme) or dynamic.activations.mode != "dynamic":
+                return static
+            symmetric = dynamic.activations.symmetric
+            return self.model_copy(update={"activations": activations.model_copy(update={"symmetric": symmetric})})
         if activations.mode != "dynamic" or activations.symmetric != "auto":
             return self
         with_zero_point, without = (
@@ -281,6 +309,21 @@ class Policy(Strict):
             for symmetric in (False, True)
         )
         return with_zero_point if expresses(with_zero_point.scheme) else without
+
+    @property
+    def ways(self) -> tuple[Policy, Policy]:
+        """Of `mode: auto`, the same with static and with dynamic activations. Raises ValueError for other modes."""
+        if self.activations.mode != "auto":
+            raise ValueError(f"activations are {self.activations.mode}")
+        static, dynamic = self.activations.ways
+        return self.model_copy(update={"activations": static}), self.model_copy(update={"activations": dynamic})
+
+    def measured(self) -> Policy:
+        """The same with `mode: auto` where activations are static by minimum and maximum."""
+        activations = self.activations
+        if activations.mode != "static" or activations.observer.method != "minmax":
+            return self
+        return self.model_copy(update={"activations": Auto(mode="auto")})
 
     def with_mode(self, mode: str) -> Policy:
         """The same with activations static or dynamic."""

@@ -219,6 +219,11 @@ class Recipe(Strict):
         made = [policy.with_scheme(scheme) if policy.quantize else policy for policy in model]
         return self.model_copy(update={"schemes": {**self.schemes, name: made}})
 
+    def measured(self, scheme: str) -> Recipe:
+        """The same with static activations of a scheme only where calibration finds that they cost little."""
+        policies = [policy.measured() if policy.quantize else policy for policy in self.schemes[scheme]]
+        return self.model_copy(update={"schemes": {**self.schemes, scheme: policies}})
+
     @property
     def cache(self) -> QuantizationArgs | None:
         """How keys and values are kept in the cache; None for floats."""

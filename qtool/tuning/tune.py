@@ -202,7 +202,8 @@ def propose(job: TuningJob, found: Sensitivities) -> Proposed:
 
 
 def _modes(job: TuningJob) -> list[str]:
-    return sorted({policy.activations.mode for policy in job.recipe.schemes[job.scheme] if policy.quantize})
+    expresses, policies = formats.get(job.format).expresses, job.recipe.schemes[job.scheme]
+    return sorted({policy.settled(expresses).activations.mode for policy in policies if policy.quantize})
 
 
 def tune(job: TuningJob, on_event: OnEvent) -> Tuned:

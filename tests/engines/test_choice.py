@@ -57,6 +57,35 @@ def test_on_ascend(
     assert words in decided.why
 
 
+@pytest.mark.parametrize(
+    ("wanted", "mode"),
+    [
+        ({}, "auto"),
+        ({"scheme": "w8a8"}, "static"),
+        ({"recipe": "default"}, "static"),
+        ({"engine": "golden-stick", "format": "golden-stick"}, "static"),
+        ({"scheme": "w8a8-dynamic"}, "dynamic"),
+    ],
+)
+def test_where_nobody_chose_attention_is_static_only_where_it_costs_little(
+    wanted: dict[str, Any], mode: str, tiny_llama: Path
+) -> None:
+    decided = quantize.decide(tiny_llama, quantize.Wanted(**wanted))
+    policy = decided.job.recipe.policy(decided.job.scheme, "model.layers.0.self_attn.q_proj")
+    assert policy is not None
+    assert policy.activations.mode == mode
+    assert ("static only where calibration finds that this costs little" in decided.why) == (mode == "auto")
+
+
+def test_a_recipe_that_knows_the_model_keeps_its_choice(tiny_llama: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "qwen3"}))
+    decided = quantize.decide(model, quantize.Wanted())
+    assert decided.job.recipe.name == "qwen3"
+    assert all(policy.activations.mode != "auto" for policy in decided.job.recipe.schemes["w8a8"])
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_accelerate_beside_golden_stick(there: bool, tmp_path: Path) -> None:
     """What fails after an hour of calibration is refused before."""

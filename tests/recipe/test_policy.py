@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from qtool.recipe.policy import Policy
-from qtool.scheme import FP8_DYNAMIC, W8A8, W8A8_DYNAMIC, QuantizationArgs, Scheme
+from qtool.scheme import FP8_DYNAMIC, W8A8, W8A8_ASYMMETRIC, W8A8_DYNAMIC, QuantizationArgs, Scheme
 
 
 def policy(**keys: Any) -> Policy:
@@ -142,3 +142,23 @@ def test_floating_point_is_neither_smoothed_nor_clipped() -> None:
             False,
             "gptq",
         )
+
+
+def test_what_is_left_to_calibration_is_settled_by_what_can_be_said() -> None:
+    """`mode: auto` stays where the engine decides it and the format has both ways; else it is the one that can be."""
+    left_open = policy(activations="auto")
+    everything = left_open.settled(lambda scheme: True, measures=True)
+    assert everything.activations.model_dump() == {"mode": "auto", "symmetric": False}
+    assert [way.scheme for way in everything.ways] == [W8A8, W8A8_ASYMMETRIC]
+    symmetric = left_open.settled(lambda scheme: scheme != W8A8_ASYMMETRIC, measures=True)
+    assert [way.scheme for way in symmetric.ways] == [W8A8, W8A8_DYNAMIC]
+    assert left_open.settled(lambda scheme: True).scheme == W8A8
+    assert left_open.settled(lambda scheme: scheme == W8A8, measures=True).activations.mode == "static"
+    dynamic = left_open.settled(lambda scheme: scheme == W8A8_DYNAMIC, measures=True)
+    assert dynamic.scheme == W8A8_DYNAMIC
+
+
+def test_static_activations_are_measured_unless_their_range_is_chosen_otherwise() -> None:
+    assert policy(activations="static").measured().activations.mode == "auto"
+    for other in (policy(activations={"mode": "static", "observer": "mse"}), policy(activations="dynamic")):
+        assert other.measured() == other

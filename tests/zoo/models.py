@@ -27,6 +27,7 @@ def make(
     folder: Path,
     sizes: Mapping[str, Any] | None = None,
     more: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> Path:
     """A model of a type in bfloat16, without a tokenizer.
 
@@ -43,7 +44,7 @@ def make(
     settings = configs.merged(settings, {**(more or {})})
     config = config_class(**settings)
     config.dtype = torch.bfloat16
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = auto_class(kind).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         _fill(model)

@@ -71,6 +71,11 @@ class RoutedLayer:
         return ExpertTokens(layer, self.routing.counts(len(self.policies)), topped_up)
 
 
+def _policy(planned: Policy | None) -> Policy | None:
+    """Runtimes want the experts of a layer alike, and none static: nothing is decided for each."""
+    return planned.ways[1] if planned is not None and planned.activations.mode == "auto" else planned
+
+
 def after_run(prepared: Prepared, index: int, recorder: Recorder, router: torch.Tensor | None) -> RoutedLayer:
     """The routed experts of layer `index`, which has run.
 
@@ -80,7 +85,8 @@ def after_run(prepared: Prepared, index: int, recorder: Recorder, router: torch.
     """
     module = prepared.model.routed(index)
     assert module is not None
-    policies = [{part: prepared.plan.policies[name] for part, name in names.parts.items()} for names in module.names]
+    planned = prepared.plan.policies
+    policies = [{part: _policy(planned[name]) for part, name in names.parts.items()} for names in module.names]
     routing = recorder.routing(len(policies))
     counts = routing.counts(len(policies))
     enough = prepared.job.recipe.calibration.expert_tokens

@@ -101,7 +101,16 @@ def prepare(job: QuantizationJob, report: Report) -> Prepared:
     executor.check(job.resources, job.devices or 1)
     context = setup.of(checkpoint, report.warning)
     linears, kept = context.model.linears(), selection.kept_float(context.model)
-    planned = plan.make(checkpoint, job.recipe, job.scheme, job.output.format, linears, kept, context.model.weights)
+    planned = plan.make(
+        checkpoint,
+        job.recipe,
+        job.scheme,
+        job.output.format,
+        linears,
+        kept,
+        context.model.weights,
+        measures=True,
+    )
     context.model.prologue(torch.tensor([[0, 1]]))  # what can't be run shows before any work, and in a dry run
     if job.recipe.effort == "high":
         _refuse_gradients(job, context.model)

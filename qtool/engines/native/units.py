@@ -6,8 +6,8 @@ its results one by one. So it gives the same in this process, in another, and on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ from qtool.model.caches import value_linear
 from qtool.model.recorder import ExpertInputs
 from qtool.model.weights import StoredWeights
 from qtool.quant.cache import CacheStatistics, quantize_cache
+from qtool.quant.choice import decide
 from qtool.quant.group import GroupUnderWay, apart, quantize_group
 from qtool.quant.layer import smooth
 from qtool.quant.statistics import InputStatistics
@@ -116,13 +117,15 @@ def _behind(context: Context, all_coming: Iterator[Coming]) -> Iterator[Piece]:
 
 @torch.no_grad()
 def _dense(context: Context, task: DenseTask) -> Iterator[Coming]:
-    linears, policies = task.linears, task.linears.policies
+    linears = task.linears
     weights = StoredWeights(context.model.weights, linears.stored)
     storage = context.storage(linears.first_weight)
     statistics = {name: seen.to(context.model.device) for name, seen in task.statistics.items()}
     together = context.model.weights.together
     with together():
-        folded, found = smooth(weights, linears.groups, policies, statistics, storage.dtype)
+        decided = decide(weights, linears.groups, linears.policies, statistics)
+        policies = decided.policies
+        folded, found = smooth(weights, linears.groups, policies, statistics, storage.dtype, decided.found)
     for group in linears.groups:
         name = group.linears[0]
         for alike in apart(group, policies):
@@ -130,7 +133,8 @@ def _dense(context: Context, task: DenseTask) -> Iterator[Coming]:
                 made = context.rows.fit(
                     partial(quantize_group, folded, group, alike, statistics[name], found.get(name), storage)
                 )
-            yield partial(_pieces, made, {linear: linears.name(linear) for linear in group.linears})
+            names = {linear: linears.name(linear) for linear in group.linears}
+            yield partial(_pieces, made, names, static_cost=_cost(linears, alike, decided.costs.get(name)))
     for name in folded.linears:
         if policies.get(name) is None:
             yield _folded_weight(context, folded, name, linears.stored[f"{name}.weight"])
@@ -194,12 +198,20 @@ def _quantize_expert(context: Context, linears: ExpertLinears, samples: ExpertSa
     yield partial(_floats, [*changed], Download([*changed.values()]))
 
 
-def _pieces(made: GroupUnderWay, names: dict[str, str], *, reported: bool = True) -> Iterator[Piece]:
+def _cost(linears: LayerLinears, alike: Mapping[str, Policy | None], cost: float | None) -> float | None:
+    """What static activations would cost some of a group's linears; None where there was no choice."""
+    chosen = (linears.policies[name] for name, policy in alike.items() if policy is not None)
+    return cost if any(policy is not None and policy.activations.mode == "auto" for policy in chosen) else None
+
+
+def _pieces(
+    made: GroupUnderWay, names: dict[str, str], *, reported: bool = True, static_cost: float | None = None
+) -> Iterator[Piece]:
     quantized, report = made.result()
     for linear, numbers in quantized.items():
         yield Linear(names[linear], numbers)
     if reported:
-        yield Row(report)
+        yield Row(replace(report, static_cost=static_cost))
 
 
 def _floats(names: Sequence[str], download: Download) -> Iterator[Piece]:
