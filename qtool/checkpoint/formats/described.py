@@ -70,10 +70,14 @@ class DescribedFormat(QuantizedFormat):
         for scheme, known in TYPES.items():
             if known == kind:
                 return scheme
-        found = nibbles.scheme(described.get("group_size")) if kind == nibbles.WORD else None
+        found = nibbles.scheme(self.group_size(checkpoint, name)) if kind == nibbles.WORD else None
         if found is None or not self.expresses(found):
             raise unknown_scheme(checkpoint, name)
         return found
+
+    def group_size(self, checkpoint: Checkpoint, name: str) -> object:
+        """What the description says of a layer of 4 bits; None where it says nothing."""
+        return self.described(checkpoint).get("group_size")
 
     def inputs(self, stored: Stored) -> tuple[float, int]:
         assert W8A8.activations is not None

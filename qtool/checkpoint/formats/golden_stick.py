@@ -33,6 +33,8 @@ from qtool.scheme import W4A8, W8A8, W8A8_DYNAMIC, Scheme
 if TYPE_CHECKING:
     import torch
 
+    from qtool.checkpoint.reader import Checkpoint
+
 DESCRIPTION = "quantization_description.json"
 _ASKED = "DeepseekV3ForCausalLM"
 
@@ -100,6 +102,15 @@ class GoldenStick(DescribedFormat):
         # updates it from the description (quantization/utils.py).
         asked = _ASKED in (config.get("architectures") or ())
         return Description({"quant_method": self.name} if asked else None, {DESCRIPTION: types})
+
+    def group_size(self, checkpoint: Checkpoint, name: str) -> object:
+        said, scales = super().group_size(checkpoint, name), f"{name}.weight_scale"
+        if said is not None or scales not in checkpoint:
+            return said
+        # mindspore-gs 1.4.1 leaves it out.
+        found, weight = checkpoint.info(scales).shape, checkpoint.info(f"{name}.weight").shape
+        fit = len(found) == len(weight) == 2 and found[1] and weight[1] % found[1] == 0
+        return weight[1] // found[1] if fit else None
 
     def read(self, stored: Stored, scheme: Scheme) -> QuantizedLinear:
         if nibbles.has(scheme):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from qtool import workers
 from qtool.checkpoint.floats import FloatReader
+from qtool.checkpoint.formats import nibbles
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import PartialFolder
 from qtool.engines import native, plan
@@ -71,6 +72,7 @@ def dry_run(job: QuantizationJob, on_event: OnEvent) -> DryRun:
     )
 
 
+_INT4 = ", whose int4 is more exact: mindspore-gs 1.4.1 gives groups of channels the scales of others"
 _NO_CACHE = (
     "mindspore-gs quantizes keys and values in MindFormers' older models alone, which vLLM-MindSpore doesn't run"
 )
@@ -154,7 +156,7 @@ def _refuse_schemes(planned: QuantizationPlan, where: str) -> None:
         if scheme not in (None, W8A8, W8A8_DYNAMIC):
             assert scheme is not None
             what = f"the golden-stick engine quantizes to W8A8, and {name} would be {scheme.label}"
-            raise InputError(what, where=where, hint="use --engine native")
+            raise InputError(what, where=where, hint="use --engine native" + (_INT4 if nibbles.has(scheme) else ""))
 
 
 def _execute(prepared: _Prepared, on_event: OnEvent) -> QuantizationResult:
