@@ -33,8 +33,6 @@ class RoutedExperts(nn.Module):
         apply_gate: [tokens, gate and up] -> [tokens, intermediate], the architecture's own.
         router: the parameter [experts, hidden] that scores the experts, by its name inside the decoder layer, if any.
         handler: what a call does; at first each expert in use is loaded and run.
-        in_order: the tokens that a call of the handler gets are those of the layer, one after the other; else an
-            expert's come after the other's (known once the layer has run).
 
     Raises:
         InputError: an expert's tensor is missing or of another shape.
@@ -46,7 +44,6 @@ class RoutedExperts(nn.Module):
         self.apply_gate: Callable[[torch.Tensor], torch.Tensor] = fused.apply_gate
         self.router = fused.router
         self.handler: Handler = self._run
-        self.in_order = True
         self._loader = loader
         self._outer, self._inner = (fused.intermediate, fused.hidden), (fused.hidden, fused.intermediate)
         self._has_bias, self._has_identities = fused.has_bias, fused.has_identities
@@ -70,7 +67,6 @@ class RoutedExperts(nn.Module):
 
     def _sorted(self, hidden: torch.Tensor) -> torch.Tensor:
         """For [experts * tokens, hidden], one expert's tokens after the other's, zeros where a token isn't its own."""
-        self.in_order = False
         count, given = len(self.names), torch.zeros_like(hidden)
         rows = hidden.abs().amax(dim=-1).nonzero()[:, 0]
         experts = rows // (len(hidden) // count)

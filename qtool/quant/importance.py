@@ -27,15 +27,6 @@ class Importance:
     tokens: torch.Tensor
     rows: torch.Tensor
 
-    def of_expert(self, tokens: torch.Tensor, routed: torch.Tensor) -> Importance:
-        """Of what one expert gives, where this is of the sum of all experts.
-
-        Args:
-            tokens: numbers of those that the expert sees, int64 [n].
-            routed: their weights in that sum [n].
-        """
-        return Importance(self.tokens[tokens] * routed.float().square(), self.rows).weights()
-
     def weights(self) -> Importance:
         """The same with a mean of 1 of both, made from sums of g²."""
         return Importance(_weights(self.tokens), _weights(self.rows))

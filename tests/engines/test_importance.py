@@ -12,13 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qtool.checkpoint.reader import Checkpoint
-from qtool.engines.native import units
-from qtool.engines.native.importance import EXPERTS, Backward, Importances
-from qtool.engines.native.units import LayerLinears, _of_expert
+from qtool.engines.native.importance import Backward, Importances
+from qtool.engines.native.units import LayerLinears
 from qtool.errors import InputError
 from qtool.model.decoder import DecoderStream
 from qtool.model.probe import probe
-from qtool.quant.importance import Importance
 from tests import families
 from tests.engines.conftest import Quiet
 
@@ -48,7 +46,7 @@ def test_squared_gradients_are_those_of_autograd(model: Path, tmp_path: Path) ->
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa").eval()
     outputs: dict[str, torch.Tensor] = {}
     for name, module in reference.model.layers.named_modules():
-        if isinstance(module, torch.nn.Linear) or hasattr(module, "gate_up_proj"):
+        if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda _m, _a, out, name=name: outputs.__setitem__(name, out))
     logits = reference(ids).logits.flatten(0, 1)
     with torch.random.fork_rng():
@@ -65,15 +63,6 @@ def test_squared_gradients_are_those_of_autograd(model: Path, tmp_path: Path) ->
         )
         for made, squares in ((groups["self_attn.q_proj"].tokens, tokens), (groups["self_attn.q_proj"].rows, rows)):
             torch.testing.assert_close(made, 0.9 * squares / squares.mean() + 0.1, rtol=2e-3, atol=1e-4)
-        if (given := gradients.get(f"{index}.mlp.experts")) is not None:
-            squares = given.flatten(0, -2).square()
-            for made, sums in (
-                (groups[EXPERTS].tokens, squares.sum(dim=1)),
-                (groups[EXPERTS].rows, squares.sum(dim=0)),
-            ):
-                torch.testing.assert_close(made, 0.9 * sums / sums.mean() + 0.1, rtol=2e-3, atol=1e-4)
-        else:
-            assert EXPERTS not in groups
 
 
 def test_high_effort_is_recorded_and_changes_the_integers(
@@ -100,42 +89,3 @@ def test_a_scheme_that_has_nothing_to_weigh_takes_no_effort(
     with pytest.raises(InputError, match="none of them") as found:
         quantize(model, tmp_path / "out", recipe="deepseek-v3", effort="high")
     assert "--recipe default" in (found.value.hint or "")
-
-
-def test_an_experts_share_of_what_the_sum_matters() -> None:
-    """y = sum of w_e y_e, so a gradient by y_e is w_e times that by y: a token's square counts w_e² times as much."""
-    whole = Importance(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([2.0, 6.0]))
-    own = whole.of_expert(torch.tensor([3, 1]), torch.tensor([0.5, 1.0]))
-    counts = torch.tensor([4.0 * 0.25, 2.0])
-    torch.testing.assert_close(own.tokens, 0.9 * counts / 1.5 + 0.1)
-    torch.testing.assert_close(own.rows, 0.9 * whole.rows / 4 + 0.1)
-
-
-def test_tokens_that_fill_up_count_as_a_typical_one_of_the_expert() -> None:
-    whole = Importance(torch.tensor([1.0, 2.0, 3.0]), torch.ones(2))
-    own = _of_expert(whole, torch.tensor([0, 2]), torch.tensor([3.0, 4.0]), torch.tensor([1]))
-    assert own is not None
-    expected = torch.tensor([9.0, 3 * 16.0, 2 * 12.5])
-    torch.testing.assert_close(own.tokens, 0.9 * expected / expected.mean() + 0.1)
-    assert _of_expert(None, torch.tensor([0]), torch.tensor([1.0]), torch.tensor([1])) is None
-    nobody = _of_expert(whole, torch.tensor([], dtype=torch.int64), torch.tensor([]), torch.tensor([2, 0]))
-    assert nobody is not None
-    torch.testing.assert_close(nobody.tokens, 0.9 * torch.tensor([1.5, 0.5]) + 0.1)
-
-
-def test_high_effort_weighs_the_experts_too(
-    tmp_path: Path, quantize: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = families.make(tmp_path / "model", "qwen3_moe", families.train_tokenizer(512))
-    quantize(model, tmp_path / "weighed", effort="high")
-    monkeypatch.setattr(units, "_of_expert", lambda *_: None)
-    quantize(model, tmp_path / "alike", effort="high")
-    changed = {
-        part
-        for part in ("gate_proj", "up_proj", "down_proj")
-        for name in [f"model.layers.1.mlp.experts.0.{part}.weight"]
-        if not torch.equal(*(Checkpoint.open(tmp_path / each).tensor(name) for each in ("weighed", "alike")))
-    }
-    assert changed == {"gate_proj", "up_proj", "down_proj"}
-    name = "model.layers.1.self_attn.q_proj.weight"
-    assert torch.equal(*(Checkpoint.open(tmp_path / each).tensor(name) for each in ("weighed", "alike")))

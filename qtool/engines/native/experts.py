@@ -16,7 +16,6 @@ from qtool.engines.native.device import Room
 from qtool.model.observe import sample_stride
 from qtool.model.weights import ModelWeights, StoredWeights, refuse_damage
 from qtool.quant.group import GroupUnderWay, apart, needs_hessian, quantize_group
-from qtool.quant.importance import Importance
 from qtool.quant.layer import smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group, find_groups
@@ -54,12 +53,10 @@ class ExpertSamples:
     Attributes:
         seen: what enters gate_proj and up_proj, [n, hidden]; n may be 0.
         inner: what enters down_proj, [n, intermediate]; None for no tokens.
-        importance: of what the expert gives; None counts all tokens and rows alike.
     """
 
     seen: torch.Tensor
     inner: torch.Tensor | None
-    importance: Importance | None = None
 
 
 class SmoothedExpert:
@@ -82,15 +79,11 @@ class SmoothedExpert:
         self._rows = rows
         policies = linears.policies
         first = [part for part in linears.names if part != DOWN]
-        own = StoredWeights(weights, linears.stored(weights))
-        # An error in an expert's middle matters as much as its token; which channels matter more is not known there.
-        importance, inside = samples.importance, None
-        if importance is not None:
-            inside = Importance(importance.tokens, torch.ones(sum(own.shape(part)[0] for part in first)))
         statistics = {
-            first[0]: _statistics([policies[part] for part in first], samples.seen, inside),
-            DOWN: _statistics((policies[DOWN],), samples.inner, importance),
+            first[0]: _statistics([policies[part] for part in first], samples.seen),
+            DOWN: _statistics((policies[DOWN],), samples.inner),
         }
+        own = StoredWeights(weights, linears.stored(weights))
         self._storage = storage(output_format, weights.dtype(f"{linears.names[DOWN]}.weight"))
         self._policies, self._device = policies, samples.seen.device
         width = own.shape(DOWN)[1]
@@ -119,16 +112,12 @@ class SmoothedExpert:
                 yield made, name in self._observed
 
 
-def _statistics(
-    policies: Sequence[Policy | None], x: torch.Tensor | None, importance: Importance | None
-) -> InputStatistics | None:
+def _statistics(policies: Sequence[Policy | None], x: torch.Tensor | None) -> InputStatistics | None:
     """Of the tokens x [n, in]; None when there are none."""
     if x is None or not len(x):
         return None
     with_hessian = any(policy is not None and needs_hessian(policy) for policy in policies)
-    observed = InputStatistics(
-        stride=sample_stride(len(x)), with_hessian=with_hessian, hessian_stride=1, importance=importance
-    )
+    observed = InputStatistics(stride=sample_stride(len(x)), with_hessian=with_hessian, hessian_stride=1)
     observed.update(x)
     return observed
 

@@ -29,9 +29,6 @@ from qtool.quant.importance import Importance
 if TYPE_CHECKING:
     from qtool.workers import Report
 
-EXPERTS = "experts"
-"""What the importance of what a layer's routed experts give is called, among its groups of linears."""
-
 Linears = Callable[[int, nn.Module], tuple[LayerLinears, bool]]
 """Of a loaded layer; and whether what its routed experts give is simply added to what leaves it."""
 
@@ -47,10 +44,7 @@ class Importances:
         return self.folder / f"importance-{index}"
 
     def of(self, index: int) -> dict[str, Importance]:
-        """Of a layer's groups of linears, by the first linear of each; a group that has none there counts all alike.
-
-        `EXPERTS` is that of the sum of what its routed experts give.
-        """
+        """Of a layer's groups of linears, by the first linear of each; a group that has none there counts all alike."""
         path = self.path(index)
         if not path.exists():  # text doesn't go through this layer
             return {}
@@ -146,23 +140,18 @@ class Backward:
                     "what its experts give goes through something else, which effort: high can't follow"
                 )
             names = [name for group in linears.groups for name in group.linears]
-            sums, given = {name: _Squares() for name in names}, _Squares()
+            sums = {name: _Squares() for name in names}
             for rows in self._samples():
                 (x,), (g,) = (each.read(rows.start, rows.stop) for each in (entering, gradient))
                 x, g = x.to(model.device), g.to(model.device)
                 with torch.enable_grad(), replaced(routed) as passages, _outputs(layer, names) as outputs:
                     x = x.detach().requires_grad_()
                     left = model.run(index, layer, Batch(self.ids[rows], (x,), range(rows.start, rows.stop))).hidden
-                taken = gradients(routed, passages, left, [x, *outputs.values()], g[None])
-                (found,) = taken.by
-                if taken.by_experts is not None and routed is not None and routed.in_order:
-                    given.add(taken.by_experts[0])
+                (found,) = gradients(routed, passages, left, [x, *outputs.values()], g[None]).by
                 gradient.write(rows.start, (found[0],))
                 for name, by in zip(outputs, found[1:], strict=True):
                     sums[name].add(by)
         groups = [(group.linears[0], [sums[name] for name in group.linears]) for group in linears.groups]
-        if given.rows is not None:
-            groups.append((EXPERTS, [given]))
         together = {first: _together(members, self.ids.numel()) for first, members in groups}
         content = {name: each for name, each in together.items() if each is not None}
         tokens = {f"{name}.tokens": each.tokens for name, each in content.items()}

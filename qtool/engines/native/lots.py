@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,6 @@ from qtool.engines.report import ExpertTokens
 from qtool.model.experts import Routing
 from qtool.model.recorder import Recorder
 from qtool.quant.group import needs_tokens
-from qtool.quant.importance import Importance
 from qtool.recipe.schema import Policy
 
 if TYPE_CHECKING:
@@ -45,7 +44,6 @@ class RoutedLayer:
         recorder: has the tokens.
         routing: which of them go where.
         extra: for experts that saw too few, the numbers of further tokens.
-        importance: of what the experts give together; None counts all tokens and rows alike.
         size: experts of a lot.
     """
 
@@ -54,7 +52,6 @@ class RoutedLayer:
     recorder: Recorder
     routing: Routing
     extra: dict[int, torch.Tensor]
-    importance: Importance | None
     size: int
 
     def lots(self) -> Iterator[Lot]:
@@ -66,9 +63,7 @@ class RoutedLayer:
     def task(self, lot: Lot, *, quantize: bool) -> ExpertTask:
         """The unit of a lot; without `quantize` only its output is needed."""
         inputs = self.recorder.inputs([*lot.experts], self.routing, self.extra if quantize else {})
-        importance = self.importance and replace(self.importance, tokens=self.importance.tokens[inputs.rows])
-        policies = [self.policies[expert] for expert in lot.experts]
-        return ExpertTask(self.index, lot.experts, policies, inputs, quantize, importance)
+        return ExpertTask(self.index, lot.experts, [self.policies[expert] for expert in lot.experts], inputs, quantize)
 
     def tokens(self, layer: str) -> ExpertTokens:
         """For the report, under the layer's name."""
@@ -81,19 +76,12 @@ def _policy(planned: Policy | None) -> Policy | None:
     return planned.ways[1] if planned is not None and planned.activations.mode == "auto" else planned
 
 
-def after_run(
-    prepared: Prepared,
-    index: int,
-    recorder: Recorder,
-    router: torch.Tensor | None,
-    importance: Importance | None = None,
-) -> RoutedLayer:
+def after_run(prepared: Prepared, index: int, recorder: Recorder, router: torch.Tensor | None) -> RoutedLayer:
     """The routed experts of layer `index`, which has run.
 
     Args:
         recorder: took their place.
         router: float32 [experts, hidden], if there is one, on any device; chooses the tokens that fill up.
-        importance: of what the experts give together.
     """
     module = prepared.model.routed(index)
     assert module is not None
@@ -111,6 +99,5 @@ def after_run(
         recorder=recorder,
         routing=routing,
         extra=recorder.likely(short, counts, routing, router, enough),
-        importance=importance,
         size=max(1, _LOT_ELEMENTS // (3 * rows * columns)),
     )

@@ -23,7 +23,7 @@ from qtool.engines.native.device import Room
 from qtool.engines.native.exact import quantize_exactly
 from qtool.engines.native.executor import Executor, Pending
 from qtool.engines.native.float_pass import FloatPass, Replay
-from qtool.engines.native.importance import EXPERTS, Backward, Importances
+from qtool.engines.native.importance import Backward, Importances
 from qtool.engines.native.ledger import DENSE, LayerEnd, Ledger
 from qtool.engines.native.pieces import PieceWriter
 from qtool.engines.native.units import DenseTask, LayerLinears
@@ -187,7 +187,7 @@ class Schedule:
             if not self._layers_ahead:
                 self._settle(0)
             if recorder:
-                found = lots.after_run(self._prepared, index, recorder, router, self._importance(index).get(EXPERTS))
+                found = lots.after_run(self._prepared, index, recorder, router)
                 self._experts(floats, found)
                 experts = [found.tokens(self._model.layer_name(index))]
         self._waiting.append(self._end(floats, experts=experts))
@@ -201,7 +201,7 @@ class Schedule:
         Begun again with fewer tokens at a time when the device's memory runs out.
         """
         routed = self._model.routed(floats.index)
-        importance = self._importance(floats.index)
+        importance = self._importances.of(floats.index) if self._importances else {}
         attention = None if self._prepared.context.cache is None else self._model.attention(floats.index)
         observed = [] if attention is None else [attention[0]]
 
@@ -215,10 +215,6 @@ class Schedule:
             return statistics, caches, recorder
 
         return self._tokens.fit(run)
-
-    def _importance(self, index: int) -> Mapping[str, Importance]:
-        """Of a layer's groups of linears and of its experts, where it was asked for."""
-        return self._importances.of(index) if self._importances else {}
 
     def _exact_layer(self, floats: FloatPass) -> None:
         """Run a layer and write it, Golden Stick's way."""

@@ -22,7 +22,6 @@ from qtool.model.weights import StoredWeights
 from qtool.quant.cache import CacheStatistics, quantize_cache
 from qtool.quant.choice import decide
 from qtool.quant.group import GroupUnderWay, apart, quantize_group
-from qtool.quant.importance import Importance
 from qtool.quant.layer import smooth
 from qtool.quant.statistics import InputStatistics
 from qtool.quant.topology import Group
@@ -82,7 +81,6 @@ class ExpertTask:
         policies: per expert, by gate_proj, up_proj, down_proj.
         inputs: what they see.
         quantize: False when they are quantized already and only their output is needed.
-        importance: of the sum of what all experts give, for the tokens of `inputs.x`; None counts all alike.
     """
 
     layer: int
@@ -90,7 +88,6 @@ class ExpertTask:
     policies: Sequence[dict[str, Policy | None]]
     inputs: ExpertInputs
     quantize: bool
-    importance: Importance | None = None
 
 
 def quantize_dense(context: Context, task: DenseTask) -> Iterator[Piece]:
@@ -180,21 +177,9 @@ def _experts(context: Context, task: ExpertTask) -> Iterator[Coming]:
                 del expert
             if task.quantize:
                 linears = ExpertLinears(names, policies, expert_groups(module.apply_gate, has_gate=GATE in names))
-                importance = _of_expert(task.importance, tokens, weights, extra)
-                yield from _quantize_expert(context, linears, ExpertSamples(seen, inner, importance))
+                yield from _quantize_expert(context, linears, ExpertSamples(seen, inner))
     # Tokens that stay on the device take up there what is added to them.
     yield partial(_output, Download([output])) if inputs.x.device != output.device else lambda: iter([Output(output)])
-
-
-def _of_expert(
-    importance: Importance | None, tokens: torch.Tensor, weights: torch.Tensor, extra: torch.Tensor
-) -> Importance | None:
-    """Of what an expert gives for its tokens and for those that fill up, which count as much as one of its own."""
-    if importance is None or not len(tokens) + len(extra):
-        return None
-    typical = weights.float().square().mean().sqrt() if len(weights) else torch.tensor(1.0)
-    routed = torch.cat((weights.float().cpu(), typical.cpu().expand(len(extra))))
-    return importance.of_expert(torch.cat((tokens.cpu(), extra.cpu())), routed)
 
 
 def _quantize_expert(context: Context, linears: ExpertLinears, samples: ExpertSamples) -> Iterator[Coming]:
