@@ -4,8 +4,8 @@ python -m tests.benchmarks.bench_llama --model FLOAT_DIR --quantized W8A8_DIR [-
 
 Files for llama.cpp are made first, all of the same float weights: ours by `qtool convert`, Q8_0 by llama.cpp's
 converter, Q4_K_M by llama.cpp's rules (_llama_logits.py). Then rounds take turns. The first three rows are llama.cpp
-alone (_llama_rate.py), the others `qtool generate` with either runtime. Rates are of a loaded model and count new tokens
-alone, but prompts are read in that time too. The first token is that of `qtool generate --prompt` at a terminal, from
+alone (_llama_rate.py), the others `qtool generate` with either runtime. Rates are of a loaded model and count new
+tokens, but prompts are read in that time too. The first token is that of `qtool generate --prompt` at a terminal, from
 the start of the process, with the GGUF file in place.
 """
 
