@@ -64,7 +64,7 @@ def pack(kind: str, integers: np.ndarray, scales: np.ndarray) -> Packed:
     halves = scales.reshape(-1, parts).astype(np.float16)
     wide = halves.astype(np.float32)
     flat = scales.reshape(-1, parts)
-    rounding = float(np.max(np.abs(wide - flat) / flat)) if flat.size else 0.0
+    rounding = float(np.max(np.abs((wide - flat) / flat))) if flat.size else 0.0
     out = np.empty((len(rows), row_bytes(kind, columns)), np.uint8)
     step = max(1, _CHUNK // max(1, columns))
     for start in range(0, len(rows), step):

@@ -134,6 +134,8 @@ class _Rounder:
             ratios=_CLIP_RATIOS if clip else (1.0,),
             error=ErrorByEnergy(inputs.energy) if clip else None,
             storable=lambda scale: storage.weight_scale(scale, policy.scheme),
+            # Of 8 bits the one number more at the other end is worth nothing.
+            signed=clip and policy.scheme.has_signed_scales and self.args.num_bits < 8,
         )
         self.device = noisy.device
         on_cpu = self.device.type == "cpu"

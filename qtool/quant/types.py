@@ -23,7 +23,8 @@ class QuantizedLinear:
         scheme: what qmin, qmax and steps are, and what shares a scale.
         weight: int8 [out, in], whatever its number of bits; or float8_e4m3fn.
         weight_scale: float32 [out], [1], [out, groups] or [blocks of rows, blocks of columns], as the scheme has it.
-            A weight is worth (weight - weight_zero_point) * weight_scale.
+            A weight is worth (weight - weight_zero_point) * weight_scale. Scales are positive, unless the scheme has
+            signed ones.
         bias: float [out] or None; formats store it in the model's dtype.
         input_scale: positive float where the scheme is static, else None.
         input_zero_point: integer in qmin..qmax where the scheme is static, else None.

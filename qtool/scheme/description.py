@@ -113,6 +113,15 @@ class Scheme:
         return self.activations is not None and not self.activations.dynamic
 
     @property
+    def has_signed_scales(self) -> bool:
+        """A weight scale may be negative: -8 is further from 0 than 7, and can so be where the largest weight is.
+
+        For integers without zero points beside float activations, whose runtimes multiply by the scale and nothing
+        else. AutoRound 0.16 writes such scales (data_type/int.py, quant_tensor_sym), and so do ggml's Q4_0 blocks.
+        """
+        return self.activations is None and self.weights.type == "int" and self.weights.symmetric
+
+    @property
     def label(self) -> str:
         """For people: "W8A8 static", "W4A16 in groups of 128"."""
         mode = ""

@@ -55,6 +55,8 @@ def random_linear(name: str, out: int = 12, width: int = 96, bias: bool = False,
     scale = symmetric_scale(groups.abs().amax(dim=2), kind.weights)
     scale = FORM.storable_weight_scale(scale, kind, torch.bfloat16)
     numbers = to_grid(groups / scale[..., None], kind.weights).flatten(1)
+    if kind.has_signed_scales:
+        scale[::2] *= -1
     made = scale if kind.weights.group_size else scale[:, 0]
     return QuantizedLinear(
         kind,
@@ -175,9 +177,19 @@ DAMAGE: dict[str, tuple[str, Any, str]] = {
     "words": ("weight_packed", torch.zeros(12, 11, dtype=torch.int32), "don't fit 4 bits"),
     "type": ("weight_packed", torch.zeros(12, 12, dtype=torch.int64), "don't fit 4 bits"),
     "groups": ("weight_scale", torch.ones(12, 2), r"weight_scale is \[12, 2\], expected \[12, 3\]"),
-    "negative": ("weight_scale", -torch.ones(12, 3), "not positive and finite"),
+    "zero": ("weight_scale", torch.zeros(12, 3), "0 or not finite"),
+    "infinite": ("weight_scale", torch.full((12, 3), torch.inf), "0 or not finite"),
     "zero point": ("weight_zero_point", torch.ones(12, dtype=torch.int8), "asymmetric"),
 }
+
+
+def test_negative_scales_where_inputs_are_integers_too(store: Callable[..., Path]) -> None:
+    folder = store({"model.layers.0.proj": random_linear("w4a8-g32")})
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.layers.0.proj.weight_scale": -torch.ones(12, 3)}, folder / "model.safetensors")
+    checkpoint = Checkpoint.open(folder)
+    with pytest.raises(InputError, match="not positive and finite"):
+        formats.of(checkpoint).read_linear(checkpoint, "model.layers.0.proj")
 
 
 ZERO_POINT_DAMAGE = {

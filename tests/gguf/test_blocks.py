@@ -15,14 +15,16 @@ from qtool.scheme import QuantizationArgs
 def test_the_gguf_library_reads_the_same_integers(kind: str, low: int, high: int, parts: int) -> None:
     generator = np.random.default_rng(0)
     integers = generator.integers(low, high + 1, (2, 5, 96)).astype(np.float32)
-    scales = generator.uniform(0.001, 0.02, (2, 5, parts)).astype(np.float32)
+    scales = (generator.uniform(0.001, 0.02, (2, 5, parts)) * generator.choice([-1, 1], (2, 5, parts))).astype(
+        np.float32
+    )
     packed = pack(kind, integers, scales)
     assert packed.blocks.shape == (2, 5, row_bytes(kind, 96))
     halves = scales.astype(np.float16).astype(np.float32)
     expected = integers * np.repeat(halves, 96 // parts, axis=-1)
     read = gguf.quants.dequantize(packed.blocks, gguf.GGMLQuantizationType[kind])
     assert np.array_equal(read, expected)
-    assert packed.scale_rounding == pytest.approx(np.max(np.abs(halves - scales) / scales), rel=1e-6)
+    assert packed.scale_rounding == pytest.approx(np.max(np.abs((halves - scales) / scales)), rel=1e-6)
     assert 0 < packed.scale_rounding < 2**-10
 
 

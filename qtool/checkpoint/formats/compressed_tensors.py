@@ -257,9 +257,9 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat, PackedFormat, Caching
         else:
             weight = stored.numbers(weights)
         if weights.columns is not None:
-            scale = stored.scales("weight_scale", weights, shape)
+            scale = stored.scales("weight_scale", weights, shape, signed=scheme.has_signed_scales)
         else:
-            scale = stored.scale("weight_scale", out)
+            scale = stored.scale("weight_scale", out, signed=scheme.has_signed_scales)
         bias = stored.bias()
         input_scale, input_zero_point = self.inputs(stored) if scheme.is_static else (None, None)
         return QuantizedLinear(scheme, weight, scale, bias, input_scale, input_zero_point, zero_points)

@@ -21,12 +21,17 @@ def round_to(value: float, dtype: torch.dtype) -> float:
     return max(float(rounded), torch.finfo(dtype).tiny)
 
 
-def check_scales(name: str, linear: QuantizedLinear) -> None:
-    """Raises QtoolError unless scales are positive finite numbers and zero points are those of the scheme."""
+def are_scales(numbers: torch.Tensor, *, signed: bool = False) -> bool:
+    """Whether all are finite and positive; where they are signed, finite and not 0."""
     import torch
 
+    return bool((torch.isfinite(numbers) & ((numbers != 0) if signed else (numbers > 0))).all())
+
+
+def check_scales(name: str, linear: QuantizedLinear) -> None:
+    """Raises QtoolError unless scales are finite, and positive where they must be, and zero points the scheme's."""
     scale = linear.weight_scale
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+    if not are_scales(scale, signed=linear.scheme.has_signed_scales):
         raise QtoolError(
             "a weight scale is not a positive number", where=name, hint="Check the weights for NaN or Inf."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from qtool.checkpoint.formats.scales import are_scales
 from qtool.checkpoint.transposed import is_transposed
 from qtool.errors import InputError
 from qtool.scheme import QuantizationArgs
@@ -71,15 +72,14 @@ class Stored:
             raise self.error(f"{part} has {tensor.numel()} numbers, expected {size}")
         return tensor.expand(size).contiguous()
 
-    def scale(self, part: str, size: int) -> torch.Tensor:
-        """float32 [size], positive and finite."""
-        scale = self.vector(part, size).float()
-        if not bool((scale.isfinite() & (scale > 0)).all()):
-            raise self.error(f"{part} holds a number that is not positive and finite")
-        return scale
+    def scale(self, part: str, size: int, *, signed: bool = False) -> torch.Tensor:
+        """float32 [size], finite, and positive unless signed."""
+        return self._checked(part, self.vector(part, size).float(), signed)
 
-    def scales(self, part: str, args: QuantizationArgs, shape: tuple[int, int]) -> torch.Tensor:
-        """float32, positive and finite, of the shape that the scales of a weight (out, in) have."""
+    def scales(
+        self, part: str, args: QuantizationArgs, shape: tuple[int, int], *, signed: bool = False
+    ) -> torch.Tensor:
+        """float32, finite, and positive unless signed, of the shape that the scales of a weight (out, in) have."""
         scale = self.checkpoint.tensor(f"{self.name}.{part}").float()
         try:
             wanted = args.scales_shape(shape)
@@ -87,8 +87,11 @@ class Stored:
             raise self.error(str(error)) from None
         if scale.shape != wanted:
             raise self.error(f"{part} is {list(scale.shape)}, expected {list(wanted)}")
-        if not bool((scale.isfinite() & (scale > 0)).all()):
-            raise self.error(f"{part} holds a number that is not positive and finite")
+        return self._checked(part, scale, signed)
+
+    def _checked(self, part: str, scale: torch.Tensor, signed: bool) -> torch.Tensor:
+        if not are_scales(scale, signed=signed):
+            raise self.error(f"{part} holds a number that is {'0 or not' if signed else 'not positive and'} finite")
         return scale
 
     def input_scale(self, size: int) -> float:

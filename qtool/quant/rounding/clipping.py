@@ -18,7 +18,7 @@ class Scales(NamedTuple):
     """Of a weight [out, in].
 
     Attributes:
-        scale: float32 [out], or [out, groups].
+        scale: float32 [out], or [out, groups]; negative where that errs less, if the search is signed.
         bound: float32 of the same shape: values are limited to ± bound before they are rounded. With zero points the
             range of the integers limits them, and this says nothing.
         zero_point: float32 of the same shape, whole numbers; None where all are 0.
@@ -43,12 +43,15 @@ class ScaleSearch:
         ratios: fractions of the largest magnitude to try, the widest first.
         error: what to minimise; not looked at where there is only one ratio.
         storable: rounds scales to what the checkpoint format keeps of them.
+        signed: rows and groups of a symmetric weight may have a negative scale. Then the ratio at which the largest
+            weight is the least integer is tried, too.
     """
 
     args: QuantizationArgs
     ratios: Sequence[float]
     error: RowError | None
     storable: Callable[[torch.Tensor], torch.Tensor]
+    signed: bool = False
 
     def of_rows(self, weight: torch.Tensor) -> Scales:
         """Scales of some rows of a weight, float32 [rows, in], each row or each group of its channels by itself.
@@ -58,7 +61,11 @@ class ScaleSearch:
         """
         if self.args.block_structure is not None:
             return self._of_blocks(weight)
-        of_each = self._of_each if self.args.symmetric else self._with_zero_points
+        of_each = self._of_each
+        if not self.args.symmetric:
+            of_each = self._with_zero_points
+        elif self.signed and self.error is not None:
+            of_each = self._of_both_signs
         if self.args.strategy != "group":
             return of_each(weight, self.error)
         blocks = column_blocks(self.args, weight.shape[1])
@@ -98,13 +105,28 @@ class ScaleSearch:
 
     def _of_each(self, weight: torch.Tensor, row_error: ScaleError | None) -> Scales:
         """A scale and bound for each row [rows] of a weight or of parts of it, float32 [rows, some]."""
+        found, _ = self._positive(weight, self.ratios, row_error)
+        return found
+
+    def _of_both_signs(self, weight: torch.Tensor, row_error: ScaleError | None) -> Scales:
+        """The same, where integers may stand for the weight or for its negative."""
+        full = self.args.steps / (2 * -self.args.qmin)
+        ratios = sorted({*self.ratios, full}, reverse=True)
+        (found, error), (turned, its) = (self._positive(each, ratios, row_error) for each in (weight, -weight))
+        better = its < error
+        return Scales(torch.where(better, -turned.scale, found.scale), torch.where(better, turned.bound, found.bound))
+
+    def _positive(
+        self, weight: torch.Tensor, ratios: Sequence[float], row_error: ScaleError | None
+    ) -> tuple[Scales, torch.Tensor]:
+        """Positive scales, and the error [rows] with them; infinite where none was looked at."""
         peak = weight.abs().amax(dim=1)
-        bound = peak * self.ratios[0]
+        bound = peak * ratios[0]
         scale = self.storable(symmetric_scale(bound, self.args))
-        if len(self.ratios) == 1 or row_error is None:
-            return Scales(scale, bound)
         least = torch.full_like(peak, float("inf"))
-        for ratio in self.ratios:
+        if len(ratios) == 1 or row_error is None:
+            return Scales(scale, bound), least
+        for ratio in ratios:
             narrower = peak * ratio
             step = self.storable(symmetric_scale(narrower, self.args))
             delta = round_to_nearest(weight, step, narrower, self.args).mul_(step[:, None]).sub_(weight)
@@ -122,7 +144,7 @@ class ScaleSearch:
             least[rows] = error[better]
             scale[rows] = step[rows]
             bound[rows] = narrower[rows]
-        return Scales(scale, bound)
+        return Scales(scale, bound), least
 
     def _with_zero_points(self, weight: torch.Tensor, row_error: ScaleError | None) -> Scales:
         """The same with a zero point each: integers span the least number to the largest, or a part of that."""

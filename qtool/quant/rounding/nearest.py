@@ -22,7 +22,8 @@ def round_to_nearest(
 
     Args:
         weight: float32 [out, in].
-        scale, bound: float32 [out], or [out, groups] where the input channels of a group share one.
+        scale, bound: float32 [out], or [out, groups] where the input channels of a group share one. A scale may be
+            negative.
         zero_point: whole numbers, float32 of the same shape: what 0 becomes. The range of the integers takes the place
             of the bound. None where all are 0.
 
@@ -50,7 +51,7 @@ def _round_floats(weight: torch.Tensor, scale: torch.Tensor, args: QuantizationA
 
 def _round(weight: torch.Tensor, scale: torch.Tensor, bound: torch.Tensor, args: QuantizationArgs) -> torch.Tensor:
     q = (weight / scale).round_()
-    reach = (bound / scale).round_()
+    reach = (bound / scale.abs()).round_()
     torch.minimum(q, reach.clamp(max=args.qmax), out=q)
     return torch.maximum(q, -reach.clamp(max=-args.qmin), out=q)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -108,6 +110,67 @@ def test_every_group_has_its_best_ratio(num_bits: int, kind: str) -> None:
             errors = [error_of(w, float(peak * np.float32(ratio)), num_bits, seen, kind) for ratio in RATIOS]
             chosen = error_of(w, float(bounds[row, group]), num_bits, seen, kind)
             assert chosen <= min(errors) * 1.001
+
+
+@pytest.mark.parametrize("num_bits", [2, 3, 4])
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_signed_scales_are_the_best_of_both_signs(num_bits: int, group_size: int | None) -> None:
+    """And of one ratio more, at which the largest weight is the least integer."""
+    strategy: Literal["group", "channel"] = "group" if group_size else "channel"
+    args = QuantizationArgs(num_bits=num_bits, strategy=strategy, group_size=group_size)
+    weight, x = long_tailed(6, 24), torch.randn(50, 24, generator=torch.Generator().manual_seed(1))
+    energy = x.square().mean(dim=0)
+    found = ScaleSearch(args, RATIOS, ErrorByEnergy(energy), as_it_is, signed=True).of_rows(weight)
+    scales, bounds = (each.view(6, -1) for each in (found.scale, found.bound))
+    width = group_size or 24
+    ratios = (*RATIOS, (2**num_bits - 1) / 2**num_bits)
+    for row in range(6):
+        for group in range(24 // width):
+            columns = slice(width * group, width * (group + 1))
+            w, seen = weight[row, columns].double().numpy(), energy[columns].double().numpy() ** 0.5
+            peak = np.float32(np.abs(w).max())
+
+            def error(sign: float, bound: float, w: np.ndarray = w, seen: np.ndarray = seen) -> float:
+                return error_of(sign * w, bound, num_bits, seen[None], "energy")
+
+            best = min(error(sign, float(peak * np.float32(ratio))) for ratio in ratios for sign in (1, -1))
+            sign = float(scales[row, group].sign())
+            assert error(sign, float(bounds[row, group])) <= best * 1.001
+    assert {-1, 1} == set(scales.sign().flatten().tolist())
+    torch.testing.assert_close(scales.abs(), symmetric_scale(bounds, args))
+
+
+@pytest.mark.parametrize("num_bits", [2, 4, 8])
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_ranges_with_zero_points_are_the_best(num_bits: int, group_size: int | None) -> None:
+    strategy: Literal["group", "channel"] = "group" if group_size else "channel"
+    args = QuantizationArgs(num_bits=num_bits, strategy=strategy, group_size=group_size, symmetric=False)
+    weight = long_tailed(6, 24) + 0.5
+    energy = torch.rand(24, generator=torch.Generator().manual_seed(1)) + 0.1
+    found = ScaleSearch(args, RATIOS, ErrorByEnergy(energy), as_it_is).of_rows(weight)
+    assert found.zero_point is not None
+    assert found.zero_point.shape == found.scale.shape == args.scales_shape((6, 24))
+    scales, zeros = (each.view(6, -1).double().numpy() for each in (found.scale, found.zero_point))
+    width = group_size or 24
+    low, high = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
+    for row in range(6):
+        for group in range(24 // width):
+            columns = slice(width * group, width * (group + 1))
+            w, weighs = weight[row, columns].numpy(), energy[columns].double().numpy()
+
+            def error(scale: float, zero: float, w: np.ndarray = w, weighs: np.ndarray = weighs) -> float:
+                q = np.clip(np.round(w / np.float32(scale)) + zero, low, high)
+                return float((weighs * ((q - zero) * scale - w) ** 2).sum())
+
+            tried = []
+            for ratio in RATIOS:
+                least, most = min(w.min(), 0) * ratio, max(w.max(), 0) * ratio
+                step = (most - least) / (2**num_bits - 1)
+                tried.append(error(step, float(np.clip(np.round(low - least / step), low, high))))
+            zero = zeros[row, group]
+            assert zero == round(zero)
+            assert low <= zero <= high
+            assert error(scales[row, group], zero) <= min(tried) * 1.001 + 1e-12
 
 
 @pytest.mark.parametrize("num_bits", [2, 4, 8])

@@ -35,7 +35,9 @@ def test_integers_within_are_those_of_clamped_values(ratio: float) -> None:
 
 
 @pytest.mark.parametrize("num_bits", range(2, 9))
-def test_groups_of_few_bits(num_bits: int) -> None:
+@pytest.mark.parametrize("signs", [1, -1])
+def test_groups_of_few_bits(num_bits: int, signs: int) -> None:
+    """A negative scale has the integers stand for the negative of the weight."""
     weight = random_weight(10, 24)
     args = QuantizationArgs(num_bits=num_bits, strategy="group", group_size=8)
     bound = weight.unflatten(1, (3, 8)).abs().amax(dim=2) * 0.9
@@ -43,4 +45,4 @@ def test_groups_of_few_bits(num_bits: int) -> None:
     per_column, limit = scale.numpy().repeat(8, axis=1), bound.numpy().repeat(8, axis=1)
     low, high = -(2 ** (num_bits - 1)), 2 ** (num_bits - 1) - 1
     expected = np.clip(np.round(np.clip(weight.numpy(), -limit, limit) / per_column), low, high)
-    np.testing.assert_array_equal(round_to_nearest(weight, scale, bound, args).numpy(), expected)
+    np.testing.assert_array_equal(round_to_nearest(signs * weight, signs * scale, bound, args).numpy(), expected)
