@@ -4,8 +4,9 @@ python -m tests.benchmarks.bench_llama --model FLOAT_DIR --quantized W8A8_DIR [-
 
 Files for llama.cpp are made first, all of the same float weights: ours by `qtool convert`, Q8_0 by llama.cpp's
 converter, Q4_K_M by llama.cpp's rules (_llama_logits.py). Then rounds take turns. The first three rows are llama.cpp
-alone (_llama_rate.py), the others `qtool generate` with either runtime; each rate is of a loaded model. The first token
-is that of `qtool generate --prompt` at a terminal, from the start of the process, with the GGUF file in place.
+alone (_llama_rate.py), the others `qtool generate` with either runtime. Rates are of a loaded model and count new
+tokens, but prompts are read in that time too. The first token is that of `qtool generate --prompt` at a terminal, from
+the start of the process, with the GGUF file in place.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tests.benchmarks.bench_generate import prompt_file, rate
 from tests.managed import managed_python
 
 HERE = Path(__file__).parent
-SIZES = {1: 128, 8: 64, 64: 32}  # prompts at a time, and tokens that each is answered with
+SIZES = {1: 96, 8: 48, 64: 32}  # prompts at a time (of 20 to 60 words), and tokens that each is answered with
 RUNTIMES = {"llama-cpp": "qtool generate --runtime llama-cpp, W8A8", "vllm": "qtool generate --runtime vllm, W8A8"}
 
 
