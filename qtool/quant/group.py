@@ -26,6 +26,9 @@ from qtool.transfers import Download
 _CLIP_RATIOS = (1.0, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8)
 # Weights that are in float32 at a time: what the cache takes; GPTQ needs more rows to be worth its steps.
 _CHUNK, _GPTQ_CHUNK = 1 << 22, 1 << 24
+# Bits from which on it is worth nothing to ask what GPTQ leaves of an error when scales are chosen, or which end of the
+# range has one number more.
+_FINE = 8
 _REPORT_TOKENS = 32  # that the reported error of a group is measured on
 
 
@@ -129,13 +132,15 @@ class _Rounder:
                 noise *= (inputs.importance.tokens / inputs.importance.tokens.mean())[:, None]
             self._gptq = GPTQ(inputs.hessian, noise.mean(), self.args, inputs.hessian_tokens)
         clip = policy.clip and self.args.type == "int"
+        energy = inputs.energy
+        if clip and self._gptq is not None and self.args.num_bits < _FINE:
+            energy = self._gptq.energy
         self._search = ScaleSearch(
             args=self.args,
             ratios=_CLIP_RATIOS if clip else (1.0,),
-            error=ErrorByEnergy(inputs.energy) if clip else None,
+            error=ErrorByEnergy(energy) if clip else None,
             storable=lambda scale: storage.weight_scale(scale, policy.scheme),
-            # Of 8 bits the one number more at the other end is worth nothing.
-            signed=clip and policy.scheme.has_signed_scales and self.args.num_bits < 8,
+            signed=clip and policy.scheme.has_signed_scales and self.args.num_bits < _FINE,
         )
         self.device = noisy.device
         on_cpu = self.device.type == "cpu"

@@ -49,6 +49,16 @@ class GPTQ:
         diagonal.add_((1e-3 * widened(diagonal.mean())).clamp(min=damping).clamp(min=1e-12))
         self._inverse = _inverse_factor(hessian, self._order)
 
+    @property
+    def energy(self) -> torch.Tensor:
+        """What a squared error of each channel's weight leaves of the output's, float32 [in].
+
+        It is the channel's mean square less what the channels still to come explain of it, since those take that up.
+        """
+        found = torch.empty_like(self._inverse[0])
+        found[self._order] = self._inverse.diagonal().square().reciprocal()
+        return found
+
     def round(self, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None) -> torch.Tensor:
         """Float32 weight [out, in] in steps of scale [out] or [out, parts]: int8 or float8_e4m3fn [out, in].
 
