@@ -1,8 +1,8 @@
 """After GPTQ: scales that fit the integers best, and integers that fit the scales best, in turn.
 
 Both lessen the same error, (Ŵ - W) H (Ŵ - W)ᵀ of each row, which GPTQ goes down once, column by column, with scales
-that were chosen before. Scales are a least-squares problem in as many unknowns as a row has scales. Integers take turns,
-each at its minimum with all others as they are (coordinate descent, as QuantEase has it, arXiv 2309.01885).
+that were chosen before. Scales are a least-squares problem in as many unknowns as a row has scales. Integers take
+turns, each at its minimum with all others as they are (coordinate descent, as QuantEase has it, arXiv 2309.01885).
 """
 
 from __future__ import annotations
