@@ -1,4 +1,4 @@
-"""A W8A8 layer by the book, to compare runtimes with."""
+"""A layer with int8 activations by the book, to compare runtimes with."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from qtool.quant.types import QuantizedLinear
 
 
 class FakeQuantized(torch.nn.Module):
-    """A W8A8 layer in float arithmetic, as compressed-tensors runs it: its dynamic scale is max|x| / 127.5."""
+    """A W8A8 or W4A8 layer in float arithmetic, as compressed-tensors runs it: its dynamic scale is max|x| / 127.5."""
 
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()
         self.layer = layer
-        self.weight = layer.weight.float() * layer.weight_scale[:, None]
+        scales = layer.weight_scale.reshape(len(layer.weight), -1)  # one, or one for each group of channels
+        self.weight = layer.weight.float() * scales.repeat_interleave(layer.weight.shape[1] // scales.shape[1], dim=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.layer.input_scale is not None and self.layer.input_zero_point is not None:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 from qtool.errors import InputError
 from qtool.files import expand
 
-BUILTIN = "builtin"  # documentation that comes with every Python
+BUILTIN = "builtin"  # passages that come with qtool, and documentation that comes with every Python
 SELF = "self"  # what the model writes
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+PASSAGES = Path(__file__).with_name("passages.txt")  # separated by lines of %%
 _KINDS = "use builtin, or a .txt, .jsonl or .parquet file"
+
+
+def built_in_files() -> list[Path]:
+    """What the built-in text is made of."""
+    topics = importlib.util.find_spec("pydoc_data.topics")
+    assert topics is not None
+    assert topics.origin is not None
+    return [Path(topics.origin), PASSAGES]
 
 
 def absolute(data: str) -> str:

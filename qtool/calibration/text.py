@@ -1,8 +1,9 @@
 """Text for calibration and evaluation, cut into samples of equal length.
 
-`builtin` is CPython's own documentation (pydoc_data.topics): some 300 kB of English and code that every
-Python has. A .txt file is tokenized whole and cut from its start; the documents of a .jsonl or .parquet file
-(a `text`, or `messages` through the tokenizer's chat template) are joined by the end-of-sequence token.
+`builtin` is CPython's own documentation (pydoc_data.topics), some 300 kB of English and code that every Python has, and
+passages.txt beside this module: stories, conversations, code and sums in a dozen languages, written for qtool.
+A .txt file is tokenized whole and cut from its start; the documents of a .jsonl or .parquet file (a `text`, or
+`messages` through the tokenizer's chat template) are joined by the end-of-sequence token.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import functools
 import hashlib
 import json
 import platform
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.calibration.sources import BUILTIN, check
+from qtool.calibration.sources import BUILTIN, PASSAGES, check
 from qtool.calibration.template import render
 from qtool.errors import InputError
 from qtool.files import expand
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 _MARGIN = 1024  # tokens; those nearer than this to where a text was cut may differ from the whole text's
+_PIECE = 2000  # characters of a topic that stay together
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def load(data: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int) ->
     Args:
         data: builtin, or the path of a .txt, .jsonl or .parquet file.
         tokenizer: transformers' interface: called with text, apply_chat_template, eos_token_id.
-        seed: orders the topics of the built-in text. Files are read in their own order.
+        seed: orders the parts of the built-in text. Files are read in their own order.
 
     Raises:
         InputError: no such file, not readable as text, or too little text; says how much is missing.
@@ -59,7 +62,7 @@ def load(data: str, tokenizer: Any, *, samples: int, seq_len: int, seed: int) ->
     needed = samples * seq_len
     if data == BUILTIN:
         tokens = _tokenize(_whole(_builtin(seed)), tokenizer, needed, BUILTIN)
-        source = f"builtin (documentation of CPython {platform.python_version()})"
+        source = f"builtin (qtool's passages and documentation of CPython {platform.python_version()})"
     else:
         check(data)
         path = expand(data)
@@ -110,9 +113,41 @@ def _topics() -> tuple[dict[str, str], list[str]]:
 
 
 def _builtin(seed: int) -> str:
-    topics = _topics()[0]
-    order = sorted(topics, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-    return "\n\n".join(topics[name] for name in order)
+    """Topics and passages in an order of the seed, as many bytes of one kind as of the other until passages run out.
+
+    Bytes, since a tokenizer makes about as many tokens of a byte in one language as in another. Long topics come in
+    pieces, with passages between them.
+    """
+    topics = [piece for topic in _shuffled(_topics()[0], seed) for piece in _pieces(topic)]
+    waiting, used = (deque(_shuffled(passages(), seed)), deque(topics)), [0, 0]
+    parts: list[str] = []
+    while any(waiting):
+        kind = min((at for at in (0, 1) if waiting[at]), key=lambda at: used[at])
+        parts.append(waiting[kind].popleft())
+        used[kind] += len(parts[-1].encode())
+    return "\n\n".join(parts)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Some paragraphs at a time."""
+    piece: list[str] = []
+    for paragraph in text.split("\n\n"):
+        piece.append(paragraph)
+        if sum(map(len, piece)) > _PIECE:
+            yield "\n\n".join(piece)
+            piece = []
+    if piece:
+        yield "\n\n".join(piece)
+
+
+def passages() -> dict[str, str]:
+    """Short texts of many kinds that ship with qtool, by number."""
+    text = PASSAGES.read_text(encoding="utf-8")
+    return {str(number): passage.strip() for number, passage in enumerate(text.split("\n%%\n"))}
+
+
+def _shuffled(texts: dict[str, str], seed: int) -> list[str]:
+    return [texts[key] for key in sorted(texts, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())]
 
 
 def _decode(data: bytes, where: str, *, complete: bool = True) -> str:

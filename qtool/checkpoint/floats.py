@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from qtool.checkpoint import dtypes, formats, fp8
 from qtool.checkpoint.formats import mxfp4
+from qtool.checkpoint.formats.stored import Stored
 from qtool.checkpoint.summary import float_dtype
 from qtool.checkpoint.transposed import has_transposed, is_transposed
 from qtool.errors import InputError
@@ -132,7 +133,12 @@ class FloatReader:
             return self._packing.packed_shape(self.checkpoint, layer)
         if name in self._fused:
             return mxfp4.shape(self.checkpoint, name)
-        shape = tuple(self.checkpoint.info(name).shape)
+        info, owner = self.checkpoint.info(name), name.removesuffix(".weight")
+        if info.dtype == "I8" and owner != name and isinstance(self._format, formats.QuantizedFormat):
+            scheme = self._format.scheme(self.checkpoint, owner)
+            if scheme is not None:  # a byte may hold two of its integers
+                return self._format.shape(Stored(self.checkpoint, owner), scheme)
+        shape = tuple(info.shape)
         return shape[::-1] if self._is_transposed(name) else shape
 
     def dtype(self, name: str) -> torch.dtype:

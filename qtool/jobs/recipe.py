@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qtool import conversion, engines, runtimes, workers
-from qtool.calibration.sources import BUILTIN, SELF, absolute
+from qtool.calibration.sources import BUILTIN, SELF, absolute, built_in_files
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.snapshot import title
@@ -280,19 +279,16 @@ class _Run:
         self.job.progress("checking the model", done, total)
 
     def _text(self, data: str) -> str:
-        """What stands for a text among a stage's inputs: the SHA-256 of the file that it is in."""
+        """What stands for a text among a stage's inputs: the SHA-256 of the files that it is in."""
         if data == SELF:
             return data
-        path = expand(data)
-        if data == BUILTIN:
-            found = importlib.util.find_spec("pydoc_data.topics")
-            assert found is not None
-            assert found.origin is not None
-            path = Path(found.origin)
-        if not is_file(path):
-            raise InputError("no such file", where=data)
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        found = []
+        for path in built_in_files() if data == BUILTIN else [expand(data)]:
+            if not is_file(path):
+                raise InputError("no such file", where=data)
+            with path.open("rb") as file:
+                found.append(hashlib.file_digest(file, "sha256").hexdigest())
+        return "-".join(found)
 
 
 def _gguf(model: Path) -> Path | None:

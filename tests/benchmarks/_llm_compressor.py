@@ -4,7 +4,8 @@
 usage: _llm_compressor.py MODEL TEXT SAMPLES SEQ_LEN OUTPUT [SCHEME [ROUNDING]]
 
 SCHEME is w8a8 (SmoothQuant, activations per token; the default), w8a16, w4a16, w4a8 (weights in groups of 64, so that
-widths of small models are whole groups) or fp8. ROUNDING is nearest (the default) or gptq.
+widths of small models are whole groups) or fp8; +kv after it adds a float8 cache. ROUNDING is nearest (the default),
+gptq or, for w4a16, awq (with zero points, as its own examples have it).
 """
 
 from __future__ import annotations
@@ -41,12 +42,17 @@ def main(
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
     # Experts become linears of their own. (Its load_quantizable_moe, which loads them so, needs torchvision.)
     linearize_moe(model)
-    smoothing = [SmoothQuantModifier(smoothing_strength=0.5)] if scheme in ("w8a8", "w4a8") else []
+    scheme, cache, _ = scheme.partition("+kv")
+    smoothing: list[Any] = [SmoothQuantModifier(smoothing_strength=0.5)] if scheme in ("w8a8", "w4a8") else []
+    if rounding == "awq":
+        from llmcompressor.modifiers.transform.awq import AWQModifier
+
+        smoothing = [AWQModifier()]
     oneshot(
         model=model,
         tokenizer=tokenizer,
         dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * seq_len for _ in rows]}),
-        recipe=[*smoothing, _modifier(scheme, rounding)],
+        recipe=[*smoothing, _modifier(scheme, rounding, bool(cache))],
         max_seq_length=seq_len,
         num_calibration_samples=samples,
     )
@@ -54,20 +60,22 @@ def main(
     tokenizer.save_pretrained(output)
 
 
-def _modifier(scheme: str, rounding: str) -> Any:
+def _modifier(scheme: str, rounding: str, cache: bool) -> Any:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
 
     modifier = GPTQModifier if rounding == "gptq" else QuantizationModifier
-    ignore = ["lm_head", "re:.*mlp.gate$"]
+    common: dict[str, Any] = {"ignore": ["lm_head", "re:.*mlp.gate$"]}
+    if cache:
+        common["kv_cache_scheme"] = QuantizationArgs(num_bits=8, type="float", strategy="tensor", dynamic=False)
     if scheme in ("w8a8", "fp8"):
-        return modifier(targets="Linear", scheme={"w8a8": "W8A8", "fp8": "FP8_DYNAMIC"}[scheme], ignore=ignore)
+        return modifier(targets="Linear", scheme={"w8a8": "W8A8", "fp8": "FP8_DYNAMIC"}[scheme], **common)
     size = {"w8a16": {"strategy": "channel"}}.get(scheme, {"strategy": "group", "group_size": 64})
     bits = 8 if scheme == "w8a16" else 4
     inputs = QuantizationArgs(num_bits=8, strategy="token", dynamic=True) if scheme == "w4a8" else None
-    weights = QuantizationArgs(num_bits=bits, **size)
+    weights = QuantizationArgs(num_bits=bits, symmetric=rounding != "awq", **size)
     group = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
-    return modifier(config_groups={"group_0": group}, ignore=ignore)
+    return modifier(config_groups={"group_0": group}, **common)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """KL divergence, size and time of qtool's schemes beside what llm-compressor, auto-round and ModelOpt make.
 
-usage: bench_peers.py --calibration FILE --held-out FILE [--model DIR] [--windows N] [--only NAME ...]
+usage: bench_peers.py --calibration FILE --held-out FILE [--model DIR] [--windows N] [--only NAME ...] [--iterations N]
 
 All quantize the same model on the first 32 x 512 tokens of one file; all are judged by `_judge.py` on another, with
 transformers in float32. It loads checkpoints of compressed-tensors; auto-round's weights are judged as the floats that
@@ -25,17 +25,13 @@ from tests.benchmarks._common import DEFAULT_MODEL, REPOSITORY, measure, model_o
 HERE = Path(__file__).parent
 SIZE = ("32", "512")
 QTOOL = ("w8a8", "w8a8-dynamic", "w8a8-asymmetric", "w4a16-g64", "w4a8-g64", "fp8-dynamic", "w8a16")
+EFFORT_HIGH = ("w8a8", "w8a8-dynamic", "w8a8-asymmetric", "w4a16-g64", "w4a8-g64")  # these once more
 LLM_COMPRESSOR = (
-    ("w8a8", "nearest"), ("w8a8", "gptq"), ("w4a16", "gptq"), ("w4a8", "gptq"), ("fp8", "nearest"), ("w8a16", "gptq"),
+    ("w8a8", "nearest"), ("w8a8", "gptq"), ("w4a16", "gptq"), ("w4a16", "awq"), ("w4a8", "gptq"), ("fp8", "nearest"),
+    ("w8a16", "gptq"),
 )  # fmt: skip
 AUTO_ROUND = ("w8a8", "w4a16", "mix:6")
 MODELOPT = ("w8a8", "w4a16", "mix:8.1", "w8a16", "fp8")  # 8.1 with the output projection: 6 without
-
-
-def judged(model: Path, held_out: Path, windows: int, made: Path) -> dict[str, float]:
-    command = [sys.executable, HERE / "_judge.py", model, held_out, str(windows), SIZE[1], made]
-    done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
@@ -48,41 +44,43 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=("qtool", "llm-compressor", "auto-round", "modelopt"))
     args = parser.parse_args()
     model = model_or_exit(args.model)
-    rows: list[list[str]] = []
-
-    def show(who: str, scheme: str, seconds: float, found: dict[str, float], made: Path | None) -> None:
-        nbytes = sum(file.stat().st_size for file in made.glob("*.safetensors")) if made is not None else 0
-        rows.append(
-            [who, scheme, f"{found['kl']:.5f}", f"{found['top1']:.1%}", f"{nbytes / 1e6:.1f}", f"{seconds:.0f}"]
-        )
-        print(*rows[-1], flush=True)
+    rows: list[tuple[str, str, float, Path | dict[str, float]]] = []  # a folder to judge, or what was found
 
     with tempfile.TemporaryDirectory() as folder:
         base: list[str | Path] = [model, args.calibration, *SIZE]
-        for scheme in QTOOL if "qtool" in args.only else ():
-            made = Path(folder) / f"qtool-{scheme}"
+        asked = [(scheme, "normal") for scheme in QTOOL] + [(scheme, "high") for scheme in EFFORT_HIGH]
+        for scheme, effort in asked if "qtool" in args.only else ():
+            made = Path(folder) / f"qtool-{scheme}-{effort}"
             command: list[str | Path] = [sys.executable, "-m", "qtool", "quantize", model, "--scheme", scheme]
             command += ["--output", made, "--calibration", args.calibration, "--samples", SIZE[0], "--seq-len", SIZE[1]]
-            done = measure(command, PYTHONPATH=str(REPOSITORY))
-            show("qtool", scheme, done.seconds, judged(model, args.held_out, args.windows, made), made)
+            done = measure([*command, "--effort", effort], PYTHONPATH=str(REPOSITORY))
+            rows.append(("qtool", f"{scheme}, effort {effort}", done.seconds, made))
         if (python := _python("LLMCOMPRESSOR")) and "llm-compressor" in args.only:
             for scheme, rounding in LLM_COMPRESSOR:
                 made = Path(folder) / f"llm-compressor-{scheme}-{rounding}"
                 done = measure([python, HERE / "_llm_compressor.py", *base, made, scheme, rounding])
-                found = judged(model, args.held_out, args.windows, made)
-                show("llm-compressor", f"{scheme}, {rounding}", done.seconds, found, made)
+                rows.append(("llm-compressor", f"{scheme}, {rounding}", done.seconds, made))
         if (python := _python("AUTOROUND")) and "auto-round" in args.only:
             for scheme in AUTO_ROUND:
                 made = Path(folder) / f"auto-round-{scheme.replace(':', '-')}"
                 done = measure([python, HERE / "_auto_round.py", *base, made, scheme, args.iterations])
-                found = judged(model, args.held_out, args.windows, made)
-                show("auto-round", f"{scheme}, {args.iterations} iterations", done.seconds, found, None)
+                rows.append(("auto-round", f"{scheme}, {args.iterations} iterations", done.seconds, made))
         if (python := _python("MODELOPT")) and "modelopt" in args.only:
             for scheme in MODELOPT:
                 done = measure([python, HERE / "_modelopt.py", *base, args.held_out, str(args.windows), scheme])
                 found = json.loads(done.said.splitlines()[-1])
-                show("ModelOpt", scheme, found["seconds"], found, None)
-    print(table(["who", "scheme", "KL divergence", "top-1", "MB", "seconds"], rows))
+                rows.append(("ModelOpt", scheme, found["seconds"], found))
+        folders = [made for *_, made in rows if isinstance(made, Path)]
+        command = [sys.executable, HERE / "_judge.py", model, args.held_out, str(args.windows), SIZE[1], *folders]
+        said = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True).stdout
+        lines = (json.loads(line) for line in said.splitlines() if line.startswith("{"))
+        shown = []
+        for who, scheme, seconds, what in rows:
+            found = next(lines) if isinstance(what, Path) else what
+            size = sum(file.stat().st_size for file in what.glob("*.safetensors")) if isinstance(what, Path) else 0
+            kl = f"{found['kl']:.5f} ± {found['error']:.5f}"
+            shown.append([who, scheme, kl, f"{found['top1']:.1%}", f"{size / 1e6:.1f}", f"{seconds:.0f}"])
+    print(table(["who", "scheme", "KL divergence", "top-1", "MB", "seconds"], shown))
 
 
 def _python(name: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qtool.calibration.text import held_out, load
+from qtool.calibration.text import held_out, load, passages
 from qtool.errors import InputError
 
 TEXTS = ["The first document.", "And then: a second one, with ünïcödé.", "Third."]
@@ -148,6 +148,15 @@ def test_builtin_is_deterministic_and_the_seed_orders_it(tiny_tokenizer: Any) ->
     assert tuple(first.ids.shape) == (8, 128)
     shorter = load("builtin", tiny_tokenizer, samples=4, seq_len=128, seed=0)
     assert shorter.ids.tolist() == first.ids[:4].tolist()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_half_of_the_builtin_text_is_passages(tiny_tokenizer: Any, seed: int) -> None:
+    """Whatever the order: no long topic comes before them."""
+    text = tiny_tokenizer.decode(load("builtin", tiny_tokenizer, samples=32, seq_len=256, seed=seed).ids.flatten())
+    shipped = [line for passage in passages().values() for line in passage.splitlines() if len(line) > 20]
+    share = sum(len(line.encode()) for line in shipped if line in text) / len(text.encode())
+    assert 0.35 < share < 0.6
 
 
 def test_held_out_text_is_in_no_calibration_text(tiny_tokenizer: Any) -> None:

@@ -20,6 +20,8 @@ from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
 from qtool.errors import InputError
 from qtool.model.decoder import DecoderStream
+from qtool.recipe.load import load as load_recipe
+from qtool.scheme import named
 from tests import families
 from tests.fake_quantized import FakeQuantized
 from tests.managed import REPOSITORY
@@ -96,6 +98,38 @@ def test_eval_computes_what_others_do(made: tuple[str, Path, Path], source: Path
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     plain = ours(without)
     assert 1e-3 < float((found - plain).norm() / plain.norm()) < 0.1  # the cache shows
+
+
+# What each format has besides, with every scheme that it can hold beside such a cache.
+OTHERS = {
+    "fp8": ("w8a8", "w8a8-asymmetric", "w8a16", "w4a16-g64", "w4a8-g64", "fp8-dynamic", "fp8-block"),
+    "int8": ("w8a8", "w4a8-g64"),
+}
+
+
+@pytest.fixture(scope="module")
+def wide(make_model: Callable[..., Path]) -> Path:
+    """Its matrices have several groups of 64, and blocks of 128 x 128."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8}
+    return make_model("qwen3", seed=7, name="wide", **sizes)
+
+
+@pytest.mark.parametrize(("cache", "scheme"), [(cache, each) for cache, found in OTHERS.items() for each in found])
+def test_with_every_scheme(
+    wide: Path, quantize: Any, run_qtool: Callable[..., Any], tmp_path: Path, cache: str, scheme: str
+) -> None:
+    """eval computes with both what others do, and inspect tells both."""
+    recipe = load_recipe("default").with_scheme(scheme) or load_recipe("default")
+    schemes = recipe.model_dump(mode="json")["schemes"]
+    quantize(wide, tmp_path / "made", scheme=scheme, schemes=schemes, format=FORMATS[cache], kv_cache=cache)
+    found, expected = ours(tmp_path / "made"), by_transformers(tmp_path / "made", wide, cache)
+    # A tie that rounds the other way moves some of what comes after it: far less than quantizing does.
+    assert float((found - expected).norm()) < 0.25 * float((expected - ours(wide)).norm())
+    shown = json.loads(run_qtool("inspect", tmp_path / "made", "--json").stdout)
+    wanted = named(scheme)
+    assert wanted is not None
+    assert shown["kv_cache"] == cache
+    assert {row["scheme"] for row in shown["layers"] if ".self_attn." in row["layers"]} == {wanted.label}
 
 
 def test_nothing_else_changes(made: tuple[str, Path, Path]) -> None:
