@@ -14,6 +14,7 @@ from qtool.quant.rounding.clipping import Scales, ScaleSearch
 from qtool.quant.rounding.errors import ErrorByEnergy
 from qtool.quant.rounding.gptq import GPTQ
 from qtool.quant.rounding.nearest import round_to_nearest
+from qtool.quant.rounding.refinement import Refinement
 from qtool.quant.statistics import InputStatistics, Smoothed
 from qtool.quant.topology import Group
 from qtool.quant.transforms import Diagonal, Folded, transform_of
@@ -26,6 +27,9 @@ from qtool.transfers import Download
 _CLIP_RATIOS = (1.0, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8)
 # Weights that are in float32 at a time: what the cache takes; GPTQ needs more rows to be worth its steps.
 _CHUNK, _GPTQ_CHUNK = 1 << 22, 1 << 24
+# Bits from which on it is worth nothing to ask what GPTQ leaves of an error when scales are chosen, or which end of the
+# range has one number more.
+_FINE = 8
 _REPORT_TOKENS = 32  # that the reported error of a group is measured on
 
 
@@ -127,16 +131,22 @@ class _Rounder:
             noise = (noisy - inputs.sample).square_()
             if inputs.importance is not None:
                 noise *= (inputs.importance.tokens / inputs.importance.tokens.mean())[:, None]
-            self._gptq = GPTQ(inputs.hessian, noise.mean(), self.args, inputs.hessian_tokens)
+            keep = inputs.importance is not None and self.args.type == "int" and self.args.num_bits < _FINE
+            self._gptq = GPTQ(inputs.hessian, noise.mean(), self.args, inputs.hessian_tokens, keep=keep)
         clip = policy.clip and self.args.type == "int"
+        energy = inputs.energy
+        if clip and self._gptq is not None and self.args.num_bits < _FINE:
+            energy = self._gptq.energy
         self._search = ScaleSearch(
             args=self.args,
             ratios=_CLIP_RATIOS if clip else (1.0,),
-            error=ErrorByEnergy(inputs.energy) if clip else None,
+            error=ErrorByEnergy(energy) if clip else None,
             storable=lambda scale: storage.weight_scale(scale, policy.scheme),
-            # Of 8 bits the one number more at the other end is worth nothing.
-            signed=clip and policy.scheme.has_signed_scales and self.args.num_bits < 8,
+            signed=clip and policy.scheme.has_signed_scales and self.args.num_bits < _FINE,
         )
+        self._refinement: Refinement | None = None  # with effort: high alone
+        if self._gptq is not None and self._gptq.hessian is not None and self.args.strategy in ("channel", "group"):
+            self._refinement = Refinement(self._gptq.hessian, self.args, self._search.storable)
         self.device = noisy.device
         on_cpu = self.device.type == "cpu"
         self.chunk = _CHUNK if self._gptq is None else _GPTQ_CHUNK if on_cpu else at_once
@@ -156,12 +166,13 @@ class _Rounder:
         found = [self._search.of_rows(part) for part in parts]  # of blocks, which have no zero points
         return Scales(torch.cat([each.scale for each in found]), torch.cat([each.bound for each in found]))
 
-    def round(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
-        """Some rows [rows, in], in the type that they are kept in."""
-        if self._gptq is not None:
-            return self._gptq.round(weight, scales.scale, scales.zero_point)
-        rounded = round_to_nearest(weight, scales.scale, scales.bound, self.args, scales.zero_point)
-        return rounded.to(storage_dtype(self.args))
+    def round(self, weight: torch.Tensor, scales: Scales) -> tuple[torch.Tensor, Scales]:
+        """Some rows [rows, in], in the type that they are kept in; and their scales, which may be better ones."""
+        if self._gptq is None:
+            rounded = round_to_nearest(weight, scales.scale, scales.bound, self.args, scales.zero_point)
+            return rounded.to(storage_dtype(self.args)), scales
+        rounded = self._gptq.round(weight, scales.scale, scales.zero_point)
+        return (rounded, scales) if self._refinement is None else self._refinement(weight, rounded, scales)
 
 
 class _Error:
@@ -207,7 +218,7 @@ def _round(
         parts = [folded.rows(*rows) for rows in chunk]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts)
         scales = _shared(chunk, of_all) or rounder.scales(parts, weight)
-        rounded = rounder.round(weight, scales)
+        rounded, scales = rounder.round(weight, scales)
         error.add(weight, dequantize(rounded, scales.scale, rounder.args, scales.zero_point))
         first = 0
         for name, start, stop in chunk:

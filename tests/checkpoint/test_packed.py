@@ -320,14 +320,24 @@ def test_they_are_no_formats_to_quantize_to(run_qtool: Callable[..., Any], tiny_
 
 
 @pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("scheme", "layouts"),
+    [("w4a16-g32", ("gptq", "awq")), ("w4a16-asymmetric-g32", ("awq",))],
+    ids=lambda each: str(each),
+)
 def test_vllm_computes_the_same_from_older_layouts(
-    make_model: Callable[..., Path], run_qtool: Callable[..., Any], tmp_path: Path
+    make_model: Callable[..., Path],
+    run_qtool: Callable[..., Any],
+    tmp_path: Path,
+    scheme: str,
+    layouts: tuple[str, ...],
 ) -> None:
-    """Its kernel for CPUs gets the same integers and scales, whoever's layout they come in."""
+    """Its kernel for CPUs gets the same integers, scales and zero points, whoever's layout they come in."""
     source = make_model("llama", hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
-    options = ("--scheme", "w4a16-g32", "--samples", "4", "--seq-len", "64", "--engine", "native")
+    options = ("--scheme", scheme, "--samples", "4", "--seq-len", "64", "--engine", "native")
     assert run_qtool("quantize", source, "--output", tmp_path / "ct", *options).code == 0
-    for kind in ("gptq", "awq"):
+    assert run_qtool("convert", tmp_path / "ct", "--to", "bfloat16", "--output", tmp_path / "float").code == 0
+    for kind in layouts:
         assert run_qtool("convert", tmp_path / "ct", "--to", kind, "--output", tmp_path / kind).code == 0
     code = (
         "import json, sys, torch\n"
@@ -340,7 +350,7 @@ def test_vllm_computes_the_same_from_older_layouts(
         "torch.save(logits, sys.argv[2])\n"
     )
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_PLUGINS": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    for kind in ("ct", "gptq", "awq"):
+    for kind in ("ct", *layouts, "float"):
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / kind), str(tmp_path / f"{kind}.pt")],
             env={**os.environ, "PYTHONPATH": str(REPOSITORY), **variables},
@@ -348,7 +358,9 @@ def test_vllm_computes_the_same_from_older_layouts(
             text=True,
         )
         assert done.returncode == 0, done.stderr[-3000:]
-    first, *others = (torch.load(tmp_path / f"{kind}.pt") for kind in ("ct", "gptq", "awq"))
+    first, *others, dequantized = (torch.load(tmp_path / f"{kind}.pt") for kind in ("ct", *layouts, "float"))
     assert float(first.std()) > 0.1
     for other in others:
         assert torch.equal(other, first)
+    # Negative scales and zero points mean to the kernel what they mean to qtool, up to bfloat16's rounding.
+    assert float((first - dequantized).norm() / dequantized.norm()) < 0.1

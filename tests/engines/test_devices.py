@@ -74,6 +74,28 @@ def test_quantizing_on_a_device(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
+@pytest.mark.parametrize(("scheme", "effort"), [("w4a16-g32", "normal"), ("w4a16-asymmetric-g32", "high")])
+def test_int4_on_a_device(
+    scheme: str,
+    effort: str,
+    tiny_llama: Path,
+    quantize: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is searched and refined there comes out as here."""
+    policies = [{"layers": ".*lm_head", "quantize": False}, {"layers": ".*", "scheme": scheme}]
+    recipe: dict[str, Any] = {"default_scheme": "few", "schemes": {"few": policies}, "effort": effort}
+    monkeypatch.setattr(device, "compute_dtype", lambda _device, exact: torch.float32)
+    quantize(tiny_llama, tmp_path / "cpu", scheme="few", **recipe)
+    monkeypatch.setattr(device, "choose", lambda _wanted, exact: "cuda")
+    with Accelerator():
+        quantize(tiny_llama, tmp_path / "cuda", scheme="few", **recipe)
+    expected, found = families.load(tmp_path / "cpu"), families.load(tmp_path / "cuda")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
 _LARGE = {"hidden_size": 512, "intermediate_size": 1280, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 _ALLOWED = {

@@ -122,6 +122,20 @@ def test_zero_points_per_channel_or_group(num_bits: int, group_size: int | None)
     assert ours == pytest.approx(theirs, rel=0.02)
 
 
+@pytest.mark.parametrize("width", [5, 70])
+def test_the_energy_that_later_channels_do_not_explain(width: int) -> None:
+    """That of the residual of a regression on them."""
+    _, _, hessian = problem(2, width, 4 * width)
+    damped = hessian.double().numpy() + 1e-3 * float(hessian.diagonal().mean()) * np.eye(width)
+    order = np.argsort(-np.diag(hessian), kind="stable")
+    expected = np.zeros(width)
+    for place, channel in enumerate(order):
+        later = order[place + 1 :]
+        slope = np.linalg.solve(damped[np.ix_(later, later)], damped[later, channel])
+        expected[channel] = damped[channel, channel] - slope @ damped[later, channel]
+    np.testing.assert_allclose(GPTQ(hessian.clone(), 0.0, CHANNEL).energy.numpy(), expected, rtol=1e-3)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_gptq_errs_less_than_rounding_to_nearest(seed: int) -> None:
     weight, scale, hessian = problem(16, 96, 200, seed)
