@@ -10,6 +10,7 @@ from typing import Literal
 
 from qtool import engines, workers
 from qtool.calibration import sources
+from qtool.checkpoint import formats
 from qtool.checkpoint.companions import companions
 from qtool.checkpoint.reader import Checkpoint
 from qtool.checkpoint.storage import check_output, tidy
@@ -126,7 +127,8 @@ def decide(model: Path, wanted: Wanted) -> Decided:
     engine, why = engines.choose(job) if wanted.engine == "auto" else (wanted.engine, _ASKED)
     said = f"recipe {recipe.name} ({reason}), scheme {scheme}, engine {engine} ({why})"
     nobody_chose = wanted.recipe is None and wanted.scheme is None and recipe.match == Match()
-    if nobody_chose and engine == "native":  # Golden Stick measures nothing of the kind
+    # Golden Stick measures nothing of the kind.
+    if nobody_chose and engine == "native" and formats.get(job.output.format).mixes(config):
         measured = recipe.measured(scheme)
         if measured != recipe:
             job = replace(job, recipe=measured)

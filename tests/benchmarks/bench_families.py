@@ -17,6 +17,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,28 +90,33 @@ def rounded(source: Path, quantized: Path, folder: Path) -> Any:
     judge._write(source, folder, weights)
     model = judge.load("text", folder)
     for linear, fixed in steps.items():
-        group = next(group for group in groups if any(_matches(linear, target) for target in group["targets"]))
-        symmetric = group["input_activations"]["symmetric"]
+        group = next(group for group in groups if any(matches(linear, target) for target in group["targets"]))
+        rounding = round_tokens(fixed, symmetric=group["input_activations"]["symmetric"])
         model.get_submodule(linear).register_forward_pre_hook(
-            lambda _module, args, fixed=fixed, symmetric=symmetric: (_round(args[0], fixed, symmetric), *args[1:])
+            lambda _module, args, rounding=rounding: (rounding(args[0]), *args[1:])
         )
     return model
 
 
-def _matches(linear: str, target: str) -> bool:
+def matches(linear: str, target: str) -> bool:
     return target == "Linear" or (bool(re.match(target[3:], linear)) if target.startswith("re:") else target == linear)
 
 
-def _round(x: torch.Tensor, fixed: tuple[float, float] | None, symmetric: bool) -> torch.Tensor:
-    if fixed is not None:
-        scale, zero = torch.tensor(fixed[0]), torch.tensor(fixed[1])
-    elif symmetric:
-        scale, zero = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-9) / 127.5, torch.tensor(0.0)
-    else:
-        low, high = x.amin(dim=-1, keepdim=True).clamp(max=0), x.amax(dim=-1, keepdim=True).clamp(min=0)
-        scale = ((high - low) / 255).clamp(min=1e-12)
-        zero = (-128 - low / scale).round().clamp(-128, 127)
-    return ((x / scale + zero).round().clamp(-128, 127) - zero) * scale
+def round_tokens(fixed: tuple[float, float] | None, *, symmetric: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Rounds what enters a linear: by a static scale and zero point, or each token by itself."""
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        if fixed is not None:
+            scale, zero = torch.tensor(fixed[0]), torch.tensor(fixed[1])
+        elif symmetric:
+            scale, zero = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-9) / 127.5, torch.tensor(0.0)
+        else:
+            low, high = x.amin(dim=-1, keepdim=True).clamp(max=0), x.amax(dim=-1, keepdim=True).clamp(min=0)
+            scale = ((high - low) / 255).clamp(min=1e-12)
+            zero = (-128 - low / scale).round().clamp(-128, 127)
+        return ((x / scale + zero).round().clamp(-128, 127) - zero) * scale
+
+    return rounded
 
 
 @torch.no_grad()

@@ -18,7 +18,9 @@ from qtool.conversion.rounding import Change, to_float8
 from qtool.errors import InputError
 from qtool.quant.types import QuantizedLinear
 from qtool.scheme import FP8_BLOCK, FP8_DYNAMIC, W8A8, Scheme, named
+from tests.checkpoint import served
 from tests.checkpoint.conftest import round_layer
+from tests.checkpoint.readings import READERS, run
 
 BLOCK = 128
 SCHEMES = {"fp8-dynamic": FP8_DYNAMIC, "fp8-block": FP8_BLOCK}
@@ -232,6 +234,21 @@ def test_the_python_interface(tiny_llama: Path, quantize_folder: Any, tmp_path: 
     assert qtool.convert(tmp_path / "int8", scheme="fp8-dynamic") == tmp_path / "int8-fp8-dynamic"
     with pytest.raises(InputError, match="has no fp8-dynamic"):
         qtool.convert(tmp_path / "int8", "gptq", scheme="fp8-dynamic")
+
+
+@pytest.mark.vllm
+def test_vllm_loads_models_with_experts(tiny_tokenizer: Any, run_qtool: Callable[..., Any], tmp_path: Path) -> None:
+    """Files for Ascend become float8 for GPUs: by vLLM's own code, every tensor finds its parameter."""
+    folders = []
+    for architecture in ("DeepseekV3ForCausalLM", "Qwen3MoeForCausalLM"):
+        model = served.make(architecture, tmp_path / f"{architecture}-float", tiny_tokenizer)
+        served.quantize(model, tmp_path / architecture, "modelslim", "w8a8")
+        done = run_qtool("convert", tmp_path / architecture, "--scheme", "fp8-dynamic")
+        assert done.code == 0, done.stderr
+        folders.append(tmp_path / f"{architecture}-fp8-dynamic")
+    (reader,) = (each for each in READERS if each.runtime == "vllm")
+    for line in run(reader, folders, tmp_path / "work"):
+        assert (line.get("error"), line["untouched"], line["unread"]) == (None, [], []), line
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -86,6 +86,18 @@ def test_a_recipe_that_knows_the_model_keeps_its_choice(tiny_llama: Path, tmp_pa
     assert all(policy.activations.mode != "auto" for policy in decided.job.recipe.schemes["w8a8"])
 
 
+def test_where_a_runtime_needs_one_scheme_for_all_layers_nothing_is_decided(tiny_llama: Path, tmp_path: Path) -> None:
+    """vLLM asks for StableLM's layers under other names than the files have: patterns that list layers find none."""
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    for model_type, mode in (("stablelm", "static"), ("gemma", "auto")):
+        (model / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+        decided = quantize.decide(model, quantize.Wanted())
+        policy = decided.job.recipe.policy("w8a8", "model.layers.0.self_attn.q_proj")
+        assert policy is not None
+        assert policy.activations.mode == mode
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_accelerate_beside_golden_stick(there: bool, tmp_path: Path) -> None:
     """What fails after an hour of calibration is refused before."""

@@ -235,6 +235,10 @@ class Holding(Writable):
         fused = "give the same policy to all layers that the runtime fuses"
         return found + [Inexpressible(text, hint=fused) for text in disagreements(schemes)]
 
+    def mixes(self, config: Mapping[str, Any]) -> bool:
+        """Whether runtimes find layers whose names end alike in several schemes, in a model of this config.json."""
+        return True
+
     def misfit(self, name: str, shape: tuple[int, int], scheme: Scheme) -> str | None:
         """Why a layer of this name and shape (out, in) can't be of a scheme that the format has; None where it can."""
         return None

@@ -45,7 +45,7 @@ from qtool.checkpoint.formats.base import (
 from qtool.checkpoint.formats.packing import WIDTHS, pack, unpack, words
 from qtool.checkpoint.formats.scales import check_scales, round_to
 from qtool.checkpoint.formats.stored import Stored
-from qtool.checkpoint.formats.targets import is_plain, targets
+from qtool.checkpoint.formats.targets import has_usual_names, is_plain, targets
 from qtool.errors import InputError
 from qtool.quant.types import CacheScales, QuantizedCache, QuantizedLinear
 from qtool.scheme import (
@@ -151,6 +151,9 @@ class CompressedTensors(HuggingFaceFiles, QuantizedFormat, PackedFormat, Caching
         if linear.bias is not None:
             tensors[f"{name}.bias"] = linear.bias.to(dtype)
         return tensors
+
+    def mixes(self, config: Mapping[str, Any]) -> bool:
+        return has_usual_names(config.get("model_type"))
 
     def describe(
         self, names: Sequence[str], schemes: Mapping[str, Scheme | None], config: Mapping[str, Any]

@@ -53,6 +53,11 @@ def targets(schemes: Mapping[str, Scheme | None], scheme: Scheme | None, model_t
     return found
 
 
+def has_usual_names(model_type: object) -> bool:
+    """Whether vLLM finds a layer by its whole name in the checkpoint, and not only by what names end with."""
+    return model_type not in _WHOLE | _MOVED | _NAMELESS
+
+
 def is_plain(schemes: Mapping[str, Scheme | None]) -> bool:
     """Whether a model's decoder layers have the linears of attention and of a dense feed-forward block, all of them
     quantized, and no others, and the model has nothing else but float embeddings and lm_head. Then "Linear", the class,
