@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from qtool.runtimes.description import Limit, Limitation, Quantized, Reads, Runtime
-from qtool.scheme import W8A8_ASYMMETRIC, W8A8_DYNAMIC
+from qtool.scheme import FP8_DYNAMIC, W8A8_ASYMMETRIC, W8A8_DYNAMIC
 
 
 def _bytes_beside_floats(model: Quantized) -> Limitation | None:
@@ -19,6 +19,16 @@ def _bytes_beside_floats(model: Quantized) -> Limitation | None:
     return Limitation(
         f"{len(found)} linears have 8-bit weights and float activations, which vLLM reads on NVIDIA GPUs alone",
         hint="For CPUs take w8a8-dynamic or w4a16.",
+    )
+
+
+def _float8(model: Quantized) -> Limitation | None:
+    found = [name for name, scheme in model.schemes.items() if scheme == FP8_DYNAMIC]
+    if not found:
+        return None
+    return Limitation(
+        f"{len(found)} linears compute in FP8, which takes minutes for an answer in vLLM's build for CPUs",
+        hint="For CPUs take w8a8-dynamic.",
     )
 
 
@@ -88,6 +98,11 @@ RUNTIME = Runtime(
                     "8-bit weights beside float activations: on NVIDIA GPUs",
                     "vllm 0.32.0, 0.33.0: kernels/linear/mixed_precision/cpu.py (uint4 and uint4b8 alone)",
                     _bytes_beside_floats,
+                ),
+                Limit(
+                    "FP8 with a scale per token: on NVIDIA GPUs; torch's product of them is slow on CPUs",
+                    "vllm 0.32.0: kernels/linear/scaled_mm/pytorch.py (ChannelWiseTorchFP8ScaledMMLinearKernel)",
+                    _float8,
                 ),
                 Limit(
                     "int8 experts quantize their input symmetrically, whatever config.json says",
