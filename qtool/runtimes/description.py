@@ -81,12 +81,14 @@ class Limitation:
         fatal: such a checkpoint must not be made: it would load as noise, or no version of the runtime can read it.
         unread: the known version doesn't read this model so; another model, or another version, may be read.
         hint: what to do about it.
+        on: the hardware that it holds on; None for all.
     """
 
     text: str
     fatal: bool = False
     unread: bool = False
     hint: str | None = None
+    on: Hardware | None = None
 
     @property
     def refuses(self) -> bool:

@@ -19,6 +19,7 @@ def _bytes_beside_floats(model: Quantized) -> Limitation | None:
     return Limitation(
         f"{len(found)} linears have 8-bit weights and float activations, which vLLM reads on NVIDIA GPUs alone",
         hint="For CPUs take w8a8-dynamic or w4a16.",
+        on="cpu",
     )
 
 
@@ -29,6 +30,7 @@ def _float8(model: Quantized) -> Limitation | None:
     return Limitation(
         f"{len(found)} linears compute in FP8, which takes minutes for an answer in vLLM's build for CPUs",
         hint="For CPUs take w8a8-dynamic.",
+        on="cpu",
     )
 
 
