@@ -34,7 +34,7 @@ def precisions(runtime: Runtime, format: QuantizedFormat, config: Mapping[str, A
         if (
             scheme.weights.block_structure is None
             and format.expresses(scheme)
-            and not runtime.limitations(format.name, model)
+            and not any(limitation.refuses for limitation in runtime.limitations(format.name, model))
         ):
             found[name] = preset
     with_integers = any(_bits(scheme) == (8, True) for scheme in found.values())

@@ -12,9 +12,13 @@ import pytest
 
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
+from qtool.engines.job import CalibrationText, OutputFolder, QuantizationJob
+from qtool.engines.native.execute import execute
+from qtool.engines.native.prepare import prepare
 from qtool.quant.choice import MOST
 from qtool.recipe.load import load
 from qtool.scheme import W8A8, W8A8_ASYMMETRIC, W8A8_DYNAMIC
+from tests.engines.conftest import Quiet
 
 SIZE = ("--samples", "4", "--seq-len", "64")
 
@@ -80,3 +84,34 @@ def test_it_is_said_before_and_afterwards(mixed: Path, tmp_path: Path, run_qtool
     assert "static activations of q_proj, k_proj, v_proj in 0 of 2 layers" in said
     card = json.loads((tmp_path / "out" / "qtool.json").read_text())
     assert card["activations"] in said
+
+
+def test_what_was_decided_before_an_interruption_stays(mixed: Path, tmp_path: Path) -> None:
+    class Interrupted(Exception):
+        pass
+
+    class Interrupting(Quiet):
+        def progress(self, stage: str, done: int, total: int, unit: str = "layers") -> None:
+            if (stage, done) == ("quantize", 1):
+                raise Interrupted
+
+    def run(output: Path, report: Any, *, resume: bool = False) -> None:
+        job = QuantizationJob(
+            model=mixed,
+            output=OutputFolder(output, "compressed-tensors", resume=resume),
+            recipe=load("default").measured("w8a8"),
+            scheme="w8a8",
+            calibration=CalibrationText("builtin", 4, 64),
+            device="cpu",
+        )
+        execute(prepare(job, report), report)
+
+    run(tmp_path / "whole", Quiet())
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", Interrupting())
+    assert not (tmp_path / "parts").exists()
+    second = Quiet()
+    run(tmp_path / "parts", second, resume=True)
+    assert second.steps[0] == (1, 2), "the first layer was done again"
+    for file in ("model.safetensors", "config.json", "qtool.json"):
+        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
