@@ -36,7 +36,7 @@ def test_a_larger_model_that_is_better(tiny_llama: Path, run_qtool: Callable[...
     assert done.stdout.strip() == str(recipe)
     assert "2 evaluations" in done.stderr
     assert run_qtool("recipes", "validate", recipe).code == 0
-    for name, options in (("untuned", ()), ("tuned", ("--recipe", recipe))):
+    for name, options in (("untuned", ("--scheme", "w8a8")), ("tuned", ("--recipe", recipe))):
         made = run_qtool("quantize", tiny_llama, "--output", tmp_path / name, *options, *CALIBRATION)
         assert made.code == 0, made.stderr
     untuned, tuned = (divergence(run_qtool, tiny_llama, tmp_path / name) for name in ("untuned", "tuned"))
