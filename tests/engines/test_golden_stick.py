@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -114,7 +113,8 @@ def pairs(
         source = make_model(kind.model_type, name=f"golden-{kind.model_type}", seed=kind.seed, **kind.config)
         model = in_float32(source, folder / "model") if kind.float32 else source
         said, text = "", folder / "help.txt"
-        text.write_text("\n\n".join(topics.values()))  # of one language, on which no two alphas of theirs tie
+        # The topics of Python's help alone, on which no two alphas of any kind tie.
+        text.write_text("\n\n".join(_shuffled(_topics()[0], seed=0)), encoding="utf-8")
         for engine in ("native", "golden-stick"):
             arguments = ("--recipe", recipe(folder, kind.scheme), "--engine", engine, "--calibration", text, *SIZE)
             done = run_qtool("quantize", model, "--output", folder / engine, *arguments, env=golden_stick)
@@ -264,7 +264,8 @@ def test_mindspore_gs_runs_what_the_native_engine_made(
     and derives deq_scale and quant_bias: so what deployment repeats or adds is taken off, nothing else.
 
     On the way there it was a compressed-tensors checkpoint, so that this is what `qtool convert` makes, too."""
-    from qtool.checkpoint.reader import Checkpoint
+    from qtool.calibration.text import _shuffled, _topics
+from qtool.checkpoint.reader import Checkpoint
     from qtool.engines.golden_stick import config, view
     from qtool.model.decoder import DecoderStream
     from qtool.recipe.schema import Recipe
