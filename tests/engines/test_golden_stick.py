@@ -107,6 +107,8 @@ def pairs(
     made: dict[str, Pair] = {}
 
     def make(name: str) -> Pair:
+        from qtool.calibration.text import _shuffled, _topics
+
         if name in made:
             return made[name]
         kind, folder = KINDS[name], tmp_path_factory.mktemp("golden")
@@ -264,8 +266,7 @@ def test_mindspore_gs_runs_what_the_native_engine_made(
     and derives deq_scale and quant_bias: so what deployment repeats or adds is taken off, nothing else.
 
     On the way there it was a compressed-tensors checkpoint, so that this is what `qtool convert` makes, too."""
-    from qtool.calibration.text import _shuffled, _topics
-from qtool.checkpoint.reader import Checkpoint
+    from qtool.checkpoint.reader import Checkpoint
     from qtool.engines.golden_stick import config, view
     from qtool.model.decoder import DecoderStream
     from qtool.recipe.schema import Recipe
