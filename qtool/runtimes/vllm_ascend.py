@@ -94,8 +94,7 @@ def _other_schemes(model: Quantized) -> Limitation | None:
     if not found:
         return None
     return Limitation(
-        f"vllm-ascend computes with int8 weights and symmetric int8 activations per token from compressed-tensors; "
-        f"{len(found)} linears are quantized otherwise",
+        f"{len(found)} linears are not W8A8 with symmetric activations per token, which vllm-ascend wants here",
         unread=True,
         hint="Take --scheme w8a8-dynamic, or --format modelslim.",
     )
