@@ -124,13 +124,18 @@ class Scheme:
     @property
     def label(self) -> str:
         """For people: "W8A8 static", "W4A16 in groups of 128"."""
+        return " ".join(filter(None, (self.kind, self.shared)))
+
+    @property
+    def kind(self) -> str:
+        """For people: the label without how many weights share a scale."""
         mode = ""
         if self.activations is not None:
             mode = " dynamic" if self.activations.dynamic else " static"
             mode += " asymmetric" if self.activations.dynamic and not self.activations.symmetric else ""
         if not self.weights.symmetric:
             mode += " with zero points"
-        return " ".join(filter(None, (f"{self.bits}{mode}", self.shared)))
+        return f"{self.bits}{mode}"
 
     @property
     def shared(self) -> str:

@@ -27,7 +27,7 @@ def main(folder: str, text: str, samples: int, seq_len: int, output: str, scheme
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(Path(text).read_text(encoding="utf-8"))["input_ids"][: samples * seq_len]
     rows = [torch.tensor(ids[start : start + seq_len]) for start in range(0, len(ids), seq_len)]
-    data = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in rows]
+    data: Any = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in rows]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def weights_only(bits: int, group: int) -> Any:
@@ -43,6 +43,7 @@ def main(folder: str, text: str, samples: int, seq_len: int, output: str, scheme
         wanted: Any = AutoScheme(
             avg_bits=float(scheme[4:]), options=options, nsamples=samples, seqlen=seq_len, dataset=str(file)
         )
+        data = str(file)
     else:
         wanted = known[scheme]
     run = AutoRound(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ class Measured:
 
     Attributes:
         seconds: wall time of the whole process.
+        processor: processor seconds of the whole process tree.
         parent: peak resident set of the process itself, bytes.
         worker: the same of its largest descendant; 0 when it has none.
         together: the largest sum over the whole process tree at one moment (shared pages count in each).
@@ -32,6 +34,7 @@ class Measured:
     """
 
     seconds: float
+    processor: float
     parent: int
     worker: int
     together: int
@@ -48,6 +51,7 @@ def measure(command: Sequence[str | Path], **environment: str) -> Measured:
     """
     peaks: dict[int, int] = {}
     together = 0
+    used = _processor_seconds()
     with tempfile.TemporaryFile("w+") as output:
         begin = time.perf_counter()
         process = subprocess.Popen(
@@ -71,7 +75,13 @@ def measure(command: Sequence[str | Path], **environment: str) -> Measured:
         if process.returncode:
             sys.exit(f"{' '.join(map(str, command))}\nfailed with exit code {process.returncode}:\n{said}")
     parent = peaks.pop(process.pid, 0)
-    return Measured(seconds, parent, max(peaks.values(), default=0), together, said)
+    return Measured(seconds, _processor_seconds() - used, parent, max(peaks.values(), default=0), together, said)
+
+
+def _processor_seconds() -> float:
+    """Of all processes that this one has waited for, and that these have waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def tree(pid: int) -> list[int]:

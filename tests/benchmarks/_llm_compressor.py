@@ -39,14 +39,18 @@ def main(
     if len(ids) < samples * seq_len:
         sys.exit(f"{text} has {len(ids)} tokens, {samples * seq_len} are needed")
     rows = [ids[start : start + seq_len] for start in range(0, len(ids), seq_len)]
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    # Not in bfloat16, which is several times slower on processors without AVX-512.
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     # Experts become linears of their own. (Its load_quantizable_moe, which loads them so, needs torchvision.)
     linearize_moe(model)
     scheme, cache, _ = scheme.partition("+kv")
     smoothing: list[Any] = [SmoothQuantModifier(smoothing_strength=0.5)] if scheme in ("w8a8", "w4a8") else []
     if rounding == "awq":
         from llmcompressor.modifiers.transform.awq import AWQModifier
+        from llmcompressor.pipelines.cache import IntermediatesCache
 
+        if not torch.cuda.is_available():  # 0.14.0.1 pins memory all the same, and torch refuses
+            IntermediatesCache.pin_memory = lambda *args: None
         smoothing = [AWQModifier()]
     oneshot(
         model=model,
@@ -56,6 +60,13 @@ def main(
         max_seq_length=seq_len,
         num_calibration_samples=samples,
     )
+    quantized = {
+        id(each) for module in model.modules() if hasattr(module, "quantization_scheme") for each in module.parameters()
+    }
+    for parameter in model.parameters():
+        if id(parameter) not in quantized:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
     model.save_pretrained(output, save_compressed=True)
     tokenizer.save_pretrained(output)
 

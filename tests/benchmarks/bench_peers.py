@@ -1,12 +1,15 @@
-"""KL divergence, size and time of qtool's schemes beside what llm-compressor, auto-round and ModelOpt make.
+"""KL divergence, size and cost of qtool's schemes beside what llm-compressor, auto-round and ModelOpt make.
 
-usage: bench_peers.py --calibration FILE --held-out FILE [--model DIR] [--windows N] [--only NAME ...] [--iterations N]
+usage: bench_peers.py --calibration FILE --held-out FILE [--model DIR] [--windows N] [--only NAME ...] [--keep DIR]
 
 All quantize the same model on the first 32 x 512 tokens of one file; all are judged by `_judge.py` on another, with
 transformers in float32. It loads checkpoints of compressed-tensors; auto-round's weights are judged as the floats that
 they stand for, and ModelOpt's model as ModelOpt simulates it. QTOOL_BENCH_LLMCOMPRESSOR_PYTHON,
 QTOOL_BENCH_AUTOROUND_PYTHON and QTOOL_BENCH_MODELOPT_PYTHON name interpreters that have them (measured with
 llmcompressor 0.14.0.1, auto-round 0.16.1, nvidia-modelopt 0.47.0); who has none is left out.
+
+With --keep, the models and what was found stay in a folder, and what is there already is not done again: an interrupted
+run goes on, and another text can be judged. ModelOpt's models are in memory alone.
 """
 
 from __future__ import annotations
@@ -17,21 +20,74 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.benchmarks._common import DEFAULT_MODEL, REPOSITORY, measure, model_or_exit, table
 
 HERE = Path(__file__).parent
 SIZE = ("32", "512")
-QTOOL = ("w8a8", "w8a8-dynamic", "w8a8-asymmetric", "w4a16-g64", "w4a8-g64", "fp8-dynamic", "w8a16")
-EFFORT_HIGH = ("w8a8", "w8a8-dynamic", "w8a8-asymmetric", "w4a16-g64", "w4a8-g64")  # these once more
+TOOLS = ("qtool", "llm-compressor", "auto-round", "modelopt")
+QTOOL = (
+    "w8a8", "w8a8-dynamic", "w8a8-asymmetric", "w4a16-g64", "w4a16-asymmetric-g64", "w4a8-g64",
+    "fp8-dynamic", "w8a16",
+)  # fmt: skip
+EFFORT_HIGH = ("w8a8-dynamic", "w8a8", "w8a8-asymmetric", "w4a16-g64", "w4a16-asymmetric-g64", "w4a8-g64")  # once more
 LLM_COMPRESSOR = (
     ("w8a8", "nearest"), ("w8a8", "gptq"), ("w4a16", "gptq"), ("w4a16", "awq"), ("w4a8", "gptq"), ("fp8", "nearest"),
     ("w8a16", "gptq"),
 )  # fmt: skip
-AUTO_ROUND = ("w8a8", "w4a16", "mix:6")
+AUTO_ROUND = ("w8a8", "w4a16", "w8a16", "mix:6")
 MODELOPT = ("w8a8", "w4a16", "mix:8.1", "w8a16", "fp8")  # 8.1 with the output projection: 6 without
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model to make.
+
+    Attributes:
+        folder: where it is written; ModelOpt writes none, and judges it in the same process.
+    """
+
+    tool: str
+    scheme: str
+    command: list[str | Path]
+    folder: Path
+
+
+def runs(args: argparse.Namespace, folder: Path) -> Iterator[Run]:
+    def made(tool: str, scheme: str) -> Path:
+        return folder / f"{tool}-{scheme}".replace(", ", "-").replace(" ", "-").replace(":", "-")
+
+    base: list[str | Path] = [args.model, args.calibration, *SIZE]
+    for scheme, effort in [(scheme, "normal") for scheme in QTOOL] + [(scheme, "high") for scheme in EFFORT_HIGH]:
+        name = f"{scheme}, effort {effort}"
+        command: list[str | Path] = [sys.executable, "-m", "qtool", "quantize", args.model, "--scheme", scheme]
+        command += ["--calibration", args.calibration, "--samples", SIZE[0], "--seq-len", SIZE[1], "--effort", effort]
+        yield Run("qtool", name, [*command, "--output", made("qtool", name)], made("qtool", name))
+    if python := _python("LLMCOMPRESSOR"):
+        for scheme, rounding in LLM_COMPRESSOR:
+            name = f"{scheme}, {rounding}"
+            command = [python, HERE / "_llm_compressor.py", *base, made("llm-compressor", name), scheme, rounding]
+            yield Run("llm-compressor", name, command, made("llm-compressor", name))
+    if python := _python("AUTOROUND"):
+        for scheme in AUTO_ROUND:
+            name = f"{scheme}, {args.iterations} iterations"
+            command = [python, HERE / "_auto_round.py", *base, made("auto-round", name), scheme, args.iterations]
+            yield Run("auto-round", name, command, made("auto-round", name))
+    if python := _python("MODELOPT"):
+        for scheme in MODELOPT:
+            command = [python, HERE / "_modelopt.py", *base, args.held_out, str(args.windows), scheme]
+            yield Run("modelopt", scheme, command, made("modelopt", scheme))
+
+
+def judge(args: argparse.Namespace, folders: list[Path]) -> list[dict[str, Any]]:
+    command = [sys.executable, HERE / "_judge.py", args.model, args.held_out, str(args.windows), SIZE[1], *folders]
+    said = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True).stdout
+    return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
 
 
 def main() -> None:
@@ -41,46 +97,47 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--iterations", default="0", help="of auto-round's rounding; 0 is nearest, its default is 200")
-    parser.add_argument("--only", nargs="+", default=("qtool", "llm-compressor", "auto-round", "modelopt"))
+    parser.add_argument("--only", nargs="+", default=TOOLS, help="tools, or words of what qtool is to make")
+    parser.add_argument("--keep", type=Path, help="a folder for the models and for what was found")
     args = parser.parse_args()
-    model = model_or_exit(args.model)
-    rows: list[tuple[str, str, float, Path | dict[str, float]]] = []  # a folder to judge, or what was found
+    model_or_exit(args.model)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder: Path = args.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        costs, found = Found(folder / "costs.json"), Found(folder / f"{args.held_out.stem}-{args.windows}.json")
+        wanted = [run for run in runs(args, folder) if run.tool in args.only or run.folder.name in args.only]
+        for run in wanted:
+            in_memory = run.tool == "modelopt"
+            if run.folder.name in (found if in_memory else costs):
+                continue
+            done = measure(run.command, PYTHONPATH=str(REPOSITORY))
+            if in_memory:
+                found.keep(run.folder.name, json.loads(done.said.splitlines()[-1]))
+            size = sum(file.stat().st_size for file in run.folder.glob("*.safetensors"))
+            costs.keep(run.folder.name, {"seconds": done.processor, "memory": done.together, "size": size})
+            print(run.folder.name, f"{done.processor:.0f} s", file=sys.stderr, flush=True)
+        missing = [run.folder for run in wanted if run.folder.name not in found]
+        for made, figures in zip(missing, judge(args, missing) if missing else (), strict=True):
+            found.keep(made.name, figures)
+        rows = []
+        for run in wanted:
+            cost, figures = costs[run.folder.name], found[run.folder.name]
+            kl = f"{figures['kl']:.5f} ± {figures['error']:.5f}"
+            size, memory = f"{cost['size'] / 1e6:.1f}", f"{cost['memory'] / 1e9:.2f}"
+            rows.append([run.tool, run.scheme, kl, f"{figures['top1']:.1%}", size, f"{cost['seconds']:.0f}", memory])
+    print(table(["tool", "scheme", "KL divergence", "top-1", "MB", "processor seconds", "peak GB"], rows))
 
-    with tempfile.TemporaryDirectory() as folder:
-        base: list[str | Path] = [model, args.calibration, *SIZE]
-        asked = [(scheme, "normal") for scheme in QTOOL] + [(scheme, "high") for scheme in EFFORT_HIGH]
-        for scheme, effort in asked if "qtool" in args.only else ():
-            made = Path(folder) / f"qtool-{scheme}-{effort}"
-            command: list[str | Path] = [sys.executable, "-m", "qtool", "quantize", model, "--scheme", scheme]
-            command += ["--output", made, "--calibration", args.calibration, "--samples", SIZE[0], "--seq-len", SIZE[1]]
-            done = measure([*command, "--effort", effort], PYTHONPATH=str(REPOSITORY))
-            rows.append(("qtool", f"{scheme}, effort {effort}", done.seconds, made))
-        if (python := _python("LLMCOMPRESSOR")) and "llm-compressor" in args.only:
-            for scheme, rounding in LLM_COMPRESSOR:
-                made = Path(folder) / f"llm-compressor-{scheme}-{rounding}"
-                done = measure([python, HERE / "_llm_compressor.py", *base, made, scheme, rounding])
-                rows.append(("llm-compressor", f"{scheme}, {rounding}", done.seconds, made))
-        if (python := _python("AUTOROUND")) and "auto-round" in args.only:
-            for scheme in AUTO_ROUND:
-                made = Path(folder) / f"auto-round-{scheme.replace(':', '-')}"
-                done = measure([python, HERE / "_auto_round.py", *base, made, scheme, args.iterations])
-                rows.append(("auto-round", f"{scheme}, {args.iterations} iterations", done.seconds, made))
-        if (python := _python("MODELOPT")) and "modelopt" in args.only:
-            for scheme in MODELOPT:
-                done = measure([python, HERE / "_modelopt.py", *base, args.held_out, str(args.windows), scheme])
-                found = json.loads(done.said.splitlines()[-1])
-                rows.append(("ModelOpt", scheme, found["seconds"], found))
-        folders = [made for *_, made in rows if isinstance(made, Path)]
-        command = [sys.executable, HERE / "_judge.py", model, args.held_out, str(args.windows), SIZE[1], *folders]
-        said = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True).stdout
-        lines = (json.loads(line) for line in said.splitlines() if line.startswith("{"))
-        shown = []
-        for who, scheme, seconds, what in rows:
-            found = next(lines) if isinstance(what, Path) else what
-            size = sum(file.stat().st_size for file in what.glob("*.safetensors")) if isinstance(what, Path) else 0
-            kl = f"{found['kl']:.5f} ± {found['error']:.5f}"
-            shown.append([who, scheme, kl, f"{found['top1']:.1%}", f"{size / 1e6:.1f}", f"{seconds:.0f}"])
-    print(table(["who", "scheme", "KL divergence", "top-1", "MB", "seconds"], shown))
+
+class Found(dict[str, dict[str, Any]]):
+    """What was measured, by the names of models, in a file."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(json.loads(file.read_text()) if file.exists() else {})
+        self._file = file
+
+    def keep(self, name: str, figures: dict[str, Any]) -> None:
+        self[name] = figures
+        self._file.write_text(json.dumps(self, indent=1))
 
 
 def _python(name: str) -> str | None:

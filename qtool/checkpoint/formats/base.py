@@ -224,7 +224,7 @@ class Holding(Writable):
         for name, scheme in schemes.items():
             if scheme is not None and not self.expresses(scheme):
                 refused.setdefault(scheme, []).append(name)
-        known = ", ".join(scheme.label for scheme in self.schemes)
+        known = ", ".join(dict.fromkeys(scheme.kind for scheme in self.schemes))
         found = [
             Inexpressible(
                 f"{self.name} can't express {scheme.label}, which {len(names)} layers would be ({names[0]}, ...)",
