@@ -123,8 +123,8 @@ def main() -> None:
         for run in wanted:
             cost, figures = costs[run.folder.name], found[run.folder.name]
             kl = f"{figures['kl']:.5f} ± {figures['error']:.5f}"
-            size, memory = f"{cost['size'] / 1e6:.1f}", f"{cost['memory'] / 1e9:.2f}"
-            rows.append([run.tool, run.scheme, kl, f"{figures['top1']:.1%}", size, f"{cost['seconds']:.0f}", memory])
+            costly = [f"{cost['size'] / 1e6:.1f}", f"{cost['seconds']:.0f}", f"{cost['memory'] / 1e9:.2f}"]
+            rows.append([run.tool, run.scheme, kl, f"{figures['top1']:.1%}", *costly])
     print(table(["tool", "scheme", "KL divergence", "top-1", "MB", "processor seconds", "peak GB"], rows))
 
 
