@@ -39,8 +39,10 @@ def main(
     if len(ids) < samples * seq_len:
         sys.exit(f"{text} has {len(ids)} tokens, {samples * seq_len} are needed")
     rows = [ids[start : start + seq_len] for start in range(0, len(ids), seq_len)]
-    # Not in bfloat16, which is several times slower on processors without AVX-512.
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    # bfloat16 is several times slower on processors without AVX-512.
+    fast = torch.cuda.is_available() or "AVX512" in torch.backends.cpu.get_cpu_capability()
+    dtype = torch.bfloat16 if fast else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
     # Experts become linears of their own. (Its load_quantizable_moe, which loads them so, needs torchvision.)
     linearize_moe(model)
     scheme, cache, _ = scheme.partition("+kv")

@@ -8,8 +8,9 @@ they stand for, and ModelOpt's model as ModelOpt simulates it. QTOOL_BENCH_LLMCO
 QTOOL_BENCH_AUTOROUND_PYTHON and QTOOL_BENCH_MODELOPT_PYTHON name interpreters that have them (measured with
 llmcompressor 0.14.0.1, auto-round 0.16.1, nvidia-modelopt 0.47.0); who has none is left out.
 
-With --keep, the models and what was found stay in a folder, and what is there already is not done again: an interrupted
-run goes on, and another text can be judged. ModelOpt's models are in memory alone.
+With --keep, the models and what was found stay in a folder, below the name of the calibration file, and what is there
+already is not done again: an interrupted run goes on, and another text can be judged. ModelOpt's models are in memory
+alone; their time is what ModelOpt took, and their memory includes that of judging.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -97,12 +99,12 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--iterations", default="0", help="of auto-round's rounding; 0 is nearest, its default is 200")
-    parser.add_argument("--only", nargs="+", default=TOOLS, help="tools, or words of what qtool is to make")
+    parser.add_argument("--only", nargs="+", default=TOOLS, help="tools, or names of models as --keep has them")
     parser.add_argument("--keep", type=Path, help="a folder for the models and for what was found")
     args = parser.parse_args()
     model_or_exit(args.model)
     with tempfile.TemporaryDirectory() as temporary:
-        folder: Path = args.keep or Path(temporary)
+        folder: Path = (args.keep or Path(temporary)) / args.calibration.stem
         folder.mkdir(parents=True, exist_ok=True)
         costs, found = Found(folder / "costs.json"), Found(folder / f"{args.held_out.stem}-{args.windows}.json")
         wanted = [run for run in runs(args, folder) if run.tool in args.only or run.folder.name in args.only]
@@ -110,12 +112,15 @@ def main() -> None:
             in_memory = run.tool == "modelopt"
             if run.folder.name in (found if in_memory else costs):
                 continue
+            shutil.rmtree(run.folder, ignore_errors=True)  # what an interrupted run left
             done = measure(run.command, PYTHONPATH=str(REPOSITORY))
+            seconds = done.processor
             if in_memory:
-                found.keep(run.folder.name, json.loads(done.said.splitlines()[-1]))
+                found.keep(run.folder.name, figures := json.loads(done.said.splitlines()[-1]))
+                seconds = figures["seconds"]
             size = sum(file.stat().st_size for file in run.folder.glob("*.safetensors"))
-            costs.keep(run.folder.name, {"seconds": done.processor, "memory": done.together, "size": size})
-            print(run.folder.name, f"{done.processor:.0f} s", file=sys.stderr, flush=True)
+            costs.keep(run.folder.name, {"seconds": seconds, "memory": done.together, "size": size})
+            print(run.folder.name, f"{seconds:.0f} s", file=sys.stderr, flush=True)
         missing = [run.folder for run in wanted if run.folder.name not in found]
         for made, figures in zip(missing, judge(args, missing) if missing else (), strict=True):
             found.keep(made.name, figures)
