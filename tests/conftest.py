@@ -85,6 +85,14 @@ def launcher(qtool_environment: dict[str, str]) -> Iterator[Launcher]:
     launcher.close()
 
 
+@pytest.fixture(autouse=True)
+def _with_vllm(request: pytest.FixtureRequest) -> None:
+    """What a test of vLLM starts may need it."""
+    if "launcher" in request.fixturenames:
+        launcher: Launcher = request.getfixturevalue("launcher")
+        launcher.vllm = request.node.get_closest_marker("vllm") is not None
+
+
 @pytest.fixture(scope="session")
 def run_qtool(qtool_environment: dict[str, str], launcher: Launcher) -> Callable[..., Finished]:
     """run_qtool(*args, stdin="", env={}, cwd=None, timeout=300) -> Finished: `qtool ARGS`, its output piped.

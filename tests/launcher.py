@@ -2,8 +2,9 @@
 
 A launcher is one process that has imported torch, transformers and qtool, and computes nothing. A command is a fork of
 it, with arguments, environment, folder and standard streams of its own. The workers that a command starts in its own
-interpreter are forks of the command. Other interpreters, vLLM, and commands with variables that are read on import are
-started as ever; so is everything where QTOOL_TEST_COLD is set.
+interpreter are forks of the command. For tests of vLLM there is a second such process, which has vLLM too. Other
+interpreters, and commands with variables that are read on import, are started as ever; so is everything where
+QTOOL_TEST_COLD is set.
 """
 
 from __future__ import annotations
@@ -47,6 +48,16 @@ _LOADED = (
     "qtool.jobs.quantize",
     "qtool.recipe.load",
 )
+_LOADED_FOR_VLLM = (
+    "vllm",
+    "vllm.v1.engine.llm_engine",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
+    "vllm.model_executor.models.llama",
+)
 COMMANDS = {"analyze", "convert", "eval", "generate", "inspect", "quantize", "recipes", "run", "tune"}
 WORKERS = {
     "qtool.calibration.worker",
@@ -59,6 +70,7 @@ WORKERS = {
     "qtool.tuning.worker",
 }
 """Workers that need nothing but what the launcher has."""
+_VLLM_WORKER = "qtool.runtimes.worker.vllm"
 _READ_ON_IMPORT = (
     "HF_",
     "HUGGINGFACE_",
@@ -79,18 +91,19 @@ _LIVES: weakref.WeakSet[Any] = weakref.WeakSet()  # what draws in this process, 
 
 
 class Launcher:
-    """The tests' side: starts the process that everything is forked from, and asks it for commands.
+    """The tests' side: asks the processes that everything is forked from for commands.
 
     Args:
-        environment: variables of that process.
+        environment: variables of those processes.
+
+    Attributes:
+        vllm: what is started from now on may need vLLM.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = dict(environment)
-        self._folder = tempfile.TemporaryDirectory(prefix="qtool-launcher-")
-        self._path = str(Path(self._folder.name) / "socket")
-        self._process: subprocess.Popen[bytes] | None = None
-        self._starting = threading.Lock()
+        self._plain, self._with_vllm = _Parent(environment), _Parent(environment, _VLLM_WORKER)
+        self.vllm = False
 
     def start(
         self, arguments: Sequence[object], *, env: Mapping[str, str], prepare: str = "", **options: Any
@@ -103,7 +116,7 @@ class Launcher:
         """
         words = [*map(str, arguments)]
         if not prepare and "preexec_fn" not in options and self._suits(words, env):
-            return _Command(self.connect, words, env=env, **options)
+            return _Command((self._with_vllm if self.vllm else self._plain).connect, words, env=env, **options)
         code = f"import os, sys\n{prepare}\nos.execv(sys.argv[1], sys.argv[1:])"
         before = [sys.executable, "-c", code] if prepare else []
         return subprocess.Popen([*before, sys.executable, "-m", "qtool", *words], env=env, **options)
@@ -137,8 +150,28 @@ class Launcher:
         different = {name for name in {*env, *self._environment} if env.get(name) != self._environment.get(name)}
         return not any(name.startswith(_READ_ON_IMPORT) for name in different)
 
+    def close(self) -> None:
+        self._plain.close()
+        self._with_vllm.close()
+
+
+class _Parent:
+    """A process that is forked, started when it is first wanted.
+
+    Args:
+        environment: its variables.
+        workers: the workers that it can be besides WORKERS.
+    """
+
+    def __init__(self, environment: Mapping[str, str], *workers: str) -> None:
+        self._environment, self._workers = dict(environment), workers
+        self._folder = tempfile.TemporaryDirectory(prefix="qtool-launcher-")
+        self._path = str(Path(self._folder.name) / "socket")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._starting = threading.Lock()
+
     def connect(self) -> socket.socket:
-        """To the process that is forked."""
+        """To it."""
         with self._starting:
             if self._process is None:
                 self._process = self._started()
@@ -150,7 +183,7 @@ class Launcher:
         with socket.socket(socket.AF_UNIX) as ready:
             ready.bind(self._path + _READY)
             ready.listen(1)
-            command = [sys.executable, "-m", "tests.launcher", self._path]
+            command = [sys.executable, "-m", "tests.launcher", self._path, *self._workers]
             process = subprocess.Popen(command, env=self._environment, stdin=subprocess.DEVNULL)
             ready.settimeout(300)
             ready.accept()[0].close()
@@ -235,7 +268,11 @@ class _Started:
 
 def _serve(path: str) -> None:
     """Fork a command for every connection, and tell it the command's exit code."""
-    for name in _LOADED:
+    if _VLLM_WORKER in WORKERS:
+        from qtool.workers import hide_media_packages
+
+        hide_media_packages(keep_torchvision=True)
+    for name in _LOADED + (_LOADED_FOR_VLLM if _VLLM_WORKER in WORKERS else ()):
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # what is loaded stays shared
@@ -396,4 +433,5 @@ def _worker(started: _Started, arguments: Sequence[str]) -> NoReturn:
 
 
 if __name__ == "__main__":
+    WORKERS.update(sys.argv[2:])
     _serve(sys.argv[1])

@@ -60,6 +60,23 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config.get("text_config") or config
 
 
+def head_size(config: Mapping[str, Any]) -> int | None:
+    """Channels of a key; None for a model without attention heads."""
+    text = text_config(config)
+    heads = text.get("num_attention_heads")
+    return None if heads is None else text.get("head_dim") or text["hidden_size"] // heads
+
+
+def kept_per_token(config: Mapping[str, Any]) -> int | None:
+    """How many numbers are kept of a token, its keys and values in all layers; an upper bound where config.json leaves
+    that open, None for a model without attention heads."""
+    text = text_config(config)
+    if (size := head_size(config)) is None:
+        return None
+    heads = text.get("num_key_value_heads") or text["num_attention_heads"]
+    return int(2 * text["num_hidden_layers"] * heads * size)
+
+
 def context(config: Mapping[str, Any]) -> int | None:
     """Tokens that a prompt and its answer may have together; None where config.json doesn't say.
 

@@ -89,7 +89,9 @@ def serve(
         if nodes is not None:
             _serve_on(nodes, checkpoint, runtime, given, own, out, dry_run=dry_run)
             return
-        command, env = server.command(checkpoint, runtime, given, own)
+        command, env, otherwise = server.command(checkpoint, runtime, given, own)
+        if otherwise is not None:
+            out.warning(otherwise)
         if dry_run:
             told = (f"{name}={'…' if is_secret(name) else value}" for name, value in env.items())
             out.result(shlex.join(["env", *told, *command]))

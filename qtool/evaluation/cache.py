@@ -15,7 +15,4 @@ def context(config: Mapping[str, Any]) -> int:
 
 def bytes_per_token(config: Mapping[str, Any]) -> int:
     """Key and value of every layer, in float32 at most."""
-    text = claims.text_config(config)
-    heads = text["num_attention_heads"]
-    width = text.get("head_dim") or text["hidden_size"] // heads
-    return int(8 * text["num_hidden_layers"] * (text.get("num_key_value_heads") or heads) * width)
+    return 4 * (claims.kept_per_token(config) or 0)

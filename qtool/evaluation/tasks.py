@@ -15,7 +15,7 @@ from qtool.errors import ForeignError, InputError, QtoolError, foreign, in_one_l
 from qtool.evaluation import cache
 from qtool.evaluation.intervals import Estimate, estimate_share
 from qtool.evaluation.job import SolvedTasks, TasksJob
-from qtool.runtimes import int8_kernel
+from qtool.runtimes import kernels
 from qtool.workers import hide_media_packages
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def solve(job: TasksJob, report: Report) -> SolvedTasks:
             hint="pip install lm-eval there, or name an interpreter that has both: QTOOL_VLLM_PYTHON",
         ) from None
     _name_vllm()
-    int8_kernel.register()
+    kernels.register()
     os.chdir(job.data)
     with foreign("a task there can't be read", where=str(job.data)):
         manager = TaskManager(include_path=str(job.data))

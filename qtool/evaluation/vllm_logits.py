@@ -14,7 +14,7 @@ import torch
 
 from qtool.errors import QtoolError, foreign
 from qtool.evaluation.cache import bytes_per_token
-from qtool.runtimes import int8_kernel
+from qtool.runtimes import kernels
 
 _BLOCK = 128  # tokens in a block of vLLM's CPU cache
 
@@ -38,7 +38,7 @@ class VllmLogits:
     ) -> None:
         from vllm import EngineArgs, LLMEngine
 
-        int8_kernel.register()
+        kernels.register()
         arguments: dict[str, Any] = engine | {
             "model": model,
             "max_model_len": length + 1,

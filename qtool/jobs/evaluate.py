@@ -115,5 +115,8 @@ def vllm_for(checkpoint: Checkpoint) -> Vllm:
             hint="leave out --runtime: qtool computes what that runtime does with the same integers",
         )
     chosen = runtimes.adapted(chosen, checkpoint)
+    if chosen.otherwise is not None:
+        hint = "Leave out --runtime: qtool computes what the checkpoint says."
+        raise InputError(chosen.otherwise, where=str(checkpoint.path), hint=hint)
     engine = chosen.engine | {"dtype": dtype(checkpoint, runtimes.kind_of(chosen.name))}
     return Vllm(chosen.python, engine, {**chosen.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})

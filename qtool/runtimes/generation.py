@@ -60,6 +60,8 @@ def stream(
     launch, decided = prepare(job)
     worker = launch.runtime.worker
     assert worker is not None  # `choose` takes none that qtool doesn't start
+    if launch.otherwise is not None:
+        on_event({"event": "warning", "message": launch.otherwise})
 
     def work(inputs: Iterator[dict[str, Any]], event: OnEvent) -> dict[str, Any]:
         return workers.run(
@@ -94,7 +96,7 @@ def prepare(job: GenerationJob) -> tuple[Launch, WorkerJob]:
         job,
         model=str(checkpoint.path.resolve()),
         runtime=launch.name,
-        dtype=given.get("dtype") or dtype(checkpoint, kind_of(launch.name)),
+        dtype=dtype(checkpoint, kind_of(launch.name), given),
         engine={**launch.engine, **alone, **given},
         compile_from=launch.compile_from,
     )

@@ -29,6 +29,7 @@ class Launch:
         engine: vLLM's EngineArgs.
         env: variables for the worker.
         compile_from: new tokens that make it worth while to compile the model; None where nothing is known.
+        otherwise: what of the checkpoint is computed in another way than it says, in one sentence; None for nothing.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Launch:
     engine: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     compile_from: int | None = None
+    otherwise: str | None = None
 
     @property
     def runtime(self) -> Runtime:

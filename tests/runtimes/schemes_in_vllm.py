@@ -25,9 +25,9 @@ def main(folders: list[str]) -> None:
     hide_media_packages()
     import vllm  # noqa: F401
 
-    from qtool.runtimes import int8_kernel
+    from qtool.runtimes import kernels
 
-    int8_kernel.register()
+    kernels.register()
     for folder in folders:
 
         def work(_: Path, folder: str = folder) -> bytes:

@@ -15,8 +15,9 @@ import torch
 
 from qtool.checkpoint.reader import Checkpoint
 from qtool.environments import machine
-from qtool.runtimes import int8_kernel, settings
-from qtool.runtimes.int8_kernel import MANY_TOKENS, Scale, scaled_product
+from qtool.runtimes import kernels, settings
+from qtool.runtimes.kernels import int8
+from qtool.runtimes.kernels.int8 import MANY_TOKENS, Scale, scaled_product
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # torch 2.13's product of bfloat16 with int8 weights gives garbage on processors with AMX, where qtool doesn't take it.
@@ -86,7 +87,7 @@ def test_layers(static: bool, symmetric: bool, monkeypatch: pytest.MonkeyPatch) 
             torch.set_default_dtype(torch.float32)
         return [kernel.apply_weights(layer, rows, bias) for rows in (x, x[:3], x[None, :3])]
 
-    found = run(int8_kernel.kernel())
+    found = run(int8.kernel())
     if static:
         expected, noise = run(CPUInt8ScaledMMLinearKernel), 2.0**-7
     else:
@@ -110,8 +111,8 @@ def test_rows_in_three_dimensions() -> None:
     from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
     from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import Int8ScaledMMLinearLayerConfig
 
-    int8_kernel.register()
-    int8_kernel.register()  # once more changes nothing
+    kernels.register()
+    kernels.register()  # once more changes nothing
     config = Int8ScaledMMLinearLayerConfig(is_channelwise=True, is_static_input_scheme=False, input_symmetric=True)
     generator = torch.Generator().manual_seed(0)
     layer: Any = torch.nn.Module()
@@ -137,7 +138,7 @@ def test_rows_in_three_dimensions() -> None:
 def test_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     def cpu(flags: str) -> bool:
         monkeypatch.setattr(machine, "cpu_flags", lambda: set(flags.split()))
-        return int8_kernel.needed()
+        return int8.needed()
 
     assert cpu("avx avx2 fma")
     assert not cpu("avx2 avx512f avx512_vnni")
@@ -174,14 +175,14 @@ def test_the_kernel_on_gpus(
         place = module if module is linear else sys.modules[module.__module__]
         if hasattr(place, "current_platform"):
             monkeypatch.setattr(place, "current_platform", Gpu())
-    int8_kernel.decline_cutlass()
+    int8.decline_cutlass()
     config = Int8ScaledMMLinearLayerConfig(
         is_channelwise=True, is_static_input_scheme=not symmetric, input_symmetric=symmetric
     )
     found = linear.choose_scaled_mm_linear_kernel(config, linear._POSSIBLE_INT8_KERNELS, quantization="int8")
     assert found.__name__ == f"{chosen}Int8ScaledMMLinearKernel"
     disabled = os.environ["VLLM_DISABLED_KERNELS"]
-    int8_kernel.decline_cutlass()
+    int8.decline_cutlass()
     assert os.environ["VLLM_DISABLED_KERNELS"] == disabled  # once is enough
 
 
@@ -207,49 +208,17 @@ def test_what_the_processor_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.cpu_flags() == {"fpu", "avx2", "fma"}
 
 
-@pytest.mark.vllm
-@pytest.mark.parametrize(
-    ("needed", "own", "name"),
-    [
-        (True, "", "ExactInt8LinearKernel"),
-        (False, "", "CPUInt8ScaledMMLinearKernel"),
-        (True, "Other", "ExactInt8LinearKernel"),
-        (True, "Other,ExactInt8LinearKernel", "CPUInt8ScaledMMLinearKernel"),
-    ],
-)
-def test_vllm_takes_it_where_it_is_needed(needed: bool, own: str, name: str) -> None:
-    """As its plugin, by the entry point that qtool's package declares."""
-    code = f"""
-import os
-os.environ["VLLM_DISABLED_KERNELS"] = {own!r}
-from qtool.workers import hide_media_packages
-hide_media_packages()
-from qtool.checkpoint.reader import Checkpoint
-from qtool.environments import machine
-from qtool.runtimes import int8_kernel, settings
-int8_kernel.needed = lambda: {needed}
-from vllm.plugins import load_general_plugins
-load_general_plugins()
-int8_kernel.register()  # twice is once
-from vllm.model_executor.kernels.linear import init_int8_linear_kernel
-print(type(init_int8_linear_kernel(True, False, True, "a test")).__name__)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split()[-1] == name
-
-
 def test_a_process_may_use_amx_tiles() -> None:
     """Asked of Linux itself (arch_prctl, ARCH_GET_XCOMP_PERM), in a process that has not multiplied."""
     code = """
 import ctypes
 from qtool.environments import machine
-from qtool.runtimes.int8_kernel import allow_tiles
+from qtool.runtimes.kernels import tiles
 def permitted():
     bits = ctypes.c_uint64()
     assert ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(bits)) == 0
     return bits.value >> 18 & 1
-allow_tiles()
+tiles.allow()
 print(permitted() == ("amx_tile" in machine.cpu_flags()))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)

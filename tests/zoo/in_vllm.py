@@ -102,9 +102,9 @@ def _import() -> None:
     keeper.import_all()
     import vllm  # noqa: F401
 
-    from qtool.runtimes import int8_kernel
+    from qtool.runtimes import kernels
 
-    int8_kernel.register()
+    kernels.register()
 
 
 def _work(kind: str, model_type: str, folder: Path) -> bytes:

