@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if _PEERS.intersection(item.fixturenames) or parameters.get("hub") == "modelers":
             item.add_marker("peers")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
+    """MindSpore's threads spin for each other; on one core it has one. With both of two that are busy otherwise a test
+    takes three times as long."""
+    cores = sorted(os.sched_getaffinity(0))
+    if "golden_stick" in getattr(item, "fixturenames", ()):
+        number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        os.sched_setaffinity(0, {cores[number % len(cores)]})
+    try:
+        return (yield)
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tests import loaded_vllm
+
 _LOADED = (
     "numpy",
     "torch",
@@ -47,16 +49,6 @@ _LOADED = (
     "qtool.cli.app",
     "qtool.jobs.quantize",
     "qtool.recipe.load",
-)
-_LOADED_FOR_VLLM = (
-    "vllm",
-    "vllm.v1.engine.llm_engine",
-    "vllm.v1.engine.core",
-    "vllm.v1.executor.uniproc_executor",
-    "vllm.v1.worker.cpu_worker",
-    "vllm.v1.attention.backends.cpu_attn",
-    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
-    "vllm.model_executor.models.llama",
 )
 COMMANDS = {"analyze", "convert", "eval", "generate", "inspect", "quantize", "recipes", "run", "tune"}
 WORKERS = {
@@ -211,6 +203,7 @@ class _Command(subprocess.Popen[Any]):
             "env": dict(started.env),
             "cwd": os.fspath(started.cwd or Path.cwd()),
             "new_session": started.new_session,
+            "cores": sorted(os.sched_getaffinity(0)),
         }
         content = json.dumps(request).encode()
         assert len(content) < _MOST
@@ -269,10 +262,8 @@ class _Started:
 def _serve(path: str) -> None:
     """Fork a command for every connection, and tell it the command's exit code."""
     if _VLLM_WORKER in WORKERS:
-        from qtool.workers import hide_media_packages
-
-        hide_media_packages(keep_torchvision=True)
-    for name in _LOADED + (_LOADED_FOR_VLLM if _VLLM_WORKER in WORKERS else ()):
+        loaded_vllm.load()
+    for name in _LOADED:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # what is loaded stays shared
@@ -331,6 +322,7 @@ def _command(connection: socket.socket, others: Sequence[int]) -> NoReturn:
         asked = json.loads(request)
         if asked["new_session"]:
             os.setsid()
+        os.sched_setaffinity(0, asked["cores"])  # as a child of whoever asks would have it
         _become(descriptors, asked["env"], asked["arguments"], asked["cwd"])
         with connection:  # the launcher has its own
             connection.send(f"{os.getpid()}\n".encode())

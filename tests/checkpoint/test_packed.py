@@ -322,11 +322,10 @@ def test_they_are_no_formats_to_quantize_to(run_qtool: Callable[..., Any], tiny_
 # The logits of each checkpoint in a file beside it. vLLM is imported once; each has a fork of its own.
 IN_VLLM = """
 import json, sys, torch
-from qtool.workers import hide_media_packages
-hide_media_packages()
-import vllm
-from qtool.evaluation.vllm_logits import VllmLogits
+from tests import loaded_vllm
 from tests.zoo.keeper import in_fork
+loaded_vllm.load()
+from qtool.evaluation.vllm_logits import VllmLogits
 
 def logits(folder):
     config = json.load(open(folder + "/config.json"))

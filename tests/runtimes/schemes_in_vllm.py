@@ -19,14 +19,11 @@ TOKENS = 8
 def main(folders: list[str]) -> None:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_PLUGINS": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-    from qtool.workers import hide_media_packages
+    from qtool.runtimes import kernels
+    from tests import loaded_vllm
     from tests.zoo.keeper import in_fork
 
-    hide_media_packages()
-    import vllm  # noqa: F401
-
-    from qtool.runtimes import kernels
-
+    loaded_vllm.load()
     kernels.register()
     for folder in folders:
 

@@ -94,14 +94,11 @@ def _import() -> None:
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from qtool.workers import hide_media_packages
-
-    hide_media_packages(keep_torchvision=True)
+    from tests import loaded_vllm
     from tests.zoo import keeper
 
+    loaded_vllm.load()
     keeper.import_all()
-    import vllm  # noqa: F401
-
     from qtool.runtimes import kernels
 
     kernels.register()
