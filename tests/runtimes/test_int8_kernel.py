@@ -226,6 +226,7 @@ print(permitted() == ("amx_tile" in machine.cpu_flags()))
 
 
 @pytest.mark.vllm
+@pytest.mark.skipif("avx512f" not in machine.cpu_flags(), reason="such processors have it tested above")
 def test_the_same_on_a_processor_with_avx2_alone() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-k", "test_products_are or test_layers", __file__]
     env = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
