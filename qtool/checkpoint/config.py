@@ -61,15 +61,17 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def head_size(config: Mapping[str, Any]) -> int | None:
-    """Channels of a key; None for a model without attention heads."""
+    """Channels of a key; None where config.json names no heads."""
     text = text_config(config)
-    heads = text.get("num_attention_heads")
-    return None if heads is None else text.get("head_dim") or text["hidden_size"] // heads
+    heads, width = text.get("num_attention_heads"), text.get("hidden_size")
+    return None if heads is None or width is None else text.get("head_dim") or width // heads
 
 
 def kept_per_token(config: Mapping[str, Any]) -> int | None:
-    """How many numbers are kept of a token, its keys and values in all layers; an upper bound where config.json leaves
-    that open, None for a model without attention heads."""
+    """How many numbers are kept of a token: its keys and values in all layers, an upper bound.
+
+    None where config.json names no heads.
+    """
     text = text_config(config)
     if (size := head_size(config)) is None:
         return None

@@ -105,7 +105,11 @@ def comparison(
 
 
 def vllm_for(checkpoint: Checkpoint) -> Vllm:
-    """vLLM on this machine, as it runs this checkpoint. Raises InputError where only a plugin of vLLM's can."""
+    """vLLM on this machine, as it runs this checkpoint.
+
+    Raises:
+        InputError: only a plugin of vLLM's can, or vLLM would compute something else than the checkpoint says.
+    """
     format = formats.of(checkpoint).name
     chosen = runtimes.choose("vllm", format)
     if chosen.name != "vllm":
@@ -116,7 +120,7 @@ def vllm_for(checkpoint: Checkpoint) -> Vllm:
         )
     chosen = runtimes.adapted(chosen, checkpoint)
     if chosen.otherwise is not None:
-        hint = "Leave out --runtime: qtool computes what the checkpoint says."
+        hint = "Leave out --runtime: qtool computes what the checkpoint says. For --tasks, quantize without --kv-cache."
         raise InputError(chosen.otherwise, where=str(checkpoint.path), hint=hint)
     engine = chosen.engine | {"dtype": dtype(checkpoint, runtimes.kind_of(chosen.name))}
     return Vllm(chosen.python, engine, {**chosen.env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})

@@ -1,9 +1,11 @@
 """The recipes that `qtool tune --runtime` finds for several sizes, against uniform schemes of about these sizes.
 
-usage: bench_frontier.py [--model DIR] [--calibration FILE] [--text FILE] [--runtime NAME] [--sizes MB,...] [--keep DIR]
+usage: bench_frontier.py [--model DIR] [--calibration FILE] [--text FILE] [--runtime NAME] [--sizes MB,...]
+           [--effort EFFORT] [--keep DIR]
 
-The sensitivities are measured once. Each recipe is quantized and evaluated as `qtool quantize` and `qtool eval` do; so
-is each uniform scheme. KL divergences are those of `qtool eval`, in float32.
+The sensitivities are measured once; with --keep, those that lie in the folder are taken. Each recipe is quantized and
+evaluated as `qtool quantize` and `qtool eval` do; so is each uniform scheme. KL divergences are those of `qtool eval`,
+in float32.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from qtool.evaluation.job import ComparisonJob
 from qtool.jobs import quantize
 from qtool.jobs.quantize import with_scheme
 from qtool.recipe.load import load
+from qtool.tuning.job import Sensitivities
 from qtool.tuning.tune import SCHEME, Goal, TuningJob, propose, sensitivities
 from qtool.tuning.wanted import Wanted, start
 from tests.benchmarks._common import DEFAULT_MODEL, table
@@ -57,6 +60,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="125,135,150", help="in MB")
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--uniform", nargs="*", default=UNIFORM)
+    parser.add_argument("--effort", default="normal")
     parser.add_argument("--keep", type=Path, help="a folder for the recipes, the sensitivities and the models")
     args = parser.parse_args()
     wanted = Wanted(
@@ -84,8 +88,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        found = sensitivities(job, [], silent)
-        (folder / "sensitivities.json").write_text(json.dumps(found.to_json()))
+        if (file := folder / "sensitivities.json").exists():
+            found = Sensitivities.from_json(json.loads(file.read_text()))
+        else:
+            found = sensitivities(job, [], silent)
+            file.write_text(json.dumps(found.to_json()))
         rows: list[list[str]] = []
 
         def show(*row: str) -> None:
@@ -98,7 +105,8 @@ def main() -> None:
         for size in args.sizes.split(","):
             proposed = propose(replace(job, goal=Goal(max_size=f"{size}MB")), found)
             (folder / f"{size}.yaml").write_text(proposed.recipe)
-            nbytes, kl = measure(job, load(str(folder / f"{size}.yaml")), SCHEME, folder / f"tuned-{size}")
+            recipe = load(str(folder / f"{size}.yaml")).model_copy(update={"effort": args.effort})
+            nbytes, kl = measure(job, recipe, SCHEME, folder / f"tuned-{size}-{args.effort}")
             show(f"tuned, at most {size} MB", f"{nbytes / 1e6:.1f}", f"{kl:.5f}", f"{proposed.predicted_kl:.5f}")
         print(table(["", "MB", "KL divergence", "as estimated"], rows))
 

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from qtool.environments import machine
-from qtool.runtimes.kernels import int8, weight_only
+from qtool.runtimes.kernels import weight_only
 
-AVX2_ALONE = "avx2" in machine.cpu_flags() and "avx512f" not in machine.cpu_flags()
+FOR_AVX2 = pytest.mark.skipif(not weight_only.vectorized(), reason="torch's products are for AVX2")
 
 
 def integers(shape: tuple[int, ...], bits: int, seed: int) -> torch.Tensor:
@@ -19,7 +18,9 @@ def integers(shape: tuple[int, ...], bits: int, seed: int) -> torch.Tensor:
     return torch.randint(-half, half, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
 
 
-@pytest.mark.parametrize("fast", [pytest.param(True, marks=pytest.mark.skipif(not AVX2_ALONE, reason="AVX2's")), False])
+@pytest.mark.parametrize(
+    "fast", [pytest.param(True, marks=pytest.mark.skipif(not weight_only.vectorized(), reason="AVX2's")), False]
+)
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def integers(shape: tuple[int, ...], bits: int, seed: int) -> torch.Tensor:
 def test_products(
     fast: bool, tokens: int, zero: bool, bits: int, sizes: tuple[int, int], groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8, "needed", lambda: fast)
+    monkeypatch.setattr(weight_only, "vectorized", lambda: fast)
     monkeypatch.setattr(weight_only, "_CHUNK", 1 << 11)  # several parts
     weight, zeros = integers(sizes, bits, 0), integers((sizes[0], groups), bits, 1) if zero else None
     generator = torch.Generator().manual_seed(2)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
+from qtool.environments import machine
 from qtool.runtimes.kernels import int8
 from qtool.runtimes.kernels.disabled import disable, disabled
 
@@ -93,6 +94,12 @@ def kernel() -> type:
     return WeightOnlyLinearKernel
 
 
+def vectorized() -> bool:
+    """Whether torch's products of bfloat16 with integers are right and fast here: with AVX2, and no more than that."""
+    flags = machine.cpu_flags()
+    return "avx2" in flags and "avx512f" not in flags
+
+
 def product(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int) -> Product:
     """x · ((weight - zero) · scale)ᵀ as a function of x.
 
@@ -104,7 +111,7 @@ def product(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
     """
     import torch
 
-    fast, group = int8.needed(), weight.shape[1] // scale.shape[1]
+    fast, group = vectorized(), weight.shape[1] // scale.shape[1]
     step = next((each for each in _GROUPS if group % each == 0), None)
     if fast and bits == 4 and step is not None and weight.shape[0] % _BLOCK == 0:
         return _of_int4(weight, scale, zero, step)
