@@ -18,9 +18,7 @@ def integers(shape: tuple[int, ...], bits: int, seed: int) -> torch.Tensor:
     return torch.randint(-half, half, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
 
 
-@pytest.mark.parametrize(
-    "fast", [pytest.param(True, marks=pytest.mark.skipif(not weight_only.vectorized(), reason="AVX2's")), False]
-)
+@pytest.mark.parametrize("fast", [pytest.param(True, marks=FOR_AVX2), False])
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize(
