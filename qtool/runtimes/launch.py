@@ -43,6 +43,11 @@ class Launch:
     def runtime(self) -> Runtime:
         return facts.get(self.name)
 
+    @property
+    def hardware(self) -> Hardware:
+        """Where it runs."""
+        return kind_of(self.name)
+
 
 def choose(runtime: str, format: str, *, serving: bool = False) -> Launch:
     """The runtime for a checkpoint of this format (as `formats.of` names it).
@@ -159,7 +164,7 @@ def _cards(launch: Launch, checkpoint: Checkpoint) -> dict[str, Any]:
 
     In one host no more than there are, where that is known: the most that share the model evenly.
     """
-    kind = kind_of(launch.name)
+    kind = launch.hardware
     if not launch.runtime.vllm or kind == "cpu":
         return {}
     wanted = recipe_of(checkpoint)

@@ -93,9 +93,8 @@ def _other_layout(model: Quantized) -> Limitation | None:
 def _without_float8_cache(launch: Launch, checkpoint: Checkpoint) -> Launch:
     """Where vLLM's build for CPUs can't keep keys and values in FP8, have it keep them as floats."""
     from qtool.checkpoint.summary import kept_cache
-    from qtool.runtimes.launch import kind_of
 
-    if kind_of(launch.name) != "cpu" or kept_cache(checkpoint) != "fp8":
+    if launch.hardware != "cpu" or kept_cache(checkpoint) != "fp8":
         return launch
     if (why := _no_float8_cache(checkpoint)) is None:
         return launch
