@@ -27,7 +27,6 @@ def _bytes_beside_floats(model: Quantized) -> Limitation | None:
     return Limitation(
         f"{len(found)} linears have 8-bit weights and float activations: on CPUs vLLM computes them only with qtool "
         "installed beside it",
-        hint="For CPUs w8a8-dynamic is faster.",
         on="cpu",
     )
 
