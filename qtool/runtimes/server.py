@@ -55,7 +55,7 @@ def command(
                 raise InputError("is empty", where=f"--set {setting}", hint=f"Leave it out, and set {variable}.")
             variables[variable] = secret
     own = settings(kind).get("server", {}).get("engine", {})
-    options = {**chosen.engine, **own, **given, **server, "dtype": dtype(checkpoint, kind, given)}
+    options = {"dtype": dtype(checkpoint, kind, given), **chosen.engine, **own, **given, **server}
     flags = [flag for name, value in options.items() for flag in _flag(name, value)]
     command, safe = python(chosen.python, "-m", *program, str(checkpoint.path.resolve()), *flags)
     return command, {**safe, **chosen.env, **variables}, chosen.otherwise
